@@ -1,0 +1,50 @@
+# `make demo` and `make test` build the environment that they need, on a fresh machine too.
+# Variables:  make test PYTHON=python3.12 VENV=/tmp/env PYTEST_ARGS="-k metrics -x"
+
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check format clean
+
+help: ## list these targets
+	@sed -n 's/^\([a-z]*\):.*## /\1|/p' Makefile | \
+		while IFS='|' read -r name text; do printf '  make %-8s %s\n' "$$name" "$$text"; done
+
+demo: $(VENV)/.runtime ## train LeNet-5 on the bundled digits, then evaluate it
+	$(BIN)/python train.py --model lenet5 --dataset digits --name demo --overwrite
+	$(BIN)/python evaluate.py runs/demo
+
+test: $(VENV)/.dev ## run the tests (PYTEST_ARGS="-k metrics -x" narrows them)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: $(VENV)/.dev ## formatting, lint, types and spelling
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/codespell
+
+format: $(VENV)/.dev ## format the code and fix what ruff can
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean: ## remove the environment and caches; runs/ and data/ stay
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build lab.egg-info
+	find lab tests benchmarks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
+
+# A stamp is written only after its install succeeded; a newer pyproject.toml makes it stale.
+# .dev waits for .runtime: a parallel make never runs two installs in one environment.
+$(VENV)/.runtime: pyproject.toml
+	@echo "Installing the dependencies (PyTorch among them) into $(VENV): minutes, the first time."
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --editable .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.runtime
+	@echo "Installing the test and lint tools into $(VENV)."
+	$(PIP) --editable '.[dev]'
+	@touch $@

@@ -1,0 +1,78 @@
+"""Evaluates saved weights on a split: exact numbers, per-class table, confusion matrix.
+
+  python evaluate.py runs/lenet5-mnist                   the test split of what it was trained on
+  python evaluate.py best.safetensors --split val        another split, from the file alone
+  python evaluate.py best.safetensors --dataset folder --data-dir PICTURES
+  accelerate launch --config_file accelerate_configs/multi_gpu.yaml evaluate.py runs/lenet5-mnist
+
+Writes report.json and predictions.csv. The numbers do not depend on the number of processes.
+"""
+
+import sys
+
+from lab import console
+from lab.config import EvalConfig, parse_arguments
+from lab.errors import run_script
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Evaluates as the command line `argv` says; raises `UserError`."""
+    config = EvalConfig(**parse_arguments(EvalConfig, argv, prog="evaluate.py", about=__doc__))
+
+    # PyTorch takes seconds to import: --help and a mistyped option are answered before.
+    import torch
+
+    from lab import checkpoint, rundir
+    from lab.data import DataConfig, load_splits
+    from lab.data.augment import Preprocess
+    from lab.data.loaders import build_loader
+    from lab.distributed import build_accelerator, loader_place, together
+    from lab.engine import lay_out
+    from lab.evaluation import predict_all
+    from lab.models import build_model, find_model
+
+    path = checkpoint.find_weights(config.weights)
+    about = checkpoint.read_info(path)
+    model = about["model"]["name"]
+    accelerator = build_accelerator(
+        mixed_precision=about["precision"] if config.mixed_precision == "auto" else config.mixed_precision,
+        large_model=find_model(model).large,
+        threads=config.threads,
+        quiet=config.quiet,
+    )
+    place = loader_place(accelerator, config.loader, config.workers)
+    with together(accelerator):
+        network = build_model(**about["model"])
+        checkpoint.load_weights(path, network)
+        settings = DataConfig(**about["data"] | config.data_overrides())
+        with console.working(f"reading {settings.dataset}"):
+            splits = load_splits(settings, place["memory"], torch.get_num_threads())
+        split = splits.named(config.split)
+        checkpoint.require_same_classes(path, about, split)
+        plain = Preprocess(about["mean"], about["std"], (), accelerator.device)
+        loader = build_loader(split, plain, batch_size=config.batch_size, seed=None, **place)
+    network = lay_out(network, model, accelerator.device)
+    predictions = predict_all(accelerator, network, loader)
+    report = {
+        "split": config.split,
+        **predictions.report(),
+        "best_epoch": about["best_epoch"],
+        "selected_on": about["selected_on"],
+    }
+    with together(accelerator):
+        output = rundir.evaluation_dir(path, config.split, config.output, accelerator.is_main_process)
+        output.write_report(report)
+        output.write_predictions(predictions.rows())
+    console.class_table(report)
+    console.confusion_matrix(report)
+    console.report(
+        report,
+        title=f"{model} on {settings.dataset}",
+        files={"weights": str(path), "report": str(output.path)},
+        command=None,
+    )
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))

@@ -1,0 +1,153 @@
+"""Weights files that describe themselves (promises P4, P5): safetensors, no pickle."""
+
+import json
+import struct
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from lab.config import TrainConfig
+from lab.data import DataConfig, Splits
+from lab.data.sources import Split
+from lab.distributed import together
+from lab.errors import UserError
+from lab.rundir import BEST, RunDir, versions, write_atomically
+
+# All metadata is one JSON text under one key: with several keys, the format keeps no fixed order,
+# and the same weights would not give the same bytes.
+KEY = "lab"
+FORMAT = 1
+
+
+def describe(config: TrainConfig, splits: Splits, precision: str) -> dict[str, Any]:
+    """All that is needed to use the weights of a run, but for the epoch that they come from."""
+    return {
+        "model": {
+            "name": config.model,
+            "num_classes": len(splits.train.class_names),
+            "channels": splits.train.images.shape[1],
+            "image_size": config.image_size,
+        },
+        "data": asdict(DataConfig.of(config)),
+        "class_names": splits.train.class_names,
+        "mean": splits.mean,
+        "std": splits.std,
+        "precision": precision,
+        "recipe": config.recipe,
+        "seed": config.seed,
+        "select_by": config.select_by,
+        "selected_on": splits.selected_on,
+        "versions": versions(),
+    }
+
+
+def save_best(
+    run: RunDir, network: nn.Module, about: dict[str, Any], row: dict[str, float]
+) -> None:
+    """Writes best.safetensors on the main process: `about` the run, and the epoch it was best in.
+
+    `row` is the epoch's line of history.jsonl; its times stay out, so that equal runs give equal
+    files.
+    """
+    if run.writes:
+        metrics = {name: value for name, value in row.items() if name.startswith("val_")}
+        save_weights(run.best, network, {**about, "best_epoch": row["epoch"], "metrics": metrics})
+
+
+def load_best(accelerator: Accelerator, run: RunDir, network: nn.Module) -> None:
+    """Fills `network` on every process from the file, which only the main process need see."""
+    with together(accelerator):
+        if accelerator.is_main_process:
+            load_weights(run.best, network)
+    if accelerator.num_processes > 1:
+        for tensor in network.state_dict().values():
+            broadcast(tensor)
+
+
+def save_weights(path: Path, network: nn.Module, info: dict[str, Any]) -> None:
+    """Writes the plain network's tensors and `info` (JSON-able) to `path`, whole or not at all."""
+    tensors = {name: t.detach().cpu().contiguous() for name, t in network.state_dict().items()}
+    metadata = {KEY: json.dumps({"format": FORMAT, **info}, sort_keys=True)}
+    write_atomically(path, safetensors.torch.save(tensors, metadata))
+
+
+def find_weights(path: str) -> Path:
+    """The weights file of a run's folder, or the file itself; raises `UserError`."""
+    found = Path(path)
+    if found.is_dir():
+        found = found / BEST
+        if not found.exists():
+            raise UserError(f"{path} holds no {BEST}", "Give the folder of a finished run")
+    if not found.is_file():
+        raise UserError(f"there is no file {found}", "Give a run's folder or its best.safetensors")
+    return found
+
+
+def read_info(path: Path) -> dict[str, Any]:
+    """The metadata of a weights file. Raises `UserError` for a damaged or foreign file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError, struct.error) as error:
+        raise _damaged(path, error) from error
+    try:
+        info = json.loads(metadata[KEY])
+        if info["format"] != FORMAT:
+            raise UserError(
+                f"{path} has format {info['format']}, not {FORMAT}", "Use a newer version of lab"
+            )
+        return info
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise UserError(
+            f"{path} does not say what network it holds", "Give a file that train.py wrote"
+        ) from error
+
+
+def load_weights(path: Path, network: nn.Module) -> None:
+    """Fills `network` from a file; raises `UserError` where it holds another architecture's."""
+    try:
+        tensors = safetensors.torch.load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise _damaged(path, error) from error
+    expected = network.state_dict()
+    for name in sorted(expected.keys() ^ tensors.keys()):
+        raise UserError(
+            f"{path} holds the weights of another architecture: "
+            + (f"it lacks {name}" if name in expected else f"{name} has no place"),
+            "Give the weights of the network that its metadata names",
+        )
+    for name, tensor in tensors.items():
+        if tensor.shape != expected[name].shape:
+            raise UserError(
+                f"{path} holds the weights of another architecture: {name} is "
+                f"{list(tensor.shape)}, not {list(expected[name].shape)}",
+                "Give the weights of the network that its metadata names",
+            )
+    network.load_state_dict(tensors)
+
+
+def require_same_classes(path: Path, about: dict[str, Any], split: Split) -> None:
+    """Nothing; raises `UserError` where the data's classes or channels are not the weights'."""
+    known, found = list(about["class_names"]), list(split.class_names)
+    if known != found:
+        missing = ", ".join(sorted(set(known) ^ set(found))[:5]) or "their order"
+        raise UserError(
+            f"{path} knows {len(known)} classes and the data has {len(found)}; they differ in {missing}",
+            "Give --dataset and --data-dir with the classes that it was trained on",
+        )
+    channels = about["model"]["channels"]
+    if split.images.shape[1] != channels:
+        raise UserError(
+            f"{path} takes images of {channels} channels, the data has {split.images.shape[1]}",
+            "Give data like that it was trained on",
+        )
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path} is damaged ({error})", "Train again, or give another file")

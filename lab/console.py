@@ -1,0 +1,344 @@
+"""What the scripts say: settings, a live line while training, a row an epoch, the closing report.
+
+The only importer of rich. Silent off the main process. On a terminal that can redraw, lines are
+coloured and progress is live; elsewhere (a pipe, a log file, TERM=dumb) the same facts are plain
+lines, never wrapped, without control codes.
+"""
+
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
+from functools import cache
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, RenderableType
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.spinner import Spinner
+from rich.table import Table
+from rich.text import Text
+
+# Class names and paths come from users and strangers' files: they may not steer the terminal.
+_CONTROL_CODES = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_UNLIMITED = 10_000  # a log has no right margin: nothing is wrapped or cut
+
+_main_process: bool | None = None
+_quiet = False
+_live_line = False
+_header_printed = False
+
+
+def configure(*, main_process: bool, quiet: bool = False) -> None:
+    """Sets who speaks, and lets the next epoch row print its header again.
+
+    Until it is called, the process whose environment has RANK unset or 0 is the main one.
+    """
+    global _main_process, _quiet, _header_printed
+    _main_process, _quiet, _header_printed = main_process, quiet, False
+
+
+def say(text: str) -> None:
+    """Prints a line on standard output, unless quiet."""
+    if _chatty():
+        _line(text)
+
+
+def warn(text: str) -> None:
+    """Prints one line, `warning: TEXT`, on standard error, also when quiet."""
+    _stderr_line(f"warning: {text}")
+
+
+def error(text: str) -> None:
+    """Prints one line, `error: TEXT`, on standard error, also when quiet."""
+    _stderr_line(f"error: {text}")
+
+
+def settings(title: str, rows: Mapping[str, object]) -> None:
+    """Prints what was chosen: a title, then a key and its value a line."""
+    if _chatty():
+        _line(title, "bold")
+        _line(_pairs(rows, indent="  "))
+
+
+@contextmanager
+def working(text: str) -> Iterator[None]:
+    """Shows a spinner while something slow runs; one plain line where there is no terminal."""
+    if _chatty() and _out().is_terminal:
+        spinner = Spinner("dots", text=_text(text), style="cyan")
+        with _live(lambda: spinner, per_second=8):
+            yield
+    else:
+        say(f"{text} ...")
+        yield
+
+
+class EpochProgress:
+    """How far an epoch is. `update` only stores numbers; rich's refresh thread calls `draw`."""
+
+    def __init__(self, epoch: int, num_epochs: int, num_steps: int):
+        self.title, self.num_steps, self.step = f"epoch {epoch}/{num_epochs}", num_steps, 0
+        self.images_per_second: float | None = None
+        self.loss: float | None = None
+        self.first: tuple[int, float] | None = None  # step and clock of the first update
+
+    def update(
+        self, step: int, images_per_second: float | None = None, loss: float | None = None
+    ) -> None:
+        """Stores that `step` of `num_steps` steps are done; a number left out keeps its value."""
+        self.step = step
+        if self.first is None:
+            self.first = step, time.monotonic()
+        if images_per_second is not None:
+            self.images_per_second = images_per_second
+        if loss is not None:
+            self.loss = loss
+
+    def draw(self) -> Table:
+        """One line: title, bar, steps, speed, loss, time left."""
+        step, first = self.step, self.first
+        facts = [f"{step:>{len(str(self.num_steps))}}/{self.num_steps}"]
+        if self.images_per_second is not None:
+            facts.append(f"{self.images_per_second:,.0f} images/s")
+        if self.loss is not None:
+            facts.append(f"loss {_decimals(self.loss)}")
+        # Timed from the first update on: an epoch can resume midway, and its first step is slow.
+        if first is not None and step > first[0]:
+            seconds = (time.monotonic() - first[1]) / (step - first[0]) * (self.num_steps - step)
+            facts.append(f"{timedelta(seconds=max(0, round(seconds)))} left")
+        right = "  ".join(facts)
+        width = max(4, min(40, _out().width - len(self.title) - len(right) - 3))
+        line = Table.grid("", "", "", padding=(0, 1))
+        for column in line.columns:
+            column.no_wrap = True
+        bar = ProgressBar(max(1, self.num_steps), step, width=width)
+        line.add_row(_text(self.title, "bold"), bar, right)
+        return line
+
+
+@contextmanager
+def epoch_progress(epoch: int, num_epochs: int, num_steps: int) -> Iterator[EpochProgress]:
+    """Yields an EpochProgress to update every step; its line is gone at the end of the epoch."""
+    progress = EpochProgress(epoch, num_epochs, num_steps)
+    shown = _chatty() and _out().is_terminal
+    with _live(progress.draw, per_second=4) if shown else nullcontext():
+        yield progress
+
+
+def epoch_row(row: Mapping[str, Any], best: bool, selected_on: str) -> None:
+    """Prints a line of history.jsonl, starred when it is the best so far; a header comes first."""
+    global _header_printed
+    if not _chatty():
+        return
+    split = "val" if selected_on == "validation" else selected_on
+    seconds = (row.get("train_seconds") or 0.0) + (row.get("eval_seconds") or 0.0)
+    columns = {  # a column is as wide as its name
+        "epoch": str(row["epoch"]),
+        "train loss": _decimals(row.get("train_loss")),
+        "train acc": _decimals(row.get("train_accuracy")),
+        f"{split} loss": _decimals(row.get("val_loss")),
+        f"{split} acc": _decimals(row.get("val_accuracy")),
+        f"{split} F1".rjust(6): _decimals(row.get("val_macro_f1")),
+        "     lr": _formatted(row.get("learning_rate"), ".2g"),
+        "  img/s": _formatted(row.get("images_per_second"), ",.0f"),
+        "  time": _duration(seconds),
+    }
+    gap = "  " if _out().width >= sum(len(name) + 2 for name in columns) else " "
+    if not _header_printed:
+        _line(gap.join(columns), "bold cyan")
+        _header_printed = True
+    star = (" ★" if _out().is_terminal else " *") if best else ""
+    cells = gap.join(cell.rjust(len(name)) for name, cell in columns.items())
+    _line(_text(cells) + _text(star, "bold yellow"))
+
+
+def report(
+    report: Mapping[str, Any], *, title: str, files: Mapping[str, str], command: str | None
+) -> None:
+    """Prints the result: numbers, where the files are, the command that gives the numbers again.
+
+    Also when quiet. Paths and command stand below the panel, unbroken, so that they can be copied.
+    """
+    if not _is_main():
+        return
+    forms = {"accuracy": ".4f", "macro_f1": ".4f", "loss": ".4f", "num_samples": ",d"}
+    names = {"macro_f1": "macro-F1", "num_samples": "samples"}
+    numbers = {
+        names.get(key, key.replace("_", " ")): _formatted(report[key], forms.get(key, ""))
+        for key in (*forms, "split", "best_epoch", "selected_on")
+        if report.get(key) is not None
+    }
+    more = {**files, "reproduce": command} if command else files
+    if _out().is_terminal:
+        heading = _text(title, "bold")
+        _out().print(Panel(_pairs(numbers), title=heading, border_style="green", expand=False))
+    else:
+        _line("\n".join([title, *(f"{key}: {value}" for key, value in numbers.items())]))
+    if report.get("selected_on") == "test":
+        note = "chosen on the test split (the notebooks' protocol): an optimistic number"
+        _line(f"note: {note}", "yellow")
+    if _out().is_terminal and more:
+        _line(_pairs(more))
+    else:
+        for key, value in more.items():
+            _line(f"{key}: {value}")
+
+
+def class_table(report: Mapping[str, Any]) -> None:
+    """Prints precision, recall, F1 and support of every class; the lowest F1 is marked yellow."""
+    if not _chatty():
+        return
+    lowest = min((row["f1"] for row in report["per_class"]), default=0.0)
+    table = _table("class", "precision", "recall", "F1", "support")
+    for row in report["per_class"]:
+        numbers = [f"{row[key]:.4f}" for key in ("precision", "recall", "f1")]
+        style = "yellow" if row["f1"] == lowest < 1 else ""
+        table.add_row(_text(row["class"]), *numbers, f"{row['support']:,}", style=style)
+    _out().print(table)
+
+
+def confusion_matrix(report: Mapping[str, Any]) -> None:
+    """Prints the matrix, a row a true class and a column a predicted one.
+
+    Columns are headed by class names where these fit, else by class numbers. With more than 20
+    classes, or too wide for the terminal, the 10 most frequent confusions are listed instead.
+    """
+    if not _chatty():
+        return
+    out, matrix, names = _out(), report["confusion_matrix"], report["class_names"]
+    if len(names) <= 20:
+        room = out.width if out.is_terminal else 120  # wider is unreadable in a log, too
+        numbered = [f"{k} {name}" for k, name in enumerate(names)]
+        for labels, heads in (names, names), (numbered, range(len(names))):
+            table = _matrix_table(matrix, labels, heads)
+            if out.measure(table, options=out.options.update(width=_UNLIMITED)).maximum <= room:
+                return out.print(table)
+    errors = [(n, i, j) for i, row in enumerate(matrix) for j, n in enumerate(row) if n and i != j]
+    errors.sort(key=lambda error: -error[0])
+    _line("most frequent confusions, true -> predicted" if errors else "no confusions", "bold")
+    for count, i, j in errors[:10]:
+        share = f" ({100 * count / sum(matrix[i]):.1f} % of true)"
+        pair = _text(f"  {names[i]} -> {names[j]}: ")
+        _line(pair + _text(f"{count:,}", "bold red") + _text(share))
+
+
+def _matrix_table(
+    matrix: Sequence[Sequence[int]], labels: Sequence[str], heads: Sequence[object]
+) -> Table:
+    width = max((len(f"{count:,}") for row in matrix for count in row), default=1)
+    table = _table("true \\ predicted", *heads)
+    for i, row in enumerate(matrix):
+        cells = []
+        for j, count in enumerate(row):
+            style = "bold green" if i == j else _error_style(count / max(1, sum(row)))
+            cells.append(_text(f"{count:>{width},}", style))
+        table.add_row(_text(labels[i]), *cells)
+    return table
+
+
+def _error_style(share: float) -> str:
+    """Redder, the larger the share of a class that is taken for one other; full at a quarter."""
+    if share < 0.02:
+        return "red" if share else "dim"
+    return f"white on rgb({110 + int(120 * min(1, 4 * share))},0,0)"
+
+
+def _is_main() -> bool:
+    return os.environ.get("RANK", "0") == "0" if _main_process is None else _main_process
+
+
+def _chatty() -> bool:
+    return _is_main() and not _quiet
+
+
+@cache
+def _out() -> Console:
+    """The Console on standard output; `is_terminal` tells coloured and live from plain."""
+    # Python's own choice for standard error: a name that the log cannot encode ends no training.
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    utf8 = (sys.stdout.encoding or "").lower().startswith("utf")
+    if sys.stdout.isatty() and utf8 and os.environ.get("TERM") not in ("dumb", "unknown"):
+        return Console(force_terminal=True)
+    return Console(force_terminal=False, color_system=None, width=_UNLIMITED)
+
+
+def _text(value: object, style: str = "") -> Text:
+    """A value as literal text: no markup, no control codes."""
+    return value if isinstance(value, Text) else Text(_CONTROL_CODES.sub("?", str(value)), style)
+
+
+def _pairs(rows: Mapping[str, object], indent: str = "") -> Text:
+    """A line a row: the key, padded, and its value."""
+    width = max(map(len, rows), default=0)
+    lines = [
+        Text.assemble(
+            _text(f"{indent}{key:<{width}}  ", "cyan"), _text("-" if value is None else value)
+        )
+        for key, value in rows.items()
+    ]
+    return _text("\n").join(lines)
+
+
+def _line(value: object, style: str = "") -> None:
+    _out().print(_text(value, style), soft_wrap=True)
+
+
+def _stderr_line(text: str) -> None:
+    if not _is_main():
+        return
+    text = " ".join(line.strip() for line in text.splitlines() if line.strip())
+    # The live line, if any, is erased first; the next refresh draws it again below.
+    erase = "\r\x1b[2K" if _live_line and sys.stderr.isatty() else ""
+    print(erase + _CONTROL_CODES.sub("?", text), file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _live(draw: Callable[[], RenderableType], per_second: int) -> Iterator[None]:
+    global _live_line
+    # Not redirected: a loader worker forked while rich holds its lock would hang on a print.
+    with Live(
+        get_renderable=draw,
+        console=_out(),
+        refresh_per_second=per_second,
+        transient=True,
+        redirect_stdout=False,
+        redirect_stderr=False,
+    ):
+        _live_line = True
+        try:
+            yield
+        finally:
+            _live_line = False
+
+
+def _table(first: object, *others: object) -> Table:
+    """A table whose first column holds names, and the others numbers."""
+    box = SIMPLE_HEAD if _out().is_terminal else None
+    table = Table(box=box, pad_edge=False, padding=(0, 1 if box else 2, 0, 0))
+    table.add_column(_text(first), overflow="fold")
+    for name in others:
+        table.add_column(_text(name), justify="right", no_wrap=True)
+    return table
+
+
+def _formatted(value: Any, form: str) -> str:
+    return "-" if value is None else f"{value:{form}}"
+
+
+def _decimals(value: float | None) -> str:
+    """Four decimals, or an exponent where a diverging loss would break the columns."""
+    return _formatted(value, ".4f" if value is None or abs(value) < 1000 else ".1e")
+
+
+def _duration(seconds: float) -> str:
+    """A duration in at most six characters: 12.3s, 4m05s, 2h07m."""
+    if seconds < 59.95:
+        return f"{seconds:.1f}s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}m{rest:02}s" if minutes < 60 else f"{minutes // 60}h{minutes % 60:02}m"

@@ -1,0 +1,214 @@
+"""Two loaders, one order of samples, one `Batch` (promises P1 and P2).
+
+Accelerate's own sharding of a DataLoader pads the last batch with samples seen before, and what a
+batch holds depends on the number of processes; so the project cuts its batches itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lab.data.augment import Preprocess, random_bits
+from lab.data.sources import Images, Split
+from lab.errors import UserError
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One process's part of a global batch, on its device. It may be empty."""
+
+    images: Tensor  # float32 [n, C, H, W], normalised
+    labels: Tensor  # int64 [n]
+    index: Tensor  # int64 [n], positions in the split
+    num_global: int  # samples of the batch over all processes
+
+
+def permutation(num_samples: int, seed: int, epoch: int) -> Tensor:
+    """The order of the samples in an epoch, int64 [N]: a function of (seed, epoch) alone."""
+    generator = torch.Generator().manual_seed((seed << 20) + epoch)
+    return torch.randperm(num_samples, generator=generator)
+
+
+def shard(num_items: int, rank: int, world_size: int) -> slice:
+    """A process's part of `num_items`: consecutive, sizes differing by at most one, none padded."""
+    return slice(-(-num_items * rank // world_size), -(-num_items * (rank + 1) // world_size))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which samples are in which batch, and which of them are this process's.
+
+    In training each batch is cut among the processes. In evaluation (`seed` None) whole batches
+    are dealt out, so that a sample shares its batch with the same others, and gives the same bits,
+    on any number of processes.
+    """
+
+    num_samples: int
+    batch_size: int  # global
+    seed: int | None
+    rank: int
+    world_size: int
+
+    @property
+    def num_batches(self) -> int:
+        """Batches of an epoch; in evaluation, of all processes together."""
+        return math.ceil(self.num_samples / self.batch_size)
+
+    def order(self, epoch: int) -> Tensor:
+        """Positions in the split in the order of this epoch, int64 [N]."""
+        if self.seed is None:
+            return torch.arange(self.num_samples)
+        return permutation(self.num_samples, self.seed, epoch)
+
+    def cuts(self, first: int = 0) -> Iterator[tuple[int, int, int]]:
+        """(start, stop, num_global) in `order` of this process's batches, from batch `first`."""
+        batches = range(first, self.num_batches)
+        if self.seed is None:
+            batches = range(self.num_batches)[shard(self.num_batches, self.rank, self.world_size)]
+        for b in batches:
+            start = b * self.batch_size
+            num_global = min(self.batch_size, self.num_samples - start)
+            part = slice(0, num_global)
+            if self.seed is not None:
+                part = shard(num_global, self.rank, self.world_size)
+            yield start + part.start, start + part.stop, num_global
+
+
+class ResidentLoader:
+    """Batches cut from a split that lies decoded on the device: no workers, no per-sample Python."""
+
+    def __init__(self, split: Split, plan: Plan, preprocess: Preprocess, device: torch.device):
+        assert isinstance(split.images, Tensor)
+        self.plan, self.preprocess, self.device = plan, preprocess, device
+        self.class_names = split.class_names
+        self.images = split.images.to(device)
+        self.labels = split.labels.to(device)
+
+    def batches(self, epoch: int = 0, first: int = 0) -> Iterator[Batch]:
+        """This process's part of each batch of an epoch, from batch `first` on."""
+        order = self.plan.order(epoch).to(self.device)
+        bits = _epoch_bits(self.plan, self.preprocess, epoch, self.device)
+        for start, stop, num_global in self.plan.cuts(first):
+            index = order[start:stop]
+            images = self.images[index]
+            images = self.preprocess(images, None if bits is None else bits[index])
+            yield Batch(images, self.labels[index], index, num_global)
+
+
+class StreamingLoader:
+    """Batches read and decoded by worker processes, for pictures larger than the memory.
+
+    The workers hand over uint8; augmentation and normalisation are the resident loader's, on the
+    device, so that both loaders give the same samples to the last bit.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        plan: Plan,
+        preprocess: Preprocess,
+        device: torch.device,
+        num_workers: int,
+    ):
+        self.plan, self.preprocess, self.device = plan, preprocess, device
+        self.class_names = split.class_names
+        self.labels = split.labels.to(device)
+        self.sampler = _BatchSampler(plan)
+        self.reader = DataLoader(
+            _BatchDataset(split.images),
+            sampler=self.sampler,
+            batch_size=None,  # the data set returns whole batches
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
+            prefetch_factor=4 if num_workers else None,
+            worker_init_fn=_one_thread,
+            pin_memory=device.type == "cuda",
+        )
+
+    def batches(self, epoch: int = 0, first: int = 0) -> Iterator[Batch]:
+        """This process's part of each batch of an epoch, from batch `first` on."""
+        self.sampler.epoch, self.sampler.first = epoch, first
+        bits = _epoch_bits(self.plan, self.preprocess, epoch, self.device)
+        order = self.plan.order(epoch).to(self.device)
+        for (start, stop, num_global), images in zip(
+            self.plan.cuts(first), self.reader, strict=True
+        ):
+            index = order[start:stop]
+            images = images.to(self.device, non_blocking=True)
+            images = self.preprocess(images, None if bits is None else bits[index])
+            yield Batch(images, self.labels[index], index, num_global)
+
+
+Loader = ResidentLoader | StreamingLoader
+
+
+def _epoch_bits(
+    plan: Plan, preprocess: Preprocess, epoch: int, device: torch.device
+) -> Tensor | None:
+    if plan.seed is None or not preprocess.augment:
+        return None
+    return random_bits(plan.seed, epoch, plan.num_samples, device)
+
+
+class _BatchDataset(torch.utils.data.Dataset):
+    """Indexed by the positions of a whole batch, so that a worker decodes into one tensor."""
+
+    def __init__(self, images: Images):
+        self.images = images
+
+    def __getitem__(self, index: Tensor) -> Tensor:
+        return self.images[index]
+
+
+class _BatchSampler(torch.utils.data.Sampler):
+    def __init__(self, plan: Plan):
+        self.plan, self.epoch, self.first = plan, 0, 0
+
+    def __iter__(self) -> Iterator[Tensor]:
+        order = self.plan.order(self.epoch)
+        for start, stop, _ in self.plan.cuts(self.first):
+            yield order[start:stop]
+
+
+def _one_thread(worker: int) -> None:
+    torch.set_num_threads(1)
+
+
+def build_loader(
+    split: Split,
+    preprocess: Preprocess,
+    *,
+    batch_size: int,
+    seed: int | None,
+    rank: int,
+    world_size: int,
+    device: torch.device,
+    kind: str,
+    num_workers: int,
+    memory: float,
+) -> Loader:
+    """A loader over `split`; `seed` None: in order, for evaluation.
+
+    `kind` is "resident", "streaming", or "auto": resident where the split is decoded and takes at
+    most `memory` bytes. Raises `UserError` for a training batch with fewer samples than processes.
+    """
+    if seed is not None and batch_size < world_size:
+        raise UserError(
+            f"--batch-size {batch_size} is smaller than the number of processes, {world_size}",
+            "It counts the samples of all processes together: give more",
+        )
+    plan = Plan(len(split.labels), batch_size, seed, rank, world_size)
+    if kind == "auto":
+        fits = isinstance(split.images, Tensor) and split.images.nbytes <= memory
+        kind = "resident" if fits else "streaming"
+    if kind == "resident":
+        return ResidentLoader(split, plan, preprocess, device)
+    # Images in memory are cut faster than they are sent from a worker.
+    num_workers = 0 if isinstance(split.images, Tensor) else num_workers
+    return StreamingLoader(split, plan, preprocess, device, num_workers)

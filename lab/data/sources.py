@@ -1,0 +1,246 @@
+"""Data sets as splits of uint8 images in memory: MNIST, Fashion-MNIST, CIFAR, digits, shapes.
+
+Downloads are torchvision's; one process a host does them, the others wait at a lock.
+"""
+
+from __future__ import annotations
+
+import gzip
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from lab.data import toy
+from lab.errors import UserError
+
+if TYPE_CHECKING:
+    from lab.data import DataConfig
+
+
+class Images(Protocol):
+    """What a split's images offer: a uint8 tensor [N, C, H, W], or files decoded when indexed."""
+
+    @property
+    def shape(self) -> Sequence[int]: ...
+    def __getitem__(self, index: Any) -> Any: ...
+    def take(self, index: Tensor) -> Any: ...
+    def decode_all(self, num_threads: int) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Split:
+    """Labelled images in a fixed order."""
+
+    images: Images  # uint8 [N, C, H, W]
+    labels: Tensor  # int64 [N]
+    class_names: tuple[str, ...]
+
+    def take(self, index: Tensor) -> Split:
+        """The samples at `index`, int64 [M], in that order."""
+        images = self.images
+        images = images[index] if isinstance(images, Tensor) else images.take(index)
+        return replace(self, images=images, labels=self.labels[index])
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a data set ships; a part that it lacks is None and is cut from `train`."""
+
+    train: Split
+    val: Split | None = None
+    test: Split | None = None
+
+
+def stratified_sample(labels: Tensor, count: int, seed: int) -> Tensor:
+    """The sorted positions, int64 [count], of a random sample with each class's share kept.
+
+    Every class gets the whole part of its share; the places left go to the largest remainders.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    sizes = torch.bincount(labels)
+    shares = sizes * count / max(1, len(labels))
+    quota = shares.floor().long()
+    left = count - int(quota.sum())
+    quota[torch.argsort(shares - quota, descending=True, stable=True)[:left]] += 1
+    chosen = []
+    for label, size in enumerate(quota.tolist()):
+        members = torch.nonzero(labels == label).flatten()
+        chosen.append(members[torch.randperm(len(members), generator=generator)[:size]])
+    return torch.cat(chosen).sort().values
+
+
+def stratified_cut(split: Split, fraction: float, seed: int) -> tuple[Split, Split]:
+    """(rest, cut): `fraction` of the samples of each class cut off, seeded; both in order."""
+    num_cut = max(1, round(len(split.labels) * fraction))
+    cut = stratified_sample(split.labels, num_cut, seed)
+    rest = torch.ones(len(split.labels), dtype=torch.bool)
+    rest[cut] = False
+    return split.take(rest.nonzero().flatten()), split.take(cut)
+
+
+def limit(split: Split, count: int, seed: int) -> Split:
+    """At most `count` samples, stratified and seeded; all of them where `count` is 0."""
+    if count == 0 or count >= len(split.labels):
+        return split
+    return split.take(stratified_sample(split.labels, count, seed))
+
+
+def in_memory(split: Split, num_threads: int) -> Split:
+    """The split with its pictures decoded, where they lie in files."""
+    if isinstance(split.images, Tensor):
+        return split
+    return replace(split, images=split.images.decode_all(num_threads))
+
+
+def resize(split: Split, size: int) -> Split:
+    """The split with images of `size` x `size` pixels: bilinear, antialiased, rounded to uint8."""
+    if split.images.shape[-2:] == (size, size):
+        return split
+    from torchvision.transforms.v2 import functional as F
+
+    images = split.images
+    chunks = [F.resize(images[i : i + 4096], [size, size]) for i in range(0, len(images), 4096)]  # type: ignore[arg-type]
+    return replace(split, images=torch.cat(chunks))
+
+
+def channel_statistics(images: Images) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """(mean, std) of each channel in units of the full range.
+
+    From every image, or from 10,000 evenly spaced ones where there are more: a larger sample would
+    move neither by 0.001.
+    """
+    num_images, num_channels = images.shape[0], images.shape[1]
+    counts = torch.zeros(num_channels, 256, dtype=torch.float64)
+    sample = torch.linspace(0, num_images - 1, min(num_images, 10_000)).long()
+    for index in sample.split(1000):
+        for channel, values in enumerate(images[index].transpose(0, 1).flatten(1)):
+            counts[channel] += torch.bincount(values, minlength=256)
+    values = torch.arange(256, dtype=torch.float64) / 255
+    share = counts / counts.sum(1, keepdim=True)
+    mean = share @ values
+    std = (share @ values**2 - mean**2).clamp(min=1e-6).sqrt()
+    return tuple(round(m, 4) for m in mean.tolist()), tuple(round(s, 4) for s in std.tolist())
+
+
+def read_digits(config: DataConfig) -> Parts:
+    """The 1,797 handwritten digits of UCI, 8 x 8, bundled with the package."""
+    images, labels = toy.load_digits()
+    return Parts(Split(images, labels, tuple("0123456789")))
+
+
+def read_shapes(config: DataConfig) -> Parts:
+    """Procedural pictures: `num_samples` to train on and a fifth as many to test on."""
+    train, test = (
+        Split(*toy.make_shapes(n, seed=2 * config.split_seed + i), toy.SHAPE_NAMES)
+        for i, n in enumerate((config.num_samples, max(1, config.num_samples // 5)))
+    )
+    return Parts(train, test=test)
+
+
+def read_mnist(config: DataConfig) -> Parts:
+    """MNIST (LeCun, Cortes, Burges 1998): 60,000 + 10,000 grey digits, 28 x 28."""
+    return _read_idx("MNIST", config.data_dir, tuple("0123456789"))
+
+
+def read_fashion_mnist(config: DataConfig) -> Parts:
+    """Fashion-MNIST (Xiao, Rasul, Vollgraf 2017): 60,000 + 10,000 grey clothes, 28 x 28."""
+    from torchvision.datasets import FashionMNIST
+
+    return _read_idx("FashionMNIST", config.data_dir, tuple(FashionMNIST.classes))
+
+
+def read_cifar10(config: DataConfig) -> Parts:
+    """CIFAR-10 (Krizhevsky 2009): 50,000 + 10,000 colour photographs, 32 x 32."""
+    return _read_cifar("CIFAR10", config.data_dir)
+
+
+def read_cifar100(config: DataConfig) -> Parts:
+    """CIFAR-100 (Krizhevsky 2009): as CIFAR-10, in 100 classes."""
+    return _read_cifar("CIFAR100", config.data_dir)
+
+
+def _read_idx(name: str, data_dir: str, class_names: tuple[str, ...]) -> Parts:
+    """The two splits of a data set in MNIST's IDX format, from DATA_DIR/NAME/raw."""
+    raw = Path(data_dir) / name / "raw"
+
+    def find(file: str) -> Path | None:
+        return next((p for p in (raw / file, raw / f"{file}.gz") if p.is_file()), None)
+
+    names = [
+        f"{split}-{kind}-ubyte" for split in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")
+    ]
+    if not all(find(n) for n in names):
+        _download(name, data_dir, missing=lambda: not all(find(n) for n in names))
+    arrays = [_read_idx_file(find(n)) for n in names]
+    splits = []
+    for images, labels in (arrays[:2], arrays[2:]):
+        if len(images) != len(labels) or int(labels.max()) >= len(class_names):
+            raise UserError(
+                f"images and labels of {name} in {raw} do not belong together",
+                "Delete that folder, so that it is downloaded anew",
+            )
+        splits.append(Split(images.unsqueeze(1), labels.long(), class_names))
+    return Parts(splits[0], test=splits[1])
+
+
+def _read_idx_file(path: Path) -> Tensor:
+    """The uint8 array in an IDX file (http://yann.lecun.com/exdb/mnist, "file formats")."""
+    try:
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        if content[:3] != b"\0\0\x08":
+            raise ValueError("not an IDX file of bytes")
+        num_dims = content[3]
+        header = 4 + 4 * num_dims
+        shape = [int.from_bytes(content[i : i + 4], "big") for i in range(4, header, 4)]
+        data = torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=header)
+        return data.view(shape)
+    except (OSError, EOFError, ValueError, RuntimeError, IndexError) as error:
+        raise UserError(
+            f"{path} is damaged ({error})", "Delete it, so that it is downloaded anew"
+        ) from error
+
+
+def _read_cifar(name: str, data_dir: str) -> Parts:
+    """The two splits of CIFAR through torchvision, which checks each file's MD5 before it reads."""
+    from torchvision import datasets
+
+    def read(train: bool) -> Any:
+        try:
+            return getattr(datasets, name)(data_dir, train=train)
+        except (RuntimeError, OSError):  # missing, or not what its MD5 promises
+            return None
+
+    if read(train=True) is None:
+        _download(name, data_dir, missing=lambda: read(train=True) is None)
+    splits = []
+    for train in (True, False):
+        data = read(train)
+        if data is None:
+            raise UserError(
+                f"{name} in {data_dir} is damaged", "Delete it, so that it is downloaded anew"
+            )
+        images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
+        splits.append(Split(images, torch.tensor(data.targets), tuple(data.classes)))
+    return Parts(splits[0], test=splits[1])
+
+
+def _download(name: str, data_dir: str, missing: Any) -> None:
+    """Lets torchvision download a data set, once a host however many processes ask."""
+    from filelock import FileLock
+    from torchvision import datasets
+
+    try:
+        Path(data_dir).mkdir(parents=True, exist_ok=True)
+        with FileLock(Path(data_dir) / f".{name}.lock"):
+            if missing():
+                getattr(datasets, name)(data_dir, download=True)
+    except (OSError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"{name} is not in {data_dir} and could not be downloaded ({reason})",
+            "Check the network or give --data-dir; `--dataset digits` needs no download",
+        ) from error

@@ -1,0 +1,187 @@
+"""Where a run takes place: the Accelerator, precision and threads; what processes must agree on."""
+
+import math
+import os
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import psutil
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedDataParallelKwargs, gather_object
+
+from lab import console
+from lab.errors import UserError
+
+
+def build_accelerator(
+    *,
+    mixed_precision: str = "auto",
+    large_model: bool = False,
+    threads: int = 0,
+    deterministic: bool = False,
+    quiet: bool = False,
+) -> Accelerator:
+    """The Accelerator of this process, joined with the others that its launcher started.
+
+    Raises `UserError` where the launcher's processes would each train alone, and for a precision
+    that the device lacks.
+    """
+    _refuse_a_lone_launch()
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    on_cpu = not torch.accelerator.is_available() or _flag("ACCELERATE_USE_CPU")
+    device_type = "cpu" if on_cpu else torch.accelerator.current_accelerator().type
+    AcceleratorState._reset_state()  # a second run in one process may choose another precision
+    accelerator = Accelerator(
+        mixed_precision=choose_precision(mixed_precision, device_type, large_model),
+        # Without it, a CPU world started by torchrun or a MULTI_GPU file is one world a process.
+        cpu=on_cpu,
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+    )
+    if accelerator.num_processes != world_size:
+        raise UserError(
+            f"the launcher started {world_size} processes, but they do not form one world "
+            f"(this one sees {accelerator.num_processes})",
+            "Launch with `accelerate launch --config_file accelerate_configs/multi_cpu.yaml`",
+        )
+    console.configure(main_process=accelerator.is_main_process, quiet=quiet)
+    torch.set_num_threads(threads or default_threads())
+    if device_type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cudnn.benchmark = not deterministic
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(deterministic)
+    return accelerator
+
+
+def choose_precision(requested: str, device_type: str, large_model: bool) -> str:
+    """"no", "bf16" or "fp16". "auto" is bfloat16 where the hardware multiplies it and the network
+    is large enough to gain; what `accelerate launch --mixed_precision` named comes before that.
+    """
+    if requested == "auto":
+        launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        if launched in ("bf16", "fp16"):
+            requested = launched
+        else:
+            requested = "bf16" if large_model and multiplies_bfloat16(device_type) else "no"
+    if requested == "fp16" and device_type == "cpu":
+        raise UserError("--mixed-precision fp16: a CPU cannot train in fp16", "Give --mixed-precision bf16 or no")
+    return requested
+
+
+def multiplies_bfloat16(device_type: str) -> bool:
+    """Whether the device has bfloat16 arithmetic in hardware; emulated, it is slower than float32."""
+    if device_type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device_type == "cpu":
+        features = torch.cpu.get_capabilities()
+        return bool(features.get("avx512_bf16") or features.get("amx_bf16"))
+    return False
+
+
+def local_world_size() -> int:
+    """Processes of this run on this host."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def default_threads() -> int:
+    """CPU threads of a process: what the user's OMP_NUM_THREADS says, else its share of the cores.
+
+    Launchers set OMP_NUM_THREADS=1 on their own: a 1 under a launcher is not the user's word.
+    """
+    launched = {"LOCAL_WORLD_SIZE", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys()
+    chosen = os.environ.get("OMP_NUM_THREADS", "")
+    if chosen.isdigit() and int(chosen) > (1 if launched else 0):
+        return int(chosen)
+    return max(1, num_cores() // local_world_size())
+
+
+def memory_for_data(device: torch.device) -> float:
+    """Bytes that a process may fill with decoded pictures: half of its share of what is free."""
+    free = psutil.virtual_memory().available / local_world_size()
+    if device.type == "cuda":
+        free = min(free, torch.cuda.mem_get_info(device)[0])
+    return free / 2
+
+
+def loader_place(accelerator: Accelerator, kind: str, workers: int) -> dict[str, Any]:
+    """What `lab.data.loaders.build_loader` needs to know of this process and its host."""
+    return {
+        "rank": accelerator.process_index,
+        "world_size": accelerator.num_processes,
+        "device": accelerator.device,
+        "kind": kind,
+        "num_workers": min(8, default_threads()) if workers < 0 else workers,
+        "memory": {"resident": math.inf, "streaming": 0}.get(
+            kind, memory_for_data(accelerator.device)
+        ),
+    }
+
+
+def describe(accelerator: Accelerator) -> dict[str, Any]:
+    """Where this run takes place, as config.json keeps it."""
+    device = accelerator.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
+    return {
+        "device": device.type,
+        "device_name": name or platform.machine(),
+        "world_size": accelerator.num_processes,
+        "precision": accelerator.mixed_precision,
+        "threads": torch.get_num_threads(),
+    }
+
+
+@contextmanager
+def together(accelerator: Accelerator) -> Iterator[None]:
+    """A stretch that all processes pass or none: a `UserError` on one is raised on every process.
+
+    So the main process can print it, whoever met it, and no process waits for one that is gone.
+    """
+    mistake: UserError | None = None
+    try:
+        yield
+    except UserError as error:
+        mistake = error
+    if accelerator.num_processes > 1:
+        mistakes = gather_object([(mistake.what, mistake.hint) if mistake else None])
+        others = next((m for m in mistakes if m), None)
+        if mistake is None and others:
+            mistake = UserError(*others)
+    if mistake:
+        raise mistake
+
+
+def _flag(name: str) -> bool:
+    return os.environ.get(name, "").lower() in ("1", "true", "yes", "on")
+
+
+def _refuse_a_lone_launch() -> None:
+    """Raises where `accelerate launch --cpu --num_processes N` started one process instead of N.
+
+    Its simple launcher takes that path in silence (Accelerate 1.15) and leaves no trace in the
+    environment, so the parent's command line is read.
+    """
+    if "WORLD_SIZE" in os.environ or not _flag("ACCELERATE_USE_CPU"):
+        return
+    try:
+        words = psutil.Process().parent().cmdline()
+    except (psutil.Error, AttributeError):
+        return
+    for i, word in enumerate(words):
+        name, _, value = word.replace("-", "_").partition("=")
+        if name == "__num_processes":
+            count = value or "".join(words[i + 1 : i + 2])
+            if count.isdigit() and int(count) > 1:
+                raise UserError(
+                    f"accelerate launch --cpu --num_processes {count} started one process",
+                    "Launch with `--config_file accelerate_configs/multi_cpu.yaml`, or torchrun",
+                )

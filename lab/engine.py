@@ -1,0 +1,162 @@
+"""train_one_epoch: steps, accumulation, clipping, average of the weights, non-finite guard."""
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from lab.config import TrainConfig
+from lab.data.loaders import Batch, Loader, shard
+from lab.errors import UserError
+from lab.models import find_model
+from lab.optim import build_optimizer, learning_rate
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What an epoch of training gave; means are over its samples, of all processes."""
+
+    step: int  # optimizer steps since the run began
+    loss: float
+    accuracy: float
+    learning_rate: float  # of the last step
+    seconds: float
+    images_per_second: float
+
+
+@dataclass
+class Trainer:
+    """The objects that a training step works on."""
+
+    accelerator: Accelerator
+    config: TrainConfig
+    network: nn.Module  # the plain network
+    model: nn.Module  # the same, wrapped for training on all processes
+    optimizer: AcceleratedOptimizer
+    average: AveragedModel | None  # of the weights, where `ema` is on
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The plain network whose weights are evaluated and kept."""
+        return self.average.module if self.average else self.network
+
+
+def lay_out(network: nn.Module, name: str, device: torch.device) -> nn.Module:
+    """The network on the device, in the memory format that its convolutions are fastest in."""
+    if find_model(name).large and device.type in ("cpu", "cuda"):
+        network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return network.to(device)
+
+
+def prepare(accelerator: Accelerator, network: nn.Module, config: TrainConfig) -> Trainer:
+    """The network and its optimizer, placed by Accelerate; raises `UserError`."""
+    if config.sync_bn:
+        if accelerator.device.type != "cuda":
+            raise UserError("--sync-bn needs GPUs", "Leave it out on other devices")
+        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    network = lay_out(network, config.model, accelerator.device)
+    average = None
+    if config.ema:
+        average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
+    if config.compile:
+        network.compile()  # in place: the keys of the weights stay those of the plain network
+    optimizer = build_optimizer(network, config)
+    model, optimizer = accelerator.prepare(network, optimizer)
+    return Trainer(accelerator, config, network, model, optimizer, average)
+
+
+def train_one_epoch(
+    trainer: Trainer,
+    loader: Loader,
+    epoch: int,
+    first_step: int,
+    on_step: Callable[..., None],
+    on_log: Callable[[list[dict[str, Any]]], None],
+) -> Trained:
+    """Trains epoch `epoch` (from 1), whose first optimizer step is `first_step` (from 0).
+
+    `on_step(step in epoch, images a second, loss)` is called after each step; `on_log` gets a row
+    of steps.jsonl every `log_every` steps, `loss` being the mean over the global batch. Raises
+    `UserError` when a logged loss is not finite.
+    """
+    accelerator, config, device = trainer.accelerator, trainer.config, trainer.accelerator.device
+    trainer.model.train()
+    sums = torch.zeros(2, device=device)  # of loss and of hits, on this process
+    start, num_samples, step, lr, loss = time.perf_counter(), 0, first_step, 0.0, None
+    for batch in loader.batches(epoch):
+        lr = learning_rate(config, step, loader.plan.num_batches)
+        for group in trainer.optimizer.param_groups:
+            group["lr"] = lr
+        torch.manual_seed(_step_seed(config.seed, step, accelerator.process_index))
+        batch_sums = train_step(trainer, batch)
+        sums += batch_sums
+        step += 1
+        num_samples += batch.num_global
+        if step % config.log_every == 0:
+            loss = accelerator.reduce(batch_sums[0]).item() / batch.num_global
+            _require_finite(loss, step, lr)
+            on_log([{"step": step, "epoch": epoch, "loss": loss, "learning_rate": lr}])
+        on_step(step - first_step, num_samples / (time.perf_counter() - start), loss)
+        if config.max_steps and step >= config.max_steps:
+            break
+    loss_sum, hits = accelerator.reduce(sums).tolist()
+    _require_finite(loss_sum, step, lr)
+    seconds = time.perf_counter() - start
+    return Trained(
+        step, loss_sum / num_samples, hits / num_samples, lr, seconds, num_samples / seconds
+    )
+
+
+def train_step(trainer: Trainer, batch: Batch) -> Tensor:
+    """One optimizer step; this process's [sum of losses, number of hits], float32 on the device.
+
+    The gradient is that of the mean loss over the global batch, however unevenly it is cut: each
+    process weighs its samples by 1 / num_global, and DistributedDataParallel's mean over processes
+    is undone.
+    """
+    accelerator, config = trainer.accelerator, trainer.config
+    scale = accelerator.num_processes / batch.num_global
+    sums = torch.zeros(2, device=accelerator.device)
+    # A process without samples still takes part: in the collective, with an empty batch.
+    num_parts = max(1, min(config.accumulate, len(batch.labels)))
+    for i in range(num_parts):
+        part = shard(len(batch.labels), i, num_parts)
+        images, labels = batch.images[part], batch.labels[part]
+        last = i == num_parts - 1
+        with nullcontext() if last else accelerator.no_sync(trainer.model):
+            logits = trainer.model(images)
+            loss = F.cross_entropy(
+                logits, labels, reduction="sum", label_smoothing=config.label_smoothing
+            )
+            accelerator.backward(loss * scale)
+        hits = (logits.detach().argmax(1) == labels).sum()
+        sums += torch.stack([loss.detach(), hits.to(loss.dtype)])
+    if config.clip_norm:
+        accelerator.clip_grad_norm_(trainer.model.parameters(), config.clip_norm)
+    trainer.optimizer.step()
+    trainer.optimizer.zero_grad()
+    if trainer.average:
+        trainer.average.update_parameters(trainer.network)
+    return sums
+
+
+def _step_seed(seed: int, step: int, rank: int) -> int:
+    """The seed of a step's dropout on one process: no random state need be kept."""
+    return ((seed << 32) + step * 1_000_003 + rank) % 2**63
+
+
+def _require_finite(loss: float, step: int, lr: float) -> None:
+    if not math.isfinite(loss):
+        raise UserError(
+            f"the loss is {loss} at step {step} (learning rate {lr:g})",
+            "Lower --lr, or give --clip-norm 1 or --warmup-epochs 1",
+        )

@@ -1,0 +1,70 @@
+"""predict_all: what a network says of every sample of a split, each seen once (promise P1)."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import broadcast
+from torch import Tensor, nn
+
+from lab.data.loaders import Loader
+from lab.metrics import report
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """One entry a sample, in the split's order, on the CPU, the same on every process."""
+
+    labels: Tensor  # int64 [N]
+    predictions: Tensor  # int64 [N]
+    confidence: Tensor  # float64 [N], softmax of the predicted class
+    losses: Tensor  # float64 [N], cross-entropy
+    class_names: tuple[str, ...]
+
+    def rows(self) -> Iterator[tuple[int, int, int, float]]:
+        """(index, label, prediction, confidence) of each sample."""
+        columns = (self.labels, self.predictions, self.confidence)
+        return zip(range(len(self.labels)), *(c.tolist() for c in columns), strict=True)
+
+    def report(self) -> dict:
+        """The numbers of report.json, but for what they were measured on."""
+        return report(self.labels, self.predictions, self.losses, self.class_names)
+
+
+@torch.no_grad()
+def predict_all(accelerator: Accelerator, network: nn.Module, loader: Loader) -> Predictions:
+    """The predictions for a whole split, gathered across processes by the samples' index.
+
+    `network` is the plain one: processes may have different numbers of batches, and
+    DistributedDataParallel's forward would wait for its peers. A sample that was not seen, or seen
+    twice, raises AssertionError.
+    """
+    if accelerator.num_processes > 1:  # BatchNorm's statistics are each process's own until here
+        for buffer in network.buffers():
+            broadcast(buffer)
+    network.eval()
+    # Accelerate's gather_for_metrics trims by a count that it guesses: gather by index instead.
+    # Row 0 counts how often each sample was seen; float32 holds each value here exactly.
+    table = torch.zeros(5, loader.plan.num_samples, device=accelerator.device)
+    for batch in loader.batches():
+        with accelerator.autocast():
+            logits = network(batch.images)
+        logits = logits.float()
+        losses = F.cross_entropy(logits, batch.labels, reduction="none")
+        confidence, predictions = logits.softmax(1).max(1)
+        columns = (torch.ones_like(losses), batch.labels, predictions, confidence, losses)
+        table.index_add_(1, batch.index, torch.stack([c.float() for c in columns]))
+    table = accelerator.reduce(table).cpu()
+    seen, labels, predictions, confidence, losses = table
+    assert bool((seen == 1).all()), (
+        f"{int((seen == 0).sum())} samples unseen, {int((seen > 1).sum())} seen more than once"
+    )
+    return Predictions(
+        labels.long(),
+        predictions.long(),
+        confidence.double(),
+        losses.double(),
+        loader.class_names,
+    )

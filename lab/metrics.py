@@ -1,0 +1,66 @@
+"""Exact classification metrics from labels and predictions; equal to scikit-learn's (promise P1).
+
+As there with `labels=range(K)` and `zero_division=0`: a class that is never predicted has precision
+0, one that never occurs has recall 0, and macro-F1 is the mean over all K classes.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def confusion_matrix(labels: Tensor, predictions: Tensor, num_classes: int) -> Tensor:
+    """Counts int64 [K, K]: row = true class, column = predicted class; from int64 [N] each."""
+    cells = torch.bincount(labels * num_classes + predictions, minlength=num_classes**2)
+    matrix = cells.view(num_classes, num_classes)
+    assert int(matrix.sum()) == len(labels)
+    return matrix
+
+
+def per_class(matrix: Tensor) -> dict[str, Tensor]:
+    """precision, recall, f1 (float64 [K]) and support (int64 [K]) of a confusion matrix."""
+    hits = matrix.diagonal().double()
+    predicted, support = matrix.sum(0), matrix.sum(1)
+    return {
+        "precision": hits / predicted.clamp(min=1),
+        "recall": hits / support.clamp(min=1),
+        "f1": 2 * hits / (predicted + support).clamp(min=1),
+        "support": support,
+    }
+
+
+def report(
+    labels: Tensor, predictions: Tensor, losses: Tensor, class_names: Sequence[str]
+) -> dict[str, Any]:
+    """The numbers of report.json from int64 [N], int64 [N], float64 [N]; N >= 1."""
+    matrix = confusion_matrix(labels, predictions, len(class_names))
+    classes = per_class(matrix)
+    return {
+        "num_samples": len(labels),
+        "loss": losses.mean().item(),
+        "accuracy": matrix.diagonal().sum().item() / len(labels),
+        "macro_f1": classes["f1"].mean().item(),
+        "per_class": [
+            {"class": name, **{key: values[i].item() for key, values in classes.items()}}
+            for i, name in enumerate(class_names)
+        ],
+        "confusion_matrix": matrix.tolist(),
+        "class_names": list(class_names),
+    }
+
+
+def is_better(row: Mapping[str, float], best: Mapping[str, float], by: str) -> bool:
+    """Whether an epoch's row of history.jsonl beats the `best` so far (empty before the first).
+
+    A tie does not: the earlier epoch is kept. An epoch whose number is not finite never beats one
+    whose number is.
+    """
+    if not best:
+        return True
+    new, old = row[f"val_{by}"], best[f"val_{by}"]
+    if not math.isfinite(new):
+        return False
+    return not math.isfinite(old) or (new < old if by == "loss" else new > old)

@@ -1,0 +1,89 @@
+"""RECIPES: named hyper-parameters that a (model, data set) pair starts from; resolve() applies them.
+
+A recipe is layered. Its entries apply in this order where their key fits: `*`, the data set, the
+model, `model/dataset`; the command line comes last.
+"""
+
+from typing import Any
+
+from lab.config import TrainConfig
+from lab.data import find_dataset
+from lab.errors import UserError
+from lab.models import find_model
+
+RECIPES: dict[str, dict[str, dict[str, Any]]] = {
+    # The two university notebooks to the letter, their choice of the best epoch on the test split
+    # included.
+    "notebook": {
+        "*": dict(
+            val_fraction=0.0,
+            batch_size=128,
+            epochs=5,
+            optimizer="sgd",
+            lr=0.01,
+            momentum=0.9,
+            weight_decay=5e-4,
+            decay_biases=True,
+            schedule="step",
+            lr_step_epochs=5,
+            lr_gamma=0.5,
+        ),
+        "cifar10": dict(augment="crop,flip"),
+        "cifar100": dict(augment="crop,flip"),
+        "folder": dict(augment="crop,flip"),
+        "alexnet": dict(epochs=20, lr_step_epochs=10),
+    },
+    # The best we know; results/ has the runs.
+    "modern": {
+        "*": dict(batch_size=128, epochs=10, augment="crop,flip", schedule="one-cycle"),
+        "mnist": dict(augment="crop"),
+        "fashion-mnist": dict(augment="crop,flip"),
+        "digits": dict(augment="crop", epochs=30, batch_size=64),
+        "shapes": dict(augment="flip"),
+        "lenet5": dict(optimizer="adamw", lr=5e-3, weight_decay=0.01, warmup_epochs=0.5),
+        "lenet5/mnist": dict(epochs=5),
+        "alexnet": dict(
+            optimizer="adamw",
+            lr=1e-3,
+            weight_decay=0.05,
+            warmup_epochs=1,
+            init="kaiming",
+            label_smoothing=0.1,
+            epochs=20,
+        ),
+    },
+    # A few seconds on a laptop: for tests and for a first look at an installation.
+    "smoke": {
+        "*": dict(
+            epochs=2,
+            max_steps=20,
+            batch_size=32,
+            limit_train=320,
+            limit_eval=100,
+            optimizer="adamw",
+            lr=2e-3,
+            weight_decay=0.01,
+            schedule="constant",
+        ),
+        "alexnet": dict(lr=5e-4, init="kaiming"),
+    },
+}
+
+
+def resolve(given: dict[str, Any]) -> TrainConfig:
+    """The complete settings: defaults, then the recipe of the pair, then what was `given`.
+
+    Raises `UserError` for an unknown model, data set or recipe, and for a value out of its bounds.
+    """
+    model = given.get("model", TrainConfig.model)
+    spec = find_model(model)
+    dataset = given.get("dataset") or spec.dataset
+    find_dataset(dataset)
+    name = given.get("recipe", TrainConfig.recipe)
+    if name not in RECIPES:
+        raise UserError(f"there is no recipe {name}", f"Known: {', '.join(RECIPES)}")
+    settings: dict[str, Any] = {"image_size": spec.image_size}
+    for key in ("*", dataset, model, f"{model}/{dataset}"):
+        settings |= RECIPES[name].get(key, {})
+    settings |= {k: v for k, v in given.items() if not (k == "image_size" and v == 0)}
+    return TrainConfig(**(settings | {"model": model, "dataset": dataset}))

@@ -1,0 +1,166 @@
+"""The one place that knows the names of a run's files, and how they are written."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import lab
+from lab.config import TrainConfig
+from lab.errors import UserError
+
+CONFIG, HISTORY, STEPS = "config.json", "history.jsonl", "steps.jsonl"
+BEST, REPORT, PREDICTIONS = "best.safetensors", "report.json", "predictions.csv"
+
+
+class RunDir:
+    """A run's folder. Off the main process (`writes` False) every write is a no-op."""
+
+    def __init__(self, path: str | Path, writes: bool = True):
+        self.path, self.writes = Path(path), writes
+
+    @property
+    def best(self) -> Path:
+        """The best epoch's weights."""
+        return self.path / BEST
+
+    def write_config(self, settings: Mapping[str, Any]) -> None:
+        """config.json: every setting as resolved, where the run takes place, and by what code."""
+        self._write_json(CONFIG, {**settings, "versions": versions(), "commit": commit()})
+
+    def write_report(self, report: Mapping[str, Any]) -> None:
+        """report.json: the numbers of `lab.metrics.report` and what they were measured on."""
+        self._write_json(REPORT, report)
+
+    def write_predictions(self, rows: Iterator[tuple[int, int, int, float]]) -> None:
+        """predictions.csv: index, label, prediction, confidence; in the order of `rows`."""
+        lines = ("{},{},{},{:.6f}\n".format(*row) for row in rows)
+        text = "index,label,prediction,confidence\n" + "".join(lines)
+        if self.writes:
+            write_atomically(self.path / PREDICTIONS, text.encode())
+
+    def add_epoch(self, row: Mapping[str, Any]) -> None:
+        """A line of history.jsonl."""
+        self._append(HISTORY, [row])
+
+    def add_steps(self, rows: list[dict[str, Any]]) -> None:
+        """Lines of steps.jsonl."""
+        self._append(STEPS, rows)
+
+    def _write_json(self, name: str, content: Mapping[str, Any]) -> None:
+        if self.writes:
+            text = json.dumps(content, indent=1) + "\n"
+            write_atomically(self.path / name, text.encode())
+
+    def _append(self, name: str, rows: list[Any]) -> None:
+        if self.writes and rows:
+            with writing(self.path / name), open(self.path / name, "a") as file:
+                file.write("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def start(config: TrainConfig, writes: bool) -> RunDir:
+    """A new run's folder, made by the process that `writes`; raises `UserError`."""
+    if not writes:
+        return RunDir("", writes=False)
+    default_name = f"{config.model}-{config.dataset}"
+    return RunDir(create(config.output_dir, config.name, default_name, config.overwrite))
+
+
+def evaluation_dir(weights: Path, split: str, output: str, writes: bool) -> RunDir:
+    """The folder of an evaluation's files: `output`, or evaluate-SPLIT beside the weights."""
+    path = Path(output) if output else weights.parent / f"evaluate-{split}"
+    if writes:
+        with writing(path):
+            path.mkdir(parents=True, exist_ok=True)
+    return RunDir(path, writes)
+
+
+def create(output_dir: str, name: str, default_name: str, overwrite: bool) -> Path:
+    """A new, empty run folder: OUTPUT_DIR/NAME, or the first free of DEFAULT, DEFAULT-2, ...
+
+    Raises `UserError` where NAME exists and is not to be overwritten.
+    """
+    parent = Path(output_dir)
+    if name and (parent / name).exists():
+        path = parent / name
+        if not overwrite:
+            raise UserError(
+                f"the run {path} exists", "Give another --name, or --overwrite to replace it"
+            )
+        if not (path / CONFIG).exists() and any(path.iterdir()):
+            raise UserError(f"{path} is not a run's folder", "Give another --name")
+        with writing(path):
+            shutil.rmtree(path)
+    number = 1
+    while True:
+        path = parent / (name or (default_name if number == 1 else f"{default_name}-{number}"))
+        with writing(path):
+            try:
+                path.mkdir(parents=True)
+                return path
+            except FileExistsError:
+                if name or (parent.exists() and not parent.is_dir()):
+                    raise
+                number += 1
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns an operating system's refusal to write `path` into a `UserError`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path} ({error.strerror or error})",
+            "Free some space, or name another folder",
+        ) from error
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes a file so that, whenever the machine stops, it has the old content or the new."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with writing(path):
+        try:
+            with open(temporary, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            if os.name == "posix":  # the rename itself is on disk once its folder is
+                folder = os.open(path.parent, os.O_RDONLY)
+                os.fsync(folder)
+                os.close(folder)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def versions() -> dict[str, str]:
+    """The version of each library that a number depends on."""
+    found = {"lab": lab.__version__, "python": sys.version.split()[0]}
+    for name in ("torch", "torchvision", "accelerate", "safetensors"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "unknown"
+    return found
+
+
+def commit() -> str | None:
+    """The commit that the code is at, with "+changes" where files differ; None outside git."""
+    folder = Path(__file__).resolve().parent
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(folder), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changes = git("status", "--porcelain", "--untracked-files=no", "--", str(folder.parent))
+        return git("rev-parse", "HEAD") + ("+changes" if changes else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
