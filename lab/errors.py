@@ -18,15 +18,16 @@ class UserError(ValueError):
         super().__init__(f"{self.what}. {self.hint}.")
 
 
-def run_script(main: Callable[[], int | None]) -> int:
+def run_script(main: Callable[[], None]) -> int:
     """The exit code of `main()`: 2 with one `error: WHAT. HINT.` line after a `UserError`.
 
     With `--debug` the traceback is printed as well. Another exception keeps its traceback and ends in
     1. Where peers of a distributed run died first, theirs is the message worth reading: this
     process waits a moment for the launcher to stop it before it speaks.
     """
+    code = 0
     try:
-        return main() or 0
+        main()
     except UserError as error:
         if "--debug" in sys.argv:
             traceback.print_exc()
@@ -40,8 +41,9 @@ def run_script(main: Callable[[], int | None]) -> int:
             time.sleep(10)
         traceback.print_exc()
         code = 1
-    if "torch" in sys.modules and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        # The peers may be inside a collective: leave without waiting for them in destructors.
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # No destructors: after an error they would wait for peers that are inside a collective,
+        # and gloo's threads, torn down at exit, now and then abort a run that went well.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
