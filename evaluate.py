@@ -35,7 +35,9 @@ def main(argv: list[str] | None = None) -> None:
     about = checkpoint.read_info(path)
     model = about["model"]["name"]
     accelerator = build_accelerator(
-        mixed_precision=about["precision"] if config.mixed_precision == "auto" else config.mixed_precision,
+        mixed_precision=about["precision"]
+        if config.mixed_precision == "auto"
+        else config.mixed_precision,
         large_model=find_model(model).large,
         threads=config.threads,
         quiet=config.quiet,
@@ -60,7 +62,9 @@ def main(argv: list[str] | None = None) -> None:
         "selected_on": about["selected_on"],
     }
     with together(accelerator):
-        output = rundir.evaluation_dir(path, config.split, config.output, accelerator.is_main_process)
+        output = rundir.evaluation_dir(
+            path, config.split, config.output, accelerator.is_main_process
+        )
         output.write_report(report)
         output.write_predictions(predictions.rows())
     console.class_table(report)

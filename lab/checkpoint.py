@@ -138,7 +138,8 @@ def require_same_classes(path: Path, about: dict[str, Any], split: Split) -> Non
     if known != found:
         missing = ", ".join(sorted(set(known) ^ set(found))[:5]) or "their order"
         raise UserError(
-            f"{path} knows {len(known)} classes and the data has {len(found)}; they differ in {missing}",
+            f"{path} knows {len(known)} classes and the data has {len(found)}, "
+            f"which differ in {missing}",
             "Give --dataset and --data-dir with the classes that it was trained on",
         )
     channels = about["model"]["channels"]

@@ -33,53 +33,105 @@ class TrainConfig:
     """The settings of one training run. Construction checks each and raises `UserError`."""
 
     # fmt: off
-    model: str = option("lenet5", TASK, "network, a name in lab/models/__init__.py")
-    dataset: str = option("", TASK, "data set, a name in lab/data/__init__.py; the model's own if not given")
-    data_dir: str = option("data", TASK, "where data sets lie or are downloaded to; for `folder`, the pictures", metavar="DIR")
-    recipe: str = option("modern", TASK, "named settings to start from: modern, notebook, smoke")
-    image_size: int = option(0, TASK, "pixels a side that pictures are resized to; 0: the model's own", low=0)
-    val_fraction: float = option(0.1, TASK, "share of the training split held out to choose the best epoch; 0: choose on the test split", low=0.0, high=0.9, from_recipe=True)
-    test_fraction: float = option(0.2, TASK, "share cut for testing from data that comes in one piece", low=0.01, high=0.9)
-    split_seed: int = option(0, TASK, "seed of those cuts and of procedural data; the same for every --seed", low=0)
-    num_samples: int = option(10_000, TASK, "training pictures made by the `shapes` data set; a fifth as many again for its test", low=10)
-    limit_train: int = option(0, TASK, "train on this many samples of the split; 0: all", low=0, metavar="N", from_recipe=True)
-    limit_eval: int = option(0, TASK, "validate and test on this many samples each; 0: all", low=0, metavar="N", from_recipe=True)
+    model: str = option("lenet5", TASK,
+        "network, a name in lab/models/__init__.py")
+    dataset: str = option("", TASK,
+        "data set, a name in lab/data/__init__.py; the model's own if not given")
+    data_dir: str = option("data", TASK,
+        "where data sets lie or are downloaded to; for `folder`, the pictures", metavar="DIR")
+    recipe: str = option("modern", TASK,
+        "named settings to start from: modern, notebook, smoke")
+    image_size: int = option(0, TASK,
+        "pixels a side that pictures are resized to; 0: the model's own", low=0)
+    val_fraction: float = option(0.1, TASK,
+        "share of the training split held out to choose the best epoch on; 0: the test split",
+        low=0.0, high=0.9, from_recipe=True)
+    test_fraction: float = option(0.2, TASK,
+        "share cut for testing from data that comes in one piece", low=0.01, high=0.9)
+    split_seed: int = option(0, TASK,
+        "seed of those cuts and of procedural data; the same for every --seed", low=0)
+    num_samples: int = option(10_000, TASK,
+        "training pictures made by the `shapes` data set; a fifth as many again for its test",
+        low=10)
+    limit_train: int = option(0, TASK,
+        "train on this many samples of the split; 0: all", low=0, metavar="N", from_recipe=True)
+    limit_eval: int = option(0, TASK,
+        "validate and test on this many samples each; 0: all", low=0, metavar="N", from_recipe=True)
 
-    epochs: int = option(5, TRAINING, "passes over the training split", low=1, from_recipe=True)
-    max_steps: int = option(0, TRAINING, "stop after this many optimizer steps; 0: no limit", low=0, metavar="N", from_recipe=True)
-    batch_size: int = option(128, TRAINING, "samples a step over all processes together", low=1, from_recipe=True)
-    accumulate: int = option(1, TRAINING, "micro-batches that each process cuts its part of a batch into, to save memory; the result is the same", low=1)
-    optimizer: str = option("nesterov", TRAINING, "update rule", choices=OPTIMIZERS, from_recipe=True)
-    lr: float = option(0.05, TRAINING, "peak learning rate", above=0.0, from_recipe=True)
-    momentum: float = option(0.9, TRAINING, "momentum of sgd and nesterov; first beta of adamw", low=0.0, high=0.9999, from_recipe=True)
-    weight_decay: float = option(5e-4, TRAINING, "weight decay; decoupled for adamw", low=0.0, from_recipe=True)
-    decay_biases: bool = option(False, TRAINING, "decay biases and normalisation layers too", from_recipe=True)
-    label_smoothing: float = option(0.0, TRAINING, "mass moved from the true class to all classes", low=0.0, high=0.99, from_recipe=True)
-    schedule: str = option("one-cycle", TRAINING, "course of the learning rate", choices=SCHEDULES, from_recipe=True)
-    warmup_epochs: float = option(0.0, TRAINING, "epochs of linear rise to --lr", low=0.0, from_recipe=True)
-    lr_step_epochs: int = option(10, TRAINING, "epochs between drops of the `step` schedule", low=1, from_recipe=True)
-    lr_gamma: float = option(0.5, TRAINING, "factor of each drop of the `step` schedule", above=0.0, high=1.0, from_recipe=True)
-    clip_norm: float = option(0.0, TRAINING, "largest gradient norm; 0: no clipping", low=0.0, from_recipe=True)
-    ema: float = option(0.0, TRAINING, "decay a step of an average of the weights, which is then what is evaluated and kept; 0: off", low=0.0, high=0.999999, from_recipe=True)
-    augment: str = option("none", TRAINING, "`none`, or a list with commas of crop, flip, cutout", from_recipe=True)
-    init: str = option("default", TRAINING, "initial weights: PyTorch's default, or Kaiming normal", choices=("default", "kaiming"), from_recipe=True)
-    select_by: str = option("accuracy", TRAINING, "what the best epoch is chosen by", choices=("accuracy", "macro_f1", "loss"), from_recipe=True)
-    seed: int = option(42, TRAINING, "seed of weights, sample order, augmentation and dropout", low=0, high=2**31 - 1)
+    epochs: int = option(5, TRAINING,
+        "passes over the training split", low=1, from_recipe=True)
+    max_steps: int = option(0, TRAINING,
+        "stop after this many optimizer steps; 0: no limit", low=0, metavar="N", from_recipe=True)
+    batch_size: int = option(128, TRAINING,
+        "samples a step over all processes together", low=1, from_recipe=True)
+    accumulate: int = option(1, TRAINING,
+        "parts that a process cuts its share of a batch into, to save memory; same result",
+        low=1)
+    optimizer: str = option("nesterov", TRAINING,
+        "update rule", choices=OPTIMIZERS, from_recipe=True)
+    lr: float = option(0.05, TRAINING,
+        "peak learning rate", above=0.0, from_recipe=True)
+    momentum: float = option(0.9, TRAINING,
+        "momentum of sgd and nesterov; first beta of adamw", low=0.0, high=0.9999, from_recipe=True)
+    weight_decay: float = option(5e-4, TRAINING,
+        "weight decay; decoupled for adamw", low=0.0, from_recipe=True)
+    decay_biases: bool = option(False, TRAINING,
+        "decay biases and normalisation layers too", from_recipe=True)
+    label_smoothing: float = option(0.0, TRAINING,
+        "mass moved from the true class to all classes", low=0.0, high=0.99, from_recipe=True)
+    schedule: str = option("one-cycle", TRAINING,
+        "course of the learning rate", choices=SCHEDULES, from_recipe=True)
+    warmup_epochs: float = option(0.0, TRAINING,
+        "epochs of linear rise to --lr", low=0.0, from_recipe=True)
+    lr_step_epochs: int = option(10, TRAINING,
+        "epochs between drops of the `step` schedule", low=1, from_recipe=True)
+    lr_gamma: float = option(0.5, TRAINING,
+        "factor of each drop of the `step` schedule", above=0.0, high=1.0, from_recipe=True)
+    clip_norm: float = option(0.0, TRAINING,
+        "largest gradient norm; 0: no clipping", low=0.0, from_recipe=True)
+    ema: float = option(0.0, TRAINING,
+        "decay a step of an average of the weights, which is then evaluated and kept; 0: off",
+        low=0.0, high=0.999999, from_recipe=True)
+    augment: str = option("none", TRAINING,
+        "`none`, or a list with commas of crop, flip, cutout", from_recipe=True)
+    init: str = option("default", TRAINING,
+        "initial weights: PyTorch's default, or Kaiming normal",
+        choices=("default", "kaiming"), from_recipe=True)
+    select_by: str = option("accuracy", TRAINING,
+        "what the best epoch is chosen by",
+        choices=("accuracy", "macro_f1", "loss"), from_recipe=True)
+    seed: int = option(42, TRAINING,
+        "seed of weights, sample order, augmentation and dropout", low=0, high=2**31 - 1)
 
-    mixed_precision: str = option("auto", MACHINE, "arithmetic of the network; auto: by device and model", choices=("auto", "no", "bf16", "fp16"))
-    loader: str = option("auto", MACHINE, "resident: all data on the device; streaming: read by workers; auto: resident if it fits", choices=("auto", "resident", "streaming"))
-    workers: int = option(-1, MACHINE, "processes that read data, for each training process; -1: by cores", low=-1, high=256)
-    threads: int = option(0, MACHINE, "CPU threads a process; 0: cores / processes on this host", low=0)
-    sync_bn: bool = option(False, MACHINE, "BatchNorm statistics over all processes (GPUs)")
-    deterministic: bool = option(False, MACHINE, "deterministic kernels only, also where they are slower")
-    compile: bool = option(False, MACHINE, "torch.compile the network")
+    mixed_precision: str = option("auto", MACHINE,
+        "arithmetic of the network; auto: by device and model",
+        choices=("auto", "no", "bf16", "fp16"))
+    loader: str = option("auto", MACHINE,
+        "resident: all data on the device; streaming: read by workers; auto: resident if it fits",
+        choices=("auto", "resident", "streaming"))
+    workers: int = option(-1, MACHINE,
+        "processes that read data, for each training process; -1: by cores", low=-1, high=256)
+    threads: int = option(0, MACHINE,
+        "CPU threads a process; 0: cores / processes on this host", low=0)
+    sync_bn: bool = option(False, MACHINE,
+        "BatchNorm statistics over all processes (GPUs)")
+    deterministic: bool = option(False, MACHINE,
+        "deterministic kernels only, also where they are slower")
+    compile: bool = option(False, MACHINE,
+        "torch.compile the network")
 
-    output_dir: str = option("runs", OUTPUT, "folder of run folders", metavar="DIR")
-    name: str = option("", OUTPUT, "the run's folder in it; if not given MODEL-DATASET, then -2, -3 ...")
-    overwrite: bool = option(False, OUTPUT, "replace an existing run of that --name")
-    log_every: int = option(10, OUTPUT, "steps between lines of steps.jsonl", low=1, metavar="N")
-    quiet: bool = option(False, OUTPUT, "print the result only")
-    debug: bool = option(False, OUTPUT, "show the traceback of an error")
+    output_dir: str = option("runs", OUTPUT,
+        "folder of run folders", metavar="DIR")
+    name: str = option("", OUTPUT,
+        "the run's folder in it; if not given MODEL-DATASET, then -2, -3 ...")
+    overwrite: bool = option(False, OUTPUT,
+        "replace an existing run of that --name")
+    log_every: int = option(10, OUTPUT,
+        "steps between lines of steps.jsonl", low=1, metavar="N")
+    quiet: bool = option(False, OUTPUT,
+        "print the result only")
+    debug: bool = option(False, OUTPUT,
+        "show the traceback of an error")
     # fmt: on
 
     def __post_init__(self) -> None:
@@ -107,19 +159,33 @@ class EvalConfig:
     """The settings of one evaluation. What is not given is taken from the weights' metadata."""
 
     # fmt: off
-    weights: str = option("", WEIGHTS, "a run's folder or a .safetensors file that train.py wrote", positional=True)
-    split: str = option("test", WEIGHTS, "which split", choices=("test", "val", "train"))
-    dataset: str | None = option(None, WEIGHTS, "data set; if not given, the one trained on")
-    data_dir: str | None = option(None, WEIGHTS, "where it lies; if not given, where it lay in training", metavar="DIR")
-    limit_eval: int | None = option(None, WEIGHTS, "evaluate this many samples; 0: all; if not given, as in training", low=0, metavar="N")
-    batch_size: int = option(EVAL_BATCH_SIZE, MACHINE, "samples a forward pass; changes no count", low=1)
-    mixed_precision: str = option("auto", MACHINE, "arithmetic of the network; auto: as in training", choices=("auto", "no", "bf16", "fp16"))
-    loader: str = option("auto", MACHINE, "resident, streaming or auto, as for train.py", choices=("auto", "resident", "streaming"))
-    workers: int = option(-1, MACHINE, "processes that read data; -1: by cores", low=-1, high=256)
-    threads: int = option(0, MACHINE, "CPU threads a process; 0: cores / processes on this host", low=0)
-    output: str = option("", REPORT, "folder for report.json and predictions.csv; if not given, evaluate-SPLIT beside the weights", metavar="DIR")
-    quiet: bool = option(False, REPORT, "print the result only")
-    debug: bool = option(False, REPORT, "show the traceback of an error")
+    weights: str = option("", WEIGHTS,
+        "a run's folder or a .safetensors file that train.py wrote", positional=True)
+    split: str = option("test", WEIGHTS,
+        "which split", choices=("test", "val", "train"))
+    dataset: str | None = option(None, WEIGHTS,
+        "data set; if not given, the one trained on")
+    data_dir: str | None = option(None, WEIGHTS,
+        "where it lies; if not given, where it lay in training", metavar="DIR")
+    limit_eval: int | None = option(None, WEIGHTS,
+        "evaluate this many samples; 0: all; if not given, as in training", low=0, metavar="N")
+    batch_size: int = option(EVAL_BATCH_SIZE, MACHINE,
+        "samples a forward pass; changes no count", low=1)
+    mixed_precision: str = option("auto", MACHINE,
+        "arithmetic of the network; auto: as in training", choices=("auto", "no", "bf16", "fp16"))
+    loader: str = option("auto", MACHINE,
+        "resident, streaming or auto, as for train.py", choices=("auto", "resident", "streaming"))
+    workers: int = option(-1, MACHINE,
+        "processes that read data; -1: by cores", low=-1, high=256)
+    threads: int = option(0, MACHINE,
+        "CPU threads a process; 0: cores / processes on this host", low=0)
+    output: str = option("", REPORT,
+        "folder for report.json and predictions.csv; else evaluate-SPLIT beside the weights",
+        metavar="DIR")
+    quiet: bool = option(False, REPORT,
+        "print the result only")
+    debug: bool = option(False, REPORT,
+        "show the traceback of an error")
     # fmt: on
 
     def __post_init__(self) -> None:
@@ -158,7 +224,7 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> typing.NoReturn:
         raise UserError(message, f"See `python {self.prog} --help`")
 
-    def parse_args(self, args=None, namespace=None):  # type: ignore[override]
+    def parse_args(self, args=None, namespace=None):
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
             word = unknown[0].split("=")[0]

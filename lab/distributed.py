@@ -32,13 +32,13 @@ def build_accelerator(
     """
     _refuse_a_lone_launch()
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    on_cpu = not torch.accelerator.is_available() or _flag("ACCELERATE_USE_CPU")
-    device_type = "cpu" if on_cpu else torch.accelerator.current_accelerator().type
+    found = torch.accelerator.current_accelerator(check_available=True)
+    device_type = "cpu" if found is None or _flag("ACCELERATE_USE_CPU") else found.type
     AcceleratorState._reset_state()  # a second run in one process may choose another precision
     accelerator = Accelerator(
         mixed_precision=choose_precision(mixed_precision, device_type, large_model),
         # Without it, a CPU world started by torchrun or a MULTI_GPU file is one world a process.
-        cpu=on_cpu,
+        cpu=device_type == "cpu",
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
     if accelerator.num_processes != world_size:
@@ -59,7 +59,7 @@ def build_accelerator(
 
 
 def choose_precision(requested: str, device_type: str, large_model: bool) -> str:
-    """"no", "bf16" or "fp16". "auto" is bfloat16 where the hardware multiplies it and the network
+    """ "no", "bf16" or "fp16". "auto" is bfloat16 where the hardware multiplies it and the network
     is large enough to gain; what `accelerate launch --mixed_precision` named comes before that.
     """
     if requested == "auto":
@@ -69,12 +69,15 @@ def choose_precision(requested: str, device_type: str, large_model: bool) -> str
         else:
             requested = "bf16" if large_model and multiplies_bfloat16(device_type) else "no"
     if requested == "fp16" and device_type == "cpu":
-        raise UserError("--mixed-precision fp16: a CPU cannot train in fp16", "Give --mixed-precision bf16 or no")
+        raise UserError(
+            "--mixed-precision fp16: a CPU cannot train in fp16",
+            "Give --mixed-precision bf16 or no",
+        )
     return requested
 
 
 def multiplies_bfloat16(device_type: str) -> bool:
-    """Whether the device has bfloat16 arithmetic in hardware; emulated, it is slower than float32."""
+    """Whether the device has bfloat16 arithmetic; emulated, it is slower than float32."""
     if device_type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device_type == "cpu":
@@ -173,8 +176,9 @@ def _refuse_a_lone_launch() -> None:
     if "WORLD_SIZE" in os.environ or not _flag("ACCELERATE_USE_CPU"):
         return
     try:
-        words = psutil.Process().parent().cmdline()
-    except (psutil.Error, AttributeError):
+        parent = psutil.Process().parent()
+        words = parent.cmdline() if parent else []
+    except psutil.Error:
         return
     for i, word in enumerate(words):
         name, _, value = word.replace("-", "_").partition("=")

@@ -53,7 +53,7 @@ class Trainer:
 def lay_out(network: nn.Module, name: str, device: torch.device) -> nn.Module:
     """The network on the device, in the memory format that its convolutions are fastest in."""
     if find_model(name).large and device.type in ("cpu", "cuda"):
-        network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        network = network.to(memory_format=torch.channels_last)
     return network.to(device)
 
 

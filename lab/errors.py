@@ -10,7 +10,7 @@ from lab import console
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend: `what` happened and a `hint` that says how, one line each."""
+    """A mistake that the user can mend: `what` happened, and a `hint` that says how."""
 
     def __init__(self, what: str, hint: str):
         self.what = what.rstrip(".")
@@ -21,8 +21,8 @@ class UserError(ValueError):
 def run_script(main: Callable[[], None]) -> int:
     """The exit code of `main()`: 2 with one `error: WHAT. HINT.` line after a `UserError`.
 
-    With `--debug` the traceback is printed as well. Another exception keeps its traceback and ends in
-    1. Where peers of a distributed run died first, theirs is the message worth reading: this
+    With `--debug` the traceback is printed as well. Another exception keeps its traceback and ends
+    in 1. Where peers of a distributed run died first, theirs is the message worth reading: this
     process waits a moment for the launcher to stop it before it speaks.
     """
     code = 0

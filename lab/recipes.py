@@ -1,4 +1,4 @@
-"""RECIPES: named hyper-parameters that a (model, data set) pair starts from; resolve() applies them.
+"""RECIPES: named hyper-parameters that a (model, data set) pair starts from.
 
 A recipe is layered. Its entries apply in this order where their key fits: `*`, the data set, the
 model, `model/dataset`; the command line comes last.

@@ -48,7 +48,9 @@ def crop(images: Tensor, bits: Tensor) -> Tensor:
     n, _, height, width = images.shape
     padding = max(1, CROP_PADDING * height // 32)
     padded = F.pad(images, (padding,) * 4)
-    windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # [n, C, 2p + 1, 2p + 1, H, W], a view
+    windows = padded.unfold(2, height, 1).unfold(
+        3, width, 1
+    )  # [n, C, 2p + 1, 2p + 1, H, W], a view
     top, left = draw(bits, 0, 2 * padding + 1), draw(bits, 1, 2 * padding + 1)
     return windows[torch.arange(n, device=images.device), :, top, left]
 
@@ -66,9 +68,9 @@ def cutout(images: Tensor, bits: Tensor) -> Tensor:
     rows = torch.arange(height, device=images.device) + 0.5
     columns = torch.arange(width, device=images.device) + 0.5
     y, x = draw(bits, 3, height + 1), draw(bits, 4, width + 1)
-    hole = ((rows - y[:, None]).abs() < half)[:, :, None] & (
-        (columns - x[:, None]).abs() < half
-    )[:, None, :]
+    hole = ((rows - y[:, None]).abs() < half)[:, :, None] & ((columns - x[:, None]).abs() < half)[
+        :, None, :
+    ]
     return images.masked_fill(hole[:, None], 0)
 
 
@@ -91,6 +93,7 @@ class Preprocess:
 
     def __call__(self, images: Tensor, bits: Tensor | None = None) -> Tensor:
         """float32 [n, C, H, W] of uint8 [n, C, H, W]; augmented where given the samples' `bits`."""
-        for name in self.augment if bits is not None else ():
-            images = STEPS[name](images, bits)
+        if bits is not None:
+            for name in self.augment:
+                images = STEPS[name](images, bits)
         return torch.addcmul(self.shift, images.float(), self.scale)

@@ -83,10 +83,11 @@ def _decode_with_pillow(path: str) -> Tensor:
     from PIL import Image, ImageOps
 
     try:
-        with Image.open(path) as image:
-            if image.mode.startswith(("I", "F")):  # 16 bits or more: scaled, as RGB would clip
+        with Image.open(path) as file:
+            image: Image.Image = ImageOps.exif_transpose(file)
+            if image.mode.startswith("I"):  # 16 bits: scaled, as a conversion to RGB would clip
                 image = image.convert("I").point(lambda v: v / 256, "L")
-            return F.pil_to_tensor(ImageOps.exif_transpose(image).convert("RGB"))
+            return F.pil_to_tensor(image.convert("RGB"))
     except Exception as error:  # Pillow's decoders raise many kinds
         raise UserError(
             f"cannot read the picture {path} ({error})", "Replace or delete that file"

@@ -81,7 +81,7 @@ class Plan:
 
 
 class ResidentLoader:
-    """Batches cut from a split that lies decoded on the device: no workers, no per-sample Python."""
+    """Batches cut from a split that lies on the device: no workers, no per-sample Python."""
 
     def __init__(self, split: Split, plan: Plan, preprocess: Preprocess, device: torch.device):
         assert isinstance(split.images, Tensor)

@@ -6,7 +6,7 @@ Downloads are torchvision's; one process a host does them, the others wait at a 
 from __future__ import annotations
 
 import gzip
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -21,29 +21,33 @@ if TYPE_CHECKING:
     from lab.data import DataConfig
 
 
-class Images(Protocol):
-    """What a split's images offer: a uint8 tensor [N, C, H, W], or files decoded when indexed."""
+class Files(Protocol):
+    """Pictures in files, which behave as a uint8 tensor [N, C, H, W]; decoded when indexed."""
 
     @property
     def shape(self) -> Sequence[int]: ...
-    def __getitem__(self, index: Any) -> Any: ...
-    def take(self, index: Tensor) -> Any: ...
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: Tensor) -> Tensor: ...
+    def take(self, index: Tensor) -> Files: ...
     def decode_all(self, num_threads: int) -> Tensor: ...
+
+
+Images = Tensor | Files
 
 
 @dataclass(frozen=True)
 class Split:
     """Labelled images in a fixed order."""
 
-    images: Images  # uint8 [N, C, H, W]
+    images: Images  # uint8 [N, C, H, W], in memory or in files
     labels: Tensor  # int64 [N]
     class_names: tuple[str, ...]
 
     def take(self, index: Tensor) -> Split:
         """The samples at `index`, int64 [M], in that order."""
         images = self.images
-        images = images[index] if isinstance(images, Tensor) else images.take(index)
-        return replace(self, images=images, labels=self.labels[index])
+        taken = images[index] if isinstance(images, Tensor) else images.take(index)
+        return replace(self, images=taken, labels=self.labels[index])
 
 
 @dataclass(frozen=True)
@@ -102,8 +106,8 @@ def resize(split: Split, size: int) -> Split:
         return split
     from torchvision.transforms.v2 import functional as F
 
-    images = split.images
-    chunks = [F.resize(images[i : i + 4096], [size, size]) for i in range(0, len(images), 4096)]  # type: ignore[arg-type]
+    assert isinstance(split.images, Tensor)  # files are decoded to their size
+    chunks = [F.resize(images, [size, size]) for images in split.images.split(4096)]
     return replace(split, images=torch.cat(chunks))
 
 
@@ -135,7 +139,7 @@ def read_digits(config: DataConfig) -> Parts:
 def read_shapes(config: DataConfig) -> Parts:
     """Procedural pictures: `num_samples` to train on and a fifth as many to test on."""
     train, test = (
-        Split(*toy.make_shapes(n, seed=2 * config.split_seed + i), toy.SHAPE_NAMES)
+        Split(*toy.make_shapes(n, 2 * config.split_seed + i), toy.SHAPE_NAMES)
         for i, n in enumerate((config.num_samples, max(1, config.num_samples // 5)))
     )
     return Parts(train, test=test)
@@ -167,14 +171,18 @@ def _read_idx(name: str, data_dir: str, class_names: tuple[str, ...]) -> Parts:
     """The two splits of a data set in MNIST's IDX format, from DATA_DIR/NAME/raw."""
     raw = Path(data_dir) / name / "raw"
 
-    def find(file: str) -> Path | None:
-        return next((p for p in (raw / file, raw / f"{file}.gz") if p.is_file()), None)
+    def find(file: str) -> Path:
+        """The file, or its gzipped form where there is only that."""
+        return raw / file if (raw / file).is_file() else raw / f"{file}.gz"
 
-    names = [
-        f"{split}-{kind}-ubyte" for split in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")
-    ]
-    if not all(find(n) for n in names):
-        _download(name, data_dir, missing=lambda: not all(find(n) for n in names))
+    kinds = ("images-idx3", "labels-idx1")
+    names = [f"{split}-{kind}-ubyte" for split in ("train", "t10k") for kind in kinds]
+
+    def missing() -> bool:
+        return not all(find(n).is_file() for n in names)
+
+    if missing():
+        _download(name, data_dir, missing)
     arrays = [_read_idx_file(find(n)) for n in names]
     splits = []
     for images, labels in (arrays[:2], arrays[2:]):
@@ -214,8 +222,11 @@ def _read_cifar(name: str, data_dir: str) -> Parts:
         except (RuntimeError, OSError):  # missing, or not what its MD5 promises
             return None
 
-    if read(train=True) is None:
-        _download(name, data_dir, missing=lambda: read(train=True) is None)
+    def missing() -> bool:
+        return read(train=True) is None
+
+    if missing():
+        _download(name, data_dir, missing)
     splits = []
     for train in (True, False):
         data = read(train)
@@ -228,7 +239,7 @@ def _read_cifar(name: str, data_dir: str) -> Parts:
     return Parts(splits[0], test=splits[1])
 
 
-def _download(name: str, data_dir: str, missing: Any) -> None:
+def _download(name: str, data_dir: str, missing: Callable[[], bool]) -> None:
     """Lets torchvision download a data set, once a host however many processes ask."""
     from filelock import FileLock
     from torchvision import datasets
