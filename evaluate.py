@@ -35,9 +35,8 @@ def main(argv: list[str] | None = None) -> None:
     about = checkpoint.read_info(path)
     model = about["model"]["name"]
     accelerator = build_accelerator(
-        mixed_precision=about["precision"]
-        if config.mixed_precision == "auto"
-        else config.mixed_precision,
+        mixed_precision=config.mixed_precision,
+        trained_in=about["precision"],
         large_model=find_model(model).large,
         threads=config.threads,
         quiet=config.quiet,

@@ -10,6 +10,7 @@ The run's folder, runs/MODEL-DATASET, gets config.json, history.jsonl, steps.jso
 best.safetensors, report.json and predictions.csv.
 """
 
+import shlex
 import sys
 import time
 from dataclasses import asdict
@@ -59,10 +60,12 @@ def main(argv: list[str] | None = None) -> None:
         about = checkpoint.describe(config, splits, accelerator.mixed_precision)
         torch.manual_seed(config.seed)
         network = build_model(**about["model"], init=config.init)
-        run = rundir.start(config, writes=accelerator.is_main_process)
     trainer = prepare(accelerator, network, config)
-    run.write_config(asdict(config) | describe(accelerator))
-    console.settings(f"{config.model} on {config.dataset}", overview(config, splits, trainer))
+    here = describe(accelerator)
+    with together(accelerator):  # last: a run that cannot start makes and replaces no folder
+        run = rundir.start(config, writes=accelerator.is_main_process)
+        run.write_config(asdict(config) | here)
+    console.settings(f"{config.model} on {config.dataset}", overview(config, splits, here))
 
     best: dict = {}
     step = 0
@@ -111,20 +114,25 @@ def main(argv: list[str] | None = None) -> None:
         report,
         title=f"{config.model} on {config.dataset}",
         files={"run": str(run.path)},
-        command=f"python evaluate.py {run.path}",
+        command=f"python evaluate.py {shlex.quote(str(run.path))}",
     )
     accelerator.end_training()
 
 
-def overview(config, splits, trainer) -> dict[str, str]:
+def overview(config, splits, place) -> dict[str, str]:
     """What was chosen, for the console."""
-    sizes = [f"{len(s.labels):,}" for s in (splits.train, splits.val, splits.test)]
-    place = trainer.accelerator
+    num_train, num_val, num_test = (
+        f"{len(split.labels):,}" for split in (splits.train, splits.val, splits.test)
+    )
     return {
-        "samples": f"{sizes[0]} train, {sizes[1]} {splits.selected_on}, {sizes[2]} test",
-        "recipe": f"{config.recipe}: {config.epochs} epochs of batches of {config.batch_size}, "
-        f"{config.optimizer} {config.lr:g} {config.schedule}, augment {config.augment}",
-        "device": f"{place.num_processes} x {place.device.type}, {place.mixed_precision}",
+        "samples": f"{num_train} train, {num_val} {splits.selected_on}, {num_test} test",
+        "recipe": f"{config.recipe}: {config.epochs} epochs"
+        + (f", at most {config.max_steps} steps" if config.max_steps else "")
+        + f", batches of {config.batch_size}, "
+        f"{config.optimizer}, lr {config.lr:g} {config.schedule}, augment {config.augment}",
+        "place": "{world_size} x {device} ({device_name}), CPU threads: {threads}, {precision}".format(
+            **place
+        ),
     }
 
 

@@ -1,10 +1,11 @@
 """Weights files that describe themselves (promises P4, P5): safetensors, no pickle."""
 
 import json
-import struct
+import math
+import os
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import safetensors.torch
 from accelerate import Accelerator
@@ -13,16 +14,31 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from lab.config import TrainConfig
-from lab.data import DataConfig, Splits
+from lab.data import DataConfig, Splits, find_dataset
 from lab.data.sources import Split
 from lab.distributed import together
 from lab.errors import UserError
+from lab.models import find_model
 from lab.rundir import BEST, RunDir, versions, write_atomically
 
 # All metadata is one JSON text under one key: with several keys, the format keeps no fixed order,
 # and the same weights would not give the same bytes.
 KEY = "lab"
 FORMAT = 1
+
+# What the scripts read of it, and its types in JSON.
+ABOUT = {
+    "format": int,
+    "model": dict,
+    "data": dict,
+    "class_names": list,
+    "mean": list,
+    "std": list,
+    "precision": str,
+    "best_epoch": int,
+    "selected_on": str,
+}
+MODEL = {"name": str, "num_classes": int, "channels": int, "image_size": int}
 
 
 def describe(config: TrainConfig, splits: Splits, precision: str) -> dict[str, Any]:
@@ -80,11 +96,11 @@ def save_weights(path: Path, network: nn.Module, info: dict[str, Any]) -> None:
 def find_weights(path: str) -> Path:
     """The weights file of a run's folder, or the file itself; raises `UserError`."""
     found = Path(path)
-    if found.is_dir():
+    if os.path.isdir(found):  # Path.is_dir raises for a name that is too long
         found = found / BEST
         if not found.exists():
             raise UserError(f"{path} holds no {BEST}", "Give the folder of a finished run")
-    if not found.is_file():
+    if not os.path.isfile(found):
         raise UserError(f"there is no file {found}", "Give a run's folder or its best.safetensors")
     return found
 
@@ -94,19 +110,56 @@ def read_info(path: Path) -> dict[str, Any]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-    except (SafetensorError, OSError, struct.error) as error:
+    except (SafetensorError, OSError) as error:
         raise _damaged(path, error) from error
     try:
-        info = json.loads(metadata[KEY])
-        if info["format"] != FORMAT:
-            raise UserError(
-                f"{path} has format {info['format']}, not {FORMAT}", "Use a newer version of lab"
-            )
-        return info
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        info = json.loads(metadata.get(KEY, "{}"))
+        _require_types(info, {"format": int})
+        if info["format"] == FORMAT:
+            _require_usable(info)
+    except (TypeError, ValueError, ArithmeticError, RecursionError) as error:
+        reason = error.what if isinstance(error, UserError) else error
         raise UserError(
-            f"{path} does not say what network it holds", "Give a file that train.py wrote"
+            f"{path} does not say what network it holds ({reason})",
+            "Give a file that train.py wrote",
         ) from error
+    if info["format"] != FORMAT:
+        raise UserError(
+            f"{path} has format {info['format']}, not {FORMAT}", "Use a newer version of lab"
+        )
+    return info
+
+
+def _require_usable(info: dict[str, Any]) -> None:
+    """Nothing; raises where metadata, which may be a stranger's, is not as `describe` makes it."""
+    _require_types(info, ABOUT)
+    model, data = info["model"], info["data"]
+    _require_types(model, MODEL)
+    find_model(model["name"])
+    DataConfig(**data)
+    _require_types(data, get_type_hints(DataConfig))
+    find_dataset(data["dataset"])
+    TrainConfig(mixed_precision=info["precision"], **data)  # checks bounds and choices
+    names, mean, std = info["class_names"], info["mean"], info["std"]
+    fits = {
+        "model": model.keys() == MODEL.keys(),
+        "class_names": 0 < len(names) == model["num_classes"]
+        and all(isinstance(name, str) for name in names),
+        "mean": 0 < len(mean) == model["channels"] and all(map(math.isfinite, mean)),
+        "std": len(std) == len(mean) and all(math.isfinite(s) and s > 0 for s in std),
+        "image_size": model["image_size"] == data["image_size"],
+    }
+    for name, fit in fits.items():
+        if not fit:
+            raise ValueError(f"{name} does not fit the rest")
+
+
+def _require_types(group: Any, types: dict[str, type]) -> None:
+    for name, kind in types.items():
+        if not isinstance(group, dict) or name not in group:
+            raise ValueError(f"no {name}")
+        if not isinstance(group[name], (int, float) if kind is float else kind):
+            raise ValueError(f"{name} is not of type {kind.__name__}")
 
 
 def load_weights(path: Path, network: nn.Module) -> None:
@@ -145,7 +198,8 @@ def require_same_classes(path: Path, about: dict[str, Any], split: Split) -> Non
     channels = about["model"]["channels"]
     if split.images.shape[1] != channels:
         raise UserError(
-            f"{path} takes images of {channels} channels, the data has {split.images.shape[1]}",
+            f"{path} takes images with {channels} channels, the data's have "
+            f"{split.images.shape[1]}",
             "Give data like that it was trained on",
         )
 

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -42,17 +43,18 @@ class TrainConfig:
     recipe: str = option("modern", TASK,
         "named settings to start from: modern, notebook, smoke")
     image_size: int = option(0, TASK,
-        "pixels a side that pictures are resized to; 0: the model's own", low=0)
+        "pixels a side that pictures are resized to; 0: the model's own", low=0, high=4096)
     val_fraction: float = option(0.1, TASK,
         "share of the training split held out to choose the best epoch on; 0: the test split",
         low=0.0, high=0.9, from_recipe=True)
     test_fraction: float = option(0.2, TASK,
         "share cut for testing from data that comes in one piece", low=0.01, high=0.9)
     split_seed: int = option(0, TASK,
-        "seed of those cuts and of procedural data; the same for every --seed", low=0)
+        "seed of those cuts and of procedural data; the same for every --seed",
+        low=0, high=2**31 - 1)
     num_samples: int = option(10_000, TASK,
         "training pictures made by the `shapes` data set; a fifth as many again for its test",
-        low=10)
+        low=10, high=10_000_000)
     limit_train: int = option(0, TASK,
         "train on this many samples of the split; 0: all", low=0, metavar="N", from_recipe=True)
     limit_eval: int = option(0, TASK,
@@ -112,7 +114,7 @@ class TrainConfig:
     workers: int = option(-1, MACHINE,
         "processes that read data, for each training process; -1: by cores", low=-1, high=256)
     threads: int = option(0, MACHINE,
-        "CPU threads a process; 0: cores / processes on this host", low=0)
+        "CPU threads a process; 0: cores / processes on this host", low=0, high=1024)
     sync_bn: bool = option(False, MACHINE,
         "BatchNorm statistics over all processes (GPUs)")
     deterministic: bool = option(False, MACHINE,
@@ -140,10 +142,10 @@ class TrainConfig:
         if unknown:
             raise UserError(
                 f"--augment has no {', '.join(sorted(unknown))}",
-                f"choose from {', '.join(AUGMENTATIONS)}, or none",
+                f"Choose from {', '.join(AUGMENTATIONS)}, or none",
             )
         if "/" in self.name or self.name in {".", ".."}:
-            raise UserError(f"--name {self.name} is a path", "give the folder with --output-dir")
+            raise UserError(f"--name {self.name} is a path", "Give the folder with --output-dir")
 
     @property
     def augmentations(self) -> tuple[str, ...]:
@@ -178,7 +180,7 @@ class EvalConfig:
     workers: int = option(-1, MACHINE,
         "processes that read data; -1: by cores", low=-1, high=256)
     threads: int = option(0, MACHINE,
-        "CPU threads a process; 0: cores / processes on this host", low=0)
+        "CPU threads a process; 0: cores / processes on this host", low=0, high=1024)
     output: str = option("", REPORT,
         "folder for report.json and predictions.csv; else evaluate-SPLIT beside the weights",
         metavar="DIR")
@@ -193,7 +195,11 @@ class EvalConfig:
 
     def data_overrides(self) -> dict[str, Any]:
         """The settings of the data that were given, and so replace those of the training."""
-        given = {name: getattr(self, name) for name in ("dataset", "data_dir", "limit_eval")}
+        given = {
+            "dataset": self.dataset,
+            "data_dir": self.data_dir,
+            "limit_train" if self.split == "train" else "limit_eval": self.limit_eval,
+        }
         return {name: value for name, value in given.items() if value is not None}
 
 
@@ -209,15 +215,17 @@ def check_fields(config: Any) -> None:
         if value is None:
             continue
         if "choices" in m and value not in m["choices"]:
-            raise UserError(f"{flag(f.name)} has no {value}", f"choose {', '.join(m['choices'])}")
-        if isinstance(value, float) and value != value:
-            raise UserError(f"{flag(f.name)} is not a number", "give a finite number")
+            raise UserError(
+                f"{flag(f.name)} has no {value}", f"Choose from {', '.join(m['choices'])}"
+            )
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{flag(f.name)} is {value}", "Give a finite number")
         if "low" in m and value < m["low"]:
-            raise UserError(f"{flag(f.name)} {value} is too low", f"give at least {m['low']}")
+            raise UserError(f"{flag(f.name)} {value} is too low", f"Give at least {m['low']}")
         if "above" in m and value <= m["above"]:
-            raise UserError(f"{flag(f.name)} {value} is too low", f"give more than {m['above']:g}")
+            raise UserError(f"{flag(f.name)} {value} is too low", f"Give more than {m['above']:g}")
         if "high" in m and value > m["high"]:
-            raise UserError(f"{flag(f.name)} {value} is too high", f"give at most {m['high']}")
+            raise UserError(f"{flag(f.name)} {value} is too high", f"Give at most {m['high']}")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -261,9 +269,12 @@ def parse_arguments(config: type, argv: list[str] | None, *, prog: str, about: s
             both_ways = m.get("from_recipe")  # what a recipe turns on can be turned off
             settings["action"] = argparse.BooleanOptionalAction if both_ways else "store_true"
         else:
-            settings |= {"type": kind, "metavar": m.get("metavar") or kind.__name__.upper()}
-            if "choices" in m:
-                settings |= {"choices": m["choices"], "metavar": "{" + ",".join(m["choices"]) + "}"}
+            # Choices are checked by check_fields: argparse words it by the version of Python.
+            choices = "{" + ",".join(m["choices"]) + "}" if "choices" in m else None
+            settings |= {
+                "type": kind,
+                "metavar": choices or m.get("metavar") or kind.__name__.upper(),
+            }
         group.add_argument(flag(f.name), **settings)
     return vars(parser.parse_args(argv))
 

@@ -249,7 +249,10 @@ def _error_style(share: float) -> str:
 
 
 def _is_main() -> bool:
-    return os.environ.get("RANK", "0") == "0" if _main_process is None else _main_process
+    if _main_process is not None:
+        return _main_process
+    # A RANK left in the environment means nothing without a world.
+    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
 
 
 def _chatty() -> bool:

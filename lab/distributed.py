@@ -20,6 +20,7 @@ from lab.errors import UserError
 def build_accelerator(
     *,
     mixed_precision: str = "auto",
+    trained_in: str | None = None,
     large_model: bool = False,
     threads: int = 0,
     deterministic: bool = False,
@@ -32,11 +33,16 @@ def build_accelerator(
     """
     _refuse_a_lone_launch()
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size > 1 and "MASTER_ADDR" not in os.environ:
+        raise UserError(
+            f"WORLD_SIZE is {world_size}, but MASTER_ADDR is not set",
+            "Start with accelerate launch or torchrun, or unset WORLD_SIZE",
+        )
     found = torch.accelerator.current_accelerator(check_available=True)
     device_type = "cpu" if found is None or _flag("ACCELERATE_USE_CPU") else found.type
     AcceleratorState._reset_state()  # a second run in one process may choose another precision
     accelerator = Accelerator(
-        mixed_precision=choose_precision(mixed_precision, device_type, large_model),
+        mixed_precision=choose_precision(mixed_precision, device_type, large_model, trained_in),
         # Without it, a CPU world started by torchrun or a MULTI_GPU file is one world a process.
         cpu=device_type == "cpu",
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
@@ -58,10 +64,16 @@ def build_accelerator(
     return accelerator
 
 
-def choose_precision(requested: str, device_type: str, large_model: bool) -> str:
-    """ "no", "bf16" or "fp16". "auto" is bfloat16 where the hardware multiplies it and the network
-    is large enough to gain; what `accelerate launch --mixed_precision` named comes before that.
+def choose_precision(
+    requested: str, device_type: str, large_model: bool, trained_in: str | None = None
+) -> str:
+    """The precision "no", "bf16" or "fp16"; raises `UserError` for fp16 on a CPU.
+
+    "auto" is what the weights were `trained_in`; else what `accelerate launch --mixed_precision`
+    names; else bfloat16 where the hardware multiplies it and the network is large enough to gain.
     """
+    if requested == "auto" and trained_in:
+        return "no" if trained_in == "fp16" and device_type == "cpu" else trained_in
     if requested == "auto":
         launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
         if launched in ("bf16", "fp16"):
@@ -133,12 +145,16 @@ def loader_place(accelerator: Accelerator, kind: str, workers: int) -> dict[str,
 def describe(accelerator: Accelerator) -> dict[str, Any]:
     """Where this run takes place, as config.json keeps it."""
     device = accelerator.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = str(torch.cpu.get_capabilities().get("cpu_name", platform.machine()))
+    precision = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
     return {
         "device": device.type,
-        "device_name": name or platform.machine(),
+        "device_name": name,
         "world_size": accelerator.num_processes,
-        "precision": accelerator.mixed_precision,
+        "precision": precision[accelerator.mixed_precision],
         "threads": torch.get_num_threads(),
     }
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from lab.config import TrainConfig
-from lab.data.loaders import Batch, Loader, shard
+from lab.data.loaders import Batch, Loader, fold, shard
 from lab.errors import UserError
 from lab.models import find_model
 from lab.optim import build_optimizer, learning_rate
@@ -96,7 +96,8 @@ def train_one_epoch(
         lr = learning_rate(config, step, loader.plan.num_batches)
         for group in trainer.optimizer.param_groups:
             group["lr"] = lr
-        torch.manual_seed(_step_seed(config.seed, step, accelerator.process_index))
+        # Dropout's seed follows from the step: there is no random state to keep.
+        torch.manual_seed(fold(config.seed, step, accelerator.process_index))
         batch_sums = train_step(trainer, batch)
         sums += batch_sums
         step += 1
@@ -147,11 +148,6 @@ def train_step(trainer: Trainer, batch: Batch) -> Tensor:
     if trainer.average:
         trainer.average.update_parameters(trainer.network)
     return sums
-
-
-def _step_seed(seed: int, step: int, rank: int) -> int:
-    """The seed of a step's dropout on one process: no random state need be kept."""
-    return ((seed << 32) + step * 1_000_003 + rank) % 2**63
 
 
 def _require_finite(loss: float, step: int, lr: float) -> None:

@@ -38,7 +38,7 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
         "*": dict(batch_size=128, epochs=10, augment="crop,flip", schedule="one-cycle"),
         "mnist": dict(augment="crop"),
         "fashion-mnist": dict(augment="crop,flip"),
-        "digits": dict(augment="crop", epochs=30, batch_size=64),
+        "digits": dict(augment="crop", epochs=15, batch_size=32),
         "shapes": dict(augment="flip"),
         "lenet5": dict(optimizer="adamw", lr=5e-3, weight_decay=0.01, warmup_epochs=0.5),
         "lenet5/mnist": dict(epochs=5),

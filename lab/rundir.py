@@ -1,12 +1,13 @@
 """The one place that knows the names of a run's files, and how they are written."""
 
+import errno
 import json
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,12 @@ class RunDir:
 
     def write_config(self, settings: Mapping[str, Any]) -> None:
         """config.json: every setting as resolved, where the run takes place, and by what code."""
-        self._write_json(CONFIG, {**settings, "versions": versions(), "commit": commit()})
+        try:
+            self._write_json(CONFIG, {**settings, "versions": versions(), "commit": commit()})
+        except UserError:
+            with suppress(OSError):
+                self.path.rmdir()  # nothing is in it yet: no run was begun
+            raise
 
     def write_report(self, report: Mapping[str, Any]) -> None:
         """report.json: the numbers of `lab.metrics.report` and what they were measured on."""
@@ -60,8 +66,12 @@ class RunDir:
 
     def _append(self, name: str, rows: list[Any]) -> None:
         if self.writes and rows:
-            with writing(self.path / name), open(self.path / name, "a") as file:
-                file.write("".join(json.dumps(row) + "\n" for row in rows))
+            text = "".join(json.dumps(row) + "\n" for row in rows).encode()
+            with writing(self.path / name), open(self.path / name, "ab", buffering=0) as file:
+                size = file.tell()
+                if file.write(text) < len(text):  # the disk filled up: leave no part of a line
+                    file.truncate(size)
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def start(config: TrainConfig, writes: bool) -> RunDir:
@@ -87,13 +97,13 @@ def create(output_dir: str, name: str, default_name: str, overwrite: bool) -> Pa
     Raises `UserError` where NAME exists and is not to be overwritten.
     """
     parent = Path(output_dir)
-    if name and (parent / name).exists():
+    if name and os.path.exists(parent / name):  # Path.exists raises for a name that is too long
         path = parent / name
         if not overwrite:
             raise UserError(
                 f"the run {path} exists", "Give another --name, or --overwrite to replace it"
             )
-        if not (path / CONFIG).exists() and any(path.iterdir()):
+        if not is_run(path):
             raise UserError(f"{path} is not a run's folder", "Give another --name")
         with writing(path):
             shutil.rmtree(path)
@@ -105,9 +115,19 @@ def create(output_dir: str, name: str, default_name: str, overwrite: bool) -> Pa
                 path.mkdir(parents=True)
                 return path
             except FileExistsError:
-                if name or (parent.exists() and not parent.is_dir()):
+                if name or not parent.is_dir():
                     raise
                 number += 1
+
+
+def is_run(path: Path) -> bool:
+    """Whether a folder is a run's, or empty: one that may be replaced."""
+    try:
+        if not any(path.iterdir()):
+            return True
+        return "lab" in json.loads((path / CONFIG).read_bytes())["versions"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
 
 
 @contextmanager

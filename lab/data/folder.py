@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import io
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
-from torchvision import io
 from torchvision.transforms.v2 import functional as F
 
 from lab.data.sources import Parts, Split
 from lab.errors import UserError
+
+try:
+    from torchvision.io import decode_jpeg
+except ImportError:  # deprecated in torchvision 0.29: Pillow reads on without it
+    decode_jpeg = None
 
 if TYPE_CHECKING:
     from lab.data import DataConfig
@@ -62,49 +68,67 @@ class ImageFiles:
 
 
 def decode(path: str, size: int) -> Tensor:
-    """One picture as uint8 [3, size, size]: the shorter side resized to `size`, then the centre.
+    """One picture as uint8 [3, size, size]: its central square, turned as its EXIF data says.
 
-    torchvision's native decoders, which turn the picture as its EXIF orientation says; Pillow for
-    what they do not read (BMP, 16-bit PNG, CMYK). Raises `UserError` that names a damaged file.
+    Transparency is dropped; of an animation it is the first picture. Raises `UserError` that names
+    a file that is damaged or no picture.
     """
     try:
-        image = io.decode_image(io.read_file(path), "RGB", apply_exif_orientation=True)
-        if image.dtype != torch.uint8:
-            raise RuntimeError("more than 8 bits a channel")
-    except RuntimeError:
-        image = _decode_with_pillow(path)
+        content = Path(path).read_bytes()
+        image = _decode_with_pillow(content) if (jpeg := _decode_jpeg(content)) is None else jpeg
+    except Exception as error:  # Pillow's decoders raise many kinds
+        reason = getattr(error, "strerror", None) or str(error)
+        if isinstance(error, UnidentifiedImageError):
+            reason = "in no known format"
+        raise UserError(
+            f"cannot read the picture {path} ({reason})", "Replace or delete that file"
+        ) from error
     if image.shape[1:] == (size, size):
         return image
-    image = F.resize(image, [size], antialias=True)
-    return F.center_crop(image, [size, size])
+    # Cut before it is resized: a strip of 1 x 5000 pixels would first become a huge one.
+    image = F.center_crop(image, [min(image.shape[1:])])
+    return F.resize(image, [size, size], antialias=True)
 
 
-def _decode_with_pillow(path: str) -> Tensor:
-    from PIL import Image, ImageOps
+def _decode_jpeg(content: bytes) -> Tensor | None:
+    """A JPEG by torchvision, twice as fast as Pillow; None for what it cannot read.
 
+    Its PNG decoder is left alone: on some damaged files it ends the process with a segmentation
+    fault (0.29). Its WebP decoder knows no EXIF orientation.
+    """
+    if decode_jpeg is None or not content.startswith(b"\xff\xd8\xff"):
+        return None
     try:
-        with Image.open(path) as file:
-            image: Image.Image = ImageOps.exif_transpose(file)
-            if image.mode.startswith("I"):  # 16 bits: scaled, as a conversion to RGB would clip
-                image = image.convert("I").point(lambda v: v / 256, "L")
-            return F.pil_to_tensor(image.convert("RGB"))
-    except Exception as error:  # Pillow's decoders raise many kinds
-        raise UserError(
-            f"cannot read the picture {path} ({error})", "Replace or delete that file"
-        ) from error
+        data = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+        return decode_jpeg(data, "RGB", apply_exif_orientation=True)
+    except RuntimeError:
+        return None
+
+
+def _decode_with_pillow(content: bytes) -> Tensor:
+    with Image.open(io.BytesIO(content)) as file:
+        image: Image.Image = ImageOps.exif_transpose(file)
+        if image.mode.startswith("I"):  # 16 bits: scaled, as a conversion to RGB would clip
+            image = image.convert("I").point(lambda v: v / 256, "L")
+        return F.pil_to_tensor(image.convert("RGB"))
 
 
 def read_folder(config: DataConfig) -> Parts:
     """The splits of a folder: its `train`, `val` and `test` where it has a `train`; else one.
 
-    Class names are the sorted folder names. Raises `UserError` for a missing folder, an empty
-    class, fewer than two classes, and a class in `val` or `test` that `train` lacks.
+    Class names are the sorted folder names; names that begin with a dot are passed over. Raises
+    `UserError` for a missing folder, an empty class, fewer than two classes, and classes of `val`
+    or `test` that are not those of `train`.
     """
     root = Path(config.data_dir)
-    if not root.is_dir():
+    if not os.path.isdir(root):  # Path.is_dir raises for a name that is too long
         raise UserError(f"there is no folder {root}", "Give --data-dir a folder of CLASS/pictures")
     train_root = root / "train" if (root / "train").is_dir() else root
     class_names = tuple(_class_folders(train_root))
+    if train_root == root and {"val", "test"} & set(class_names):
+        raise UserError(
+            f"{root} has no folder train beside val or test", "Name the folder to train on train"
+        )
     if len(class_names) < 2:
         raise UserError(
             f"{train_root} holds {len(class_names) or 'no'} class folder{'s'[: not class_names]}",
@@ -112,32 +136,37 @@ def read_folder(config: DataConfig) -> Parts:
         )
     parts = {"train": _list_split(train_root, class_names, config.image_size)}
     if train_root != root:
-        for name in ("val", "test"):
-            if (root / name).is_dir():
-                parts[name] = _list_split(root / name, class_names, config.image_size)
+        for folder in ("val", "valid", "validation", "test"):
+            if (root / folder).is_dir():
+                name = "test" if folder == "test" else "val"
+                parts[name] = _list_split(root / folder, class_names, config.image_size)
     return Parts(**parts)
 
 
 def _class_folders(root: Path) -> list[str]:
-    return sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    try:
+        return sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    except OSError as error:
+        raise UserError(
+            f"cannot read the folder {root} ({error.strerror})", "Mend its permissions"
+        ) from error
 
 
 def _list_split(root: Path, class_names: tuple[str, ...], size: int) -> Split:
-    strangers = set(_class_folders(root)) - set(class_names)
-    if strangers:
-        raise UserError(
-            f"{root} has classes that are not trained on: {', '.join(sorted(strangers))}",
-            "Every split needs the same class folders",
-        )
+    found_names = set(_class_folders(root))
+    for problem, names in (
+        ("has classes that are not trained on", found_names - set(class_names)),
+        ("lacks classes that are trained on", set(class_names) - found_names),
+    ):
+        if names:
+            raise UserError(
+                f"{root} {problem}: {', '.join(sorted(names))}",
+                "Every split needs the same class folders",
+            )
     paths: list[str] = []
     labels: list[int] = []
     for label, name in enumerate(class_names):
-        found = sorted(
-            os.path.join(folder, file)
-            for folder, _, files in os.walk(root / name, followlinks=True)
-            for file in files
-            if file.lower().endswith(SUFFIXES) and not file.startswith(".")
-        )
+        found = sorted(_pictures(root / name))
         if not found:
             raise UserError(
                 f"the class folder {root / name} holds no pictures",
@@ -146,3 +175,13 @@ def _list_split(root: Path, class_names: tuple[str, ...], size: int) -> Split:
         paths += found
         labels += [label] * len(found)
     return Split(ImageFiles(tuple(paths), size), torch.tensor(labels), class_names)
+
+
+def _pictures(root: Path) -> Iterator[str]:
+    """The paths of the pictures at any depth below a folder; hidden ones are passed over."""
+    for folder, folders, files in os.walk(root, followlinks=True):
+        # Editors keep copies of pictures in hidden folders. In place: os.walk then skips them.
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in files:
+            if name.lower().endswith(SUFFIXES) and not name.startswith("."):
+                yield os.path.join(folder, name)

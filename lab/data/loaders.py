@@ -6,6 +6,7 @@ batch holds depends on the number of processes; so the project cuts its batches 
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,8 +32,13 @@ class Batch:
 
 def permutation(num_samples: int, seed: int, epoch: int) -> Tensor:
     """The order of the samples in an epoch, int64 [N]: a function of (seed, epoch) alone."""
-    generator = torch.Generator().manual_seed((seed << 20) + epoch)
+    generator = torch.Generator().manual_seed(fold(seed, epoch))
     return torch.randperm(num_samples, generator=generator)
+
+
+def fold(*numbers: int) -> int:
+    """One seed from several numbers, in 32 bits: PyTorch's CPU generator ignores the others."""
+    return int.from_bytes(hashlib.blake2s(repr(numbers).encode(), digest_size=4).digest(), "big")
 
 
 def shard(num_items: int, rank: int, world_size: int) -> slice:
@@ -139,6 +145,8 @@ class StreamingLoader:
         for (start, stop, num_global), images in zip(
             self.plan.cuts(first), self.reader, strict=True
         ):
+            if isinstance(images, UserError):  # no other process reads this picture
+                raise UserError(images.what, images.hint, lone=True)
             index = order[start:stop]
             images = images.to(self.device, non_blocking=True)
             images = self.preprocess(images, None if bits is None else bits[index])
@@ -162,8 +170,11 @@ class _BatchDataset(torch.utils.data.Dataset):
     def __init__(self, images: Images):
         self.images = images
 
-    def __getitem__(self, index: Tensor) -> Tensor:
-        return self.images[index]
+    def __getitem__(self, index: Tensor) -> Tensor | UserError:
+        try:
+            return self.images[index]
+        except UserError as error:  # raised in a worker, it would arrive as a RuntimeError
+            return error
 
 
 class _BatchSampler(torch.utils.data.Sampler):

@@ -6,6 +6,9 @@ Downloads are torchvision's; one process a host does them, the others wait at a 
 from __future__ import annotations
 
 import gzip
+import http.client
+import socket
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -183,7 +186,7 @@ def _read_idx(name: str, data_dir: str, class_names: tuple[str, ...]) -> Parts:
 
     if missing():
         _download(name, data_dir, missing)
-    arrays = [_read_idx_file(find(n)) for n in names]
+    arrays = [_read_idx_file(find(n), num_dims=3 if "idx3" in n else 1) for n in names]
     splits = []
     for images, labels in (arrays[:2], arrays[2:]):
         if len(images) != len(labels) or int(labels.max()) >= len(class_names):
@@ -195,18 +198,17 @@ def _read_idx(name: str, data_dir: str, class_names: tuple[str, ...]) -> Parts:
     return Parts(splits[0], test=splits[1])
 
 
-def _read_idx_file(path: Path) -> Tensor:
+def _read_idx_file(path: Path, num_dims: int) -> Tensor:
     """The uint8 array in an IDX file (http://yann.lecun.com/exdb/mnist, "file formats")."""
     try:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        if content[:3] != b"\0\0\x08":
-            raise ValueError("not an IDX file of bytes")
-        num_dims = content[3]
+        if content[:4] != bytes([0, 0, 8, num_dims]):  # 8: unsigned bytes
+            raise ValueError(f"not an IDX file of bytes in {num_dims} dimensions")
         header = 4 + 4 * num_dims
         shape = [int.from_bytes(content[i : i + 4], "big") for i in range(4, header, 4)]
         data = torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=header)
         return data.view(shape)
-    except (OSError, EOFError, ValueError, RuntimeError, IndexError) as error:
+    except (OSError, EOFError, ValueError, RuntimeError, zlib.error) as error:
         raise UserError(
             f"{path} is damaged ({error})", "Delete it, so that it is downloaded anew"
         ) from error
@@ -244,14 +246,19 @@ def _download(name: str, data_dir: str, missing: Callable[[], bool]) -> None:
     from filelock import FileLock
     from torchvision import datasets
 
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(30)  # seconds; torchvision sets none, and would wait for ever
     try:
         Path(data_dir).mkdir(parents=True, exist_ok=True)
         with FileLock(Path(data_dir) / f".{name}.lock"):
             if missing():
                 getattr(datasets, name)(data_dir, download=True)
-    except (OSError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except (OSError, RuntimeError, http.client.HTTPException) as error:
+        # Of MNIST's several lines, one a mirror, the last says why.
+        reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
         raise UserError(
             f"{name} is not in {data_dir} and could not be downloaded ({reason})",
             "Check the network or give --data-dir; `--dataset digits` needs no download",
         ) from error
+    finally:
+        socket.setdefaulttimeout(timeout)

@@ -43,5 +43,7 @@ def build_model(
     package = importlib.import_module(f"lab.models.{module}")
     network = getattr(package, factory)(num_classes, channels, image_size)
     if init == "kaiming":
-        package.kaiming_init(network)
+        from lab.models.classic import kaiming_init
+
+        kaiming_init(network)
     return network

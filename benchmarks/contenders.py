@@ -1,0 +1,201 @@
+"""The training loops that train_speed.py times. Each yields after every step it is asked for.
+
+Each contender is a function of a `Case` that returns two callables: `train(num_steps)`, which
+trains that many steps (None: one epoch) and returns the number of images, and `evaluate()`, which
+returns the test accuracy (None where there is nothing to evaluate).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader
+from torchvision import datasets
+from torchvision import transforms as T
+
+from lab.config import TrainConfig
+from lab.recipes import resolve
+
+BATCH_SIZE, WORKERS = 128, 2
+Contender = tuple[Callable[[int | None], int], Callable[[], float | None]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network and its data, as the notebooks train them."""
+
+    model: str
+    dataset: str  # "mnist" or "folder"
+    data_dir: str
+
+    @property
+    def config(self) -> TrainConfig:
+        """The notebook recipe, so that every contender does the same arithmetic."""
+        settings = {"model": self.model, "dataset": self.dataset, "data_dir": self.data_dir}
+        return resolve({**settings, "recipe": "notebook"})
+
+    def sets(self) -> tuple[Any, Any]:
+        """torchvision's training and test sets with the notebooks' per-sample transforms."""
+        if self.dataset == "mnist":
+            transform = T.Compose(
+                [T.Resize((32, 32)), T.ToTensor(), T.Normalize((0.1307,), (0.3081,))]
+            )
+            return tuple(
+                datasets.MNIST(self.data_dir, train=train, transform=transform)
+                for train in (True, False)
+            )
+        plain = [T.ToTensor(), T.Normalize((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))]
+        augment = [T.RandomCrop(32, padding=4), T.RandomHorizontalFlip()]
+        root = Path(self.data_dir)
+        return (
+            datasets.ImageFolder(str(root / "train"), T.Compose(augment + plain)),
+            datasets.ImageFolder(str(root / "test"), T.Compose(plain)),
+        )
+
+    def network(self) -> nn.Module:
+        """The case's network with the project's initial weights."""
+        from lab.models import build_model
+
+        torch.manual_seed(42)
+        channels = 1 if self.dataset == "mnist" else 3
+        return build_model(self.model, num_classes=10, channels=channels, image_size=32)
+
+
+def notebook(case: Case) -> Contender:
+    """The notebooks' loop: per-sample transforms, worker processes, `.item()` in every step."""
+    train_set, test_set = case.sets()
+    network = case.network()
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
+    loader = DataLoader(train_set, BATCH_SIZE, shuffle=True, num_workers=WORKERS)
+    test_loader = DataLoader(test_set, BATCH_SIZE, num_workers=WORKERS)
+
+    def train(num_steps: int | None) -> int:
+        network.train()
+        running_loss, correct, total = 0.0, 0, 0
+        for images, labels in islice(loader, num_steps):
+            optimizer.zero_grad()
+            outputs = network(images)
+            loss = F.cross_entropy(outputs, labels)
+            loss.backward()
+            optimizer.step()
+            running_loss += loss.item() * labels.size(0)
+            correct += (outputs.argmax(1) == labels).sum().item()
+            total += labels.size(0)
+        return total
+
+    def evaluate() -> float:
+        network.eval()
+        correct, total = 0, 0
+        with torch.no_grad():
+            for images, labels in test_loader:
+                outputs = network(images)
+                correct += (outputs.argmax(1) == labels).sum().item()
+                total += labels.size(0)
+        return correct / total
+
+    return train, evaluate
+
+
+def accelerate(case: Case) -> Contender:
+    """The usual Accelerate loop: prepared loaders, `gather_for_metrics`."""
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    train_set, test_set = case.sets()
+    network = case.network()
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
+    loader = DataLoader(train_set, BATCH_SIZE, shuffle=True, num_workers=WORKERS)
+    test_loader = DataLoader(test_set, BATCH_SIZE, num_workers=WORKERS)
+    model, optimizer, loader, test_loader = accelerator.prepare(
+        network, optimizer, loader, test_loader
+    )
+
+    def train(num_steps: int | None) -> int:
+        model.train()
+        total, total_loss = 0, 0.0
+        for images, labels in islice(loader, num_steps):
+            loss = F.cross_entropy(model(images), labels)
+            total_loss += loss.detach().float()
+            accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+            total += len(labels)
+        return total
+
+    def evaluate() -> float:
+        model.eval()
+        correct, total = 0, 0
+        for images, labels in test_loader:
+            with torch.no_grad():
+                predictions = model(images).argmax(1)
+            predictions, labels = accelerator.gather_for_metrics((predictions, labels))
+            correct += (predictions == labels).sum().item()
+            total += len(labels)
+        return correct / total
+
+    return train, evaluate
+
+
+def lab(case: Case) -> Contender:
+    """This project's loader, engine and evaluation, put together as train.py does."""
+    from dataclasses import replace
+
+    from lab.config import EVAL_BATCH_SIZE
+    from lab.data import DataConfig, load_splits
+    from lab.data.augment import Preprocess
+    from lab.data.loaders import build_loader
+    from lab.distributed import build_accelerator, loader_place
+    from lab.engine import prepare, train_one_epoch
+    from lab.evaluation import predict_all
+    from lab.models import find_model
+
+    config = case.config
+    accelerator = build_accelerator(large_model=find_model(case.model).large)
+    place = loader_place(accelerator, "auto", -1)
+    splits = load_splits(DataConfig.of(config), place["memory"], torch.get_num_threads())
+    augment = Preprocess(splits.mean, splits.std, config.augmentations, accelerator.device)
+    plain = Preprocess(splits.mean, splits.std, (), accelerator.device)
+    loader = build_loader(splits.train, augment, batch_size=BATCH_SIZE, seed=42, **place)
+    test_loader = build_loader(splits.test, plain, batch_size=EVAL_BATCH_SIZE, seed=None, **place)
+    trainer = prepare(accelerator, case.network(), config)
+
+    def train(num_steps: int | None) -> int:
+        trainer.config = replace(config, max_steps=num_steps or 0)
+        trained = train_one_epoch(trainer, loader, 1, 0, lambda *_: None, lambda _: None)
+        return min(trained.step * BATCH_SIZE, loader.plan.num_samples)
+
+    def evaluate() -> float:
+        return predict_all(accelerator, trainer.evaluated, test_loader).report()["accuracy"]
+
+    return train, evaluate
+
+
+def floor(case: Case) -> Contender:
+    """The arithmetic alone: lab's network, precision and optimizer on one batch that lies ready."""
+    from lab.distributed import build_accelerator
+    from lab.engine import prepare
+    from lab.models import find_model
+
+    accelerator = build_accelerator(large_model=find_model(case.model).large)
+    trainer = prepare(accelerator, case.network(), case.config)
+    channels = 1 if case.dataset == "mnist" else 3
+    images = torch.randn(BATCH_SIZE, channels, 32, 32, device=accelerator.device)
+    labels = torch.randint(10, (BATCH_SIZE,), device=accelerator.device)
+
+    def train(num_steps: int | None) -> int:
+        trainer.model.train()
+        for _ in range(num_steps or 60_000 // BATCH_SIZE):
+            accelerator.backward(F.cross_entropy(trainer.model(images), labels))
+            trainer.optimizer.step()
+            trainer.optimizer.zero_grad()
+        return (num_steps or 60_000 // BATCH_SIZE) * BATCH_SIZE
+
+    return train, lambda: None
+
+
+CONTENDERS = {"notebook": notebook, "accelerate": accelerate, "lab": lab, "floor": floor}

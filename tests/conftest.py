@@ -1,0 +1,27 @@
+"""The fixtures that several test files share."""
+
+import pytest
+from mistakes import tree
+
+from lab.errors import run_script
+
+
+@pytest.fixture
+def fails(tmp_path, monkeypatch, capfd):
+    """Calls a script that must fail as P7 says; its message, without `error: `."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")  # the same messages on a machine with GPUs
+
+    def call(script, *words: object, leaves: tuple[str, ...] = ()) -> str:
+        before = tree(tmp_path)
+        capfd.readouterr()
+        code = run_script(lambda: script.main([str(word) for word in words]))
+        captured = capfd.readouterr()
+        assert code == 2, captured.err
+        assert captured.out.count("\n") <= 1  # "reading ..." at most
+        [line] = captured.err.splitlines()
+        assert line.startswith("error: ")
+        assert {k: v for k, v in tree(tmp_path).items() if not k.startswith(leaves)} == before
+        return line.removeprefix("error: ")
+
+    return call

@@ -1,0 +1,29 @@
+"""What the tests of errors (P7) share beside the fixture `fails` of conftest.py."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+FULL = "Free some space, or name another folder."
+
+
+def tree(folder: Path) -> dict[str, object]:
+    """Every file below a folder with its content, and every folder."""
+    return {
+        str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None
+        for p in folder.rglob("*")
+    }
+
+
+def matches(message: str, expected: str) -> bool:
+    """Whether they are the same, `(*)` standing for what a library says."""
+    return re.fullmatch(re.escape(expected).replace(r"\(\*\)", r"\(.+\)"), message) is not None
+
+
+def make_picture(path: Path, **settings) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path, **settings)
+    return path

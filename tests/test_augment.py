@@ -1,0 +1,200 @@
+"""P2: a sample's augmentation depends on (seed, epoch, sample) alone; each step against a loop."""
+
+import math
+
+import pytest
+import torch
+from torchvision import transforms
+
+from lab.data.augment import Preprocess, crop, cutout, draw, flip, random_bits
+
+SIZES = [28, 32, 64]
+STEPS = ("crop", "flip", "cutout")
+GOLDEN = [
+    "1c7a1c153a8a05ab",
+    "cf33c7a8dba60b99",
+    "93b1d8e36a8a9b9c",
+]  # seed 42, epoch 3, samples 0 to 2
+
+
+def make_images(num_images, channels, size, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shape = (num_images, channels, size, size)
+    return torch.randint(1, 256, shape, dtype=torch.uint8, generator=generator)  # none is black
+
+
+def reference_bits(seed, epoch, i):
+    """SplitMix64's finaliser of a counter, in Python's own integers; as an unsigned number."""
+    golden = 0x9E3779B97F4A7C15
+    start = seed * 0xD1342543DE82EF95 + epoch * 0xDABA0B6EB09322E3
+    x = (start + (i + 1) * golden) % 2**64
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
+    return x ^ (x >> 31)
+
+
+def reference_draw(bits, k, high):
+    return (bits % 2**64 // 2 ** (12 * k) % 4096) * high // 4096
+
+
+@pytest.mark.parametrize("seed", [0, 1, 42, 2**31 - 1])
+@pytest.mark.parametrize("epoch", [0, 1, 300])
+def test_p2_bits_are_those_of_integer_arithmetic(seed, epoch):
+    found = random_bits(seed, epoch, 1001, "cpu")
+    assert found.dtype == torch.int64
+    expected = [reference_bits(seed, epoch, i) for i in range(1001)]
+    assert [b % 2**64 for b in found.tolist()] == expected
+
+
+def test_p2_bits_never_change():
+    # Seed 0, epoch 0 is SplitMix64 seeded with 0, whose first number is known.
+    assert f"{random_bits(0, 0, 1, 'cpu').item() % 2**64:x}" == "e220a8397b1dcdaf"
+    golden = [random_bits(42, 3, 3, "cpu")[i].item() % 2**64 for i in range(3)]
+    assert [f"{x:016x}" for x in golden] == GOLDEN
+
+
+@pytest.mark.parametrize("num_samples", [0, 1, 99, 100])
+def test_p2_bits_of_a_sample_do_not_depend_on_how_many_there_are(num_samples):
+    assert torch.equal(
+        random_bits(7, 2, num_samples, "cpu"), random_bits(7, 2, 101, "cpu")[:num_samples]
+    )
+
+
+def test_bits_differ_by_seed_epoch_and_sample():
+    every = torch.cat([random_bits(s, e, 1000, "cpu") for s in range(5) for e in range(5)])
+    assert len(every.unique()) == len(every)
+
+
+def test_draws_of_negative_bits_are_those_of_the_unsigned_number():
+    bits = random_bits(3, 1, 2000, "cpu")
+    assert 900 < int((bits < 0).sum()) < 1100
+    extremes = torch.tensor([-1, -(2**63), 2**63 - 1, 0])
+    for some in (bits, extremes):
+        for k in range(5):
+            for high in (1, 2, 7, 9, 33, 65):
+                expected = [reference_draw(b, k, high) for b in some.tolist()]
+                assert draw(some, k, high).tolist() == expected
+    assert draw(torch.tensor([-1]), 4, 9).item() == 8
+
+
+def chi_square(counts):
+    expected = counts.sum() / counts.numel()
+    return float(((counts - expected) ** 2 / expected).sum())
+
+
+@pytest.mark.parametrize("high", [2, 7, 9, 17, 33, 65])
+def test_draws_are_uniform_over_samples_and_over_epochs(high):
+    over_samples = random_bits(11, 4, 40_000, "cpu")
+    over_epochs = torch.cat([random_bits(11, e, 10, "cpu") for e in range(500)])
+    limit = high - 1 + 5 * math.sqrt(2 * (high - 1)) + 5  # five standard deviations and a bit
+    for bits in (over_samples, over_epochs):
+        for k in range(5):
+            counts = draw(bits, k, high).bincount(minlength=high)
+            assert len(counts) == high
+            assert chi_square(counts.double()) < limit
+
+
+def test_draws_of_a_sample_are_independent():
+    bits = random_bits(5, 1, 40_000, "cpu")
+    for k in range(5):
+        for other in range(k):
+            pairs = draw(bits, k, 8) * 8 + draw(bits, other, 8)
+            assert chi_square(pairs.bincount(minlength=64).double()) < 63 + 5 * math.sqrt(126)
+
+
+def test_draws_of_neighbouring_samples_epochs_and_seeds_are_independent():
+    bits = random_bits(5, 1, 40_001, "cpu")
+    neighbours = (
+        (bits[:-1], bits[1:]),
+        (bits, random_bits(5, 2, 40_001, "cpu")),
+        (bits, random_bits(6, 1, 40_001, "cpu")),
+    )
+    for a, b in neighbours:
+        pairs = draw(a, 0, 8) * 8 + draw(b, 0, 8)
+        assert chi_square(pairs.bincount(minlength=64).double()) < 63 + 5 * math.sqrt(126)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_crop_is_a_window_of_the_padded_image(size, channels):
+    images, bits = make_images(101, channels, size), random_bits(1, 2, 101, "cpu")
+    padding = size // 8
+    seen = set()
+    for image, b, found in zip(images, bits.tolist(), crop(images, bits), strict=True):
+        top, left = (reference_draw(b, k, 2 * padding + 1) for k in (0, 1))
+        padded = torch.zeros(channels, size + 2 * padding, size + 2 * padding, dtype=torch.uint8)
+        padded[:, padding : padding + size, padding : padding + size] = image
+        assert torch.equal(found, padded[:, top : top + size, left : left + size])
+        seen |= {top, left}
+    assert seen == set(range(2 * padding + 1))  # up to an eighth each way
+
+
+def test_flip_mirrors_about_half_left_to_right():
+    images, bits = make_images(401, 3, 32), random_bits(1, 2, 401, "cpu")
+    num_mirrored = 0
+    for image, b, found in zip(images, bits.tolist(), flip(images, bits), strict=True):
+        mirrored = reference_draw(b, 2, 2) == 1
+        rows = [row[::-1] for row in image.flatten(0, 1).tolist()]
+        expected = torch.tensor(rows, dtype=torch.uint8).view_as(image) if mirrored else image
+        assert torch.equal(found, expected)
+        num_mirrored += mirrored
+    assert 150 < num_mirrored < 250
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_cutout_blackens_a_square_of_a_quarter_of_the_side(size):
+    images, bits = make_images(301, 3, size), random_bits(1, 2, 301, "cpu")
+    side = size // 4
+    num_whole = 0
+    for image, b, found in zip(images, bits.tolist(), cutout(images, bits), strict=True):
+        y, x = (reference_draw(b, k, size + 1) for k in (3, 4))
+        black = found.eq(0).all(0)
+        assert torch.equal(found, image.masked_fill(black, 0))  # all else is as it was
+        rows, columns = black.any(1).nonzero().flatten(), black.any(0).nonzero().flatten()
+        assert int(black.sum()) == len(rows) * len(columns)  # a rectangle
+        for line, centre in ((rows, y), (columns, x)):
+            inside = side // 2 < centre < size - side // 2
+            assert len(line) == side if inside else side // 2 <= len(line) <= side
+            assert int(line[-1] - line[0]) + 1 == len(line)
+            if inside:
+                assert abs(float(line.double().mean()) + 0.5 - centre) <= 0.5
+        num_whole += int(black.sum()) == side**2
+    assert num_whole > 100
+
+
+@pytest.mark.parametrize("augment", [(), *[(s,) for s in STEPS], STEPS])
+def test_p2_augmentation_does_not_depend_on_the_batch(augment):
+    images = make_images(50, 3, 32)
+    bits = random_bits(9, 3, 50, "cpu")
+    preprocess = Preprocess((0.4, 0.5, 0.6), (0.2, 0.3, 0.4), augment, "cpu")
+    whole = preprocess(images, bits)
+    order = torch.randperm(50, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(preprocess(images[order], bits[order]), whole[order])
+    for part_size in (1, 7, 49):
+        parts = zip(images.split(part_size), bits.split(part_size), strict=True)
+        assert torch.equal(torch.cat([preprocess(i, b) for i, b in parts]), whole)
+    other_epoch = preprocess(images, random_bits(9, 4, 50, "cpu"))
+    assert torch.equal(other_epoch, whole) == (augment == ())
+
+
+@pytest.mark.parametrize("step", [crop, flip, cutout])
+def test_steps_take_an_empty_batch_and_leave_their_input_alone(step):
+    assert step(make_images(0, 3, 32), random_bits(0, 0, 0, "cpu")).shape == (0, 3, 32, 32)
+    images = make_images(5, 3, 32)
+    before = images.clone()
+    assert step(images, random_bits(0, 0, 5, "cpu")).dtype == torch.uint8
+    assert torch.equal(images, before)
+
+
+@pytest.mark.parametrize(
+    ("mean", "std"), [((0.1307,), (0.3081,)), ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))]
+)
+def test_preprocess_equals_totensor_and_normalize(mean, std):
+    images = torch.arange(256, dtype=torch.uint8).repeat(3 * len(mean), 1)
+    images = images.view(3, len(mean), 16, 16)  # every grey level in every channel
+    normalise = transforms.Normalize(mean, std)
+    pictures = [image.permute(1, 2, 0).numpy() for image in images]
+    expected = torch.stack([normalise(transforms.ToTensor()(p)) for p in pictures])
+    found = Preprocess(mean, std, STEPS, "cpu")(images)  # no bits: not augmented
+    assert found.dtype == torch.float32
+    assert torch.allclose(found, expected, rtol=0, atol=1e-6)

@@ -1,0 +1,206 @@
+"""A training step: its gradient, accumulation, clipping and average; what an epoch reports."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lab.config import TrainConfig
+from lab.data.augment import Preprocess
+from lab.data.loaders import Batch, Plan, ResidentLoader
+from lab.data.sources import Split
+from lab.distributed import build_accelerator
+from lab.engine import prepare, train_one_epoch, train_step
+from lab.models import build_model
+
+PLAIN = {
+    "optimizer": "sgd",
+    "momentum": 0.0,
+    "weight_decay": 0.0,
+    "schedule": "constant",
+    "lr": 1.0,
+}
+
+
+@pytest.fixture(scope="module")
+def accelerator():
+    return build_accelerator(mixed_precision="no", threads=1, quiet=True)
+
+
+def make_trainer(accelerator, **settings):
+    torch.manual_seed(0)
+    network = build_model("lenet5", num_classes=10, channels=1, image_size=28)
+    return prepare(accelerator, network, TrainConfig(**PLAIN | {"dataset": "digits"} | settings))
+
+
+def make_batch(num_samples, num_global=None, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(num_samples, 1, 28, 28, generator=generator)
+    labels = torch.randint(10, (num_samples,), generator=generator)
+    return Batch(images, labels, torch.arange(num_samples), num_global or num_samples)
+
+
+def weights(network):
+    return torch.cat([p.detach().flatten() for p in network.parameters()])
+
+
+def mean_gradient(network, batch, **settings):
+    network = copy.deepcopy(network)
+    F.cross_entropy(network(batch.images), batch.labels, **settings).backward()
+    return torch.cat([p.grad.flatten() for p in network.parameters()])
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 3, 32, 33, 100])
+@pytest.mark.parametrize("num_samples", [1, 33])
+def test_p2_a_step_follows_the_mean_gradient_however_it_is_cut(
+    accelerator, num_samples, accumulate
+):
+    trainer, batch = make_trainer(accelerator, accumulate=accumulate), make_batch(num_samples)
+    before, gradient = weights(trainer.network), mean_gradient(trainer.network, batch)
+    logits = trainer.network(batch.images)
+    loss_sum, hits = train_step(trainer, batch).tolist()
+    assert loss_sum == pytest.approx(F.cross_entropy(logits, batch.labels, reduction="sum").item())
+    assert hits == (logits.argmax(1) == batch.labels).sum()
+    assert torch.allclose(before - weights(trainer.network), gradient, atol=1e-6)
+    assert gradient.norm() > 0.1
+
+
+def test_p2_a_part_of_a_batch_weighs_by_its_samples(accelerator):
+    trainer, batch = make_trainer(accelerator), make_batch(3, num_global=12)
+    before, gradient = weights(trainer.network), mean_gradient(trainer.network, batch)
+    train_step(trainer, batch)
+    assert torch.allclose(before - weights(trainer.network), gradient * 3 / 12, atol=1e-6)
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_p2_a_process_without_samples_takes_the_step_too(accelerator, accumulate):
+    trainer = make_trainer(accelerator, accumulate=accumulate)
+    before = weights(trainer.network)
+    assert train_step(trainer, make_batch(0, num_global=1)).tolist() == [0, 0]
+    assert torch.equal(weights(trainer.network), before)
+
+
+def test_gradients_do_not_outlive_their_step(accelerator):
+    trainer = make_trainer(accelerator)
+    for seed in range(2):
+        batch = make_batch(5, seed=seed)
+        before, gradient = weights(trainer.network), mean_gradient(trainer.network, batch)
+        train_step(trainer, batch)
+        assert torch.allclose(before - weights(trainer.network), gradient, atol=1e-6)
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("clip_norm", [0.01, 1e6])
+def test_clipping_bounds_the_norm_of_the_whole_gradient(accelerator, clip_norm, accumulate):
+    trainer = make_trainer(accelerator, clip_norm=clip_norm, accumulate=accumulate)
+    batch = make_batch(7)
+    before, gradient = weights(trainer.network), mean_gradient(trainer.network, batch)
+    train_step(trainer, batch)
+    expected = gradient * min(1, clip_norm / gradient.norm().item())
+    assert torch.allclose(before - weights(trainer.network), expected, rtol=1e-3, atol=1e-6)
+
+
+def test_the_average_follows_its_formula(accelerator):
+    trainer = make_trainer(accelerator, ema=0.75, lr=0.1)
+    average = None
+    for seed in range(3):
+        train_step(trainer, make_batch(5, seed=seed))
+        new = weights(trainer.network)
+        # The first step starts the average: the weights before it are chance alone.
+        average = new if average is None else 0.75 * average + 0.25 * new
+        assert torch.allclose(weights(trainer.evaluated), average, atol=1e-6)
+    assert not torch.allclose(weights(trainer.network), average, atol=1e-3)
+
+
+def test_label_smoothing_is_torchs(accelerator):
+    trainer, batch = make_trainer(accelerator, label_smoothing=0.3), make_batch(5)
+    before = weights(trainer.network)
+    gradient = mean_gradient(trainer.network, batch, label_smoothing=0.3)
+    train_step(trainer, batch)
+    assert torch.allclose(before - weights(trainer.network), gradient, atol=1e-6)
+
+
+def make_loader(num_samples, batch_size):
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (num_samples, 1, 28, 28), generator=generator).to(torch.uint8)
+    split = Split(images, torch.arange(num_samples) % 10, tuple("0123456789"))
+    plan = Plan(num_samples, batch_size, 0, 0, 1)
+    cpu = torch.device("cpu")
+    return ResidentLoader(split, plan, Preprocess((0.5,), (0.5,), (), cpu), cpu)
+
+
+def train(trainer, num_samples=33, batch_size=8, epoch=1, first_step=0):
+    """(what the epoch gave, rows of steps.jsonl, calls of on_step)."""
+    rows, calls = [], []
+    trained = train_one_epoch(
+        trainer,
+        make_loader(num_samples, batch_size),
+        epoch,
+        first_step,
+        on_step=lambda *arguments: calls.append(arguments),
+        on_log=rows.extend,
+    )
+    return trained, rows, calls
+
+
+def test_an_epoch_reports_its_steps_and_means_over_samples(accelerator):
+    trained, rows, calls = train(make_trainer(accelerator, lr=0.01, log_every=1))
+    assert trained.step == 5
+    assert [(r["step"], r["epoch"], r["learning_rate"]) for r in rows] == [
+        (s, 1, 0.01) for s in range(1, 6)
+    ]
+    losses = [row["loss"] for row in rows]
+    assert trained.loss == pytest.approx(
+        (8 * sum(losses[:4]) + losses[4]) / 33
+    )  # batches 8 .. 8, 1
+    assert trained.accuracy * 33 == pytest.approx(round(trained.accuracy * 33))
+    assert [step for step, _, _ in calls] == [1, 2, 3, 4, 5]
+    assert trained.images_per_second == pytest.approx(33 / trained.seconds)
+
+
+@pytest.mark.parametrize(("log_every", "steps"), [(1, range(6, 11)), (3, [6, 9]), (7, [7])])
+def test_steps_are_logged_by_their_number_in_the_run(accelerator, log_every, steps):
+    _, rows, _ = train(make_trainer(accelerator, log_every=log_every), epoch=2, first_step=5)
+    assert [row["step"] for row in rows] == list(steps)
+
+
+@pytest.mark.parametrize("max_steps", [6, 9, 10, 11])
+def test_max_steps_counts_over_the_run(accelerator, max_steps):
+    trained, _, _ = train(make_trainer(accelerator, max_steps=max_steps), epoch=2, first_step=5)
+    assert trained.step == min(max_steps, 10)
+
+
+def test_the_rate_follows_the_schedule_within_the_epoch(accelerator):
+    trainer = make_trainer(accelerator, schedule="one-cycle", lr=0.5, epochs=2, log_every=1)
+    trained, rows, _ = train(trainer, epoch=2, first_step=5)
+    expected = [0.5 * (1 - step / 10) for step in range(5, 10)]
+    assert [row["learning_rate"] for row in rows] == pytest.approx(expected)
+    assert trained.learning_rate == pytest.approx(expected[-1])
+
+
+@pytest.mark.parametrize("log_every", [1, 1000])
+def test_p7_a_loss_that_is_not_finite_ends_the_run(accelerator, log_every):
+    trainer = make_trainer(accelerator, log_every=log_every)
+    with torch.no_grad():
+        trainer.network.classifier[-1].bias[0] = math.nan
+    with pytest.raises(ValueError, match=r"the loss is nan at step \d+ .*Lower --lr"):
+        train(trainer)
+
+
+def test_p2_dropout_depends_on_the_step_and_the_seed_alone(accelerator):
+    def trained_weights(seed=42, first_step=0):
+        torch.manual_seed(0)
+        network = build_model("lenet5", num_classes=10, channels=1, image_size=28)
+        network.classifier.insert(0, torch.nn.Dropout(0.5))
+        config = TrainConfig(**PLAIN | {"dataset": "digits", "lr": 0.1, "seed": seed})
+        trainer = prepare(accelerator, network, config)
+        torch.manual_seed(torch.seed())  # whatever randomness came before
+        train(trainer, first_step=first_step)
+        return weights(trainer.network)
+
+    first = trained_weights()
+    assert torch.equal(trained_weights(), first)
+    assert not torch.equal(trained_weights(seed=43), first)
+    assert not torch.equal(trained_weights(first_step=5), first)

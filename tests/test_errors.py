@@ -1,0 +1,210 @@
+"""P7: what a user can get wrong ends in one `error: WHAT. HINT.`, code 2, and touches no file."""
+
+import pickle
+import resource
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from mistakes import FULL, tree
+from worlds import python, run
+
+import train
+from lab import recipes
+from lab.data import DATASETS
+from lab.distributed import build_accelerator
+from lab.errors import UserError, run_script
+from lab.models import MODELS
+from lab.rundir import RunDir, create, write_atomically
+
+DIGITS = ("--dataset", "digits", "--recipe", "smoke", "--quiet")
+HELP = "See `python train.py --help`."
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--model resnet9", f"there is no model resnet9. Known: {', '.join(MODELS)}."),
+        ("--dataset minst", f"there is no data set minst. Known: {', '.join(DATASETS)}."),
+        ("--recipe x", f"there is no recipe x. Known: {', '.join(recipes.RECIPES)}."),
+        ("--epoch 3", "there is no option --epoch. Did you mean --epochs?"),
+        ("--batchsize=3", "there is no option --batchsize. Did you mean --batch-size?"),
+        ("--wandb", f"there is no option --wandb. {HELP}"),
+        ("alexnet", f"there is no option alexnet. {HELP}"),
+        ("--lr fast", f"argument --lr: invalid float value: 'fast'. {HELP}"),
+        ("--epochs 1.5", f"argument --epochs: invalid int value: '1.5'. {HELP}"),
+        ("--lr", f"argument --lr: expected one argument. {HELP}"),
+        ("--lr nan", "--lr is nan. Give a finite number."),
+        ("--lr inf", "--lr is inf. Give a finite number."),
+        ("--lr 0", "--lr 0.0 is too low. Give more than 0."),
+        ("--epochs 0", "--epochs 0 is too low. Give at least 1."),
+        ("--momentum 1", "--momentum 1.0 is too high. Give at most 0.9999."),
+        ("--threads 1025", "--threads 1025 is too high. Give at most 1024."),
+        ("--image-size 1000000", "--image-size 1000000 is too high. Give at most 4096."),
+        (f"--split-seed {2**64}", f"--split-seed {2**64} is too high. Give at most 2147483647."),
+        ("--optimizer adam", "--optimizer has no adam. Choose from sgd, nesterov, adamw."),
+        (
+            "--augment crop,rotate",
+            "--augment has no rotate. Choose from crop, flip, cutout, or none.",
+        ),
+        ("--name a/b", "--name a/b is a path. Give the folder with --output-dir."),
+        ("--name ..", "--name .. is a path. Give the folder with --output-dir."),
+        ("--image-size 27", "lenet5 cannot take images of 27 pixels. Give 28 or more."),
+        (
+            "--mixed-precision fp16",
+            "--mixed-precision fp16: a CPU cannot train in fp16. "
+            "Give --mixed-precision bf16 or no.",
+        ),
+        ("--sync-bn", "--sync-bn needs GPUs. Leave it out on other devices."),
+        (
+            "--output-dir file",
+            f"cannot write file/lenet5-digits (Not a directory). {FULL}",
+        ),
+        (
+            "--output-dir file/runs --name x",
+            f"cannot write file/runs/x (Not a directory). {FULL}",
+        ),
+        (
+            "--output-dir /proc/runs",
+            f"cannot write /proc/runs/lenet5-digits (No such file or directory). {FULL}",
+        ),
+        ("--output-dir dangling", f"cannot write dangling/lenet5-digits (File exists). {FULL}"),
+        (
+            f"--name {'n' * 300}",
+            f"cannot write runs/{'n' * 300} (File name too long). {FULL}",
+        ),
+        (
+            "--name taken",
+            "the run runs/taken exists. Give another --name, or --overwrite to replace it.",
+        ),
+        ("--name taken --overwrite", "runs/taken is not a run's folder. Give another --name."),
+        ("--name model --overwrite", "runs/model is not a run's folder. Give another --name."),
+        ("--name file --overwrite", "runs/file is not a run's folder. Give another --name."),
+        (
+            "--dataset folder",
+            "there is no folder data. Give --data-dir a folder of CLASS/pictures.",
+        ),
+        (
+            "--dataset folder --data-dir file",
+            "there is no folder file. Give --data-dir a folder of CLASS/pictures.",
+        ),
+    ],
+)
+def test_p7_train_refuses(fails, tmp_path, words, message):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    for name, config in (("taken", None), ("model", '{"architectures": ["Stranger"]}')):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "precious.txt").write_text("x")
+        if config:
+            (tmp_path / "runs" / name / "config.json").write_text(config)
+    (tmp_path / "runs/file").write_text("x")
+    assert fails(train, *DIGITS, *words.split()) == message
+
+
+def test_p7_a_traceback_comes_with_debug_alone(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--model", "x", "--debug"])
+    assert run_script(train.main) == 2
+    err = capsys.readouterr().err
+    assert "Traceback (most recent call last)" in err
+    assert err.splitlines()[-1].startswith("error: there is no model x. Known:")
+
+
+def test_p7_an_error_survives_the_way_between_processes():
+    error = pickle.loads(pickle.dumps(UserError("a.", "b.", lone=True)))
+    assert (error.what, error.hint, error.lone, str(error)) == ("a", "b", True, "a. b.")
+
+
+def test_p7_asking_for_too_much_memory_is_a_users_mistake(capsys):
+    def ask():
+        torch.empty(2**50, dtype=torch.uint8)
+
+    assert run_script(ask) == 2
+    assert capsys.readouterr().err == (
+        f"error: out of memory ({2**50} bytes more were asked for). "
+        "Lower --batch-size or --image-size, or raise --accumulate.\n"
+    )
+
+
+# A full disk
+
+
+@contextmanager
+def largest_file(size: int):
+    """Lets this process write files of at most `size` bytes: EFBIG, as a full disk is ENOSPC."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_p7_a_run_that_cannot_be_begun_leaves_no_folder(tmp_path):
+    run_dir = RunDir(create(str(tmp_path), "x", "", False))
+    with largest_file(10), pytest.raises(UserError) as caught:
+        run_dir.write_config({})
+    path = tmp_path / "x/config.json"
+    assert str(caught.value) == f"cannot write {path} (File too large). {FULL}"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_p7_a_file_that_cannot_be_replaced_stays_as_it_was(tmp_path):
+    path = tmp_path / "best.safetensors"
+    path.write_bytes(b"old")
+    with largest_file(10), pytest.raises(UserError, match=r"^cannot write .* \(File too large\)"):
+        write_atomically(path, b"new" * 10)
+    assert tree(tmp_path) == {"best.safetensors": b"old"}
+
+
+def test_p7_no_line_is_half_written(tmp_path):
+    rows = [{"step": step} for step in range(2)]
+    path = tmp_path / "steps.jsonl"
+    RunDir(tmp_path).add_steps(rows)
+    before = path.read_bytes()
+    with largest_file(len(before) + 5), pytest.raises(UserError) as caught:
+        RunDir(tmp_path).add_steps(rows)
+    assert str(caught.value) == f"cannot write {path} (No space left on device). {FULL}"
+    assert path.read_bytes() == before
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_p7_a_full_disk(tmp_path):
+    (tmp_path / "history.jsonl").symlink_to("/dev/full")
+    with pytest.raises(UserError, match=r"\(No space left on device\)"):
+        RunDir(tmp_path).add_epoch({"epoch": 1})
+
+
+def test_p7_a_disk_that_fills_in_training_keeps_what_is_whole(fails, tmp_path):
+    with largest_file(20_000):
+        message = fails(train, *DIGITS, "--name", "x", leaves=("runs",))
+    assert message == f"cannot write runs/x/best.safetensors (File too large). {FULL}"
+    assert sorted(p.name for p in Path("runs/x").iterdir()) == ["config.json", "steps.jsonl"]
+
+
+# A launcher
+
+
+def test_p7_accelerate_s_cpu_flag_starts_one_process(tmp_path):
+    launch = python("-m", "accelerate.commands.launch", "--cpu", "--num_processes", 2)
+    ended = run([*launch, "train.py", *DIGITS, "--output-dir", str(tmp_path)], limit=100)
+    assert ended.code != 0
+    assert ended.errors == [
+        "error: accelerate launch --cpu --num_processes 2 started one process. "
+        "Launch with `--config_file accelerate_configs/multi_cpu.yaml`, or torchrun."
+    ]
+    assert tree(tmp_path) == {}
+
+
+def test_p7_a_world_size_without_a_launcher(monkeypatch):
+    for name in ("RANK", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError) as caught:
+        build_accelerator()
+    assert str(caught.value) == (
+        "WORLD_SIZE is 2, but MASTER_ADDR is not set. "
+        "Start with accelerate launch or torchrun, or unset WORLD_SIZE."
+    )

@@ -1,0 +1,257 @@
+"""P7: pictures, folders and downloads that are damaged, missing or do not fit."""
+
+import errno
+import gzip
+import math
+import os
+import struct
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mistakes import make_picture, matches, tree
+
+import train
+from lab import recipes
+from lab.data import DataConfig, load_splits
+from lab.data.augment import Preprocess
+from lab.data.folder import ImageFiles
+from lab.data.loaders import build_loader
+from lab.data.sources import Split
+from lab.errors import UserError
+
+ANEW = "Delete it, so that it is downloaded anew."
+
+
+# Folders
+
+TWO = "Two or more are needed, each with the pictures of one class."
+
+
+@pytest.mark.parametrize(
+    ("folders", "message"),
+    [
+        (
+            "",
+            f"pictures holds no class folders. {TWO}",
+        ),
+        (
+            "a",
+            f"pictures holds 1 class folder. {TWO}",
+        ),
+        (
+            "train",
+            f"pictures/train holds no class folders. {TWO}",
+        ),
+        (
+            "a b empty/",
+            "the class folder pictures/empty holds no pictures. "
+            "Add some (.jpg, .jpeg, .png, .webp, .bmp) or delete the folder.",
+        ),
+        (
+            "train/a train/b val/a",
+            "pictures/val lacks classes that are trained on: b. "
+            "Every split needs the same class folders.",
+        ),
+        (
+            "train/a train/b test/a test/b test/c",
+            "pictures/test has classes that are not trained on: c. "
+            "Every split needs the same class folders.",
+        ),
+        (
+            "val/a val/b test/a test/b",
+            "pictures has no folder train beside val or test. Name the folder to train on train.",
+        ),
+    ],
+)
+def test_p7_folders_of_pictures(fails, tmp_path, folders, message):
+    (tmp_path / "pictures").mkdir()
+    for name in folders.split():
+        if name.endswith("/"):
+            (tmp_path / "pictures" / name).mkdir()
+        else:
+            make_picture(tmp_path / "pictures" / name / "0.png")
+    words = ("--dataset", "folder", "--data-dir", "pictures", "--quiet")
+    assert fails(train, *words) == message
+
+
+def test_p7_too_few_pictures(fails, tmp_path):
+    for name in "ab":
+        make_picture(tmp_path / "pictures" / name / "0.png")
+    words = ("--dataset", "folder", "--data-dir", "pictures", "--quiet")
+    assert fails(train, *words) == (
+        "the training split is empty. Add pictures, or change the fractions."
+    )
+
+
+def test_p7_a_folder_that_may_not_be_read(fails, tmp_path, monkeypatch):
+    (tmp_path / "pictures").mkdir()
+
+    def refuse(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "iterdir", refuse)  # root may read everything
+    assert fails(train, "--dataset", "folder", "--data-dir", "pictures", "--quiet") == (
+        "cannot read the folder pictures (Permission denied). Mend its permissions."
+    )
+
+
+def half(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def scrambled(path: Path) -> None:
+    """Random bytes in the middle: torchvision's PNG decoder would end the process."""
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 50] = np.random.default_rng(0).bytes(50)
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("loader", ["resident", "streaming"])
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("x.jpg", half),
+        ("x.png", half),
+        ("x.webp", half),
+        ("x.bmp", half),
+        ("x.png", scrambled),
+        ("x.png", lambda path: path.write_bytes(b"")),
+        ("x.jpg", lambda path: path.write_bytes(b"\xff\xd8\xff")),
+        ("x.png", lambda path: path.write_text("not a picture")),
+        ("x.png", lambda path: path.write_bytes(b"\x89PNG\r\n\x1a\n" + os.urandom(500))),
+    ],
+)
+def test_p7_a_damaged_picture_is_named(fails, tmp_path, loader, name, damage):
+    for i in range(6):
+        for label in "ab":
+            make_picture(tmp_path / f"pictures/{label}/{i}.png")
+    damage(make_picture(tmp_path / "pictures/a" / name))
+    words = ("--dataset", "folder", "--data-dir", "pictures", "--quiet", "--epochs", 1)
+    words += ("--loader", loader, "--workers", 0, "--test-fraction", 0.3, "--val-fraction", 0.3)
+    # Streamed, it may first be met in an epoch; what was trained until then is kept.
+    message = fails(train, *words, leaves=("runs",) if loader == "streaming" else ())
+    expected = f"cannot read the picture pictures/a/{name} (*). Replace or delete that file."
+    assert matches(message, expected)
+
+
+def test_p7_a_worker_names_a_damaged_picture(tmp_path):
+    """An exception of any other kind than a UserError would be the worker's traceback."""
+
+    path = str(tmp_path / "x.png")
+    Path(path).write_text("not a picture")
+    split = Split(ImageFiles((path,), 32), torch.zeros(1, dtype=torch.long), ("a", "b"))
+    loader = build_loader(split, **LOADER | {"kind": "streaming", "num_workers": 1})
+    try:  # pytest.raises would keep the loader, whose workers then end seconds later
+        list(loader.batches())
+    except Exception as error:
+        assert (type(error), error.what, error.lone) == (  # noqa: PT017
+            UserError,
+            f"cannot read the picture {path} (in no known format)",
+            True,
+        )
+    else:
+        pytest.fail("no error")
+
+
+LOADER = {
+    "preprocess": Preprocess((0.5,), (0.5,), (), "cpu"),
+    "batch_size": 3,
+    "seed": 0,
+    "rank": 0,
+    "world_size": 1,
+    "device": torch.device("cpu"),
+    "kind": "resident",
+    "num_workers": 0,
+    "memory": math.inf,
+}
+
+
+def test_p7_a_batch_smaller_than_the_world():
+    config = recipes.resolve({"dataset": "digits"})
+    split = load_splits(DataConfig.of(config), math.inf, 1).train
+    with pytest.raises(UserError) as caught:
+        build_loader(split, **LOADER | {"world_size": 4})
+    assert str(caught.value) == (
+        "--batch-size 3 is smaller than the number of processes, 4. "
+        "It counts the samples of all processes together: give more."
+    )
+
+
+# MNIST
+
+
+def idx(array: np.ndarray) -> bytes:
+    header = struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape)
+    return header + array.astype(np.uint8).tobytes()
+
+
+LABELS = "t10k-labels-idx1-ubyte"
+APART = (
+    "images and labels of MNIST in data/MNIST/raw do not belong together. "
+    "Delete that folder, so that it is downloaded anew."
+)
+DAMAGED = f"data/MNIST/raw/{LABELS} is damaged (*). {ANEW}"
+
+
+@pytest.mark.parametrize(
+    ("labels", "suffix", "message"),
+    [
+        (b"", "", DAMAGED),
+        (idx(np.arange(20))[:3], "", DAMAGED),
+        (idx(np.arange(20))[:6], "", DAMAGED),
+        (idx(np.arange(20))[:8], "", DAMAGED),
+        (idx(np.arange(20))[:-1], "", DAMAGED),
+        (idx(np.arange(20)) + b"\0", "", DAMAGED),
+        (b"<html>404</html>" * 9, "", DAMAGED),
+        (idx(np.zeros((20, 28, 28))), "", DAMAGED),
+        (gzip.compress(idx(np.arange(20)))[:-9], ".gz", DAMAGED),
+        (gzip.compress(idx(np.arange(20)))[:12] + b"\xff" * 20, ".gz", DAMAGED),
+        (idx(np.arange(20)), ".gz", DAMAGED),
+        (idx(np.arange(19) % 10), "", APART),
+        (idx(np.arange(20)), "", APART),
+    ],
+)
+def test_p7_a_damaged_idx_file_is_named(fails, tmp_path, labels, suffix, message):
+    raw = tmp_path / "data/MNIST/raw"
+    raw.mkdir(parents=True)
+    for split, count in (("train", 200), ("t10k", 20)):
+        (raw / f"{split}-images-idx3-ubyte").write_bytes(idx(np.zeros((count, 28, 28))))
+        (raw / f"{split}-labels-idx1-ubyte").write_bytes(idx(np.arange(count) % 10))
+    (raw / LABELS).unlink()
+    (raw / (LABELS + suffix)).write_bytes(labels)
+    expected = message.replace(LABELS, LABELS + suffix)
+    assert matches(fails(train, "--dataset", "mnist", "--quiet"), expected)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "name"),
+    [("mnist", "MNIST"), ("fashion-mnist", "FashionMNIST"), ("cifar10", "CIFAR10")],
+)
+@pytest.mark.parametrize(
+    ("problem", "reason"),
+    [
+        (urllib.error.URLError("no route to host"), "<urlopen error no route to host>"),
+        (TimeoutError("timed out"), "timed out"),
+        (ConnectionResetError(errno.ECONNRESET, "reset"), f"[Errno {errno.ECONNRESET}] reset"),
+    ],
+)
+def test_p7_no_network(fails, monkeypatch, dataset, name, problem, reason):
+    def refuse(*args, **settings):
+        raise problem
+
+    monkeypatch.setattr(urllib.request, "urlopen", refuse)
+    start = time.monotonic()
+    message = fails(train, "--dataset", dataset, "--quiet", leaves=("data",))
+    assert time.monotonic() - start < 5
+    assert message == (
+        f"{name} is not in data and could not be downloaded ({reason}). "
+        "Check the network or give --data-dir; `--dataset digits` needs no download."
+    )
+    left = {path for path, content in tree(Path("data")).items() if content is not None}
+    assert left == {f".{name}.lock"}

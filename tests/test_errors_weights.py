@@ -1,0 +1,189 @@
+"""P7: weights files that are damaged, a stranger's, or do not fit the data."""
+
+import json
+import math
+import os
+import pickle
+import struct
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mistakes import FULL, make_picture, matches
+
+import evaluate
+from lab import checkpoint, recipes
+from lab.data import DATASETS, DataConfig, load_splits
+from lab.models import build_model
+
+FOREIGN = "Give a file that train.py wrote."
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> tuple[dict, bytes]:
+    """The metadata and the file of LeNet-5 for digits, as a run with a validation cut makes it."""
+    config = recipes.resolve({"model": "lenet5", "dataset": "digits", "recipe": "smoke"})
+    about = checkpoint.describe(config, load_splits(DataConfig.of(config), math.inf, 1), "no")
+    about |= {"best_epoch": 1, "metrics": {}}
+    path = tmp_path_factory.mktemp("trained") / "best.safetensors"
+    checkpoint.save_weights(path, build_model(**about["model"]), about)
+    return about, path.read_bytes()
+
+
+def with_metadata(content: bytes, metadata: dict | None) -> bytes:
+    """A safetensors file with its metadata replaced."""
+    size = struct.unpack("<Q", content[:8])[0]
+    header = json.loads(content[8 : 8 + size])
+    header["__metadata__"] = metadata or {}
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + content[8 + size :]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("", "the following arguments are required: weights. See `python evaluate.py --help`."),
+        ("nosuch", "there is no file nosuch. Give a run's folder or its best.safetensors."),
+        (
+            "n" * 300,
+            f"there is no file {'n' * 300}. Give a run's folder or its best.safetensors.",
+        ),
+        (".", ". holds no best.safetensors. Give the folder of a finished run."),
+        ("w --split vla", "--split has no vla. Choose from test, val, train."),
+        ("w --dataset minst", f"there is no data set minst. Known: {', '.join(DATASETS)}."),
+        (
+            "w --dataset shapes",
+            "w knows 10 classes and the data has 10, which differ in 0, 1, 2, 3, 4. "
+            "Give --dataset and --data-dir with the classes that it was trained on.",
+        ),
+        (
+            "w --dataset folder --data-dir rgb",
+            "w takes images with 1 channels, the data's have 3. "
+            "Give data like that it was trained on.",
+        ),
+        ("w --output w", f"cannot write w (File exists). {FULL}"),
+    ],
+)
+def test_p7_evaluate_refuses(fails, tmp_path, trained, words, message):
+    (tmp_path / "w").write_bytes(trained[1])
+    for digit in range(10):
+        for i in range(3):
+            make_picture(tmp_path / f"rgb/{digit}/{i}.png")
+    assert fails(evaluate, *words.split(), "--quiet") == message
+
+
+def test_p7_a_run_without_a_validation_cut_has_no_such_split(fails, tmp_path, trained):
+    about = trained[0] | {"data": trained[0]["data"] | {"val_fraction": 0.0}}
+    checkpoint.save_weights(tmp_path / "w", build_model(**about["model"]), about)
+    assert fails(evaluate, "w", "--split", "val", "--quiet") == (
+        "this data has no validation split: the best epoch was chosen on the test split. "
+        "Give --split test."
+    )
+
+
+def zipped(content: bytes) -> bytes:
+    with zipfile.ZipFile("z", "w") as file:
+        file.writestr("archive/data.pkl", content)
+    content = Path("z").read_bytes()
+    Path("z").unlink()
+    return content
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: b"",
+        lambda content: content[:5],
+        lambda content: content[:100],
+        lambda content: content[: len(content) // 2],
+        lambda content: content[:-1],
+        lambda content: content + b"\0",
+        lambda content: np.random.default_rng(0).bytes(1000),
+        lambda content: pickle.dumps({"state_dict": [1.0] * 100}),
+        zipped,
+    ],
+)
+def test_p7_a_damaged_weights_file_is_named(fails, tmp_path, trained, damage):
+    os.chdir(tmp_path)
+    (tmp_path / "w").write_bytes(damage(trained[1]))
+    message = fails(evaluate, "w", "--quiet")
+    assert matches(message, "w is damaged (*). Train again, or give another file.")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (None, "no format"),
+        ("{", "*"),
+        ("[1]", "no format"),
+        ('"x"', "no format"),
+        ("[" * 100_000, "*"),
+        ({"format": None}, "format is not of type int"),
+        ({"model": ...}, "no model"),
+        ({"model": "lenet5"}, "model is not of type dict"),
+        ({"model.name": "os.system"}, "there is no model os.system"),
+        ({"model.name": "../\x1b[31m"}, "there is no model ../?[31m"),
+        ({"model.name": 5}, "name is not of type str"),
+        ({"model.num_classes": 10**9}, "class_names does not fit the rest"),
+        ({"model.num_classes": -1}, "class_names does not fit the rest"),
+        ({"model.channels": 3}, "mean does not fit the rest"),
+        ({"model.image_size": 64}, "image_size does not fit the rest"),
+        ({"model.code": "x"}, "model does not fit the rest"),
+        ({"data": ...}, "no data"),
+        ({"data.dataset": "x"}, "there is no data set x"),
+        ({"data.data_dir": 5}, "data_dir is not of type str"),
+        ({"data.val_fraction": 5}, "--val-fraction 5 is too high"),
+        ({"data.limit_eval": "x"}, "limit_eval is not of type int"),
+        ({"data.split_seed": ...}, "*"),
+        ({"data.epochs": 5}, "*"),
+        ({"class_names": [1] * 10}, "class_names does not fit the rest"),
+        ({"mean": [None]}, "*"),
+        ({"mean": [10**400]}, "*"),
+        ({"std": [math.nan]}, "std does not fit the rest"),
+        ({"std": [0]}, "std does not fit the rest"),
+        ({"precision": "fp8"}, "--mixed-precision has no fp8"),
+        ({"best_epoch": ...}, "no best_epoch"),
+        ({"selected_on": ...}, "no selected_on"),
+    ],
+)
+def test_p7_metadata_may_be_a_strangers(fails, tmp_path, trained, change, reason):
+    about, content = trained
+    metadata = {"lab": change} if isinstance(change, str) else change
+    if isinstance(change, dict):
+        info = json.loads(json.dumps({"format": checkpoint.FORMAT, **about}))
+        for key, value in change.items():
+            *groups, name = key.split(".")
+            group = info[groups[0]] if groups else info
+            group[name] = value
+            if value is ...:
+                del group[name]
+        metadata = {"lab": json.dumps(info)}
+    (tmp_path / "w").write_bytes(with_metadata(content, metadata))
+    message = fails(evaluate, "w", "--quiet")
+    assert matches(message, f"w does not say what network it holds ({reason}). {FOREIGN}")
+
+
+def test_p7_weights_of_a_newer_format_say_so(fails, tmp_path, trained):
+    (tmp_path / "w").write_bytes(with_metadata(trained[1], {"lab": '{"format": 2}'}))
+    assert fails(evaluate, "w") == "w has format 2, not 1. Use a newer version of lab."
+
+
+@pytest.mark.parametrize(
+    ("tensors", "reason"),
+    [
+        ({"classifier.2.bias": None}, "it lacks classifier.2.bias"),
+        ({"stranger": torch.zeros(1)}, "stranger has no place"),
+        ({"classifier.2.bias": torch.zeros(5)}, "classifier.2.bias is [5], not [10]"),
+    ],
+)
+def test_p7_weights_of_another_architecture(fails, tmp_path, trained, tensors, reason):
+    network = build_model(**trained[0]["model"])
+    state = {k: v for k, v in {**network.state_dict(), **tensors}.items() if v is not None}
+    network.state_dict = lambda: state
+    checkpoint.save_weights(tmp_path / "w", network, trained[0])
+    assert fails(evaluate, "w") == (
+        f"w holds the weights of another architecture: {reason}. "
+        "Give the weights of the network that its metadata names."
+    )

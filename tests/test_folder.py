@@ -1,0 +1,205 @@
+"""Folders of pictures: which files make which split, and that every kind of picture is decoded."""
+
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lab.data import DataConfig
+from lab.data.folder import decode, read_folder
+
+RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+
+
+def corners() -> Image.Image:
+    """40 x 40 pixels: red, green over blue, white."""
+    pixels = np.zeros((40, 40, 3), np.uint8)
+    pixels[:20, :20], pixels[:20, 20:], pixels[20:, :20], pixels[20:, 20:] = RED, GREEN, BLUE, 255
+    return Image.fromarray(pixels)
+
+
+def assert_close(found: torch.Tensor, expected: Image.Image) -> None:
+    """In the middle of each quarter: JPEG smears edges."""
+    expected = torch.from_numpy(np.array(expected.convert("RGB"))).permute(2, 0, 1)
+    difference = (found.int() - expected.int()).abs()[:, 10::20, 10::20]
+    assert difference.max() <= 8
+
+
+def config(root: Path, size: int = 32) -> DataConfig:
+    return DataConfig("folder", str(root), size, 0.1, 0.2, 0, 10, 0, 0)
+
+
+def write(root: Path, *names: str) -> None:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        corners().save(root / name)
+
+
+def listed(root: Path, part: str = "train") -> list[tuple[str, str]]:
+    """(class, path below the root) of each picture of a part, in order."""
+    split = getattr(read_folder(config(root)), part)
+    paths = [str(Path(path).relative_to(root)) for path in split.images.paths]
+    return [(split.class_names[i], p) for i, p in zip(split.labels.tolist(), paths, strict=True)]
+
+
+# Layouts
+
+
+def test_a_plain_folder_is_one_part_with_sorted_classes(tmp_path):
+    write(tmp_path, "b/0.png", "a/1.png", "a/0.png", "B/0.png", "10/0.png", "9/0.png")
+    parts = read_folder(config(tmp_path))
+    assert parts.train.class_names == ("10", "9", "B", "a", "b")
+    assert (parts.val, parts.test) == (None, None)
+    assert listed(tmp_path) == [
+        ("10", "10/0.png"),
+        ("9", "9/0.png"),
+        ("B", "B/0.png"),
+        ("a", "a/0.png"),
+        ("a", "a/1.png"),
+        ("b", "b/0.png"),
+    ]
+
+
+@pytest.mark.parametrize("others", [(), ("val",), ("test",), ("val", "test")])
+def test_train_val_and_test_folders_are_those_parts(tmp_path, others):
+    for part in ("train", *others):
+        write(tmp_path, f"{part}/a/{part}.png", f"{part}/b/{part}.png")
+    for part in ("train", "val", "test"):
+        if part in ("train", *others):
+            expected = [("a", f"{part}/a/{part}.png"), ("b", f"{part}/b/{part}.png")]
+            assert listed(tmp_path, part) == expected
+        else:
+            assert getattr(read_folder(config(tmp_path)), part) is None
+
+
+def test_nested_folders_count_for_their_class_and_hidden_ones_do_not(tmp_path):
+    write(tmp_path, "a/x/y/0.png", "a/x/1.png", "a/2.png", "b/0.png")
+    write(tmp_path, "a/.copies/0.png", "a/.3.png", ".git/0.png")
+    (tmp_path / "a/notes.txt").write_text("x")
+    (tmp_path / "labels.csv").write_text("x")
+    assert listed(tmp_path) == [
+        ("a", "a/2.png"),
+        ("a", "a/x/1.png"),
+        ("a", "a/x/y/0.png"),
+        ("b", "b/0.png"),
+    ]
+
+
+def test_a_class_folder_may_be_a_link(tmp_path):
+    write(tmp_path, "elsewhere/x/0.png", "root/b/0.png")
+    (tmp_path / "root/a").symlink_to(tmp_path / "elsewhere")
+    assert listed(tmp_path / "root") == [("a", "a/x/0.png"), ("b", "b/0.png")]
+
+
+def test_sizes_and_formats_may_be_mixed(tmp_path):
+    names = ["0.jpg", "1.JPEG", "2.png", "3.webp", "4.BMP"]
+    for i, name in enumerate(names):
+        (tmp_path / "a").mkdir(exist_ok=True)
+        corners().resize((40 + 20 * i, 80)).save(tmp_path / "a" / name)
+    write(tmp_path, "b/0.png")
+    images = read_folder(config(tmp_path, size=24)).train.images
+    assert images.shape == (6, 3, 24, 24)
+    decoded = images.decode_all(num_threads=2)
+    assert (decoded.shape, decoded.dtype) == ((6, 3, 24, 24), torch.uint8)
+    index = torch.tensor([5, 0, 3])
+    assert torch.equal(images[index], decoded[index])
+    assert torch.equal(images.take(index).decode_all(1), decoded[index])
+
+
+# Pictures
+
+
+def save_png16(path: Path) -> None:
+    """16 bits a channel, which Pillow does not write."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        checksum = struct.pack(">I", zlib.crc32(kind + data))
+        return struct.pack(">I", len(data)) + kind + data + checksum
+
+    rows = np.asarray(corners()).astype(">u2") * 257
+    content = zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))
+    header = struct.pack(">IIBBBBB", 40, 40, 16, 2, 0, 0, 0)
+    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", content) + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunks)
+
+
+@pytest.mark.parametrize("name", ["x.jpg", "x.png", "x.webp", "x.bmp"])
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "1", "RGBA", "LA", "CMYK"])
+def test_every_mode_decodes_as_pillow_converts_it(tmp_path, mode, name):
+    picture = corners().convert(mode)
+    try:
+        picture.save(tmp_path / name, quality=95)
+    except OSError:
+        pytest.skip(f"Pillow writes no such {name}")
+    with Image.open(tmp_path / name) as expected:
+        assert_close(decode(str(tmp_path / name), 40), expected)
+
+
+def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
+    save_png16(tmp_path / "rgb.png")
+    assert_close(decode(str(tmp_path / "rgb.png"), 40), corners())
+    grey = corners().convert("L")
+    Image.fromarray(np.asarray(grey).astype(np.uint16) * 257).save(tmp_path / "grey.png")
+    assert_close(decode(str(tmp_path / "grey.png"), 40), grey)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_pictures_are_turned_as_exif_says(tmp_path, orientation, suffix):
+    exif, path = Image.Exif(), tmp_path / f"x.{suffix}"
+    exif[0x112] = orientation
+    turned = Image.Transpose
+    undo = {  # from what is seen to what is stored
+        2: turned.FLIP_LEFT_RIGHT,
+        3: turned.ROTATE_180,
+        4: turned.FLIP_TOP_BOTTOM,
+        5: turned.TRANSPOSE,
+        6: turned.ROTATE_90,
+        7: turned.TRANSVERSE,
+        8: turned.ROTATE_270,
+    }
+    stored = corners().transpose(undo[orientation]) if orientation > 1 else corners()
+    stored.save(path, exif=exif, quality=95)
+    assert_close(decode(str(path), 40), corners())
+
+
+def test_transparency_is_dropped_and_an_animation_is_its_first_picture(tmp_path):
+    picture = corners()
+    others = [Image.new("RGB", (40, 40)), Image.new("RGB", (40, 40), BLUE)]
+    for name, kind in (("x.webp", "WEBP"), ("x.png", "PNG"), ("gif.jpg", "GIF")):
+        picture.save(tmp_path / name, kind, save_all=True, append_images=others)
+        assert_close(decode(str(tmp_path / name), 40), picture)
+    picture.putalpha(0)
+    picture.save(tmp_path / "clear.png")
+    assert_close(decode(str(tmp_path / "clear.png"), 40), corners())
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 5000), (5000, 1), (3, 2), (40, 41)])
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+def test_any_shape_becomes_a_square(tmp_path, shape, suffix):
+    path = tmp_path / f"x.{suffix}"
+    Image.new("RGB", shape, (10, 100, 200)).save(path, quality=95)
+    image = decode(str(path), 224)
+    assert (image.shape, image.dtype) == ((3, 224, 224), torch.uint8)
+    assert (image.flatten(1).int() - torch.tensor([[10], [100], [200]])).abs().max() <= 3
+
+
+@pytest.mark.parametrize("across", [True, False])
+def test_the_central_square_is_taken(tmp_path, across):
+    picture = Image.new("RGB", (120, 40) if across else (40, 120), BLUE)
+    picture.paste(corners(), (40, 0) if across else (0, 40))
+    picture.save(tmp_path / "x.png")
+    assert_close(decode(str(tmp_path / "x.png"), 40), corners())
+
+
+def test_a_name_need_not_be_text(tmp_path):
+    path = str(tmp_path) + "/caf\udce9.png"  # Latin-1 on a UTF-8 system
+    try:
+        corners().save(path)
+    except OSError:
+        pytest.skip("this file system wants UTF-8")
+    assert_close(decode(path, 40), corners())

@@ -1,0 +1,254 @@
+"""P1 and P2: which samples are in which batch, on any number of processes, from either loader."""
+
+import math
+import time
+from itertools import pairwise
+
+import pytest
+import torch
+from torchvision.io import write_png
+
+from lab.data.augment import Preprocess
+from lab.data.folder import ImageFiles
+from lab.data.loaders import Plan, ResidentLoader, StreamingLoader, build_loader, permutation, shard
+from lab.data.sources import Split
+
+WORLDS = [1, 2, 3, 4, 64, 1024]
+CPU = torch.device("cpu")
+NAMES = ("a", "b")
+STEPS = ("crop", "flip", "cutout")
+SIZE, NUM_FILES = 12, 23
+
+
+def make_split(num_samples, images=None):
+    if images is None:
+        shape = (num_samples, 3, SIZE, SIZE)
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+    return Split(images, torch.arange(num_samples) % 2, NAMES)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """(the split in memory, the same in PNG files)."""
+    split, folder = make_split(NUM_FILES), tmp_path_factory.mktemp("pictures")
+    paths = tuple(str(folder / f"{i:03}.png") for i in range(NUM_FILES))
+    for path, image in zip(paths, split.images, strict=True):
+        write_png(image, path)
+    return split, make_split(NUM_FILES, ImageFiles(paths, SIZE))
+
+
+def make_loader(split, kind="resident", workers=0, batch_size=5, seed=3, world=(0, 1), steps=STEPS):
+    plan = Plan(len(split.labels), batch_size, seed, *world)
+    preprocess = Preprocess((0.4, 0.5, 0.6), (0.2, 0.3, 0.4), steps, CPU)
+    if kind == "resident":
+        return ResidentLoader(split, plan, preprocess, CPU)
+    return StreamingLoader(split, plan, preprocess, CPU, workers)
+
+
+def assert_same(found, expected):
+    found, expected = list(found), list(expected)
+    assert len(found) == len(expected)
+    for a, b in zip(found, expected, strict=True):
+        assert a.num_global == b.num_global
+        assert torch.equal(a.index, b.index)
+        assert torch.equal(a.labels, b.labels)
+        assert a.images.dtype == b.images.dtype == torch.float32
+        assert torch.equal(a.images, b.images)
+
+
+def global_batches(num_samples, batch_size, seed, world_size, epoch=1):
+    """Each global batch's positions, joined from the parts of all processes in turn."""
+    plans = [Plan(num_samples, batch_size, seed, r, world_size) for r in range(world_size)]
+    order = plans[0].order(epoch)
+    assert all(torch.equal(p.order(epoch), order) for p in plans[1:3])
+    parts = [list(p.cuts()) for p in plans]
+    return [[order[a:b] for a, b, _ in batch] for batch in zip(*parts, strict=True)], parts
+
+
+@pytest.mark.parametrize("world_size", WORLDS)
+@pytest.mark.parametrize("num_items", [0, 1, 2, 3, 5, 63, 64, 65, 1023, 1025, 1_281_167])
+def test_p1_shards_cover_all_once_and_differ_by_at_most_one(num_items, world_size):
+    shards = [shard(num_items, rank, world_size) for rank in range(world_size)]
+    assert (shards[0].start, shards[-1].stop) == (0, num_items)
+    assert all(a.stop == b.start for a, b in pairwise(shards))
+    sizes = [s.stop - s.start for s in shards]
+    assert min(sizes) >= 0
+    assert max(sizes) - min(sizes) <= 1
+
+
+@pytest.mark.parametrize("num_samples", [0, 1, 2, 99, 100, 101])
+def test_p1_an_epoch_holds_each_sample_once(num_samples):
+    order = permutation(num_samples, seed=1, epoch=2)
+    assert order.dtype == torch.int64
+    assert torch.equal(order.sort().values, torch.arange(num_samples))
+
+
+def test_an_order_of_a_million_is_quick():
+    start = time.perf_counter()
+    order = permutation(1_281_167, seed=0, epoch=1)
+    num_cuts = sum(1 for _ in Plan(len(order), 256, 0, 0, 8).cuts())
+    assert time.perf_counter() - start < 2
+    assert num_cuts == 5005
+    assert torch.equal(order.bincount(), torch.ones_like(order))
+
+
+def test_p2_order_differs_by_epoch_and_by_seed_and_leaves_global_randomness_alone():
+    before = torch.get_rng_state()
+    seeds = (0, 1, 2, 3, 4095, 4096, 2**20, 2**30, 2**31 - 4096, 2**31 - 1)
+    orders = {tuple(permutation(50, s, e).tolist()) for s in seeds for e in range(4)}
+    assert len(orders) == 4 * len(seeds)
+    assert torch.equal(permutation(50, 2, 3), permutation(50, 2, 3))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("world_size", WORLDS)
+@pytest.mark.parametrize(("num_samples", "batch_size"), [(1, 4), (99, 10), (100, 10), (101, 10)])
+def test_p2_batches_are_the_same_for_any_world(num_samples, batch_size, world_size):
+    batches, parts = global_batches(num_samples, batch_size, 5, world_size)
+    expected = permutation(num_samples, 5, 1).split(batch_size)
+    assert len(batches) == len(expected) == Plan(num_samples, batch_size, 5, 0, 1).num_batches
+    for shares, whole in zip(batches, expected, strict=True):
+        assert torch.equal(torch.cat(shares), whole)
+        sizes = [len(s) for s in shares]
+        assert max(sizes) - min(sizes) <= 1
+    for of_a_process in parts:
+        assert [n for _, _, n in of_a_process] == [len(whole) for whole in expected]
+
+
+@pytest.mark.parametrize("world_size", WORLDS)
+@pytest.mark.parametrize(("num_samples", "batch_size"), [(1, 4), (99, 10), (100, 10), (101, 10)])
+def test_p1_evaluation_deals_out_whole_batches_and_counts_each_sample_once(
+    num_samples, batch_size, world_size
+):
+    plans = [Plan(num_samples, batch_size, None, r, world_size) for r in range(world_size)]
+    cuts = [cut for plan in plans for cut in plan.cuts()]
+    whole = torch.arange(num_samples).split(batch_size)
+    assert torch.equal(plans[0].order(7), torch.arange(num_samples))
+    assert [list(range(a, b)) for a, b, _ in cuts] == [w.tolist() for w in whole]
+    assert [n for _, _, n in cuts] == [len(w) for w in whole]
+    counts = [sum(1 for _ in plan.cuts()) for plan in plans]
+    assert max(counts) - min(counts) <= 1
+
+
+@pytest.mark.parametrize("epoch", [1, 2])
+@pytest.mark.parametrize("seed", [3, None])
+@pytest.mark.parametrize("world", [(0, 1), (0, 3), (2, 3)])
+@pytest.mark.parametrize("batch_size", [1, 11, NUM_FILES - 1, NUM_FILES, NUM_FILES + 1])
+def test_p2_both_loaders_give_the_same_bits(pictures, batch_size, world, seed, epoch):
+    expected = list(
+        make_loader(pictures[0], batch_size=batch_size, seed=seed, world=world).batches(epoch)
+    )
+    for split in pictures:
+        loader = make_loader(split, "streaming", 0, batch_size, seed, world)
+        assert_same(loader.batches(epoch), expected)
+
+
+@pytest.mark.parametrize("seed", [3, None])
+def test_p2_workers_change_nothing(pictures, seed):
+    expected = make_loader(pictures[0], seed=seed)
+    loader = make_loader(pictures[1], "streaming", workers=2, seed=seed)
+    before = torch.initial_seed()
+    for epoch in (1, 2, 1):  # the workers live on from epoch to epoch
+        assert_same(loader.batches(epoch), expected.batches(epoch))
+    assert torch.initial_seed() == before
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_p2_an_epoch_left_midway_does_not_leak_into_the_next(pictures, workers):
+    loader = make_loader(pictures[1], "streaming", workers)
+    for _ in zip(range(2), loader.batches(1), strict=False):
+        pass
+    assert_same(loader.batches(2), make_loader(pictures[0]).batches(2))
+
+
+@pytest.mark.parametrize(("kind", "workers"), [("resident", 0), ("streaming", 0), ("streaming", 2)])
+def test_p3_an_epoch_resumes_at_any_batch(pictures, kind, workers):
+    split = pictures[kind == "streaming"]
+    loader = make_loader(split, kind, workers)
+    whole = list(loader.batches(4))
+    assert len(whole) == 5
+    for first in (0, 1, 4, 5):
+        assert_same(loader.batches(4, first=first), whole[first:])
+    later = make_loader(split, kind, workers)  # another process, after the first was killed
+    assert_same(later.batches(4, first=2), whole[2:])
+
+
+@pytest.mark.parametrize("kind", ["resident", "streaming"])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_p2_uneven_and_empty_shards_join_to_the_same_batch(pictures, world_size, kind):
+    num_samples = 13  # batches of 4, 4, 4 and 1: the last leaves most processes none
+    split = pictures[kind == "streaming"].take(torch.arange(num_samples))
+    expected = list(make_loader(split, kind, batch_size=4).batches(1))
+    parts = [
+        list(make_loader(split, kind, 0, 4, world=(r, world_size)).batches(1))
+        for r in range(world_size)
+    ]
+    sizes = [len(part[-1].labels) for part in parts]
+    assert sorted(sizes) == [0] * (world_size - 1) + [1]
+    for shares, whole in zip(zip(*parts, strict=True), expected, strict=True):
+        for name in ("images", "labels", "index"):
+            joined = torch.cat([getattr(share, name) for share in shares])
+            assert torch.equal(joined, getattr(whole, name))
+        assert {share.num_global for share in shares} == {whole.num_global}
+
+
+@pytest.mark.parametrize("kind", ["resident", "streaming"])
+def test_p1_a_process_may_have_nothing_to_evaluate(pictures, kind):
+    split = pictures[kind == "streaming"]
+    parts = [list(make_loader(split, kind, 0, 10, None, (rank, 5)).batches()) for rank in range(5)]
+    assert sorted(len(part) for part in parts) == [0, 0, 1, 1, 1]
+    index = torch.cat([batch.index for part in parts for batch in part])
+    assert torch.equal(index, torch.arange(NUM_FILES))
+
+
+def test_evaluation_is_in_order_and_never_augmented(pictures):
+    split = pictures[0]
+    plain = Preprocess((0.4, 0.5, 0.6), (0.2, 0.3, 0.4), (), CPU)
+    batches = list(make_loader(split, seed=None).batches())
+    assert torch.equal(torch.cat([b.images for b in batches]), plain(split.images))
+    assert torch.equal(torch.cat([b.labels for b in batches]), split.labels)
+
+
+def test_p2_a_sample_is_augmented_alike_whatever_the_batch_size(pictures):
+    images = []
+    for batch_size in (1, 7, NUM_FILES):
+        found = torch.empty(NUM_FILES, 3, SIZE, SIZE)
+        for batch in make_loader(pictures[0], batch_size=batch_size).batches(2):
+            found[batch.index] = batch.images
+        images.append(found)
+    assert torch.equal(images[0], images[1])
+    assert torch.equal(images[0], images[2])
+    other = torch.cat([b.images for b in make_loader(pictures[0], steps=()).batches(2)])
+    assert not torch.equal(images[0], other)
+
+
+def built(split, kind, memory=math.inf, workers=2, **settings):
+    settings = {"batch_size": 4, "seed": 0, "rank": 0, "world_size": 1} | settings
+    preprocess = Preprocess((0.5,), (0.5,), (), CPU)
+    return build_loader(
+        split, preprocess, device=CPU, kind=kind, num_workers=workers, memory=memory, **settings
+    )
+
+
+def test_auto_is_resident_where_decoded_pictures_fit(pictures):
+    decoded, files = pictures
+    num_bytes = NUM_FILES * 3 * SIZE * SIZE
+    assert isinstance(built(decoded, "auto", num_bytes), ResidentLoader)
+    assert isinstance(built(decoded, "auto", num_bytes - 1), StreamingLoader)
+    assert isinstance(built(files, "auto"), StreamingLoader)
+    assert isinstance(built(decoded, "streaming"), StreamingLoader)
+    assert isinstance(built(decoded, "resident", 0), ResidentLoader)
+
+
+def test_only_files_are_read_by_workers(pictures):
+    decoded, files = pictures
+    assert built(decoded, "streaming").reader.num_workers == 0
+    assert built(files, "streaming").reader.num_workers == 2
+
+
+def test_p7_a_batch_smaller_than_the_world_is_refused_in_training_only(pictures):
+    with pytest.raises(ValueError, match="--batch-size 4 is smaller"):
+        built(pictures[0], "auto", world_size=5)
+    assert built(pictures[0], "auto", world_size=4).plan.world_size == 4
+    assert built(pictures[0], "auto", world_size=5, seed=None).plan.world_size == 5

@@ -1,0 +1,122 @@
+"""P1: the numbers equal scikit-learn's, degenerate cases included; which epoch is the best."""
+
+import math
+
+import pytest
+import torch
+from sklearn import metrics as reference
+
+from lab.metrics import confusion_matrix, is_better, per_class, report
+
+
+def drawn(num_samples, num_classes, seed, labels_from=None, predictions_from=None):
+    """Random labels and predictions, each from the classes given (default: all)."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(classes):
+        classes = torch.tensor(list(classes if classes is not None else range(num_classes)))
+        return classes[torch.randint(len(classes), (num_samples,), generator=generator)]
+
+    return draw(labels_from), draw(predictions_from)
+
+
+CASES = {
+    "one sample, right": (torch.tensor([0]), torch.tensor([0]), 1),
+    "one sample, wrong": (torch.tensor([2]), torch.tensor([0]), 3),
+    "one sample of the last class": (torch.tensor([9]), torch.tensor([9]), 10),
+    "all right": (torch.arange(7) % 3, torch.arange(7) % 3, 3),
+    "all wrong": (torch.arange(7) % 3, (torch.arange(7) + 1) % 3, 3),
+    "absent class": (*drawn(50, 4, 0, labels_from=(0, 2, 3)), 4),
+    "never predicted": (*drawn(50, 4, 1, predictions_from=(0, 1, 3)), 4),
+    "neither": (*drawn(50, 4, 2, labels_from=(0, 1), predictions_from=(1, 2)), 4),
+    "one class predicted": (*drawn(51, 5, 3, predictions_from=(4,)), 5),
+    "fewer samples than classes": (*drawn(7, 100, 4), 100),
+} | {f"{k} classes": (*drawn(10 * k + 1, k, k), k) for k in (1, 2, 3, 10, 37, 100)}
+
+
+@pytest.mark.filterwarnings("ignore:A single label")
+@pytest.mark.parametrize("case", CASES)
+def test_p1_report_equals_scikit_learn(case):
+    labels, predictions, num_classes = CASES[case]
+    losses = torch.rand(len(labels), generator=torch.Generator().manual_seed(0)).double()
+    names = [f"class {k}" for k in range(num_classes)]
+    found = report(labels, predictions, losses, names)
+
+    every = list(range(num_classes))
+    assert found["num_samples"] == len(labels)
+    assert found["class_names"] == names
+    assert found["loss"] == pytest.approx(math.fsum(losses.tolist()) / len(labels), abs=1e-9)
+    accuracy = reference.accuracy_score(labels, predictions)
+    assert found["accuracy"] == pytest.approx(accuracy, abs=1e-9)
+    macro = reference.f1_score(labels, predictions, labels=every, average="macro", zero_division=0)
+    assert found["macro_f1"] == pytest.approx(macro, abs=1e-9)
+    matrix = reference.confusion_matrix(labels, predictions, labels=every)
+    assert found["confusion_matrix"] == matrix.tolist()
+    columns = reference.precision_recall_fscore_support(
+        labels, predictions, labels=every, zero_division=0
+    )
+    for key, column in zip(("precision", "recall", "f1", "support"), columns, strict=True):
+        values = [row[key] for row in found["per_class"]]
+        assert values == pytest.approx(column.tolist(), abs=1e-9), key
+    assert [row["class"] for row in found["per_class"]] == names
+
+
+@pytest.mark.parametrize("num_classes", [1, 2, 3, 99, 100, 1000])
+@pytest.mark.parametrize("num_samples", [0, 1, 99, 100, 101])
+def test_p1_confusion_matrix_counts_each_sample_once_in_its_cell(num_samples, num_classes):
+    labels, predictions = drawn(num_samples, num_classes, seed=num_samples)
+    matrix = confusion_matrix(labels, predictions, num_classes)
+    assert (matrix.shape, matrix.dtype) == ((num_classes, num_classes), torch.int64)
+    naive = torch.zeros_like(matrix)
+    for true, predicted in zip(labels.tolist(), predictions.tolist(), strict=True):
+        naive[true, predicted] += 1
+    assert torch.equal(matrix, naive)
+
+
+@pytest.mark.parametrize("wrong", [3, 9])
+def test_p1_a_class_beyond_the_known_is_not_swallowed(wrong):
+    with pytest.raises((AssertionError, RuntimeError)):
+        confusion_matrix(torch.tensor([0, 2]), torch.tensor([0, wrong]), 3)
+
+
+def test_rows_are_true_classes_and_columns_predicted():
+    matrix = confusion_matrix(torch.tensor([0, 0, 0, 1]), torch.tensor([1, 1, 0, 0]), 2)
+    assert matrix.tolist() == [[1, 2], [1, 0]]
+    numbers = per_class(matrix)
+    assert numbers["precision"].tolist() == [1 / 2, 0]
+    assert numbers["recall"].tolist() == [1 / 3, 0]
+    assert numbers["support"].tolist() == [3, 1]
+
+
+@pytest.mark.parametrize("by", ["accuracy", "macro_f1", "loss"])
+def test_the_first_epoch_is_the_best_so_far(by):
+    assert is_better({f"val_{by}": 0.5}, {}, by)
+    assert is_better({f"val_{by}": math.nan}, {}, by)
+
+
+@pytest.mark.parametrize("by", ["accuracy", "macro_f1", "loss"])
+def test_a_tie_keeps_the_earlier_epoch(by):
+    assert not is_better({f"val_{by}": 0.5}, {f"val_{by}": 0.5}, by)
+
+
+def test_more_accuracy_and_less_loss_are_better():
+    low, high = 0.5, math.nextafter(0.5, 1)
+    for by in ("accuracy", "macro_f1"):
+        assert is_better({f"val_{by}": high}, {f"val_{by}": low}, by)
+        assert not is_better({f"val_{by}": low}, {f"val_{by}": high}, by)
+    assert is_better({"val_loss": low}, {"val_loss": high}, "loss")
+    assert not is_better({"val_loss": high}, {"val_loss": low}, "loss")
+
+
+def test_only_the_chosen_number_decides():
+    new = {"val_accuracy": 0.4, "val_macro_f1": 0.6, "val_loss": 1.0}
+    best = {"val_accuracy": 0.5, "val_macro_f1": 0.5, "val_loss": 2.0}
+    assert [is_better(new, best, by) for by in ("accuracy", "macro_f1", "loss")] == [0, 1, 1]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("by", ["accuracy", "loss"])
+def test_a_number_that_is_not_finite_never_beats_one_that_is(by, bad):
+    assert not is_better({f"val_{by}": bad}, {f"val_{by}": 0.0}, by)
+    assert is_better({f"val_{by}": 0.0}, {f"val_{by}": bad}, by)
+    assert not is_better({f"val_{by}": bad}, {f"val_{by}": bad}, by)

@@ -1,0 +1,190 @@
+"""The networks are the published ones, layer by layer."""
+
+import pytest
+import torch
+from torch import nn
+
+from lab.models import MODELS, build_model
+from lab.models.classic import kaiming_init
+
+LENET5 = [
+    ("Conv2d", 6, 1, 5, 1, 2),  # out, in, kernel, stride, padding: 28 pixels are padded to 32
+    ("Tanh",),
+    ("AvgPool2d", 2, 2),
+    ("Conv2d", 16, 6, 5, 1, 0),
+    ("Tanh",),
+    ("AvgPool2d", 2, 2),
+    ("Conv2d", 120, 16, 5, 1, 0),
+    ("Tanh",),
+    ("Flatten",),
+    ("Linear", 84, 120),
+    ("Tanh",),
+    ("Linear", 10, 84),
+]
+ALEXNET = [
+    ("Conv2d", 64, 3, 3, 1, 1),
+    ("ReLU",),
+    ("MaxPool2d", 2, 2),
+    ("Conv2d", 192, 64, 3, 1, 1),
+    ("ReLU",),
+    ("MaxPool2d", 2, 2),
+    ("Conv2d", 384, 192, 3, 1, 1),
+    ("ReLU",),
+    ("Conv2d", 256, 384, 3, 1, 1),
+    ("ReLU",),
+    ("Conv2d", 256, 256, 3, 1, 1),
+    ("ReLU",),
+    ("MaxPool2d", 2, 2),
+    ("Flatten",),
+    ("Dropout", 0.5),
+    ("Linear", 2048, 4096),
+    ("ReLU",),
+    ("Dropout", 0.5),
+    ("Linear", 2048, 2048),
+    ("ReLU",),
+    ("Linear", 10, 2048),
+]
+
+
+def build(name, num_classes=10, channels=3, image_size=32, **settings):
+    return build_model(
+        name, num_classes=num_classes, channels=channels, image_size=image_size, **settings
+    )
+
+
+def one(number):
+    """A kernel size or the like, given as one number or as two equal ones."""
+    if isinstance(number, tuple):
+        assert len(set(number)) == 1
+        return number[0]
+    return number
+
+
+def describe(layer):
+    name = type(layer).__name__
+    if isinstance(layer, nn.Conv2d):
+        assert (layer.groups, one(layer.dilation), layer.bias is not None) == (1, 1, True)
+        window = (layer.kernel_size, layer.stride, layer.padding)
+        return (name, layer.out_channels, layer.in_channels, *map(one, window))
+    if isinstance(layer, (nn.AvgPool2d, nn.MaxPool2d)):
+        assert one(layer.padding) == 0
+        return (name, one(layer.kernel_size), one(layer.stride))
+    if isinstance(layer, nn.Linear):
+        assert layer.bias is not None
+        return (name, layer.out_features, layer.in_features)
+    return (name, layer.p) if isinstance(layer, nn.Dropout) else (name,)
+
+
+def layers(network):
+    """The layers that do something at the network's own image size, in order."""
+    idle = (nn.Identity, nn.AdaptiveAvgPool2d)
+    found = [m for m in network.modules() if not list(m.children()) and not isinstance(m, idle)]
+    return [describe(m) for m in found]
+
+
+def test_lenet5_has_the_published_layers():
+    assert layers(build("lenet5", channels=1, image_size=28)) == LENET5
+    first = ("Conv2d", 6, 1, 5, 1, 0)
+    assert layers(build("lenet5", channels=1, image_size=32)) == [first, *LENET5[1:]]
+
+
+def test_alexnet_has_the_published_layers():
+    assert layers(build("alexnet")) == ALEXNET
+
+
+@pytest.mark.parametrize(("name", "channels", "count"), [
+    ("lenet5", 1, 61_706),
+    ("lenet5", 3, 61_706 + 2 * 6 * 25),
+    ("alexnet", 3, 14_859_082),
+    ("alexnet", 1, 14_859_082 - 2 * 64 * 9),
+])  # fmt: skip
+@pytest.mark.parametrize("image_size", [28, 32, 64])
+def test_parameter_counts_are_golden(name, channels, count, image_size):
+    with torch.device("meta"):
+        network = build(name, channels=channels, image_size=image_size)
+    assert sum(p.numel() for p in network.parameters()) == count
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("image_size", [28, 31, 32, 33, 64])
+def test_logits_are_one_a_class_whatever_the_images(name, channels, image_size):
+    with torch.device("meta"):  # shapes alone, no arithmetic
+        network = build(name, 7, channels, image_size)
+        for num_images in (0, 1, 3):
+            images = torch.empty(num_images, channels, image_size, image_size)
+            assert network(images).shape == (num_images, 7)
+
+
+@pytest.mark.parametrize(("name", "image_size"), [("lenet5", 28), ("lenet5", 32), ("alexnet", 32)])
+def test_each_corner_of_a_picture_counts(name, image_size):
+    torch.manual_seed(0)
+    network = build(name, image_size=image_size, init="kaiming").eval()
+    images = torch.randn(1, 3, image_size, image_size)
+    with torch.no_grad():
+        logits = network(images)
+        for row, column in ((0, 0), (0, -1), (-1, 0), (-1, -1)):
+            moved = images.clone()
+            moved[:, :, row, column] += 10
+            assert (network(moved) - logits).abs().max() > 1e-4
+
+
+def test_shapes_between_the_layers_are_the_commented_ones():
+    def shapes(network, images):
+        found = []
+        for layer in network.features:
+            images = layer(images)
+            if isinstance(layer, (nn.Conv2d, nn.AvgPool2d, nn.MaxPool2d)):
+                found.append(tuple(images.shape[1:]))
+        return found
+
+    with torch.device("meta"):
+        for size in (28, 32):
+            lenet = build("lenet5", channels=1, image_size=size)
+            assert shapes(lenet, torch.zeros(1, 1, size, size)) == [
+                (6, 28, 28), (6, 14, 14), (16, 10, 10), (16, 5, 5), (120, 1, 1)
+            ]  # fmt: skip
+        assert shapes(build("alexnet"), torch.zeros(1, 3, 32, 32)) == [
+            (64, 32, 32), (64, 16, 16), (192, 16, 16), (192, 8, 8),
+            (384, 8, 8), (256, 8, 8), (256, 8, 8), (256, 4, 4),
+        ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_dropout_and_all_else_is_off_in_evaluation(name):
+    network, images = build(name), torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(network.eval()(images), network(images))
+        different = not torch.equal(network.train()(images), network(images))
+    assert different == (name == "alexnet")
+
+
+@pytest.mark.parametrize("init", ["default", "kaiming"])
+def test_p2_a_network_is_a_function_of_the_seed(init):
+    def weights(seed):
+        torch.manual_seed(seed)
+        return build("lenet5", init=init).state_dict()
+
+    first, second, other = weights(1), weights(1), weights(2)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not any(torch.equal(first[n], other[n]) for n in first if n.endswith("weight"))
+
+
+def test_kaiming_keeps_the_variance_through_relus():
+    torch.manual_seed(0)
+    network = build("alexnet", init="kaiming")
+    for layer in network.modules():
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            fan_in = layer.weight[0].numel()
+            expected = (2 / fan_in) ** 0.5
+            tolerance = 5 * expected / (2 * layer.weight.numel()) ** 0.5  # five standard errors
+            assert layer.weight.std().item() == pytest.approx(expected, abs=tolerance)
+            assert not layer.bias.any()
+
+
+def test_kaiming_changes_every_layer():
+    torch.manual_seed(0)
+    network = build("lenet5")
+    before = {name: p.clone() for name, p in network.named_parameters()}
+    kaiming_init(network)
+    assert not any(torch.equal(before[name], p) for name, p in network.named_parameters())

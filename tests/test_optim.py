@@ -1,0 +1,136 @@
+"""The optimizer's groups, and the learning rate as a function of the step."""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import StepLR
+
+from lab.config import TrainConfig
+from lab.optim import build_optimizer, learning_rate
+from lab.recipes import resolve
+
+
+def rates(config, steps_per_epoch, extra=0):
+    num_steps = config.epochs * steps_per_epoch + extra
+    return [learning_rate(config, step, steps_per_epoch) for step in range(num_steps)]
+
+
+@pytest.mark.parametrize("model", ["lenet5", "alexnet"])
+@pytest.mark.parametrize("steps_per_epoch", [1, 7, 391])
+def test_the_notebook_rate_is_torchs_step_schedule(model, steps_per_epoch):
+    config = resolve({"model": model, "recipe": "notebook", "epochs": 25})
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=config.lr)
+    scheduler = StepLR(optimizer, step_size=config.lr_step_epochs, gamma=config.lr_gamma)
+    expected = []
+    for _ in range(config.epochs):
+        expected += [optimizer.param_groups[0]["lr"]] * steps_per_epoch
+        optimizer.step()
+        scheduler.step()
+    assert rates(config, steps_per_epoch) == pytest.approx(expected, rel=1e-12)
+
+
+def test_constant_is_constant():
+    assert set(rates(TrainConfig(schedule="constant", lr=0.3), 7)) == {0.3}
+
+
+@pytest.mark.parametrize("steps_per_epoch", [1, 7, 100])
+@pytest.mark.parametrize("schedule", ["cosine", "one-cycle"])
+def test_decay_starts_at_the_peak_and_falls_to_zero(schedule, steps_per_epoch):
+    config = TrainConfig(schedule=schedule, lr=0.4, epochs=6)
+    found = rates(config, steps_per_epoch, extra=3)
+    num_steps = 6 * steps_per_epoch
+    assert found[0] == 0.4
+    assert all(later < earlier for earlier, later in pairwise(found[:num_steps]))
+    assert found[num_steps // 2] == pytest.approx(0.2)
+    assert found[num_steps - 1] > 0
+    assert found[num_steps:] == pytest.approx([0, 0, 0], abs=1e-12)  # never negative, never up
+
+
+def test_cosine_is_a_cosine_and_one_cycle_a_line():
+    cosine = rates(TrainConfig(schedule="cosine", lr=2.0, epochs=5), 9)
+    expected = [1 + math.cos(math.pi * step / 45) for step in range(45)]
+    assert cosine == pytest.approx(expected, rel=1e-12)
+    line = rates(TrainConfig(schedule="one-cycle", lr=2.0, epochs=5), 9)
+    assert line == pytest.approx([2 * (1 - step / 45) for step in range(45)], rel=1e-12)
+
+
+@pytest.mark.parametrize("warmup", [0.5, 1, 2.3])
+@pytest.mark.parametrize("schedule", ["constant", "step", "cosine", "one-cycle"])
+def test_warm_up_rises_in_equal_steps_to_the_peak(schedule, warmup):
+    config = TrainConfig(schedule=schedule, lr=0.4, epochs=6, warmup_epochs=warmup)
+    steps_per_epoch = 10
+    found = rates(config, steps_per_epoch)
+    num_rising = round(warmup * steps_per_epoch)
+    rises = [b - a for a, b in zip([0.0, *found], found[: num_rising + 1], strict=False)]
+    assert rises == pytest.approx([0.4 / (num_rising + 1)] * (num_rising + 1))
+    assert found[num_rising] == max(found) == pytest.approx(0.4)
+
+
+def test_p2_the_rate_depends_on_the_step_alone():
+    config = TrainConfig(schedule="one-cycle", epochs=5, warmup_epochs=1)
+    forwards = rates(config, 13)
+    backwards = [learning_rate(config, step, 13) for step in reversed(range(65))]
+    assert forwards == backwards[::-1]
+    limited = TrainConfig(schedule="one-cycle", epochs=5, warmup_epochs=1, max_steps=20)
+    assert rates(limited, 13) == forwards
+
+
+def make_network():
+    return nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(8, 3))
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "nesterov", "adamw"])
+def test_weight_decay_spares_biases_and_normalisation_unless_told(optimizer):
+    network = make_network()
+    settings = {"optimizer": optimizer, "weight_decay": 0.1}
+    found = build_optimizer(network, TrainConfig(**settings))
+    weights = {id(network[0].weight), id(network[3].weight)}
+    everything = {id(p) for p in network.parameters()}
+    groups = {g["weight_decay"]: {id(p) for p in g["params"]} for g in found.param_groups}
+    assert groups == {0.1: weights, 0.0: everything - weights}
+    found = build_optimizer(network, TrainConfig(decay_biases=True, **settings))
+    assert [{id(p) for p in g["params"]} for g in found.param_groups] == [everything]
+    assert found.param_groups[0]["weight_decay"] == 0.1
+
+
+@pytest.mark.parametrize("decay_biases", [False, True])
+def test_a_network_without_biases_has_one_group(decay_biases):
+    config = TrainConfig(decay_biases=decay_biases)
+    assert len(build_optimizer(nn.Linear(2, 2, bias=False), config).param_groups) == 1
+
+
+@pytest.mark.parametrize(("name", "kind", "expected"), [
+    ("sgd", torch.optim.SGD, {"momentum": 0.8, "nesterov": False}),
+    ("nesterov", torch.optim.SGD, {"momentum": 0.8, "nesterov": True}),
+    ("adamw", torch.optim.AdamW, {"betas": (0.8, 0.999)}),
+])  # fmt: skip
+def test_the_named_optimizer_is_built_fused(name, kind, expected):
+    found = build_optimizer(make_network(), TrainConfig(optimizer=name, momentum=0.8, lr=0.3))
+    assert type(found) is kind
+    for group in found.param_groups:
+        assert expected.items() <= group.items()
+        assert (group["lr"], group["fused"]) == (0.3, True)
+
+
+def test_nesterov_without_momentum_is_plain():
+    config = TrainConfig(optimizer="nesterov", momentum=0.0)
+    assert not build_optimizer(make_network(), config).defaults["nesterov"]
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_sgd_follows_its_formula(momentum):
+    """v = momentum * v + grad + decay * weight; weight -= lr * v; two steps of gradient 1."""
+    layer = nn.Linear(1, 1, bias=False)
+    nn.init.constant_(layer.weight, 2.0)
+    config = TrainConfig(optimizer="sgd", lr=0.1, momentum=momentum, weight_decay=0.01)
+    optimizer = build_optimizer(layer, config)
+    weight, velocity = 2.0, 0.0
+    for _ in range(2):
+        layer.weight.grad = torch.ones(1, 1)
+        optimizer.step()
+        velocity = momentum * velocity + 1 + 0.01 * weight
+        weight -= 0.1 * velocity
+    assert layer.weight.item() == pytest.approx(weight, rel=1e-6)

@@ -1,0 +1,70 @@
+"""Numbers on MNIST and on CIFAR-10's pictures: the notebooks' losses, and what recipes reach.
+
+LAB_REAL_DATA names a folder with MNIST/raw/*-ubyte and cifar10-jpg/{train,test}/CLASS/*.jpg.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+import train
+
+FOLDER = os.environ.get("LAB_REAL_DATA", "")
+pytestmark = [
+    pytest.mark.realdata,
+    pytest.mark.skipif(not FOLDER, reason="LAB_REAL_DATA is not set"),
+    pytest.mark.timeout(1800),
+]
+
+
+def run(output_dir, *words, data_dir=FOLDER, name="run"):
+    """Trains, and returns the run's folder."""
+    words = [*words, "--data-dir", str(data_dir), "--output-dir", str(output_dir), "--name", name]
+    train.main([*words, "--quiet"])
+    return Path(output_dir) / name
+
+
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_the_notebook_recipe_gives_the_notebooks_losses_on_mnist(tmp_path):
+    folder = run(tmp_path, "--recipe", "notebook", "--dataset", "mnist", "--seed", "42")
+    found = [row["train_loss"] for row in read_lines(folder / "history.jsonl")]
+    assert found[0] == pytest.approx(0.5815, abs=0.02)
+    assert found[1:] == pytest.approx([0.1616, 0.0970, 0.0720, 0.0595], abs=0.01)
+    report = json.loads((folder / "report.json").read_text())
+    assert report["num_samples"] == 10_000
+    assert report["accuracy"] >= 0.983
+    assert report["selected_on"] == "test"
+
+
+@pytest.mark.slow
+def test_the_modern_recipe_reaches_99_percent_on_mnist(tmp_path):
+    accuracies = []
+    for seed in range(3):
+        folder = run(tmp_path, "--epochs", "5", "--seed", str(seed), name=f"seed-{seed}")
+        report = json.loads((folder / "report.json").read_text())
+        assert report["selected_on"] == "validation"
+        accuracies.append(report["accuracy"])
+    assert sum(accuracies) / 3 >= 0.990
+
+
+def test_p2_pictures_in_files_train_like_pictures_in_memory(tmp_path):
+    words = ["--model", "alexnet", "--dataset", "folder", "--mixed-precision", "no"]
+    words += ["--augment", "crop,flip", "--batch-size", "16", "--log-every", "1"]
+    words += ["--limit-train", "100", "--limit-eval", "50", "--max-steps", "4", "--epochs", "1"]
+    losses = {}
+    for loader in ("resident", "streaming"):
+        data_dir = Path(FOLDER) / "cifar10-jpg"
+        given = [*words, "--loader", loader, "--workers", "2"]
+        folder = run(tmp_path, *given, data_dir=data_dir, name=loader)
+        losses[loader] = [row["loss"] for row in read_lines(folder / "steps.jsonl")]
+        report = json.loads((folder / "report.json").read_text())
+        assert report["num_samples"] == 50
+        assert report["class_names"][0] == "airplane"
+    assert len(losses["resident"]) == 4
+    assert losses["streaming"] == pytest.approx(losses["resident"], rel=1e-5)

@@ -1,0 +1,280 @@
+"""Splits: how they are cut, limited, resized, measured and read; P6, what the best is chosen on."""
+
+import gzip
+import math
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+from torchvision.transforms import v2
+
+from lab.config import TrainConfig
+from lab.data import DATASETS, DataConfig, load_splits
+from lab.data.sources import (
+    Split,
+    channel_statistics,
+    limit,
+    resize,
+    stratified_cut,
+    stratified_sample,
+)
+
+
+def config(dataset, **settings):
+    settings = {"image_size": 8 if dataset == "digits" else 32, "num_samples": 101} | settings
+    return DataConfig.of(TrainConfig(dataset=dataset, **settings))
+
+
+def load(dataset, **settings):
+    return load_splits(config(dataset, **settings), math.inf, 1)
+
+
+def make_labels(sizes, seed=0):
+    """Labels of `sizes[k]` samples of class k, shuffled."""
+    labels = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    return labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))]
+
+
+def pictures(split):
+    """How often each labelled picture occurs."""
+    rows = zip(split.images.flatten(1).tolist(), split.labels.tolist(), strict=True)
+    return Counter((bytes(image), label) for image, label in rows)
+
+
+SIZES = ([10, 10, 10], [1, 2, 97], [7], [0, 5, 0, 6], [1] * 11, [33, 33, 34], [1000, 1, 999])
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+def test_a_stratified_sample_keeps_each_class_within_one_of_its_share(sizes):
+    labels = make_labels(sizes)
+    num = len(labels)
+    for count in sorted({0, 1, 2, num // 3, num // 2, num - 1, num} & set(range(num + 1))):
+        chosen = stratified_sample(labels, count, seed=4)
+        assert len(chosen) == count
+        assert len(chosen.unique()) == count
+        assert torch.equal(chosen, chosen.sort().values)
+        taken = labels[chosen].bincount(minlength=len(sizes)).tolist()
+        for size, of_class in zip(sizes, taken, strict=True):
+            assert abs(of_class - size * count / num) < 1
+            assert of_class <= size
+
+
+@pytest.mark.parametrize("count", [1, 199, 10_000, 20_099, 20_100])
+def test_a_large_stratified_sample_has_the_size_asked_for(count):
+    labels = make_labels([97 + k % 8 for k in range(200)])
+    chosen = stratified_sample(labels, count, seed=0)
+    assert len(chosen) == count
+    share = labels.bincount() * (count / len(labels))
+    assert (labels[chosen].bincount(minlength=200) - share).abs().max() < 1 + 1e-3
+
+
+def test_places_left_go_to_the_largest_remainders():
+    # Shares of 4 from (5, 3, 2): 2.0, 1.2, 0.8.
+    labels = make_labels([5, 3, 2])
+    assert labels[stratified_sample(labels, 4, seed=0)].bincount().tolist() == [2, 1, 1]
+
+
+def test_samples_are_seeded_and_leave_global_randomness_alone():
+    labels, before = make_labels([20, 30]), torch.get_rng_state()
+    samples = [stratified_sample(labels, 10, seed) for seed in (0, 0, 1)]
+    assert torch.equal(samples[0], samples[1])
+    assert not torch.equal(samples[0], samples[2])
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("fraction", [0.01, 0.1, 0.25, 0.9])
+@pytest.mark.parametrize("num_samples", [2, 99, 100, 101])
+def test_a_cut_parts_the_samples_in_two_in_order(num_samples, fraction):
+    images = torch.arange(num_samples, dtype=torch.uint8).view(-1, 1, 1, 1)
+    rest, cut = stratified_cut(Split(images, make_labels([num_samples]), ("a",)), fraction, 3)
+    assert len(cut.labels) == max(1, round(num_samples * fraction))
+    found = [s.images.flatten().tolist() for s in (rest, cut)]
+    assert found == [sorted(part) for part in found]
+    assert sorted(found[0] + found[1]) == list(range(num_samples))
+
+
+@pytest.mark.parametrize("count", [1, 49, 50])
+def test_limit_takes_that_many_and_all_where_there_are_fewer(count):
+    images = torch.arange(50, dtype=torch.uint8).view(-1, 1, 1, 1)
+    split = Split(images, make_labels([20, 30]), ("a", "b"))
+    limited = limit(split, count, seed=1)
+    assert len(limited.labels) == len(limited.images) == count
+    position = limited.images.flatten().long()
+    assert torch.equal(limited.labels, split.labels[position])
+    for none in (0, 50, 51):
+        assert limit(split, none, seed=1) is split
+
+
+@pytest.mark.parametrize("size", [7, 28, 32, 64])
+@pytest.mark.parametrize(("num_images", "channels", "height"), [(1, 1, 28), (3, 3, 17)])
+def test_resize_equals_torchvision_on_the_whole(num_images, channels, height, size):
+    generator = torch.Generator().manual_seed(0)
+    shape = (num_images, channels, height, height + 2)
+    images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+    found = resize(Split(images, torch.zeros(num_images).long(), ("a",)), size).images
+    assert found.dtype == torch.uint8
+    assert torch.equal(found, v2.Resize((size, size), antialias=True)(images))
+
+
+@pytest.mark.parametrize("num_images", [4095, 4096, 4097, 8193])
+def test_resize_by_parts_equals_torchvision_on_the_whole(num_images):
+    images = torch.arange(16 * num_images).remainder(251).to(torch.uint8).view(-1, 1, 4, 4)
+    found = resize(Split(images, torch.zeros(num_images).long(), ("a",)), 6).images
+    assert torch.equal(found, v2.Resize((6, 6), antialias=True)(images))
+
+
+def test_resize_to_the_same_size_changes_nothing():
+    split = Split(torch.zeros(2, 1, 8, 8, dtype=torch.uint8), torch.zeros(2).long(), ("a",))
+    assert resize(split, 8) is split
+
+
+@pytest.mark.parametrize("num_images", [1, 999, 1000, 1001])
+def test_channel_statistics_equal_naive_mean_and_std(num_images):
+    generator = torch.Generator().manual_seed(1)
+    shape = (num_images, 3, 5, 4)
+    images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+    images[:, 1] //= 4
+    mean, std = channel_statistics(images)
+    for channel in range(3):
+        values = images[:, channel].double() / 255
+        assert mean[channel] == pytest.approx(values.mean().item(), abs=5.1e-5)  # four decimals
+        assert std[channel] == pytest.approx(values.std(correction=0).item(), abs=5.1e-5)
+
+
+def test_channel_statistics_of_one_grey_can_be_divided_by():
+    mean, std = channel_statistics(torch.full((3, 1, 2, 2), 51, dtype=torch.uint8))
+    assert mean == (0.2,)
+    assert std[0] > 0
+
+
+def test_channel_statistics_sample_all_of_a_large_set():
+    images = torch.zeros(30_000, 1, 2, 2, dtype=torch.uint8)
+    images[15_000:] = 255
+    assert channel_statistics(images)[0][0] == pytest.approx(0.5, abs=1e-3)
+
+
+def write_idx(folder, suffix="", num_train=7, num_test=3, classes=10):
+    """A made-up MNIST in IDX files; what is in them."""
+    folder.mkdir(parents=True)
+    parts = []
+    for name, num in ("train", num_train), ("t10k", num_test):
+        generator = torch.Generator().manual_seed(num)
+        images = torch.randint(0, 256, (num, 28, 28), dtype=torch.uint8, generator=generator)
+        labels = (torch.arange(num) % classes).to(torch.uint8)
+        for kind, array in ("images-idx3", images), ("labels-idx1", labels):
+            head = bytes([0, 0, 8, array.ndim])
+            head += b"".join(n.to_bytes(4, "big") for n in array.shape)
+            content = head + array.numpy().tobytes()
+            path = folder / f"{name}-{kind}-ubyte{suffix}"
+            path.write_bytes(gzip.compress(content) if suffix else content)
+        parts.append((images, labels.long()))
+    return parts
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+@pytest.mark.parametrize(
+    ("dataset", "folder"), [("mnist", "MNIST"), ("fashion-mnist", "FashionMNIST")]
+)
+def test_idx_files_are_read_as_they_are_or_gzipped(tmp_path, dataset, folder, suffix):
+    parts = write_idx(tmp_path / folder / "raw", suffix)
+    splits = load(dataset, data_dir=str(tmp_path), image_size=28, val_fraction=0.0)
+    for split, (images, labels) in zip((splits.train, splits.test), parts, strict=True):
+        assert torch.equal(split.images, images[:, None])
+        assert torch.equal(split.labels, labels)
+        assert split.labels.dtype == torch.int64
+        assert len(split.class_names) == 10
+    assert (splits.mean, splits.std) == (DATASETS[dataset].mean, DATASETS[dataset].std)
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:-1], lambda b: b"\1" + b[1:], lambda b: b""])
+@pytest.mark.parametrize("file", ["train-images-idx3-ubyte", "t10k-labels-idx1-ubyte"])
+def test_p7_a_damaged_idx_file_is_named(tmp_path, file, damage):
+    write_idx(tmp_path / "MNIST" / "raw")
+    path = tmp_path / "MNIST" / "raw" / file
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError, match=f"{file} is damaged"):
+        load("mnist", data_dir=str(tmp_path))
+
+
+def test_p7_labels_of_other_images_are_refused(tmp_path):
+    write_idx(tmp_path / "MNIST" / "raw")
+    raw = tmp_path / "MNIST" / "raw"
+    (raw / "train-labels-idx1-ubyte").write_bytes((raw / "t10k-labels-idx1-ubyte").read_bytes())
+    with pytest.raises(ValueError, match="do not belong together"):
+        load("mnist", data_dir=str(tmp_path))
+
+
+def test_p6_validation_is_cut_from_training_and_test_is_apart():
+    whole = load("digits", val_fraction=0.0)
+    cut = load("digits", val_fraction=0.1)
+    assert (whole.selected_on, cut.selected_on) == ("test", "validation")
+    assert [len(s.labels) for s in (cut.train, cut.val, cut.test)] == [1294, 144, 359]
+    assert pictures(cut.test) == pictures(whole.test)
+    assert pictures(cut.train) + pictures(cut.val) == pictures(whole.train)
+    everything = load("digits", test_fraction=0.01, val_fraction=0.0)
+    everything = pictures(everything.train) + pictures(everything.test)
+    assert pictures(cut.train) + pictures(cut.val) + pictures(cut.test) == everything
+    for split in (cut.train, cut.val, cut.test):
+        share = split.labels.bincount() / len(split.labels)
+        assert share.min() > 0.085  # stratified
+        assert share.max() < 0.115
+
+
+def test_p6_without_a_validation_cut_the_test_split_is_used_and_named():
+    splits = load("digits", val_fraction=0.0)
+    assert splits.val is splits.test
+    assert splits.named("test") is splits.test
+    with pytest.raises(ValueError, match="no validation split"):
+        splits.named("val")
+    cut = load("digits")
+    assert [cut.named(n) for n in ("train", "val", "test")] == [cut.train, cut.val, cut.test]
+
+
+def test_p6_the_cut_follows_split_seed_and_nothing_else():
+    assert config("digits", seed=1) == config("digits", seed=2)
+    torch.manual_seed(1)
+    first = load("digits")
+    torch.manual_seed(2)
+    second, other = load("digits"), load("digits", split_seed=1)
+    for name in ("train", "val", "test"):
+        assert torch.equal(first.named(name).images, second.named(name).images)
+        assert torch.equal(first.named(name).labels, second.named(name).labels)
+        assert pictures(first.named(name)) != pictures(other.named(name))
+
+
+@pytest.mark.parametrize("num_samples", [10, 99, 100])
+def test_shapes_are_drawn_apart_for_training_and_test(num_samples):
+    splits = load("shapes", num_samples=num_samples)
+    sizes = [len(s.labels) for s in (splits.train, splits.val, splits.test)]
+    assert sizes[0] + sizes[1] == num_samples
+    assert sizes[1:] == [max(1, round(num_samples / 10)), num_samples // 5]
+    parts = [pictures(s) for s in (splits.train, splits.val, splits.test)]
+    assert sum(len(p) for p in parts) == len(parts[0] | parts[1] | parts[2])
+    other = load("shapes", num_samples=num_samples, split_seed=1)
+    for split in (other.train, other.val, other.test):  # nor is one seed's test another's training
+        assert not pictures(split) & (parts[0] | parts[1] | parts[2])
+
+
+def test_limits_hold_for_each_split():
+    splits = load("digits", limit_train=101, limit_eval=33)
+    assert [len(s.labels) for s in (splits.train, splits.val, splits.test)] == [101, 33, 33]
+    whole = load("digits")
+    for name in ("train", "val", "test"):
+        assert pictures(splits.named(name)) <= pictures(whole.named(name))
+
+
+def test_images_come_in_the_size_asked_for():
+    splits = load("digits", image_size=28, limit_train=20, limit_eval=10)
+    for split in (splits.train, splits.val, splits.test):
+        assert split.images.shape[1:] == (1, 28, 28)
+    assert splits.mean == pytest.approx(
+        (splits.train.images.double().mean().item() / 255,), abs=1e-4
+    )
+
+
+def test_a_data_config_holds_what_decides_the_splits():
+    settings = TrainConfig(dataset="shapes", image_size=32, num_samples=20)
+    splits = load_splits(DataConfig.of(settings), math.inf, 1)
+    changed = replace(DataConfig.of(settings), num_samples=21)
+    assert len(splits.train.labels) + 1 == len(load_splits(changed, math.inf, 1).train.labels)

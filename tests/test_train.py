@@ -1,0 +1,299 @@
+"""train.py and evaluate.py from end to end: what a run writes, and that its numbers are true."""
+
+import csv
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from sklearn import metrics as reference
+
+import evaluate
+import train
+from lab import checkpoint, evaluation
+from lab.config import TrainConfig
+from lab.evaluation import Predictions, predict_all
+
+RUN_FILES = {
+    "config.json", "history.jsonl", "steps.jsonl", "best.safetensors", "report.json",
+    "predictions.csv",
+}  # fmt: skip
+HISTORY = [
+    "epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "val_macro_f1",
+    "learning_rate", "train_seconds", "eval_seconds", "images_per_second",
+]  # fmt: skip
+REPORT = {
+    "split", "num_samples", "loss", "accuracy", "macro_f1", "per_class", "confusion_matrix",
+    "class_names", "best_epoch", "selected_on",
+}  # fmt: skip
+
+
+def run(folder, *words, name="run"):
+    """Trains LeNet-5 on a few of the digits, unless `words` say otherwise; the run's folder."""
+    defaults = ["--dataset", "digits", "--recipe", "smoke", "--name", name, "--quiet"]
+    defaults += ["--threads", "1"]  # the machine may have others to run
+    train.main([*defaults, "--output-dir", str(folder), *words])
+    return Path(folder) / name
+
+
+def evaluated(words):
+    """Runs evaluate.py."""
+    evaluate.main([*words, "--quiet", "--threads", "1"])
+
+
+def read_json(path):
+    return json.loads(path.read_text())
+
+
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def weights(path):
+    return load_file(path / "best.safetensors")
+
+
+def same(a, b):
+    assert a.keys() == b.keys()
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+def losses(path):
+    return [row["loss"] for row in read_lines(path / "steps.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of 3 epochs of 11 steps: the last batch of each holds one sample."""
+    words = ["--epochs", "3", "--max-steps", "0", "--limit-train", "321", "--log-every", "1"]
+    return run(tmp_path_factory.mktemp("trained"), *words)
+
+
+def test_a_run_has_exactly_the_documented_files(trained):
+    assert {p.name for p in trained.iterdir()} == RUN_FILES
+
+
+def test_config_has_every_setting_and_where_the_run_took_place(trained):
+    config = read_json(trained / "config.json")
+    names = {f.name for f in dataclasses.fields(TrainConfig)}
+    place = {"device", "device_name", "world_size", "precision", "versions", "commit"}
+    assert config.keys() == names | place
+    assert (config["model"], config["dataset"], config["epochs"]) == ("lenet5", "digits", 3)
+    assert (config["world_size"], config["image_size"]) == (1, 32)
+    assert config["versions"]["torch"] in torch.__version__
+
+
+def test_history_has_a_row_an_epoch(trained):
+    rows = read_lines(trained / "history.jsonl")
+    assert [list(row) for row in rows] == [HISTORY] * 3
+    assert [row["epoch"] for row in rows] == [1, 2, 3]
+    assert all(math.isfinite(value) for row in rows for value in row.values())
+    assert rows[-1]["train_loss"] < rows[0]["train_loss"]
+    for row in rows:
+        assert row["train_accuracy"] * 321 == pytest.approx(round(row["train_accuracy"] * 321))
+        assert row["images_per_second"] * row["train_seconds"] == pytest.approx(321)
+
+
+def test_p2_the_epochs_loss_is_the_mean_over_samples(trained):
+    steps = read_lines(trained / "steps.jsonl")
+    assert [list(row) for row in steps] == [["step", "epoch", "loss", "learning_rate"]] * 33
+    assert [row["step"] for row in steps] == list(range(1, 34))
+    assert [row["epoch"] for row in steps] == [1] * 11 + [2] * 11 + [3] * 11
+    for i, row in enumerate(read_lines(trained / "history.jsonl")):
+        of_epoch = [step["loss"] for step in steps[11 * i : 11 * i + 11]]
+        assert row["train_loss"] == pytest.approx((32 * sum(of_epoch[:10]) + of_epoch[10]) / 321)
+
+
+def test_p1_report_is_what_scikit_learn_makes_of_the_predictions(trained):
+    report = read_json(trained / "report.json")
+    assert report.keys() == REPORT
+    assert (report["split"], report["selected_on"]) == ("test", "validation")
+    with open(trained / "predictions.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["index", "label", "prediction", "confidence"]
+    assert [int(row["index"]) for row in rows] == list(range(100))
+    labels, predictions = ([int(row[k]) for row in rows] for k in ("label", "prediction"))
+    assert all(0.1 <= float(row["confidence"]) <= 1 for row in rows)
+    every = list(range(10))
+    matrix = reference.confusion_matrix(labels, predictions, labels=every)
+    assert report["confusion_matrix"] == matrix.tolist()
+    assert report["num_samples"] == matrix.sum() == 100
+    assert report["accuracy"] == pytest.approx(reference.accuracy_score(labels, predictions))
+    macro = reference.f1_score(labels, predictions, labels=every, average="macro", zero_division=0)
+    assert report["macro_f1"] == pytest.approx(macro, abs=1e-9)
+    assert [row["class"] for row in report["per_class"]] == report["class_names"]
+
+
+def test_p6_the_best_epoch_is_the_first_with_the_best_validation_number(trained):
+    rows = read_lines(trained / "history.jsonl")
+    accuracies = [row["val_accuracy"] for row in rows]
+    best = accuracies.index(max(accuracies))
+    report, about = (
+        read_json(trained / "report.json"),
+        checkpoint.read_info(trained / "best.safetensors"),
+    )
+    assert report["best_epoch"] == about["best_epoch"] == best + 1
+    assert about["metrics"] == {k: v for k, v in rows[best].items() if k.startswith("val_")}
+
+
+@pytest.mark.parametrize("given", ["folder", "file"])
+@pytest.mark.parametrize("loader", ["resident", "streaming"])
+def test_p5_evaluate_repeats_the_report_to_the_last_digit(trained, tmp_path, given, loader):
+    path = trained if given == "folder" else trained / "best.safetensors"
+    evaluated([str(path), "--output", str(tmp_path / "e"), "--loader", loader])
+    assert {p.name for p in (tmp_path / "e").iterdir()} == {"report.json", "predictions.csv"}
+    assert read_json(tmp_path / "e" / "report.json") == read_json(trained / "report.json")
+    predictions = (tmp_path / "e" / "predictions.csv").read_bytes()
+    assert predictions == (trained / "predictions.csv").read_bytes()
+
+
+def test_p5_evaluate_on_validation_repeats_the_best_epochs_row(trained, tmp_path):
+    evaluated([str(trained), "--split", "val", "--output", str(tmp_path)])
+    report, rows = read_json(tmp_path / "report.json"), read_lines(trained / "history.jsonl")
+    best = rows[report["best_epoch"] - 1]
+    assert report["split"] == "val"
+    for name in ("loss", "accuracy", "macro_f1"):
+        assert report[name] == best[f"val_{name}"]
+
+
+def test_p1_the_batch_size_of_an_evaluation_changes_no_count(trained, tmp_path):
+    words = ["--batch-size", "7", "--limit-eval", "0", "--output", str(tmp_path)]
+    evaluated([str(trained), *words])
+    assert read_json(tmp_path / "report.json")["num_samples"] == 359  # all
+    words = ["--batch-size", "1", "--limit-eval", "100", *words[4:]]
+    evaluated([str(trained), *words])
+    found, expected = read_json(tmp_path / "report.json"), read_json(trained / "report.json")
+    assert found["confusion_matrix"] == expected["confusion_matrix"]
+
+
+def test_evaluate_writes_beside_the_weights(tmp_path):
+    folder = run(tmp_path, "--max-steps", "1")
+    evaluated([str(folder), "--split", "train"])
+    report = read_json(folder / "evaluate-train" / "report.json")
+    assert (report["split"], report["num_samples"]) == ("train", 320)
+
+
+def test_p2_the_same_seed_gives_the_same_bits_and_another_does_not(trained, tmp_path):
+    words = ["--epochs", "3", "--max-steps", "0", "--limit-train", "321", "--log-every", "1"]
+    torch.manual_seed(123)  # what ran before does not matter
+    again = run(tmp_path, *words)
+    for name in ("best.safetensors", "predictions.csv", "report.json", "steps.jsonl"):
+        assert (again / name).read_bytes() == (trained / name).read_bytes(), name
+    other = run(tmp_path, *words, "--seed", "43", name="other")
+    assert not same(weights(other), weights(again))
+    ours, theirs = read_json(again / "report.json"), read_json(other / "report.json")
+    supports = [[row["support"] for row in r["per_class"]] for r in (ours, theirs)]
+    assert supports[0] == supports[1]  # on the same split
+
+
+def test_p2_workers_and_loader_change_nothing(trained, tmp_path):
+    words = ["--epochs", "3", "--max-steps", "0", "--limit-train", "321", "--log-every", "1"]
+    streamed = run(tmp_path, *words, "--loader", "streaming")
+    assert same(weights(streamed), weights(trained))
+
+
+def test_runs_are_numbered_and_replaced_only_when_told(tmp_path):
+    words = ["--dataset", "digits", "--recipe", "smoke", "--max-steps", "1", "--log-every", "1"]
+    words += ["--output-dir", str(tmp_path), "--quiet", "--threads", "1"]
+    for _ in range(3):
+        train.main(words)
+    names = ["lenet5-digits", "lenet5-digits-2", "lenet5-digits-3"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == names
+    (tmp_path / names[1] / "stale.txt").write_text("")
+    before = (tmp_path / names[0] / "history.jsonl").read_bytes()
+    with pytest.raises(ValueError, match="exists"):
+        train.main([*words, "--name", names[1]])
+    assert (tmp_path / names[1] / "stale.txt").exists()
+    train.main([*words, "--name", names[1], "--overwrite"])
+    assert {p.name for p in (tmp_path / names[1]).iterdir()} == RUN_FILES
+    assert (tmp_path / names[0] / "history.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(("max_steps", "epochs"), [(1, 1), (9, 1), (10, 1), (11, 2)])
+def test_max_steps_ends_the_run_after_so_many(tmp_path, max_steps, epochs):
+    words = ["--max-steps", str(max_steps), "--epochs", "5", "--log-every", "1"]
+    folder = run(tmp_path, *words)
+    assert len(read_lines(folder / "steps.jsonl")) == max_steps
+    assert len(read_lines(folder / "history.jsonl")) == epochs
+    assert (folder / "report.json").exists()
+
+
+def test_average_accumulation_and_clipping_go_together(tmp_path):
+    words = ["--max-steps", "4", "--limit-train", "65", "--log-every", "1"]  # batches 32, 32, 1
+    plain = run(tmp_path, *words, name="plain")
+    other = run(tmp_path, *words, "--accumulate", "3", "--clip-norm", "1e6", name="other")
+    assert losses(other) == pytest.approx(losses(plain), rel=1e-4)
+    averaged = run(tmp_path, *words, "--ema", "0.9", name="averaged")
+    assert losses(averaged) == losses(plain)
+    assert weights(averaged).keys() == weights(plain).keys()
+    assert not same(weights(averaged), weights(plain))
+
+
+@pytest.mark.parametrize(("select_by", "best"), [("macro_f1", 1), ("loss", 2), ("accuracy", 3)])
+def test_p6_the_epoch_kept_is_the_best_by_the_number_chosen(tmp_path, monkeypatch, select_by, best):
+    numbers = {"macro_f1": [0.3, 0.2, 0.1], "loss": [3.0, 1.0, 2.0], "accuracy": [0.1, 0.2, 0.3]}
+    epochs = iter(range(3))
+
+    class Altered(Predictions):
+        def report(self):
+            epoch = next(epochs, None)  # after the epochs comes the test split
+            return super().report() | {
+                name: values[epoch] for name, values in numbers.items() if epoch is not None
+            }
+
+    def altered(*arguments):
+        return Altered(**vars(predict_all(*arguments)))
+
+    monkeypatch.setattr(evaluation, "predict_all", altered)
+    words = ["--limit-train", "64", "--epochs", "3", "--max-steps", "0", "--lr", "0.01"]
+    folder = run(tmp_path, "--select-by", select_by, *words)
+    monkeypatch.undo()
+    rows, report = read_lines(folder / "history.jsonl"), read_json(folder / "report.json")
+    assert [row[f"val_{select_by}"] for row in rows] == numbers[select_by]
+    assert report["best_epoch"] == best
+    # The report is of that epoch's weights, not of the last's.
+    evaluated([str(folder)])
+    assert read_json(folder / "evaluate-test" / "report.json") == report
+
+
+def test_p6_the_notebook_recipe_says_that_it_chose_on_the_test_split(tmp_path, capsys):
+    folder = run(tmp_path, "--recipe", "notebook", "--epochs", "2", "--limit-train", "300")
+    report, rows = read_json(folder / "report.json"), read_lines(folder / "history.jsonl")
+    assert report["selected_on"] == "test"
+    assert "chosen on the test split" in capsys.readouterr().out
+    best = rows[report["best_epoch"] - 1]
+    assert (report["loss"], report["accuracy"]) == (best["val_loss"], best["val_accuracy"])
+    with pytest.raises(ValueError, match="no validation split"):
+        evaluated([str(folder), "--split", "val"])
+    evaluated([str(folder)])
+    assert read_json(folder / "evaluate-test" / "report.json") == report
+
+
+def test_alexnet_trains_on_shapes(tmp_path):
+    words = ["--model", "alexnet", "--dataset", "shapes", "--num-samples", "101"]
+    folder = run(tmp_path, *words, "--batch-size", "8", "--max-steps", "3", "--log-every", "1")
+    assert all(math.isfinite(loss) for loss in losses(folder))
+    assert len(losses(folder)) == 3
+    assert read_json(folder / "report.json")["num_samples"] == 20
+    assert read_json(folder / "config.json")["model"] == "alexnet"
+    evaluated([str(folder)])  # dropout, which would make the two differ, is off
+    report = read_json(folder / "report.json")
+    assert read_json(folder / "evaluate-test" / "report.json") == report
+
+
+def test_lenet5_reads_the_digits(tmp_path):
+    folder = run(tmp_path, "--recipe", "modern", "--epochs", "5")
+    report = read_json(folder / "report.json")
+    assert report["num_samples"] == 359
+    assert report["accuracy"] >= 0.95
+
+
+@pytest.mark.slow
+def test_p5_a_compiled_run_learns_alike_and_has_plain_keys(tmp_path):
+    words = ["--max-steps", "3", "--log-every", "1"]
+    plain, compiled = run(tmp_path, *words), run(tmp_path, *words, "--compile", name="compiled")
+    assert losses(compiled) == pytest.approx(losses(plain), rel=1e-4)
+    assert weights(compiled).keys() == weights(plain).keys()
