@@ -130,9 +130,8 @@ def overview(config, splits, place) -> dict[str, str]:
         + (f", at most {config.max_steps} steps" if config.max_steps else "")
         + f", batches of {config.batch_size}, "
         f"{config.optimizer}, lr {config.lr:g} {config.schedule}, augment {config.augment}",
-        "place": "{world_size} x {device} ({device_name}), CPU threads: {threads}, {precision}".format(
-            **place
-        ),
+        "place": "{world_size} x {device} ({device_name}), ".format(**place)
+        + "CPU threads: {threads}, {precision}".format(**place),
     }
 
 
