@@ -2,7 +2,7 @@
 
   python evaluate.py runs/lenet5-mnist                   the test split of what it was trained on
   python evaluate.py best.safetensors --split val        another split, from the file alone
-  python evaluate.py best.safetensors --dataset folder --data-dir PICTURES
+  python evaluate.py best.safetensors --dataset folder --data-dir PICTURES --split all
   accelerate launch --config_file accelerate_configs/multi_gpu.yaml evaluate.py runs/lenet5-mnist
 
 Writes report.json and predictions.csv. The numbers do not depend on the number of processes.
@@ -10,7 +10,7 @@ Writes report.json and predictions.csv. The numbers do not depend on the number 
 
 import sys
 
-from lab import console
+from lab import console, tables
 from lab.config import EvalConfig, parse_arguments
 from lab.errors import run_script
 
@@ -23,10 +23,10 @@ def main(argv: list[str] | None = None) -> None:
     import torch
 
     from lab import checkpoint, rundir
-    from lab.data import DataConfig, load_splits
+    from lab.data import DataConfig, load_splits, load_whole
     from lab.data.augment import Preprocess
     from lab.data.loaders import build_loader
-    from lab.distributed import build_accelerator, loader_place, together
+    from lab.distributed import build_accelerator, loader_place, place_line, together
     from lab.engine import lay_out
     from lab.evaluation import predict_all
     from lab.models import build_model, find_model
@@ -46,12 +46,22 @@ def main(argv: list[str] | None = None) -> None:
         network = build_model(**about["model"])
         checkpoint.load_weights(path, network)
         settings = DataConfig(**about["data"] | config.data_overrides())
+        num_threads = torch.get_num_threads()
         with console.working(f"reading {settings.dataset}"):
-            splits = load_splits(settings, place["memory"], torch.get_num_threads())
-        split = splits.named(config.split)
+            if config.split == "all":
+                split = load_whole(settings, place["memory"], num_threads)
+            else:
+                split = load_splits(settings, place["memory"], num_threads).named(config.split)
         checkpoint.require_same_classes(path, about, split)
         plain = Preprocess(about["mean"], about["std"], (), accelerator.device)
         loader = build_loader(split, plain, batch_size=config.batch_size, seed=None, **place)
+    console.settings(
+        f"{model} of {path}",
+        {
+            "data": f"{config.split} of {settings.dataset}: {len(split.labels):,} samples",
+            "place": place_line(accelerator),
+        },
+    )
     network = lay_out(network, model, accelerator.device)
     predictions = predict_all(accelerator, network, loader)
     report = {
@@ -66,8 +76,8 @@ def main(argv: list[str] | None = None) -> None:
         )
         output.write_report(report)
         output.write_predictions(predictions.rows())
-    console.class_table(report)
-    console.confusion_matrix(report)
+    tables.class_table(report)
+    tables.confusion_matrix(report)
     console.report(
         report,
         title=f"{model} on {settings.dataset}",

@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> None:
     from lab.data import DataConfig, load_splits
     from lab.data.augment import Preprocess
     from lab.data.loaders import build_loader
-    from lab.distributed import build_accelerator, describe, loader_place, together
+    from lab.distributed import build_accelerator, describe, loader_place, place_line, together
     from lab.engine import prepare, train_one_epoch
     from lab.evaluation import predict_all
     from lab.metrics import is_better
@@ -61,11 +61,12 @@ def main(argv: list[str] | None = None) -> None:
         torch.manual_seed(config.seed)
         network = build_model(**about["model"], init=config.init)
     trainer = prepare(accelerator, network, config)
-    here = describe(accelerator)
     with together(accelerator):  # last: a run that cannot start makes and replaces no folder
         run = rundir.start(config, writes=accelerator.is_main_process)
-        run.write_config(asdict(config) | here)
-    console.settings(f"{config.model} on {config.dataset}", overview(config, splits, here))
+        run.begin(asdict(config) | describe(accelerator))
+    console.settings(
+        f"{config.model} on {config.dataset}", overview(config, splits, place_line(accelerator))
+    )
 
     best: dict = {}
     step = 0
@@ -119,7 +120,7 @@ def main(argv: list[str] | None = None) -> None:
     accelerator.end_training()
 
 
-def overview(config, splits, place) -> dict[str, str]:
+def overview(config, splits, place: str) -> dict[str, str]:
     """What was chosen, for the console."""
     num_train, num_val, num_test = (
         f"{len(split.labels):,}" for split in (splits.train, splits.val, splits.test)
@@ -130,8 +131,7 @@ def overview(config, splits, place) -> dict[str, str]:
         + (f", at most {config.max_steps} steps" if config.max_steps else "")
         + f", batches of {config.batch_size}, "
         f"{config.optimizer}, lr {config.lr:g} {config.schedule}, augment {config.augment}",
-        "place": "{world_size} x {device} ({device_name}), ".format(**place)
-        + "CPU threads: {threads}, {precision}".format(**place),
+        "place": place,
     }
 
 

@@ -164,7 +164,8 @@ class EvalConfig:
     weights: str = option("", WEIGHTS,
         "a run's folder or a .safetensors file that train.py wrote", positional=True)
     split: str = option("test", WEIGHTS,
-        "which split", choices=("test", "val", "train"))
+        "which split; all: every sample of data that comes in one piece",
+        choices=("test", "val", "train", "all"))
     dataset: str | None = option(None, WEIGHTS,
         "data set; if not given, the one trained on")
     data_dir: str | None = option(None, WEIGHTS,

@@ -9,8 +9,8 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from functools import cache
 from typing import Any
@@ -26,7 +26,7 @@ from rich.text import Text
 
 # Class names and paths come from users and strangers' files: they may not steer the terminal.
 _CONTROL_CODES = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-_UNLIMITED = 10_000  # a log has no right margin: nothing is wrapped or cut
+UNLIMITED = 10_000  # a log has no right margin: nothing is wrapped or cut
 
 _main_process: bool | None = None
 _quiet = False
@@ -45,8 +45,8 @@ def configure(*, main_process: bool, quiet: bool = False) -> None:
 
 def say(text: str) -> None:
     """Prints a line on standard output, unless quiet."""
-    if _chatty():
-        _line(text)
+    if chatty():
+        print_line(text)
 
 
 def warn(text: str) -> None:
@@ -61,16 +61,16 @@ def error(text: str) -> None:
 
 def settings(title: str, rows: Mapping[str, object]) -> None:
     """Prints what was chosen: a title, then a key and its value a line."""
-    if _chatty():
-        _line(title, "bold")
-        _line(_pairs(rows, indent="  "))
+    if chatty():
+        print_line(title, "bold")
+        print_line(_pairs(rows, indent="  "))
 
 
 @contextmanager
 def working(text: str) -> Iterator[None]:
     """Shows a spinner while something slow runs; one plain line where there is no terminal."""
-    if _chatty() and _out().is_terminal:
-        spinner = Spinner("dots", text=_text(text), style="cyan")
+    if chatty() and out().is_terminal:
+        spinner = Spinner("dots", text=literal(text), style="cyan")
         with _live(lambda: spinner, per_second=8):
             yield
     else:
@@ -112,12 +112,12 @@ class EpochProgress:
             seconds = (time.monotonic() - first[1]) / (step - first[0]) * (self.num_steps - step)
             facts.append(f"{timedelta(seconds=max(0, round(seconds)))} left")
         right = "  ".join(facts)
-        width = max(4, min(40, _out().width - len(self.title) - len(right) - 3))
+        width = max(4, min(40, out().width - len(self.title) - len(right) - 3))
         line = Table.grid("", "", "", padding=(0, 1))
         for column in line.columns:
             column.no_wrap = True
         bar = ProgressBar(max(1, self.num_steps), step, width=width)
-        line.add_row(_text(self.title, "bold"), bar, right)
+        line.add_row(literal(self.title, "bold"), bar, right)
         return line
 
 
@@ -125,7 +125,7 @@ class EpochProgress:
 def epoch_progress(epoch: int, num_epochs: int, num_steps: int) -> Iterator[EpochProgress]:
     """Yields an EpochProgress to update every step; its line is gone at the end of the epoch."""
     progress = EpochProgress(epoch, num_epochs, num_steps)
-    shown = _chatty() and _out().is_terminal
+    shown = chatty() and out().is_terminal
     with _live(progress.draw, per_second=4) if shown else nullcontext():
         yield progress
 
@@ -133,7 +133,7 @@ def epoch_progress(epoch: int, num_epochs: int, num_steps: int) -> Iterator[Epoc
 def epoch_row(row: Mapping[str, Any], best: bool, selected_on: str) -> None:
     """Prints a line of history.jsonl, starred when it is the best so far; a header comes first."""
     global _header_printed
-    if not _chatty():
+    if not chatty():
         return
     split = "val" if selected_on == "validation" else selected_on
     seconds = (row.get("train_seconds") or 0.0) + (row.get("eval_seconds") or 0.0)
@@ -148,13 +148,13 @@ def epoch_row(row: Mapping[str, Any], best: bool, selected_on: str) -> None:
         "  img/s": _formatted(row.get("images_per_second"), ",.0f"),
         "  time": _duration(seconds),
     }
-    gap = "  " if _out().width >= sum(len(name) + 2 for name in columns) else " "
+    gap = "  " if out().width >= sum(len(name) + 2 for name in columns) else " "
     if not _header_printed:
-        _line(gap.join(columns), "bold cyan")
+        print_line(gap.join(columns), "bold cyan")
         _header_printed = True
-    star = (" ★" if _out().is_terminal else " *") if best else ""
+    star = (" ★" if out().is_terminal else " *") if best else ""
     cells = gap.join(cell.rjust(len(name)) for name, cell in columns.items())
-    _line(_text(cells) + _text(star, "bold yellow"))
+    print_line(literal(cells) + literal(star, "bold yellow"))
 
 
 def report(
@@ -174,78 +174,19 @@ def report(
         if report.get(key) is not None
     }
     more = {**files, "reproduce": command} if command else files
-    if _out().is_terminal:
-        heading = _text(title, "bold")
-        _out().print(Panel(_pairs(numbers), title=heading, border_style="green", expand=False))
+    if out().is_terminal:
+        heading = literal(title, "bold")
+        out().print(Panel(_pairs(numbers), title=heading, border_style="green", expand=False))
     else:
-        _line("\n".join([title, *(f"{key}: {value}" for key, value in numbers.items())]))
+        print_line("\n".join([title, *(f"{key}: {value}" for key, value in numbers.items())]))
     if report.get("selected_on") == "test":
         note = "chosen on the test split (the notebooks' protocol): an optimistic number"
-        _line(f"note: {note}", "yellow")
-    if _out().is_terminal and more:
-        _line(_pairs(more))
+        print_line(f"note: {note}", "yellow")
+    if out().is_terminal and more:
+        print_line(_pairs(more))
     else:
         for key, value in more.items():
-            _line(f"{key}: {value}")
-
-
-def class_table(report: Mapping[str, Any]) -> None:
-    """Prints precision, recall, F1 and support of every class; the lowest F1 is marked yellow."""
-    if not _chatty():
-        return
-    lowest = min((row["f1"] for row in report["per_class"]), default=0.0)
-    table = _table("class", "precision", "recall", "F1", "support")
-    for row in report["per_class"]:
-        numbers = [f"{row[key]:.4f}" for key in ("precision", "recall", "f1")]
-        style = "yellow" if row["f1"] == lowest < 1 else ""
-        table.add_row(_text(row["class"]), *numbers, f"{row['support']:,}", style=style)
-    _out().print(table)
-
-
-def confusion_matrix(report: Mapping[str, Any]) -> None:
-    """Prints the matrix, a row a true class and a column a predicted one.
-
-    Columns are headed by class names where these fit, else by class numbers. With more than 20
-    classes, or too wide for the terminal, the 10 most frequent confusions are listed instead.
-    """
-    if not _chatty():
-        return
-    out, matrix, names = _out(), report["confusion_matrix"], report["class_names"]
-    if len(names) <= 20:
-        room = out.width if out.is_terminal else 120  # wider is unreadable in a log, too
-        numbered = [f"{k} {name}" for k, name in enumerate(names)]
-        for labels, heads in (names, names), (numbered, range(len(names))):
-            table = _matrix_table(matrix, labels, heads)
-            if out.measure(table, options=out.options.update(width=_UNLIMITED)).maximum <= room:
-                return out.print(table)
-    errors = [(n, i, j) for i, row in enumerate(matrix) for j, n in enumerate(row) if n and i != j]
-    errors.sort(key=lambda error: -error[0])
-    _line("most frequent confusions, true -> predicted" if errors else "no confusions", "bold")
-    for count, i, j in errors[:10]:
-        share = f" ({100 * count / sum(matrix[i]):.1f} % of true)"
-        pair = _text(f"  {names[i]} -> {names[j]}: ")
-        _line(pair + _text(f"{count:,}", "bold red") + _text(share))
-
-
-def _matrix_table(
-    matrix: Sequence[Sequence[int]], labels: Sequence[str], heads: Sequence[object]
-) -> Table:
-    width = max((len(f"{count:,}") for row in matrix for count in row), default=1)
-    table = _table("true \\ predicted", *heads)
-    for i, row in enumerate(matrix):
-        cells = []
-        for j, count in enumerate(row):
-            style = "bold green" if i == j else _error_style(count / max(1, sum(row)))
-            cells.append(_text(f"{count:>{width},}", style))
-        table.add_row(_text(labels[i]), *cells)
-    return table
-
-
-def _error_style(share: float) -> str:
-    """Redder, the larger the share of a class that is taken for one other; full at a quarter."""
-    if share < 0.02:
-        return "red" if share else "dim"
-    return f"white on rgb({110 + int(120 * min(1, 4 * share))},0,0)"
+            print_line(f"{key}: {value}")
 
 
 def _is_main() -> bool:
@@ -255,12 +196,13 @@ def _is_main() -> bool:
     return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
 
 
-def _chatty() -> bool:
+def chatty() -> bool:
+    """Whether this process prints more than the result."""
     return _is_main() and not _quiet
 
 
 @cache
-def _out() -> Console:
+def out() -> Console:
     """The Console on standard output; `is_terminal` tells coloured and live from plain."""
     # Python's own choice for standard error: a name that the log cannot encode ends no training.
     if hasattr(sys.stdout, "reconfigure"):
@@ -268,10 +210,10 @@ def _out() -> Console:
     utf8 = (sys.stdout.encoding or "").lower().startswith("utf")
     if sys.stdout.isatty() and utf8 and os.environ.get("TERM") not in ("dumb", "unknown"):
         return Console(force_terminal=True)
-    return Console(force_terminal=False, color_system=None, width=_UNLIMITED)
+    return Console(force_terminal=False, color_system=None, width=UNLIMITED)
 
 
-def _text(value: object, style: str = "") -> Text:
+def literal(value: object, style: str = "") -> Text:
     """A value as literal text: no markup, no control codes."""
     return value if isinstance(value, Text) else Text(_CONTROL_CODES.sub("?", str(value)), style)
 
@@ -281,15 +223,16 @@ def _pairs(rows: Mapping[str, object], indent: str = "") -> Text:
     width = max(map(len, rows), default=0)
     lines = [
         Text.assemble(
-            _text(f"{indent}{key:<{width}}  ", "cyan"), _text("-" if value is None else value)
+            literal(f"{indent}{key:<{width}}  ", "cyan"), literal("-" if value is None else value)
         )
         for key, value in rows.items()
     ]
-    return _text("\n").join(lines)
+    return literal("\n").join(lines)
 
 
-def _line(value: object, style: str = "") -> None:
-    _out().print(_text(value, style), soft_wrap=True)
+def print_line(value: object, style: str = "") -> None:
+    """Prints a line that the terminal may wrap, but that stays whole when it is copied."""
+    out().print(literal(value, style), soft_wrap=True)
 
 
 def _stderr_line(text: str) -> None:
@@ -305,28 +248,31 @@ def _stderr_line(text: str) -> None:
 def _live(draw: Callable[[], RenderableType], per_second: int) -> Iterator[None]:
     global _live_line
     # Not redirected: a loader worker forked while rich holds its lock would hang on a print.
-    with Live(
+    live = Live(
         get_renderable=draw,
-        console=_out(),
+        console=out(),
         refresh_per_second=per_second,
         transient=True,
         redirect_stdout=False,
         redirect_stderr=False,
-    ):
+    )
+    with suppress(RuntimeError):  # no thread is to be had for drawing: go on without it
+        live.start()
         _live_line = True
-        try:
-            yield
-        finally:
-            _live_line = False
+    try:
+        yield
+    finally:
+        _live_line = False
+        live.stop()
 
 
-def _table(first: object, *others: object) -> Table:
+def number_table(first: object, *others: object) -> Table:
     """A table whose first column holds names, and the others numbers."""
-    box = SIMPLE_HEAD if _out().is_terminal else None
+    box = SIMPLE_HEAD if out().is_terminal else None
     table = Table(box=box, pad_edge=False, padding=(0, 1 if box else 2, 0, 0))
-    table.add_column(_text(first), overflow="fold")
+    table.add_column(literal(first), overflow="fold")
     for name in others:
-        table.add_column(_text(name), justify="right", no_wrap=True)
+        table.add_column(literal(name), justify="right", no_wrap=True)
     return table
 
 

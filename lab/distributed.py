@@ -159,6 +159,14 @@ def describe(accelerator: Accelerator) -> dict[str, Any]:
     }
 
 
+def place_line(accelerator: Accelerator) -> str:
+    """What `describe` says, in one line for people."""
+    here = describe(accelerator)
+    return "{world_size} x {device} ({device_name}), CPU threads: {threads}, {precision}".format(
+        **here
+    )
+
+
 @contextmanager
 def together(accelerator: Accelerator) -> Iterator[None]:
     """A stretch that all processes pass or none: a `UserError` on one is raised on every process.

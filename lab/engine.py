@@ -80,7 +80,7 @@ def train_one_epoch(
     epoch: int,
     first_step: int,
     on_step: Callable[..., None],
-    on_log: Callable[[list[dict[str, Any]]], None],
+    on_log: Callable[[dict[str, Any]], None],
 ) -> Trained:
     """Trains epoch `epoch` (from 1), whose first optimizer step is `first_step` (from 0).
 
@@ -105,7 +105,7 @@ def train_one_epoch(
         if step % config.log_every == 0:
             loss = accelerator.reduce(batch_sums[0]).item() / batch.num_global
             _require_finite(loss, step, lr)
-            on_log([{"step": step, "epoch": epoch, "loss": loss, "learning_rate": lr}])
+            on_log({"step": step, "epoch": epoch, "loss": loss, "learning_rate": lr})
         on_step(step - first_step, num_samples / (time.perf_counter() - start), loss)
         if config.max_steps and step >= config.max_steps:
             break

@@ -36,11 +36,13 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     # The best we know; results/ has the runs.
     "modern": {
         "*": dict(batch_size=128, epochs=10, augment="crop,flip", schedule="one-cycle"),
-        "mnist": dict(augment="crop"),
-        "fashion-mnist": dict(augment="crop,flip"),
-        "digits": dict(augment="crop", epochs=15, batch_size=32),
+        "mnist": dict(augment="none"),
+        "fashion-mnist": dict(augment="flip"),
+        "digits": dict(augment="crop", epochs=15),
         "shapes": dict(augment="flip"),
-        "lenet5": dict(optimizer="adamw", lr=5e-3, weight_decay=0.01, warmup_epochs=0.5),
+        "lenet5": dict(
+            batch_size=64, optimizer="nesterov", lr=0.1, weight_decay=5e-4, warmup_epochs=1
+        ),
         "lenet5/mnist": dict(epochs=5),
         "alexnet": dict(
             optimizer="adamw",

@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -31,14 +31,18 @@ class RunDir:
         """The best epoch's weights."""
         return self.path / BEST
 
-    def write_config(self, settings: Mapping[str, Any]) -> None:
-        """config.json: every setting as resolved, where the run takes place, and by what code."""
+    def begin(self, settings: Mapping[str, Any]) -> None:
+        """config.json, every setting as resolved, where the run takes place and by what code; and
+        the two files that lines will be added to. Where that fails, the folder is gone again.
+        """
         try:
             self._write_json(CONFIG, {**settings, "versions": versions(), "commit": commit()})
         except UserError:
             with suppress(OSError):
-                self.path.rmdir()  # nothing is in it yet: no run was begun
+                self.path.rmdir()
             raise
+        self.add_epoch()
+        self.add_steps()
 
     def write_report(self, report: Mapping[str, Any]) -> None:
         """report.json: the numbers of `lab.metrics.report` and what they were measured on."""
@@ -51,11 +55,11 @@ class RunDir:
         if self.writes:
             write_atomically(self.path / PREDICTIONS, text.encode())
 
-    def add_epoch(self, row: Mapping[str, Any]) -> None:
-        """A line of history.jsonl."""
-        self._append(HISTORY, [row])
+    def add_epoch(self, *rows: Mapping[str, Any]) -> None:
+        """Lines of history.jsonl."""
+        self._append(HISTORY, rows)
 
-    def add_steps(self, rows: list[dict[str, Any]]) -> None:
+    def add_steps(self, *rows: Mapping[str, Any]) -> None:
         """Lines of steps.jsonl."""
         self._append(STEPS, rows)
 
@@ -64,8 +68,8 @@ class RunDir:
             text = json.dumps(content, indent=1) + "\n"
             write_atomically(self.path / name, text.encode())
 
-    def _append(self, name: str, rows: list[Any]) -> None:
-        if self.writes and rows:
+    def _append(self, name: str, rows: Iterable[Any]) -> None:
+        if self.writes:
             text = "".join(json.dumps(row) + "\n" for row in rows).encode()
             with writing(self.path / name), open(self.path / name, "ab", buffering=0) as file:
                 size = file.tell()

@@ -16,7 +16,7 @@ LEVELS = [
     {"scripts"},
     {"engine", "evaluation", "checkpoint", "plots", "recipes"},
     {"models", "data", "optim", "rundir"},
-    {"config", "metrics", "distributed"},
+    {"config", "metrics", "distributed", "tables"},
     {"errors"},
     {"console"},
 ]

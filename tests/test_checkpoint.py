@@ -158,7 +158,7 @@ def test_only_the_main_process_writes(tmp_path, splits):
     about = checkpoint.describe(CONFIG, splits, "no")
     run = rundir.RunDir(tmp_path, writes=False)
     checkpoint.save_best(run, make_network(about), about, ROW)
-    run.write_config({})
+    run.begin({})
     run.write_report({})
     run.write_predictions(iter([(0, 1, 1, 0.5)]))
     run.add_epoch({})

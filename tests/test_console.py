@@ -7,7 +7,7 @@ import time
 import pytest
 from rich.console import Console
 
-from lab import console
+from lab import console, tables
 
 ROW = {
     "epoch": 1,
@@ -44,11 +44,11 @@ LONG_PATH = "/data/" + "deep [folder]/" * 30 + "best.safetensors"
 def plain(monkeypatch):
     """The console of a main process whose standard output is no terminal."""
     monkeypatch.setenv("FORCE_COLOR", "1")  # some CI services set it
-    console._out.cache_clear()
+    console.out.cache_clear()
     console.configure(main_process=True)
     yield
     monkeypatch.undo()
-    console._out.cache_clear()
+    console.out.cache_clear()
     console._main_process, console._quiet = None, False
 
 
@@ -58,7 +58,7 @@ def screen(monkeypatch, plain):
     out = Console(
         file=io.StringIO(), force_terminal=True, width=80, color_system="truecolor", _environ={}
     )
-    monkeypatch.setattr(console, "_out", lambda: out)
+    monkeypatch.setattr(console, "out", lambda: out)
     return out.file
 
 
@@ -76,8 +76,8 @@ def say_everything(report=REPORT):
         progress.update(5, images_per_second=4400.0, loss=0.1234)
     console.epoch_row(ROW, best=True, selected_on="validation")
     console.epoch_row(ROW | {"epoch": 2, "val_loss": None}, best=False, selected_on="validation")
-    console.class_table(report)
-    console.confusion_matrix(report)
+    tables.class_table(report)
+    tables.confusion_matrix(report)
     console.report(report, title="lenet5", files={"weights": LONG_PATH}, command="python x.py " * 9)
 
 
@@ -145,12 +145,18 @@ def test_off_the_main_process_all_is_silent(capsys):
     assert capsys.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize(("rank", "spoken"), [(None, True), ("0", True), ("1", False)])
-def test_before_configure_the_rank_decides(rank, spoken, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    ("rank", "world_size", "spoken"),
+    [(None, None, True), ("0", "2", True), ("1", "2", False), ("1", None, True)],
+)
+def test_before_configure_the_rank_in_a_world_decides(
+    rank, world_size, spoken, capsys, monkeypatch
+):
     monkeypatch.setattr(console, "_main_process", None)
-    monkeypatch.delenv("RANK", raising=False)
-    if rank is not None:
-        monkeypatch.setenv("RANK", rank)
+    for name, value in (("RANK", rank), ("WORLD_SIZE", world_size)):
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
     console.error("e")
     assert capsys.readouterr().err == ("error: e\n" if spoken else "")
 
@@ -183,7 +189,7 @@ def test_a_name_that_the_log_cannot_encode_ends_nothing(monkeypatch):
 
 
 def test_plain_matrix_is_aligned(capsys):
-    console.confusion_matrix(REPORT)
+    tables.confusion_matrix(REPORT)
     assert capsys.readouterr().out.splitlines() == [
         "true \\ predicted  [red]cat    dog",
         "[red]cat             5,000  1,000",
@@ -195,7 +201,7 @@ def test_many_classes_list_the_most_frequent_confusions(capsys):
     matrix = [[5 if i == j else 0 for j in range(21)] for i in range(21)]
     matrix[3][4], matrix[0][20] = 1, 15
     report = {"confusion_matrix": matrix, "class_names": [f"[c{k}]" for k in range(21)]}
-    console.confusion_matrix(report)
+    tables.confusion_matrix(report)
     assert capsys.readouterr().out.splitlines()[1:] == [
         "  [c0] -> [c20]: 15 (75.0 % of true)",
         "  [c3] -> [c4]: 1 (16.7 % of true)",
@@ -219,7 +225,7 @@ def test_terminal_is_coloured_and_shows_names_literally(screen):
 def test_terminal_matrix_too_wide_for_names_is_headed_by_numbers(screen):
     names = [f"a long class name {k}" for k in range(6)]
     matrix = [[7] * 6 for _ in names]
-    console.confusion_matrix({"confusion_matrix": matrix, "class_names": names})
+    tables.confusion_matrix({"confusion_matrix": matrix, "class_names": names})
     assert re.search(r"true \\ predicted +0 +1 +2 +3 +4 +5", without_codes(screen.getvalue()))
 
 

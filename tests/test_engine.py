@@ -140,7 +140,7 @@ def train(trainer, num_samples=33, batch_size=8, epoch=1, first_step=0):
         epoch,
         first_step,
         on_step=lambda *arguments: calls.append(arguments),
-        on_log=rows.extend,
+        on_log=rows.append,
     )
     return trained, rows, calls
 

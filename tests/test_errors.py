@@ -145,7 +145,7 @@ def largest_file(size: int):
 def test_p7_a_run_that_cannot_be_begun_leaves_no_folder(tmp_path):
     run_dir = RunDir(create(str(tmp_path), "x", "", False))
     with largest_file(10), pytest.raises(UserError) as caught:
-        run_dir.write_config({})
+        run_dir.begin({})
     path = tmp_path / "x/config.json"
     assert str(caught.value) == f"cannot write {path} (File too large). {FULL}"
     assert list(tmp_path.iterdir()) == []
@@ -181,7 +181,8 @@ def test_p7_a_disk_that_fills_in_training_keeps_what_is_whole(fails, tmp_path):
     with largest_file(20_000):
         message = fails(train, *DIGITS, "--name", "x", leaves=("runs",))
     assert message == f"cannot write runs/x/best.safetensors (File too large). {FULL}"
-    assert sorted(p.name for p in Path("runs/x").iterdir()) == ["config.json", "steps.jsonl"]
+    files = sorted(p.name for p in Path("runs/x").iterdir())
+    assert files == ["config.json", "history.jsonl", "steps.jsonl"]
 
 
 # A launcher

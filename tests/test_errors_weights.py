@@ -51,7 +51,7 @@ def with_metadata(content: bytes, metadata: dict | None) -> bytes:
             f"there is no file {'n' * 300}. Give a run's folder or its best.safetensors.",
         ),
         (".", ". holds no best.safetensors. Give the folder of a finished run."),
-        ("w --split vla", "--split has no vla. Choose from test, val, train."),
+        ("w --split vla", "--split has no vla. Choose from test, val, train, all."),
         ("w --dataset minst", f"there is no data set minst. Known: {', '.join(DATASETS)}."),
         (
             "w --dataset shapes",

@@ -285,10 +285,10 @@ def test_alexnet_trains_on_shapes(tmp_path):
 
 
 def test_lenet5_reads_the_digits(tmp_path):
-    folder = run(tmp_path, "--recipe", "modern", "--epochs", "5")
+    folder = run(tmp_path, "--recipe", "modern")  # seeds 0, 1, 2 gave 0.975 to 0.989
     report = read_json(folder / "report.json")
     assert report["num_samples"] == 359
-    assert report["accuracy"] >= 0.95
+    assert report["accuracy"] >= 0.96
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from lab.errors import UserError
 
 if TYPE_CHECKING:
-    from lab.data.sources import Split
+    from lab.data.sources import Parts, Split
 
 Numbers = tuple[float, ...]
 
@@ -104,33 +104,53 @@ def load_splits(config: DataConfig, memory: float, num_threads: int) -> Splits:
     `memory` bytes, and stay in files otherwise. Raises `UserError` where files are missing,
     damaged or too few.
     """
-    from lab.data.sources import channel_statistics, in_memory, limit, resize, stratified_cut
+    from lab.data.sources import channel_statistics, limit, stratified_cut
 
-    spec = find_dataset(config.dataset)
-    module, read = spec.read.split(":")
-    parts = getattr(importlib.import_module(f"lab.data.{module}"), read)(config)
-    seed, selected_on = config.split_seed, "validation"
+    parts, seed = _read(config), config.split_seed
     train, val, test = parts.train, parts.val, parts.test
     if test is None:
         train, test = stratified_cut(train, config.test_fraction, seed)
     if val is None and config.val_fraction > 0:
         train, val = stratified_cut(train, config.val_fraction, seed)
-    train, test = limit(train, config.limit_train, seed), limit(test, config.limit_eval, seed)
-    if val is None:
-        val, selected_on = test, "test"
-    else:
-        val = limit(val, config.limit_eval, seed)
-    for name, split in (("training", train), ("validation", val), ("test", test)):
-        if len(split.labels) == 0:
-            raise UserError(f"the {name} split is empty", "Add pictures, or change the fractions")
-    decode = sum(math.prod(s.images.shape) for s in (train, val, test)) <= memory
-
-    def ready(split: Split) -> Split:
-        return resize(in_memory(split, num_threads) if decode else split, config.image_size)
-
-    train, test = ready(train), ready(test)
-    val = test if selected_on == "test" else ready(val)
+    splits = {"training": limit(train, config.limit_train, seed)}
+    splits["test"] = limit(test, config.limit_eval, seed)
+    if val is not None:
+        splits["validation"] = limit(val, config.limit_eval, seed)
+    train, test, *cut = _ready(splits, config, memory, num_threads)
+    spec = find_dataset(config.dataset)
     mean, std = spec.mean, spec.std
     if mean is None or std is None:
         mean, std = channel_statistics(train.images)
+    val, selected_on = (cut[0], "validation") if cut else (test, "test")
     return Splits(train, val, test, mean, std, selected_on)
+
+
+def load_whole(config: DataConfig, memory: float, num_threads: int) -> Split:
+    """All of a data set that comes in one piece, uncut; at most `limit_eval` samples of it."""
+    from lab.data.sources import limit
+
+    parts = _read(config)
+    if parts.test is not None:
+        raise UserError(f"{config.dataset} comes in splits", "Give --split test, val or train")
+    whole = limit(parts.train, config.limit_eval, config.split_seed)
+    return _ready({"whole": whole}, config, memory, num_threads)[0]
+
+
+def _read(config: DataConfig) -> Parts:
+    module, read = find_dataset(config.dataset).read.split(":")
+    return getattr(importlib.import_module(f"lab.data.{module}"), read)(config)
+
+
+def _ready(
+    named: dict[str, Split], config: DataConfig, memory: float, num_threads: int
+) -> list[Split]:
+    """The splits decoded, where all of them fit into `memory`, and at the image size."""
+    from lab.data.sources import in_memory, resize
+
+    for name, split in named.items():
+        if len(split.labels) == 0:
+            raise UserError(f"the {name} split is empty", "Add pictures, or change the fractions")
+    splits = list(named.values())
+    if sum(math.prod(split.images.shape) for split in splits) <= memory:
+        splits = [in_memory(split, num_threads) for split in splits]
+    return [resize(split, config.image_size) for split in splits]

@@ -16,14 +16,17 @@ CUTOUT_FRACTION = 0.25  # side of the hole / side of the image (8 of 32 pixels)
 DRAW_BITS = 12
 
 
-def random_bits(seed: int, epoch: int, num_samples: int, device: torch.device | str) -> Tensor:
-    """Random bits of every sample of an epoch, int64 [N].
+def random_bits(
+    seed: int, epoch: int, num_samples: int, device: torch.device | str, stream: int = 0
+) -> Tensor:
+    """Random bits of every sample of an epoch, int64 [N]; independent ones for each `stream`.
 
     A counter run through the finaliser of SplitMix64 (Steele, Lea, Flood 2014, "Fast splittable
     pseudorandom number generators").
     """
     golden = 0x9E3779B97F4A7C15
-    start = (seed * 0xD1342543DE82EF95 + epoch * 0xDABA0B6EB09322E3 + golden) % 2**64
+    start = golden + seed * 0xD1342543DE82EF95 + epoch * 0xDABA0B6EB09322E3
+    start = (start + stream * 0xA24BAED4963EE407) % 2**64
     x = torch.arange(num_samples, device=device) * _signed(golden) + _signed(start)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         x = (x ^ _shift_right(x, shift)) * _signed(factor)
@@ -64,14 +67,14 @@ def flip(images: Tensor, bits: Tensor) -> Tensor:
 def cutout(images: Tensor, bits: Tensor) -> Tensor:
     """Each image [n, C, H, W] with a black square, centred anywhere (DeVries, Taylor 2017)."""
     height, width = images.shape[2:]
-    half = max(1, int(height * CUTOUT_FRACTION)) / 2
-    rows = torch.arange(height, device=images.device) + 0.5
-    columns = torch.arange(width, device=images.device) + 0.5
-    y, x = draw(bits, 3, height + 1), draw(bits, 4, width + 1)
-    hole = ((rows - y[:, None]).abs() < half)[:, :, None] & ((columns - x[:, None]).abs() < half)[
-        :, None, :
-    ]
-    return images.masked_fill(hole[:, None], 0)
+    side = max(1, int(height * CUTOUT_FRACTION))
+    top = draw(bits, 3, height + 1)[:, None] - side // 2
+    left = draw(bits, 4, width + 1)[:, None] - side // 2
+    rows = torch.arange(height, device=images.device)
+    columns = torch.arange(width, device=images.device)
+    in_rows = (rows >= top) & (rows < top + side)  # [n, H]
+    in_columns = (columns >= left) & (columns < left + side)  # [n, W]
+    return images.masked_fill((in_rows[:, :, None] & in_columns[:, None, :])[:, None], 0)
 
 
 STEPS = {"crop": crop, "flip": flip, "cutout": cutout}

@@ -31,9 +31,11 @@ class Batch:
 
 
 def permutation(num_samples: int, seed: int, epoch: int) -> Tensor:
-    """The order of the samples in an epoch, int64 [N]: a function of (seed, epoch) alone."""
-    generator = torch.Generator().manual_seed(fold(seed, epoch))
-    return torch.randperm(num_samples, generator=generator)
+    """The order of the samples in an epoch, int64 [N]: a function of (seed, epoch) alone.
+
+    Sorted by random bits rather than drawn by torch.randperm, whose algorithm PyTorch may change.
+    """
+    return random_bits(seed, epoch, num_samples, "cpu", stream=1).argsort(stable=True)
 
 
 def fold(*numbers: int) -> int:

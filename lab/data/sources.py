@@ -69,14 +69,14 @@ def stratified_sample(labels: Tensor, count: int, seed: int) -> Tensor:
     """
     generator = torch.Generator().manual_seed(seed)
     sizes = torch.bincount(labels)
-    shares = sizes * count / max(1, len(labels))
-    quota = shares.floor().long()
+    quota, remainder = sizes * count // len(labels), sizes * count % len(labels)
     left = count - int(quota.sum())
-    quota[torch.argsort(shares - quota, descending=True, stable=True)[:left]] += 1
-    chosen = []
-    for label, size in enumerate(quota.tolist()):
-        members = torch.nonzero(labels == label).flatten()
-        chosen.append(members[torch.randperm(len(members), generator=generator)[:size]])
+    quota[remainder.argsort(descending=True, stable=True)[:left]] += 1
+    classes = labels.argsort(stable=True).split(sizes.tolist())
+    chosen = [
+        members[torch.randperm(len(members), generator=generator)[:size]]
+        for members, size in zip(classes, quota.tolist(), strict=True)
+    ]
     return torch.cat(chosen).sort().values
 
 

@@ -17,8 +17,8 @@ class LeNet5(nn.Module):
         super().__init__()
         if image_size < 28:
             raise UserError(f"lenet5 cannot take images of {image_size} pixels", "Give 28 or more")
-        # 28 pixels are padded to the paper's 32; the shapes below are for those two sizes.
-        padding = 2 if image_size < 32 else 0
+        # Fewer pixels are padded to the paper's 32; the shapes below are for 28 and 32.
+        padding = max(0, (33 - image_size) // 2)
         self.features = nn.Sequential(
             nn.Conv2d(channels, 6, 5, padding=padding),  # [n, 6, 28, 28]
             nn.Tanh(),

@@ -1,0 +1,68 @@
+"""What evaluate.py shows of a report: numbers by class, and the confusion matrix."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lab import console
+
+
+def class_table(report: Mapping[str, Any]) -> None:
+    """Prints precision, recall, F1 and support of every class; the lowest F1 is marked yellow."""
+    if not console.chatty():
+        return
+    lowest = min((row["f1"] for row in report["per_class"]), default=0.0)
+    table = console.number_table("class", "precision", "recall", "F1", "support")
+    for row in report["per_class"]:
+        numbers = [f"{row[key]:.4f}" for key in ("precision", "recall", "f1")]
+        style = "yellow" if row["f1"] == lowest < 1 else ""
+        table.add_row(console.literal(row["class"]), *numbers, f"{row['support']:,}", style=style)
+    console.out().print(table)
+
+
+def confusion_matrix(report: Mapping[str, Any]) -> None:
+    """Prints the matrix, a row a true class and a column a predicted one.
+
+    Columns are headed by class names where these fit, else by class numbers. With more than 20
+    classes, or too wide for the terminal, the 10 most frequent confusions are listed instead.
+    """
+    if not console.chatty():
+        return
+    matrix, names, out = report["confusion_matrix"], report["class_names"], console.out()
+    if len(names) <= 20:
+        room = out.width if out.is_terminal else 120  # wider is unreadable in a log, too
+        numbered = [f"{k} {name}" for k, name in enumerate(names)]
+        for labels, heads in (names, names), (numbered, range(len(names))):
+            table = _matrix_table(matrix, labels, heads)
+            unlimited = out.options.update(width=console.UNLIMITED)
+            if out.measure(table, options=unlimited).maximum <= room:
+                return out.print(table)
+    errors = [(n, i, j) for i, row in enumerate(matrix) for j, n in enumerate(row) if n and i != j]
+    errors.sort(key=lambda error: -error[0])
+    title = "most frequent confusions, true -> predicted" if errors else "no confusions"
+    console.print_line(title, "bold")
+    for count, i, j in errors[:10]:
+        share = f" ({100 * count / sum(matrix[i]):.1f} % of true)"
+        pair = console.literal(f"  {names[i]} -> {names[j]}: ")
+        number = console.literal(f"{count:,}", "bold red")
+        console.print_line(pair + number + console.literal(share))
+
+
+def _matrix_table(
+    matrix: Sequence[Sequence[int]], labels: Sequence[str], heads: Sequence[object]
+) -> Any:
+    width = max((len(f"{count:,}") for row in matrix for count in row), default=1)
+    table = console.number_table("true \\ predicted", *heads)
+    for i, row in enumerate(matrix):
+        cells = []
+        for j, count in enumerate(row):
+            style = "bold green" if i == j else _error_style(count / max(1, sum(row)))
+            cells.append(console.literal(f"{count:>{width},}", style))
+        table.add_row(console.literal(labels[i]), *cells)
+    return table
+
+
+def _error_style(share: float) -> str:
+    """Redder, the larger the share of a class that is taken for one other; full at a quarter."""
+    if share < 0.02:
+        return "red" if share else "dim"
+    return f"white on rgb({110 + int(120 * min(1, 4 * share))},0,0)"
