@@ -11,7 +11,8 @@ Writes report.json and predictions.csv. The numbers do not depend on the number 
 import sys
 
 from lab import console, tables
-from lab.config import EvalConfig, parse_arguments
+from lab.commandline import parse_arguments
+from lab.config import EvalConfig
 from lab.errors import run_script
 
 
@@ -23,18 +24,20 @@ def main(argv: list[str] | None = None) -> None:
     import torch
 
     from lab import checkpoint, rundir
-    from lab.data import DataConfig, load_splits, load_whole
+    from lab.data import DataConfig, load_split
     from lab.data.augment import Preprocess
     from lab.data.loaders import build_loader
     from lab.distributed import build_accelerator, loader_place, place_line, together
     from lab.engine import lay_out
     from lab.evaluation import predict_all
+    from lab.metrics import caveat
     from lab.models import build_model, find_model
 
     path = checkpoint.find_weights(config.weights)
     about = checkpoint.read_info(path)
     model = about["model"]["name"]
     accelerator = build_accelerator(
+        training=False,
         mixed_precision=config.mixed_precision,
         trained_in=about["precision"],
         large_model=find_model(model).large,
@@ -42,23 +45,29 @@ def main(argv: list[str] | None = None) -> None:
         quiet=config.quiet,
     )
     place = loader_place(accelerator, config.loader, config.workers)
+    data = DataConfig(**about["data"] | config.data_overrides())
     with together(accelerator):
         network = build_model(**about["model"])
         checkpoint.load_weights(path, network)
-        settings = DataConfig(**about["data"] | config.data_overrides())
-        num_threads = torch.get_num_threads()
-        with console.working(f"reading {settings.dataset}"):
-            if config.split == "all":
-                split = load_whole(settings, place["memory"], num_threads)
-            else:
-                split = load_splits(settings, place["memory"], num_threads).named(config.split)
+        with console.working(f"reading {data.dataset}"):
+            split, fingerprint = load_split(
+                data, config.split, place["memory"], torch.get_num_threads()
+            )
         checkpoint.require_same_classes(path, about, split)
         plain = Preprocess(about["mean"], about["std"], (), accelerator.device)
         loader = build_loader(split, plain, batch_size=config.batch_size, seed=None, **place)
+        output = rundir.evaluation_dir(
+            path, config.split, config.output, accelerator.is_main_process
+        )
+    if config.same_samples and fingerprint != about["fingerprints"].get(config.split):
+        console.warn(
+            f"the {config.split} split has changed since the training (files added, removed or "
+            "renamed): it may hold samples that were trained on"
+        )
     console.settings(
         f"{model} of {path}",
         {
-            "data": f"{config.split} of {settings.dataset}: {len(split.labels):,} samples",
+            "data": f"{config.split} of {data.dataset}: {len(split.labels):,} samples",
             "place": place_line(accelerator),
         },
     )
@@ -70,20 +79,17 @@ def main(argv: list[str] | None = None) -> None:
         "best_epoch": about["best_epoch"],
         "selected_on": about["selected_on"],
     }
-    with together(accelerator):
-        output = rundir.evaluation_dir(
-            path, config.split, config.output, accelerator.is_main_process
-        )
-        output.write_report(report)
-        output.write_predictions(predictions.rows())
     tables.class_table(report)
     tables.confusion_matrix(report)
     console.report(
         report,
-        title=f"{model} on {settings.dataset}",
+        title=f"{model} on {data.dataset}",
         files={"weights": str(path), "report": str(output.path)},
-        command=None,
+        note=caveat(config.split, None if config.other_data else about["selected_on"]),
     )
+    with together(accelerator):
+        output.write_report(report)
+        output.write_predictions(predictions.rows())
     accelerator.end_training()
 
 

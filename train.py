@@ -16,7 +16,8 @@ import time
 from dataclasses import asdict
 
 from lab import console, recipes
-from lab.config import EVAL_BATCH_SIZE, TrainConfig, parse_arguments
+from lab.commandline import parse_arguments
+from lab.config import EVAL_BATCH_SIZE, TrainConfig
 from lab.errors import run_script
 
 
@@ -35,7 +36,7 @@ def main(argv: list[str] | None = None) -> None:
     from lab.distributed import build_accelerator, describe, loader_place, place_line, together
     from lab.engine import prepare, train_one_epoch
     from lab.evaluation import predict_all
-    from lab.metrics import is_better
+    from lab.metrics import caveat, is_better
     from lab.models import build_model, find_model
 
     accelerator = build_accelerator(
@@ -43,6 +44,7 @@ def main(argv: list[str] | None = None) -> None:
         large_model=find_model(config.model).large,
         threads=config.threads,
         deterministic=config.deterministic,
+        comm_hook=config.comm_hook,
         quiet=config.quiet,
     )
     place = loader_place(accelerator, config.loader, config.workers)
@@ -51,13 +53,17 @@ def main(argv: list[str] | None = None) -> None:
             splits = load_splits(DataConfig.of(config), place["memory"], torch.get_num_threads())
         augment = Preprocess(splits.mean, splits.std, config.augmentations, accelerator.device)
         plain = Preprocess(splits.mean, splits.std, (), accelerator.device)
-        evaluated = {"batch_size": EVAL_BATCH_SIZE, "seed": None, **place}
         train_loader = build_loader(
             splits.train, augment, batch_size=config.batch_size, seed=config.seed, **place
         )
-        val_loader = build_loader(splits.val, plain, **evaluated)
-        test_loader = build_loader(splits.test, plain, **evaluated)
-        about = checkpoint.describe(config, splits, accelerator.mixed_precision)
+        val_loader = test_loader = build_loader(
+            splits.val, plain, batch_size=EVAL_BATCH_SIZE, seed=None, **place
+        )
+        if splits.test is not splits.val:
+            test_loader = build_loader(
+                splits.test, plain, batch_size=EVAL_BATCH_SIZE, seed=None, **place
+            )
+        about = checkpoint.about_run(config, splits, accelerator.mixed_precision)
         torch.manual_seed(config.seed)
         network = build_model(**about["model"], init=config.init)
     trainer = prepare(accelerator, network, config)
@@ -70,38 +76,39 @@ def main(argv: list[str] | None = None) -> None:
 
     best: dict = {}
     step = 0
-    for epoch in range(1, config.epochs + 1):
-        num_steps = train_loader.plan.num_batches
-        with console.epoch_progress(epoch, config.epochs, num_steps) as progress:
-            trained = train_one_epoch(
-                trainer, train_loader, epoch, step, on_step=progress.update, on_log=run.add_steps
-            )
-        step = trained.step
-        start = time.perf_counter()
-        scores = predict_all(accelerator, trainer.evaluated, val_loader).report()
-        row = {
-            "epoch": epoch,
-            "train_loss": trained.loss,
-            "train_accuracy": trained.accuracy,
-            "val_loss": scores["loss"],
-            "val_accuracy": scores["accuracy"],
-            "val_macro_f1": scores["macro_f1"],
-            "learning_rate": trained.learning_rate,
-            "train_seconds": trained.seconds,
-            "eval_seconds": time.perf_counter() - start,
-            "images_per_second": trained.images_per_second,
-        }
-        improved = is_better(row, best, config.select_by)
-        if improved:
-            best = row
-            checkpoint.save_best(run, trainer.evaluated, about, row)
-        run.add_epoch(row)
-        console.epoch_row(row, improved, splits.selected_on)
-        if config.max_steps and step >= config.max_steps:
-            break
+    with checkpoint.BestWeights(run) as best_weights:
+        for epoch in range(1, config.epochs + 1):
+            num_steps = train_loader.plan.num_batches
+            with console.epoch_progress(epoch, config.epochs, num_steps) as progress:
+                trained = train_one_epoch(
+                    trainer, train_loader, epoch, step, progress.update, run.add_steps
+                )
+            step = trained.step
+            start = time.perf_counter()
+            scores = predict_all(accelerator, trainer.evaluated, val_loader).report()
+            row = {
+                "epoch": epoch,
+                "train_loss": trained.loss,
+                "train_accuracy": trained.accuracy,
+                "val_loss": scores["loss"],
+                "val_accuracy": scores["accuracy"],
+                "val_macro_f1": scores["macro_f1"],
+                "learning_rate": trained.learning_rate,
+                "train_seconds": trained.seconds,
+                "eval_seconds": time.perf_counter() - start,
+                "images_per_second": trained.images_per_second,
+            }
+            improved = is_better(row, best, config.select_by)
+            if improved:
+                best = row
+                best_weights.save(trainer.evaluated, about, row)
+            run.add_epoch(row)
+            console.epoch_row(row, improved, splits.selected_on)
+            if config.max_steps and step >= config.max_steps:
+                break
 
-    # The test split is read here, once, by the weights as their file holds them.
-    checkpoint.load_best(accelerator, run, trainer.evaluated)
+        # The test split is read here, once, by the weights as their file holds them.
+        best_weights.load(accelerator, trainer.evaluated)
     predictions = predict_all(accelerator, trainer.evaluated, test_loader)
     report = {
         "split": "test",
@@ -109,14 +116,16 @@ def main(argv: list[str] | None = None) -> None:
         "best_epoch": best["epoch"],
         "selected_on": splits.selected_on,
     }
-    run.write_report(report)
-    run.write_predictions(predictions.rows())
     console.report(
         report,
         title=f"{config.model} on {config.dataset}",
         files={"run": str(run.path)},
         command=f"python evaluate.py {shlex.quote(str(run.path))}",
+        note=caveat("test", splits.selected_on),
     )
+    with together(accelerator):
+        run.write_report(report)
+        run.write_predictions(predictions.rows())
     accelerator.end_training()
 
 

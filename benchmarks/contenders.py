@@ -1,4 +1,4 @@
-"""The training loops that train_speed.py times. Each yields after every step it is asked for.
+"""The training loops that train_speed.py times.
 
 Each contender is a function of a `Case` that returns two callables: `train(num_steps)`, which
 trains that many steps (None: one epoch) and returns the number of images, and `evaluate()`, which
@@ -198,4 +198,56 @@ def floor(case: Case) -> Contender:
     return train, lambda: None
 
 
-CONTENDERS = {"notebook": notebook, "accelerate": accelerate, "lab": lab, "floor": floor}
+def lightning(case: Case) -> Contender:
+    """PyTorch Lightning's Trainer on the notebooks' data sets, as its documentation has it."""
+    import logging
+    import warnings
+
+    import lightning as L
+
+    warnings.filterwarnings("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+
+    class Module(L.LightningModule):
+        def __init__(self, network: nn.Module):
+            super().__init__()
+            self.network, self.correct, self.total = network, 0, 0
+
+        def training_step(self, batch, index):
+            images, labels = batch
+            return F.cross_entropy(self.network(images), labels)
+
+        def validation_step(self, batch, index):
+            images, labels = batch
+            self.correct += (self.network(images).argmax(1) == labels).sum().item()
+            self.total += len(labels)
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
+
+    module = Module(case.network())
+    train_set, test_set = case.sets()
+    loader = DataLoader(train_set, BATCH_SIZE, shuffle=True, num_workers=WORKERS)
+    test_loader = DataLoader(test_set, BATCH_SIZE, num_workers=WORKERS)
+    settings = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
+
+    def train(num_steps: int | None) -> int:
+        limit = {"limit_train_batches": num_steps} if num_steps else {}
+        L.Trainer(max_epochs=1, **settings, **limit).fit(module, loader)
+        return min((num_steps or len(loader)) * BATCH_SIZE, len(train_set))
+
+    def evaluate() -> float:
+        module.correct = module.total = 0
+        L.Trainer(**settings).validate(module, test_loader, verbose=False)
+        return module.correct / module.total
+
+    return train, evaluate
+
+
+CONTENDERS = {
+    "notebook": notebook,
+    "accelerate": accelerate,
+    "lightning": lightning,
+    "lab": lab,
+    "floor": floor,
+}

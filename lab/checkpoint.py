@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -11,7 +12,7 @@ import safetensors.torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 
 from lab.config import TrainConfig
 from lab.data import DataConfig, Splits, find_dataset
@@ -35,13 +36,14 @@ ABOUT = {
     "mean": list,
     "std": list,
     "precision": str,
+    "fingerprints": dict,
     "best_epoch": int,
     "selected_on": str,
 }
 MODEL = {"name": str, "num_classes": int, "channels": int, "image_size": int}
 
 
-def describe(config: TrainConfig, splits: Splits, precision: str) -> dict[str, Any]:
+def about_run(config: TrainConfig, splits: Splits, precision: str) -> dict[str, Any]:
     """All that is needed to use the weights of a run, but for the epoch that they come from."""
     return {
         "model": {
@@ -55,6 +57,7 @@ def describe(config: TrainConfig, splits: Splits, precision: str) -> dict[str, A
         "mean": splits.mean,
         "std": splits.std,
         "precision": precision,
+        "fingerprints": splits.fingerprints,
         "recipe": config.recipe,
         "seed": config.seed,
         "select_by": config.select_by,
@@ -63,34 +66,65 @@ def describe(config: TrainConfig, splits: Splits, precision: str) -> dict[str, A
     }
 
 
-def save_best(
-    run: RunDir, network: nn.Module, about: dict[str, Any], row: dict[str, float]
-) -> None:
-    """Writes best.safetensors on the main process: `about` the run, and the epoch it was best in.
+class BestWeights:
+    """A run's best.safetensors: written while training goes on, by the main process."""
 
-    `row` is the epoch's line of history.jsonl; its times stay out, so that equal runs give equal
-    files.
-    """
-    if run.writes:
+    def __init__(self, run: RunDir):
+        self.run = run
+        self.pool = ThreadPoolExecutor(1)
+        self.pending: Future[None] | None = None
+
+    def __enter__(self) -> "BestWeights":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Whatever ended the training, the best weights so far reach the disk."""
+        self.pool.shutdown()
+
+    def save(self, network: nn.Module, about: dict[str, Any], row: dict[str, Any]) -> None:
+        """Takes a copy of the weights and begins to write it, once the one before it is whole.
+
+        The metadata is `about` the run, and the epoch that the weights are of: `row`, its line of
+        history.jsonl. Times stay out, so that equal runs give equal files.
+        """
+        if not self.run.writes:
+            return
+        self.wait()
         metrics = {name: value for name, value in row.items() if name.startswith("val_")}
-        save_weights(run.best, network, {**about, "best_epoch": row["epoch"], "metrics": metrics})
+        info = {**about, "best_epoch": row["epoch"], "metrics": metrics}
+        self.pending = self.pool.submit(write_weights, self.run.best, copy_of(network), info)
+
+    def wait(self) -> None:
+        """Returns when all is written; raises the `UserError` of a write that failed."""
+        if self.pending:
+            self.pending.result()
+            self.pending = None
+
+    def load(self, accelerator: Accelerator, network: nn.Module) -> None:
+        """Fills `network` on every process from the file, which only the main one need see."""
+        with together(accelerator):
+            self.wait()
+            if self.run.writes:
+                load_weights(self.run.best, network)
+        if accelerator.num_processes > 1:
+            for tensor in network.state_dict().values():
+                broadcast(tensor)
 
 
-def load_best(accelerator: Accelerator, run: RunDir, network: nn.Module) -> None:
-    """Fills `network` on every process from the file, which only the main process need see."""
-    with together(accelerator):
-        if accelerator.is_main_process:
-            load_weights(run.best, network)
-    if accelerator.num_processes > 1:
-        for tensor in network.state_dict().values():
-            broadcast(tensor)
+def copy_of(network: nn.Module) -> dict[str, Tensor]:
+    """The plain network's tensors, copied to the CPU."""
+    return {
+        name: tensor.detach().to("cpu", copy=True).contiguous()
+        for name, tensor in network.state_dict().items()
+    }
 
 
-def save_weights(path: Path, network: nn.Module, info: dict[str, Any]) -> None:
-    """Writes the plain network's tensors and `info` (JSON-able) to `path`, whole or not at all."""
-    tensors = {name: t.detach().cpu().contiguous() for name, t in network.state_dict().items()}
+def write_weights(path: Path, tensors: dict[str, Tensor], info: dict[str, Any]) -> None:
+    """Writes tensors and `info` (JSON-able) to `path`, whole or not at all."""
     metadata = {KEY: json.dumps({"format": FORMAT, **info}, sort_keys=True)}
-    write_atomically(path, safetensors.torch.save(tensors, metadata))
+    # In memory first: save_file's own errors do not say that the disk is full.
+    content = safetensors.torch.save(tensors, metadata)
+    write_atomically(path, lambda temporary: temporary.write_bytes(content))
 
 
 def find_weights(path: str) -> Path:
@@ -131,7 +165,7 @@ def read_info(path: Path) -> dict[str, Any]:
 
 
 def _require_usable(info: dict[str, Any]) -> None:
-    """Nothing; raises where metadata, which may be a stranger's, is not as `describe` makes it."""
+    """Nothing; raises where metadata, which may be a stranger's, is not as `about_run` makes it."""
     _require_types(info, ABOUT)
     model, data = info["model"], info["data"]
     _require_types(model, MODEL)
@@ -148,6 +182,7 @@ def _require_usable(info: dict[str, Any]) -> None:
         "mean": 0 < len(mean) == model["channels"] and all(map(math.isfinite, mean)),
         "std": len(std) == len(mean) and all(math.isfinite(s) and s > 0 for s in std),
         "image_size": model["image_size"] == data["image_size"],
+        "precision": info["precision"] in ("no", "bf16", "fp16"),
     }
     for name, fit in fits.items():
         if not fit:

@@ -1,11 +1,7 @@
-"""Every setting of a run: its unit, default and check, its command-line flag, its JSON form."""
+"""Every setting of a run: its unit, default, bounds and command-line flag."""
 
-import argparse
 import dataclasses
-import difflib
 import math
-import types
-import typing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,7 +41,8 @@ class TrainConfig:
     image_size: int = option(0, TASK,
         "pixels a side that pictures are resized to; 0: the model's own", low=0, high=4096)
     val_fraction: float = option(0.1, TASK,
-        "share of the training split held out to choose the best epoch on; 0: the test split",
+        "share of the training split held out to choose the best epoch on, where the data ship no "
+        "validation split; 0: choose on the test split",
         low=0.0, high=0.9, from_recipe=True)
     test_fraction: float = option(0.2, TASK,
         "share cut for testing from data that comes in one piece", low=0.01, high=0.9)
@@ -63,11 +60,12 @@ class TrainConfig:
     epochs: int = option(5, TRAINING,
         "passes over the training split", low=1, from_recipe=True)
     max_steps: int = option(0, TRAINING,
-        "stop after this many optimizer steps; 0: no limit", low=0, metavar="N", from_recipe=True)
+        "stop after this many optimizer steps, wherever the schedule is; 0: no limit",
+        low=0, metavar="N", from_recipe=True)
     batch_size: int = option(128, TRAINING,
         "samples a step over all processes together", low=1, from_recipe=True)
     accumulate: int = option(1, TRAINING,
-        "parts that a process cuts its share of a batch into, to save memory; same result",
+        "parts that a process cuts its share of a batch into, to save memory; same batch",
         low=1)
     optimizer: str = option("nesterov", TRAINING,
         "update rule", choices=OPTIMIZERS, from_recipe=True)
@@ -86,7 +84,8 @@ class TrainConfig:
     warmup_epochs: float = option(0.0, TRAINING,
         "epochs of linear rise to --lr", low=0.0, from_recipe=True)
     lr_step_epochs: int = option(10, TRAINING,
-        "epochs between drops of the `step` schedule", low=1, from_recipe=True)
+        "epochs between drops of the `step` schedule, counted from the start",
+        low=1, from_recipe=True)
     lr_gamma: float = option(0.5, TRAINING,
         "factor of each drop of the `step` schedule", above=0.0, high=1.0, from_recipe=True)
     clip_norm: float = option(0.0, TRAINING,
@@ -117,6 +116,9 @@ class TrainConfig:
         "CPU threads a process; 0: cores / processes on this host", low=0, high=1024)
     sync_bn: bool = option(False, MACHINE,
         "BatchNorm statistics over all processes (GPUs)")
+    comm_hook: str = option("none", MACHINE,
+        "compression of the gradients that processes exchange; none keeps the loss curve",
+        choices=("none", "fp16", "bf16", "powersgd"))
     deterministic: bool = option(False, MACHINE,
         "deterministic kernels only, also where they are slower")
     compile: bool = option(False, MACHINE,
@@ -144,6 +146,15 @@ class TrainConfig:
                 f"--augment has no {', '.join(sorted(unknown))}",
                 f"Choose from {', '.join(AUGMENTATIONS)}, or none",
             )
+        if len(set(self.augmentations)) < len(self.augmentations):
+            raise UserError(f"--augment {self.augment} repeats a name", "Name each once")
+        if self.warmup_epochs >= self.epochs:
+            raise UserError(
+                f"--warmup-epochs {self.warmup_epochs:g} fills all of --epochs {self.epochs}",
+                "Give fewer: the learning rate would never reach --lr",
+            )
+        if self.overwrite and not self.name:
+            raise UserError("--overwrite replaces the run of a --name", "Give --name too")
         if "/" in self.name or self.name in {".", ".."}:
             raise UserError(f"--name {self.name} is a path", "Give the folder with --output-dir")
 
@@ -194,12 +205,24 @@ class EvalConfig:
     def __post_init__(self) -> None:
         check_fields(self)
 
+    @property
+    def other_data(self) -> bool:
+        """Whether other data than the training's were named."""
+        return self.dataset is not None or self.data_dir is not None
+
+    @property
+    def same_samples(self) -> bool:
+        """Whether the split has to hold the very samples that it held in training."""
+        return not self.other_data and self.limit_eval is None and self.split != "all"
+
     def data_overrides(self) -> dict[str, Any]:
         """The settings of the data that were given, and so replace those of the training."""
+        whole = 0 if self.split == "all" else None  # every sample, unless told otherwise
+        limit = whole if self.limit_eval is None else self.limit_eval
         given = {
             "dataset": self.dataset,
             "data_dir": self.data_dir,
-            "limit_train" if self.split == "train" else "limit_eval": self.limit_eval,
+            "limit_train" if self.split == "train" else "limit_eval": limit,
         }
         return {name: value for name, value in given.items() if value is not None}
 
@@ -227,58 +250,3 @@ def check_fields(config: Any) -> None:
             raise UserError(f"{flag(f.name)} {value} is too low", f"Give more than {m['above']:g}")
         if "high" in m and value > m["high"]:
             raise UserError(f"{flag(f.name)} {value} is too high", f"Give at most {m['high']}")
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> typing.NoReturn:
-        raise UserError(message, f"See `python {self.prog} --help`")
-
-    def parse_args(self, args=None, namespace=None):
-        parsed, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            word = unknown[0].split("=")[0]
-            close = difflib.get_close_matches(word, self._option_string_actions, 1)
-            hint = f"Did you mean {close[0]}?" if close else f"See `python {self.prog} --help`"
-            raise UserError(f"there is no option {word}", hint)
-        return parsed
-
-
-def parse_arguments(config: type, argv: list[str] | None, *, prog: str, about: str) -> dict:
-    """The settings that were given on the command line, name -> value, and no others."""
-    parser = _Parser(
-        prog=prog,
-        description=about,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
-    )
-    groups: dict[str, Any] = {}
-    hints = typing.get_type_hints(config)
-    for f in dataclasses.fields(config):
-        m = f.metadata
-        group = groups.get(m["group"]) or parser.add_argument_group(m["group"])
-        groups[m["group"]] = group
-        kind = hints[f.name]
-        if isinstance(kind, types.UnionType):  # `int | None`: None means "not given"
-            kind = next(t for t in typing.get_args(kind) if t is not types.NoneType)
-        if m.get("positional"):
-            group.add_argument(f.name, help=m["text"])
-            continue
-        text = m["text"] + (" [recipe]" if m.get("from_recipe") else _default_text(f.default))
-        settings = {"help": text.replace("%", "%%")}
-        if kind is bool:
-            both_ways = m.get("from_recipe")  # what a recipe turns on can be turned off
-            settings["action"] = argparse.BooleanOptionalAction if both_ways else "store_true"
-        else:
-            # Choices are checked by check_fields: argparse words it by the version of Python.
-            choices = "{" + ",".join(m["choices"]) + "}" if "choices" in m else None
-            settings |= {
-                "type": kind,
-                "metavar": choices or m.get("metavar") or kind.__name__.upper(),
-            }
-        group.add_argument(flag(f.name), **settings)
-    return vars(parser.parse_args(argv))
-
-
-def _default_text(default: Any) -> str:
-    return "" if default in ("", None, False) else f" [{default}]"

@@ -107,7 +107,7 @@ class EpochProgress:
             facts.append(f"{self.images_per_second:,.0f} images/s")
         if self.loss is not None:
             facts.append(f"loss {_decimals(self.loss)}")
-        # Timed from the first update on: an epoch can resume midway, and its first step is slow.
+        # Timed from the first update on: the first step is slow.
         if first is not None and step > first[0]:
             seconds = (time.monotonic() - first[1]) / (step - first[0]) * (self.num_steps - step)
             facts.append(f"{timedelta(seconds=max(0, round(seconds)))} left")
@@ -158,7 +158,12 @@ def epoch_row(row: Mapping[str, Any], best: bool, selected_on: str) -> None:
 
 
 def report(
-    report: Mapping[str, Any], *, title: str, files: Mapping[str, str], command: str | None
+    report: Mapping[str, Any],
+    *,
+    title: str,
+    files: Mapping[str, str],
+    command: str | None = None,
+    note: str = "",
 ) -> None:
     """Prints the result: numbers, where the files are, the command that gives the numbers again.
 
@@ -179,8 +184,7 @@ def report(
         out().print(Panel(_pairs(numbers), title=heading, border_style="green", expand=False))
     else:
         print_line("\n".join([title, *(f"{key}: {value}" for key, value in numbers.items())]))
-    if report.get("selected_on") == "test":
-        note = "chosen on the test split (the notebooks' protocol): an optimistic number"
+    if note:
         print_line(f"note: {note}", "yellow")
     if out().is_terminal and more:
         print_line(_pairs(more))

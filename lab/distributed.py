@@ -11,19 +11,33 @@ import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, gather_object
+from accelerate.utils import (
+    DDPCommunicationHookType,
+    DistributedDataParallelKwargs,
+    DistributedType,
+    gather_object,
+)
 
 from lab import console
 from lab.errors import UserError
 
+COMM_HOOKS = {
+    "none": DDPCommunicationHookType.NO,
+    "fp16": DDPCommunicationHookType.FP16,
+    "bf16": DDPCommunicationHookType.BF16,
+    "powersgd": DDPCommunicationHookType.POWER_SGD,
+}
+
 
 def build_accelerator(
     *,
+    training: bool = True,
     mixed_precision: str = "auto",
     trained_in: str | None = None,
     large_model: bool = False,
     threads: int = 0,
     deterministic: bool = False,
+    comm_hook: str = "none",
     quiet: bool = False,
 ) -> Accelerator:
     """The Accelerator of this process, joined with the others that its launcher started.
@@ -45,7 +59,14 @@ def build_accelerator(
         mixed_precision=choose_precision(mixed_precision, device_type, large_model, trained_in),
         # Without it, a CPU world started by torchrun or a MULTI_GPU file is one world a process.
         cpu=device_type == "cpu",
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(
+                gradient_as_bucket_view=True,
+                comm_hook=COMM_HOOKS[comm_hook],
+                # PyTorch's own default, 1,000, would leave short runs uncompressed.
+                comm_state_option={"start_powerSGD_iter": 10} if comm_hook == "powersgd" else {},
+            )
+        ],
     )
     if accelerator.num_processes != world_size:
         raise UserError(
@@ -53,11 +74,18 @@ def build_accelerator(
             f"(this one sees {accelerator.num_processes})",
             "Launch with `accelerate launch --config_file accelerate_configs/multi_cpu.yaml`",
         )
+    if accelerator.distributed_type == DistributedType.FSDP:
+        raise UserError(
+            "lab does not train under FSDP yet", "Launch with accelerate_configs/multi_gpu.yaml"
+        )
     console.configure(main_process=accelerator.is_main_process, quiet=quiet)
     torch.set_num_threads(threads or default_threads())
     if device_type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-        torch.backends.cudnn.benchmark = not deterministic
+        # TensorFloat-32 unless float32 was asked for by name.
+        tf32 = mixed_precision != "no"
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+        # Kernels chosen by timing differ from run to run: for training only.
+        torch.backends.cudnn.benchmark = training and not deterministic
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic)
@@ -149,7 +177,9 @@ def describe(accelerator: Accelerator) -> dict[str, Any]:
         name = torch.cuda.get_device_name(device)
     else:
         name = str(torch.cpu.get_capabilities().get("cpu_name", platform.machine()))
-    precision = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
+    tf32 = device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
+    float32 = "float32 (TF32 products)" if tf32 else "float32"
+    precision = {"no": float32, "bf16": "bfloat16", "fp16": "float16"}
     return {
         "device": device.type,
         "device_name": name,

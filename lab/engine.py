@@ -1,6 +1,9 @@
 """train_one_epoch: steps, accumulation, clipping, average of the weights, non-finite guard."""
 
+import copy
 import math
+import os
+import shutil
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -12,7 +15,6 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from lab.config import TrainConfig
 from lab.data.loaders import Batch, Loader, fold, shard
@@ -26,7 +28,7 @@ class Trained:
     """What an epoch of training gave; means are over its samples, of all processes."""
 
     step: int  # optimizer steps since the run began
-    loss: float
+    loss: float  # as trained on: label smoothing, augmentation and dropout included
     accuracy: float
     learning_rate: float  # of the last step
     seconds: float
@@ -42,12 +44,12 @@ class Trainer:
     network: nn.Module  # the plain network
     model: nn.Module  # the same, wrapped for training on all processes
     optimizer: AcceleratedOptimizer
-    average: AveragedModel | None  # of the weights, where `ema` is on
+    average: nn.Module | None  # of the weights, where `ema` is on
 
     @property
     def evaluated(self) -> nn.Module:
         """The plain network whose weights are evaluated and kept."""
-        return self.average.module if self.average else self.network
+        return self.network if self.average is None else self.average
 
 
 def lay_out(network: nn.Module, name: str, device: torch.device) -> nn.Module:
@@ -64,10 +66,10 @@ def prepare(accelerator: Accelerator, network: nn.Module, config: TrainConfig) -
             raise UserError("--sync-bn needs GPUs", "Leave it out on other devices")
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
     network = lay_out(network, config.model, accelerator.device)
-    average = None
-    if config.ema:
-        average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
+    average = copy.deepcopy(network) if config.ema else None
     if config.compile:
+        if accelerator.device.type == "cpu" and not shutil.which(os.environ.get("CXX", "c++")):
+            raise UserError("--compile needs a C++ compiler", "Install one, or leave it out")
         network.compile()  # in place: the keys of the weights stay those of the plain network
     optimizer = build_optimizer(network, config)
     model, optimizer = accelerator.prepare(network, optimizer)
@@ -101,6 +103,8 @@ def train_one_epoch(
         batch_sums = train_step(trainer, batch)
         sums += batch_sums
         step += 1
+        if trainer.average is not None:
+            update_average(trainer.average, trainer.network, config.ema, step)
         num_samples += batch.num_global
         if step % config.log_every == 0:
             loss = accelerator.reduce(batch_sums[0]).item() / batch.num_global
@@ -145,9 +149,20 @@ def train_step(trainer: Trainer, batch: Batch) -> Tensor:
         accelerator.clip_grad_norm_(trainer.model.parameters(), config.clip_norm)
     trainer.optimizer.step()
     trainer.optimizer.zero_grad()
-    if trainer.average:
-        trainer.average.update_parameters(trainer.network)
     return sums
+
+
+@torch.no_grad()
+def update_average(average: nn.Module, network: nn.Module, decay: float, step: int) -> None:
+    """Moves `average` towards the network's weights after optimizer step `step` (from 1).
+
+    Wholly at the first step, and by more than 1 - `decay` for a while, so that weights of chance
+    are forgotten. Buffers are copied.
+    """
+    decay = min(decay, (step - 1) / (step + 9))
+    torch._foreach_lerp_(list(average.parameters()), list(network.parameters()), 1 - decay)
+    for kept, current in zip(average.buffers(), network.buffers(), strict=True):
+        kept.copy_(current)
 
 
 def _require_finite(loss: float, step: int, lr: float) -> None:

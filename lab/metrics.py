@@ -64,3 +64,18 @@ def is_better(row: Mapping[str, float], best: Mapping[str, float], by: str) -> b
     if not math.isfinite(new):
         return False
     return not math.isfinite(old) or (new < old if by == "loss" else new > old)
+
+
+def caveat(split: str, selected_on: str | None) -> str:
+    """What makes a number on `split` optimistic; empty where nothing does.
+
+    `selected_on`: what the best epoch was chosen on, "validation" or "test"; None for data apart
+    from those of the training.
+    """
+    if selected_on == split == "test":
+        return "chosen on the test split (the notebooks' protocol): an optimistic number"
+    if selected_on == "validation" and split == "val":
+        return "the best epoch was chosen on this split: an optimistic number"
+    if selected_on and split in ("train", "all"):
+        return "these are samples that were trained on: an optimistic number"
+    return ""

@@ -88,4 +88,7 @@ def resolve(given: dict[str, Any]) -> TrainConfig:
     for key in ("*", dataset, model, f"{model}/{dataset}"):
         settings |= RECIPES[name].get(key, {})
     settings |= {k: v for k, v in given.items() if not (k == "image_size" and v == 0)}
+    if "warmup_epochs" not in given:  # a recipe's warm-up shrinks with a short --epochs
+        epochs = settings.get("epochs", TrainConfig.epochs)
+        settings["warmup_epochs"] = min(settings.get("warmup_epochs", 0.0), epochs / 5)
     return TrainConfig(**(settings | {"model": model, "dataset": dataset}))

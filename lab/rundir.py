@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -50,10 +50,10 @@ class RunDir:
 
     def write_predictions(self, rows: Iterator[tuple[int, int, int, float]]) -> None:
         """predictions.csv: index, label, prediction, confidence; in the order of `rows`."""
-        lines = ("{},{},{},{:.6f}\n".format(*row) for row in rows)
-        text = "index,label,prediction,confidence\n" + "".join(lines)
         if self.writes:
-            write_atomically(self.path / PREDICTIONS, text.encode())
+            lines = ("{},{},{},{:.6f}\n".format(*row) for row in rows)
+            text = "index,label,prediction,confidence\n" + "".join(lines)
+            write_atomically(self.path / PREDICTIONS, lambda path: path.write_text(text))
 
     def add_epoch(self, *rows: Mapping[str, Any]) -> None:
         """Lines of history.jsonl."""
@@ -66,7 +66,7 @@ class RunDir:
     def _write_json(self, name: str, content: Mapping[str, Any]) -> None:
         if self.writes:
             text = json.dumps(content, indent=1) + "\n"
-            write_atomically(self.path / name, text.encode())
+            write_atomically(self.path / name, lambda path: path.write_text(text))
 
     def _append(self, name: str, rows: Iterable[Any]) -> None:
         if self.writes:
@@ -146,22 +146,30 @@ def writing(path: Path) -> Iterator[None]:
         ) from error
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file so that, whenever the machine stops, it has the old content or the new."""
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Lets `write` fill a temporary file, which then takes the name `path`.
+
+    Whenever the machine stops, `path` has the old content or the new.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with writing(path):
         try:
-            with open(temporary, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
+            write(temporary)
+            _sync(temporary)
             os.replace(temporary, path)
             if os.name == "posix":  # the rename itself is on disk once its folder is
-                folder = os.open(path.parent, os.O_RDONLY)
-                os.fsync(folder)
-                os.close(folder)
+                _sync(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """Returns when the disk has what was written to a file or folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def versions() -> dict[str, str]:

@@ -49,6 +49,8 @@ TRAININGS = {
     "pictures": "--dataset folder --epochs 1 --max-steps 0 --loader resident",
     "pictures-streaming": "--dataset folder --epochs 1 --max-steps 0 --loader streaming "
     "--workers 2",
+    "hook-bf16": "--comm-hook bf16",
+    "hook-powersgd": "--comm-hook powersgd",
     "dropout": "--model alexnet --dataset shapes --num-samples 50 --limit-eval 10 --epochs 1 "
     "--max-steps 3 --batch-size 20 --lr 0.01 --init kaiming",
 }

@@ -1,9 +1,17 @@
 """The fixtures that several test files share."""
 
+import os
+
 import pytest
 from mistakes import tree
 
 from lab.errors import run_script
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory):
+    """Keeps decoded pictures out of the user's cache, for the launched processes too."""
+    os.environ["LAB_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture

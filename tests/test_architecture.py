@@ -16,7 +16,8 @@ LEVELS = [
     {"scripts"},
     {"engine", "evaluation", "checkpoint", "plots", "recipes"},
     {"models", "data", "optim", "rundir"},
-    {"config", "metrics", "distributed", "tables"},
+    {"metrics", "distributed", "tables", "commandline"},
+    {"config"},
     {"errors"},
     {"console"},
 ]

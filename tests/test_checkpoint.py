@@ -15,6 +15,7 @@ from lab import checkpoint, rundir
 from lab.data import DataConfig, load_splits
 from lab.distributed import build_accelerator
 from lab.engine import prepare
+from lab.errors import UserError
 from lab.models import build_model
 from lab.recipes import resolve
 
@@ -39,6 +40,12 @@ def accelerator():
     return build_accelerator(mixed_precision="no", quiet=True)
 
 
+def save_best(run, network, about, row):
+    best = checkpoint.BestWeights(run)
+    best.save(network, about, row)
+    best.wait()
+
+
 def make_network(about, seed=0):
     torch.manual_seed(seed)
     return build_model(**about["model"]).eval()
@@ -47,9 +54,9 @@ def make_network(about, seed=0):
 @pytest.fixture
 def saved(tmp_path, splits):
     """(a run's folder, the network in it)."""
-    about = checkpoint.describe(CONFIG, splits, "no")
+    about = checkpoint.about_run(CONFIG, splits, "no")
     run, network = rundir.RunDir(tmp_path), make_network(about)
-    checkpoint.save_best(run, network, about, ROW)
+    save_best(run, network, about, ROW)
     return run, network
 
 
@@ -112,20 +119,20 @@ def test_p5_keys_are_the_plain_networks(saved):
 @pytest.mark.parametrize("model", ["lenet5", "alexnet"])
 def test_p5_no_wrapper_leaks_into_the_keys(tmp_path, accelerator, splits, settings, model):
     config = resolve({"model": model, "dataset": "digits", "recipe": "smoke", **settings})
-    about = checkpoint.describe(config, splits, "no")
+    about = checkpoint.about_run(config, splits, "no")
     network = build_model(**about["model"])
     expected = set(network.state_dict())
     trainer = prepare(accelerator, network, config)
     assert (trainer.evaluated is trainer.network) == ("ema" not in settings)
     run = rundir.RunDir(tmp_path)
-    checkpoint.save_best(run, trainer.evaluated, about, ROW)
+    save_best(run, trainer.evaluated, about, ROW)
     assert keys(run.best) == expected
     checkpoint.load_weights(run.best, build_model(**about["model"]))
 
 
 def test_the_average_is_apart_from_the_network_and_starts_as_it(accelerator, splits):
     config = resolve({"dataset": "digits", "recipe": "smoke", "ema": 0.9})
-    network = build_model(**checkpoint.describe(config, splits, "no")["model"])
+    network = build_model(**checkpoint.about_run(config, splits, "no")["model"])
     trainer = prepare(accelerator, network, config)
     assert torch.equal(trainer.evaluated.features[0].weight, network.features[0].weight)
     with torch.no_grad():
@@ -135,12 +142,12 @@ def test_the_average_is_apart_from_the_network_and_starts_as_it(accelerator, spl
 
 def test_p5_the_same_weights_give_the_same_bytes(saved, tmp_path, splits):
     run, network = saved
-    about = checkpoint.describe(CONFIG, splits, "no")
+    about = checkpoint.about_run(CONFIG, splits, "no")
     first = run.best.read_bytes()
     again = dict(reversed(about.items()))
-    checkpoint.save_best(run, network, again, ROW | {"train_seconds": 99.0})
+    save_best(run, network, again, ROW | {"train_seconds": 99.0})
     assert run.best.read_bytes() == first
-    checkpoint.save_best(run, network, about, ROW | {"val_loss": 0.26})
+    save_best(run, network, about, ROW | {"val_loss": 0.26})
     assert run.best.read_bytes() != first
 
 
@@ -148,16 +155,18 @@ def test_weights_in_any_memory_format_are_saved_alike(saved):
     run, network = saved
     first = run.best.read_bytes()
     about = checkpoint.read_info(run.best)
-    checkpoint.save_weights(run.best, network, about)
+    checkpoint.write_weights(run.best, checkpoint.copy_of(network), about)
     plain = run.best.read_bytes()
-    checkpoint.save_weights(run.best, network.to(memory_format=torch.channels_last), about)
+    checkpoint.write_weights(
+        run.best, checkpoint.copy_of(network.to(memory_format=torch.channels_last)), about
+    )
     assert run.best.read_bytes() == plain == first
 
 
 def test_only_the_main_process_writes(tmp_path, splits):
-    about = checkpoint.describe(CONFIG, splits, "no")
+    about = checkpoint.about_run(CONFIG, splits, "no")
     run = rundir.RunDir(tmp_path, writes=False)
-    checkpoint.save_best(run, make_network(about), about, ROW)
+    save_best(run, make_network(about), about, ROW)
     run.begin({})
     run.write_report({})
     run.write_predictions(iter([(0, 1, 1, 0.5)]))
@@ -166,7 +175,7 @@ def test_only_the_main_process_writes(tmp_path, splits):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("broken", ["replace", "fsync", "open"])
+@pytest.mark.parametrize("broken", ["replace", "fsync", "write"])
 def test_p3_a_write_that_fails_leaves_the_old_file_and_nothing_else(saved, monkeypatch, broken):
     run, network = saved
     first = run.best.read_bytes()
@@ -174,17 +183,17 @@ def test_p3_a_write_that_fails_leaves_the_old_file_and_nothing_else(saved, monke
     def full(*arguments, **settings):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    if broken == "open":
-        monkeypatch.setattr(rundir, "open", full, raising=False)
+    if broken == "write":
+        monkeypatch.setattr(Path, "write_bytes", full)
     else:
         monkeypatch.setattr(rundir.os, broken, full)
     about = checkpoint.read_info(run.best)
     with pytest.raises(ValueError, match=r"cannot write .*best\.safetensors \(No space left"):
-        checkpoint.save_weights(run.best, network, about | {"seed": 1})
+        checkpoint.write_weights(run.best, checkpoint.copy_of(network), about | {"seed": 1})
     monkeypatch.undo()
     assert run.best.read_bytes() == first
     assert [p.name for p in run.path.iterdir()] == ["best.safetensors"]
-    checkpoint.save_weights(run.best, network, about | {"seed": 1})
+    checkpoint.write_weights(run.best, checkpoint.copy_of(network), about | {"seed": 1})
     assert checkpoint.read_info(run.best)["seed"] == 1
 
 
@@ -200,7 +209,7 @@ def test_p3_content_is_on_disk_before_it_takes_the_name(tmp_path, monkeypatch):
 
     monkeypatch.setattr(rundir.os, "fsync", lambda n: (calls.append("sync"), fsync(n)))
     monkeypatch.setattr(rundir.os, "replace", watched_replace)
-    rundir.write_atomically(tmp_path / "x", b"content")
+    rundir.write_atomically(tmp_path / "x", lambda path: path.write_bytes(b"content"))
     assert calls == ["sync", "replace", "sync"]  # the second: of the folder
     assert (tmp_path / "x").read_bytes() == b"content"
 
@@ -211,8 +220,29 @@ def test_p5_weights_are_found_by_their_run_or_their_name(saved):
     assert checkpoint.find_weights(str(run.best)) == run.best
 
 
-def test_load_best_reads_what_save_best_wrote(saved, accelerator):
+def test_best_weights_load_what_they_saved(saved, accelerator):
     run, network = saved
     other = make_network(checkpoint.read_info(run.best), seed=5)
-    checkpoint.load_best(accelerator, run, other)
+    checkpoint.BestWeights(run).load(accelerator, other)
     assert torch.equal(logits(other), logits(network))
+
+
+def test_best_weights_are_those_of_the_moment_they_were_saved(tmp_path, splits, accelerator):
+    about = checkpoint.about_run(CONFIG, splits, "no")
+    network = make_network(about)
+    expected = logits(network)
+    best = checkpoint.BestWeights(rundir.RunDir(tmp_path))
+    best.save(network, about, ROW)
+    with torch.no_grad():  # training goes on before the file is written
+        for tensor in network.parameters():
+            tensor.zero_()
+    best.load(accelerator, network)
+    assert torch.equal(logits(network), expected)
+
+
+def test_p7_a_write_that_failed_in_the_background_is_told(tmp_path, splits):
+    about = checkpoint.about_run(CONFIG, splits, "no")
+    best = checkpoint.BestWeights(rundir.RunDir(tmp_path / "gone"))
+    best.save(make_network(about), about, ROW)
+    with pytest.raises(UserError, match="cannot write"):
+        best.wait()

@@ -8,7 +8,8 @@ import typing
 
 import pytest
 
-from lab.config import EvalConfig, TrainConfig, flag, parse_arguments
+from lab.commandline import parse_arguments
+from lab.config import EvalConfig, TrainConfig, flag
 from lab.data import DATASETS
 from lab.models import MODELS
 from lab.recipes import RECIPES, resolve
@@ -64,6 +65,8 @@ def test_each_field_has_its_flag(config, name):
     given.pop("weights", None)
     assert given == {name: value}
     assert type(given[name]) is kind_of(config, name)
+    if name == "overwrite":  # means nothing without
+        given |= {"name": "run"}
     made = config(**given)
     assert getattr(made, name) == value != FIELDS[config][name].default
 

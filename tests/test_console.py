@@ -8,6 +8,7 @@ import pytest
 from rich.console import Console
 
 from lab import console, tables
+from lab.metrics import caveat
 
 ROW = {
     "epoch": 1,
@@ -130,7 +131,8 @@ def test_plain_report_keeps_long_lines_whole(capsys):
 @pytest.mark.parametrize("mode", ["plain", "screen"])
 def test_p6_a_report_chosen_on_the_test_split_says_so(mode, capsys, request):
     file = request.getfixturevalue(mode)
-    console.report(REPORT | {"selected_on": "test"}, title="", files={}, command=None)
+    note = caveat("test", "test")
+    console.report(REPORT | {"selected_on": "test"}, title="", files={}, note=note)
     out = file.getvalue() if file else capsys.readouterr().out
     assert "chosen on the test split (the notebooks' protocol): an optimistic number" in " ".join(
         without_codes(out).split()

@@ -19,7 +19,9 @@ EVALUATIONS = [
     for batch_size in BATCH_SIZES
     for kind in ("resident", "streaming")
 ]
-DETERMINISTIC = [name for name in TRAININGS if name != "dropout"]
+DETERMINISTIC = [
+    name for name in TRAININGS if name not in ("dropout", "hook-bf16", "hook-powersgd")
+]
 SHORT = ("--recipe", "smoke", "--dataset", "digits", "--threads", "1", "--quiet")
 
 
@@ -172,6 +174,15 @@ def test_p2_all_processes_hold_the_same_weights(worlds, num_processes):
     assert first.keys() == TRAININGS.keys()
     assert len(first["plain"]) == 3
     assert all(other == first for other in others)
+
+
+@pytest.mark.parametrize(("hook", "tolerance"), [("hook-bf16", 0.02), ("hook-powersgd", 0.5)])
+def test_compressed_gradients_bend_the_curve_and_still_lower_the_loss(worlds, hook, tolerance):
+    losses = [s["loss"] for s in worlds[2].steps(hook)]
+    expected = [s["loss"] for s in worlds[2].steps("plain")]
+    assert losses != pytest.approx(expected, rel=1e-5)
+    assert losses == pytest.approx(expected, rel=tolerance)
+    assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
 
 
 @pytest.mark.parametrize("num_processes", WORLDS)

@@ -12,7 +12,7 @@ from lab.data.augment import Preprocess
 from lab.data.loaders import Batch, Plan, ResidentLoader
 from lab.data.sources import Split
 from lab.distributed import build_accelerator
-from lab.engine import prepare, train_one_epoch, train_step
+from lab.engine import prepare, train_one_epoch, train_step, update_average
 from lab.models import build_model
 
 PLAIN = {
@@ -103,13 +103,12 @@ def test_clipping_bounds_the_norm_of_the_whole_gradient(accelerator, clip_norm, 
 
 
 def test_the_average_follows_its_formula(accelerator):
-    trainer = make_trainer(accelerator, ema=0.75, lr=0.1)
-    average = None
-    for seed in range(3):
-        train_step(trainer, make_batch(5, seed=seed))
-        new = weights(trainer.network)
-        # The first step starts the average: the weights before it are chance alone.
-        average = new if average is None else 0.75 * average + 0.25 * new
+    trainer = make_trainer(accelerator, ema=0.2, lr=0.1)
+    average = 0
+    for step, decay in ((1, 0), (2, 1 / 11), (3, 2 / 12), (4, 0.2), (5, 0.2)):
+        train_step(trainer, make_batch(5, seed=step))
+        update_average(trainer.average, trainer.network, 0.2, step)
+        average = decay * average + (1 - decay) * weights(trainer.network)
         assert torch.allclose(weights(trainer.evaluated), average, atol=1e-6)
     assert not torch.allclose(weights(trainer.network), average, atol=1e-3)
 

@@ -25,10 +25,10 @@ FOREIGN = "Give a file that train.py wrote."
 def trained(tmp_path_factory) -> tuple[dict, bytes]:
     """The metadata and the file of LeNet-5 for digits, as a run with a validation cut makes it."""
     config = recipes.resolve({"model": "lenet5", "dataset": "digits", "recipe": "smoke"})
-    about = checkpoint.describe(config, load_splits(DataConfig.of(config), math.inf, 1), "no")
+    about = checkpoint.about_run(config, load_splits(DataConfig.of(config), math.inf, 1), "no")
     about |= {"best_epoch": 1, "metrics": {}}
     path = tmp_path_factory.mktemp("trained") / "best.safetensors"
-    checkpoint.save_weights(path, build_model(**about["model"]), about)
+    checkpoint.write_weights(path, checkpoint.copy_of(build_model(**about["model"])), about)
     return about, path.read_bytes()
 
 
@@ -76,7 +76,9 @@ def test_p7_evaluate_refuses(fails, tmp_path, trained, words, message):
 
 def test_p7_a_run_without_a_validation_cut_has_no_such_split(fails, tmp_path, trained):
     about = trained[0] | {"data": trained[0]["data"] | {"val_fraction": 0.0}}
-    checkpoint.save_weights(tmp_path / "w", build_model(**about["model"]), about)
+    checkpoint.write_weights(
+        tmp_path / "w", checkpoint.copy_of(build_model(**about["model"])), about
+    )
     assert fails(evaluate, "w", "--split", "val", "--quiet") == (
         "this data has no validation split: the best epoch was chosen on the test split. "
         "Give --split test."
@@ -182,7 +184,7 @@ def test_p7_weights_of_another_architecture(fails, tmp_path, trained, tensors, r
     network = build_model(**trained[0]["model"])
     state = {k: v for k, v in {**network.state_dict(), **tensors}.items() if v is not None}
     network.state_dict = lambda: state
-    checkpoint.save_weights(tmp_path / "w", network, trained[0])
+    checkpoint.write_weights(tmp_path / "w", checkpoint.copy_of(network), trained[0])
     assert fails(evaluate, "w") == (
         f"w holds the weights of another architecture: {reason}. "
         "Give the weights of the network that its metadata names."

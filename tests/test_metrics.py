@@ -6,7 +6,7 @@ import pytest
 import torch
 from sklearn import metrics as reference
 
-from lab.metrics import confusion_matrix, is_better, per_class, report
+from lab.metrics import caveat, confusion_matrix, is_better, per_class, report
 
 
 def drawn(num_samples, num_classes, seed, labels_from=None, predictions_from=None):
@@ -120,3 +120,22 @@ def test_a_number_that_is_not_finite_never_beats_one_that_is(by, bad):
     assert not is_better({f"val_{by}": bad}, {f"val_{by}": 0.0}, by)
     assert is_better({f"val_{by}": 0.0}, {f"val_{by}": bad}, by)
     assert not is_better({f"val_{by}": bad}, {f"val_{by}": bad}, by)
+
+
+@pytest.mark.parametrize(
+    ("split", "selected_on", "words"),
+    [
+        ("test", "test", "chosen on the test split"),
+        ("test", "validation", ""),
+        ("val", "validation", "chosen on this split"),
+        ("train", "validation", "trained on"),
+        ("train", "test", "trained on"),
+        ("all", "validation", "trained on"),
+        ("test", None, ""),
+        ("all", None, ""),
+    ],
+)
+def test_p6_an_optimistic_number_is_called_so(split, selected_on, words):
+    note = caveat(split, selected_on)
+    assert bool(note) == bool(words)
+    assert words in note

@@ -10,7 +10,7 @@ import torch
 from torchvision.transforms import v2
 
 from lab.config import TrainConfig
-from lab.data import DATASETS, DataConfig, load_splits
+from lab.data import DATASETS, DataConfig, load_split, load_splits
 from lab.data.sources import (
     Split,
     channel_statistics,
@@ -224,11 +224,25 @@ def test_p6_validation_is_cut_from_training_and_test_is_apart():
 def test_p6_without_a_validation_cut_the_test_split_is_used_and_named():
     splits = load("digits", val_fraction=0.0)
     assert splits.val is splits.test
-    assert splits.named("test") is splits.test
     with pytest.raises(ValueError, match="no validation split"):
-        splits.named("val")
-    cut = load("digits")
-    assert [cut.named(n) for n in ("train", "val", "test")] == [cut.train, cut.val, cut.test]
+        load_split(config("digits", val_fraction=0.0), "val", math.inf, 1)
+
+
+@pytest.mark.parametrize("name", ["train", "val", "test"])
+def test_one_split_alone_is_the_same_and_has_the_same_fingerprint(name):
+    splits = load("digits", limit_eval=50)
+    split, fingerprint = load_split(config("digits", limit_eval=50), name, math.inf, 1)
+    assert torch.equal(split.images, getattr(splits, name).images)
+    assert torch.equal(split.labels, getattr(splits, name).labels)
+    assert fingerprint == splits.fingerprints[name]
+    assert len(set(splits.fingerprints.values())) == 3
+
+
+def test_all_of_the_data_is_uncut():
+    split, _ = load_split(config("digits"), "all", math.inf, 1)
+    assert len(split.labels) == 1797
+    with pytest.raises(ValueError, match="shapes comes in splits"):
+        load_split(config("shapes"), "all", math.inf, 1)
 
 
 def test_p6_the_cut_follows_split_seed_and_nothing_else():
@@ -238,9 +252,9 @@ def test_p6_the_cut_follows_split_seed_and_nothing_else():
     torch.manual_seed(2)
     second, other = load("digits"), load("digits", split_seed=1)
     for name in ("train", "val", "test"):
-        assert torch.equal(first.named(name).images, second.named(name).images)
-        assert torch.equal(first.named(name).labels, second.named(name).labels)
-        assert pictures(first.named(name)) != pictures(other.named(name))
+        assert torch.equal(getattr(first, name).images, getattr(second, name).images)
+        assert torch.equal(getattr(first, name).labels, getattr(second, name).labels)
+        assert pictures(getattr(first, name)) != pictures(getattr(other, name))
 
 
 @pytest.mark.parametrize("num_samples", [10, 99, 100])
@@ -261,7 +275,7 @@ def test_limits_hold_for_each_split():
     assert [len(s.labels) for s in (splits.train, splits.val, splits.test)] == [101, 33, 33]
     whole = load("digits")
     for name in ("train", "val", "test"):
-        assert pictures(splits.named(name)) <= pictures(whole.named(name))
+        assert pictures(getattr(splits, name)) <= pictures(getattr(whole, name))
 
 
 def test_images_come_in_the_size_asked_for():

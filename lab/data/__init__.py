@@ -5,9 +5,11 @@ Listing them imports no torch.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import math
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lab.errors import UserError
@@ -86,15 +88,7 @@ class Splits:
     mean: Numbers
     std: Numbers
     selected_on: str  # "validation" or "test"
-
-    def named(self, name: str) -> Split:
-        """The split "train", "val" or "test"; raises `UserError` where no `val` was cut."""
-        if name == "val" and self.selected_on == "test":
-            raise UserError(
-                "this data has no validation split: the best epoch was chosen on the test split",
-                "Give --split test",
-            )
-        return getattr(self, name)
+    fingerprints: dict[str, str]  # of "train", "val", "test": which samples are in it
 
 
 def load_splits(config: DataConfig, memory: float, num_threads: int) -> Splits:
@@ -104,36 +98,43 @@ def load_splits(config: DataConfig, memory: float, num_threads: int) -> Splits:
     `memory` bytes, and stay in files otherwise. Raises `UserError` where files are missing,
     damaged or too few.
     """
-    from lab.data.sources import channel_statistics, limit, stratified_cut
+    from lab.data.sources import channel_statistics
 
-    parts, seed = _read(config), config.split_seed
-    train, val, test = parts.train, parts.val, parts.test
-    if test is None:
-        train, test = stratified_cut(train, config.test_fraction, seed)
-    if val is None and config.val_fraction > 0:
-        train, val = stratified_cut(train, config.val_fraction, seed)
-    splits = {"training": limit(train, config.limit_train, seed)}
-    splits["test"] = limit(test, config.limit_eval, seed)
-    if val is not None:
-        splits["validation"] = limit(val, config.limit_eval, seed)
-    train, test, *cut = _ready(splits, config, memory, num_threads)
+    cut = _cut(config)
+    named = _ready(cut, config, memory, num_threads)
     spec = find_dataset(config.dataset)
     mean, std = spec.mean, spec.std
     if mean is None or std is None:
-        mean, std = channel_statistics(train.images)
-    val, selected_on = (cut[0], "validation") if cut else (test, "test")
-    return Splits(train, val, test, mean, std, selected_on)
+        mean, std = channel_statistics(named["train"].images)
+    selected_on = "validation" if "val" in named else "test"
+    val = named.get("val", named["test"])
+    return Splits(named["train"], val, named["test"], mean, std, selected_on, _fingerprints(cut))
 
 
-def load_whole(config: DataConfig, memory: float, num_threads: int) -> Split:
-    """All of a data set that comes in one piece, uncut; at most `limit_eval` samples of it."""
+def load_split(
+    config: DataConfig, name: str, memory: float, num_threads: int
+) -> tuple[Split, str | None]:
+    """The split "train", "val" or "test" alone, and its fingerprint; or "all" of the data.
+
+    "all" is data that come in one piece, uncut, at most `limit_eval` samples of them. Raises
+    `UserError` where there is no such split.
+    """
     from lab.data.sources import limit
 
-    parts = _read(config)
-    if parts.test is not None:
-        raise UserError(f"{config.dataset} comes in splits", "Give --split test, val or train")
-    whole = limit(parts.train, config.limit_eval, config.split_seed)
-    return _ready({"whole": whole}, config, memory, num_threads)[0]
+    if name == "all":
+        parts = _read(config)
+        if parts.test is not None:
+            raise UserError(f"{config.dataset} comes in splits", "Give --split test, val or train")
+        whole = limit(parts.train, config.limit_eval, config.split_seed)
+        return _ready({name: whole}, config, memory, num_threads)[name], None
+    cut = _cut(config)
+    if name not in cut:
+        raise UserError(
+            "this data has no validation split: the best epoch was chosen on the test split",
+            "Give --split test",
+        )
+    split = _ready({name: cut[name]}, config, memory, num_threads)[name]
+    return split, _fingerprints(cut)[name]
 
 
 def _read(config: DataConfig) -> Parts:
@@ -141,16 +142,44 @@ def _read(config: DataConfig) -> Parts:
     return getattr(importlib.import_module(f"lab.data.{module}"), read)(config)
 
 
+def _cut(config: DataConfig) -> dict[str, Split]:
+    """The splits "train", "test" and, where there is one, "val"; files are not decoded yet."""
+    from lab.data.sources import limit, stratified_cut
+
+    parts, seed = _read(config), config.split_seed
+    train, val, test = parts.train, parts.val, parts.test
+    if test is None:
+        train, test = stratified_cut(train, config.test_fraction, seed)
+    if val is None and config.val_fraction > 0:
+        train, val = stratified_cut(train, config.val_fraction, seed)
+    cut = {"train": limit(train, config.limit_train, seed)}
+    cut["test"] = limit(test, config.limit_eval, seed)
+    if val is not None:
+        cut["val"] = limit(val, config.limit_eval, seed)
+    return cut
+
+
 def _ready(
     named: dict[str, Split], config: DataConfig, memory: float, num_threads: int
-) -> list[Split]:
+) -> dict[str, Split]:
     """The splits decoded, where all of them fit into `memory`, and at the image size."""
     from lab.data.sources import in_memory, resize
 
     for name, split in named.items():
         if len(split.labels) == 0:
-            raise UserError(f"the {name} split is empty", "Add pictures, or change the fractions")
-    splits = list(named.values())
-    if sum(math.prod(split.images.shape) for split in splits) <= memory:
-        splits = [in_memory(split, num_threads) for split in splits]
-    return [resize(split, config.image_size) for split in splits]
+            title = {"train": "training", "val": "validation"}.get(name, name)
+            raise UserError(f"the {title} split is empty", "Add pictures, or change the fractions")
+    if sum(math.prod(split.images.shape) for split in named.values()) <= memory:
+        named = {name: in_memory(split, num_threads) for name, split in named.items()}
+    return {name: resize(split, config.image_size) for name, split in named.items()}
+
+
+def _fingerprints(cut: dict[str, Split]) -> dict[str, str]:
+    """A digest of each split: its labels and, of files, their last two names."""
+    found = {}
+    for name, split in cut.items():
+        digest = hashlib.blake2b(split.labels.numpy().tobytes(), digest_size=8)
+        for path in getattr(split.images, "paths", ()):
+            digest.update("/".join(Path(path).parts[-2:]).encode("utf-8", "surrogateescape"))
+        found[name] = digest.hexdigest()
+    return found

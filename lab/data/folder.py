@@ -15,6 +15,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
+from lab.data.cache import cached
 from lab.data.sources import Parts, Split
 from lab.errors import UserError
 
@@ -26,6 +27,7 @@ except ImportError:  # deprecated in torchvision 0.29: Pillow reads on without i
 if TYPE_CHECKING:
     from lab.data import DataConfig
 
+VALIDATION = ("val", "valid", "validation")  # any of these names
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 
@@ -54,17 +56,19 @@ class ImageFiles:
         return ImageFiles(tuple(self.paths[i] for i in index.tolist()), self.size)
 
     def decode_all(self, num_threads: int) -> Tensor:
-        """All pictures, uint8 [N, 3, size, size]. Threads, as decoding holds no Python lock."""
-        images = torch.empty(self.shape, dtype=torch.uint8)
+        """All pictures, uint8 [N, 3, size, size]; the second time, from the cache on disk."""
+        batches = torch.arange(len(self)).split(64)
 
-        def fill(start: int) -> None:
-            for i in range(start, min(start + 64, len(self.paths))):
-                images[i] = decode(self.paths[i], self.size)
+        def fill(images: Tensor) -> None:
+            def decode_batch(index: Tensor) -> None:
+                images[index[0] : index[-1] + 1] = self[index]
 
-        with ThreadPoolExecutor(num_threads) as pool:
-            for _ in pool.map(fill, range(0, len(self.paths), 64)):
-                pass
-        return images
+            # Threads, as the decoders hold no Python lock.
+            with ThreadPoolExecutor(num_threads) as pool:
+                for _ in pool.map(decode_batch, batches):
+                    pass
+
+        return cached(self, fill)
 
 
 def decode(path: str, size: int) -> Tensor:
@@ -125,7 +129,7 @@ def read_folder(config: DataConfig) -> Parts:
         raise UserError(f"there is no folder {root}", "Give --data-dir a folder of CLASS/pictures")
     train_root = root / "train" if (root / "train").is_dir() else root
     class_names = tuple(_class_folders(train_root))
-    if train_root == root and {"val", "test"} & set(class_names):
+    if train_root == root and {"test", *VALIDATION} & set(class_names):
         raise UserError(
             f"{root} has no folder train beside val or test", "Name the folder to train on train"
         )
@@ -136,10 +140,14 @@ def read_folder(config: DataConfig) -> Parts:
         )
     parts = {"train": _list_split(train_root, class_names, config.image_size)}
     if train_root != root:
-        for folder in ("val", "valid", "validation", "test"):
-            if (root / folder).is_dir():
-                name = "test" if folder == "test" else "val"
-                parts[name] = _list_split(root / folder, class_names, config.image_size)
+        for name, folders in (("val", VALIDATION), ("test", ("test",))):
+            found = [root / folder for folder in folders if (root / folder).is_dir()]
+            if len(found) > 1:
+                raise UserError(
+                    f"{root} has both {found[0].name} and {found[1].name}", "Keep one of them"
+                )
+            if found:
+                parts[name] = _list_split(found[0], class_names, config.image_size)
     return Parts(**parts)
 
 
@@ -179,7 +187,12 @@ def _list_split(root: Path, class_names: tuple[str, ...], size: int) -> Split:
 
 def _pictures(root: Path) -> Iterator[str]:
     """The paths of the pictures at any depth below a folder; hidden ones are passed over."""
+    seen = set()
     for folder, folders, files in os.walk(root, followlinks=True):
+        if (real := os.path.realpath(folder)) in seen:  # a link back up would list all again
+            folders.clear()
+            continue
+        seen.add(real)
         # Editors keep copies of pictures in hidden folders. In place: os.walk then skips them.
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in files:

@@ -110,8 +110,11 @@ def resize(split: Split, size: int) -> Split:
     from torchvision.transforms.v2 import functional as F
 
     assert isinstance(split.images, Tensor)  # files are decoded to their size
-    chunks = [F.resize(images, [size, size]) for images in split.images.split(4096)]
-    return replace(split, images=torch.cat(chunks))
+    num_images, channels = split.images.shape[:2]
+    images = torch.empty(num_images, channels, size, size, dtype=torch.uint8)
+    for part, whole in zip(images.split(4096), split.images.split(4096), strict=True):
+        part.copy_(F.resize(whole, [size, size]))
+    return replace(split, images=images)
 
 
 def channel_statistics(images: Images) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -1,0 +1,108 @@
+"""The choices that lab makes by itself, measured: precision, memory format, threads, torch.compile.
+
+  python benchmarks/choices.py               both networks, about three minutes on 2 CPU cores
+  python benchmarks/choices.py --compile     with torch.compile too, which needs a C++ compiler
+
+Whole training steps of 128 images that lie ready. All variants of a network are built once and
+timed in turn in one process. `auto` marks what `--mixed-precision auto` and `lay_out` choose.
+"""
+
+import argparse
+import itertools
+import time
+
+from common import in_turn, ratios, spread, write_json
+
+BATCH_SIZE = 128
+STEPS = {"lenet5": 60, "alexnet": 5}
+CHANNELS = {"lenet5": 1, "alexnet": 3}
+
+
+def step_timer(model: str, precision: str, channels_last: bool, threads: int, compiled: bool):
+    """A function that runs some training steps and returns their images a second."""
+    import torch
+    import torch.nn.functional as F
+
+    from lab.models import build_model
+    from lab.optim import build_optimizer
+    from lab.recipes import resolve
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(0)
+    network = build_model(model, num_classes=10, channels=CHANNELS[model], image_size=32)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    network = network.to(device, memory_format=layout)
+    if compiled:
+        network.compile()
+    optimizer = build_optimizer(network, resolve({"model": model, "recipe": "notebook"}))
+    images = torch.randn(BATCH_SIZE, CHANNELS[model], 32, 32, device=device)
+    labels = torch.randint(10, (BATCH_SIZE,), device=device)
+
+    def step() -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            logits = network(images)
+        F.cross_entropy(logits.float(), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def run() -> dict:
+        torch.set_num_threads(threads)
+        step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(STEPS[model]):
+            step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return {"images_per_second": STEPS[model] * BATCH_SIZE / (time.perf_counter() - start)}
+
+    run()  # kernels chosen, code compiled
+    return run
+
+
+def main() -> None:
+    """Runs what the command line says."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--compile", action="store_true", help="measure torch.compile too")
+    parser.add_argument("--json", metavar="FILE")
+    args = parser.parse_args()
+
+    import torch
+
+    from lab.distributed import choose_precision, num_cores
+    from lab.models import MODELS
+
+    device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    threads = sorted({1, num_cores()}) if device_type == "cpu" else [1]
+    output = {}
+    for model in STEPS:
+        large = MODELS[model].large
+        auto = (choose_precision("auto", device_type, large), large, threads[-1], False)
+        variants = itertools.product(
+            ("no", "bf16"), (False, True), threads, (False, True) if args.compile else (False,)
+        )
+        contenders = {}
+        for variant in variants:
+            precision, channels_last, count, compiled = variant
+            words = ["float32" if precision == "no" else "bfloat16"]
+            words += ["channels_last"] * channels_last + [f"{count} threads"]
+            words += ["compiled"] * compiled + ["(auto)"] * (variant == auto)
+            contenders[", ".join(words)] = step_timer(model, *variant)
+        print(model)
+        results = in_turn(contenders, args.rounds, show="images_per_second")
+        chosen = next(name for name in results if name.endswith("(auto)"))
+        print("\n| | images/s | / auto |\n| --- | --- | --- |")
+        for name, rows in results.items():
+            against = spread(ratios(results, name, chosen, "images_per_second"))
+            speed = spread([row["images_per_second"] for row in rows], ",.0f")
+            print(f"| {name} | {speed} | {against} |")
+        output[model] = results
+    write_json(args.json, {"results": output})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,223 @@
+"""Training on one GPU, measured: ceilings, steps, input pipeline, whole epochs, synchronisations.
+
+  python benchmarks/gpu.py                          random pixels, as many as MNIST and CIFAR-10
+  python benchmarks/gpu.py --data-dir DATA          the real ones, in DATA as train.py left them
+  python benchmarks/gpu.py --device cpu --quick     tries the script out, on tiny data: seconds
+
+Under nine minutes on one GPU: what is left after --minutes is skipped, and said to be. A
+measurement that fails is recorded, and the others go on. The table comes last; everything is in the
+JSON file. To be met on one H100: LeNet-5's epoch in 0.5 s; AlexNet's 20 epochs, each evaluated, in
+15 s, and its steps at 40 % of the measured bfloat16 matrix rate.
+"""
+
+import argparse
+import gc
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from common import write_json
+from gpu_measures import (
+    CHANNELS,
+    DATASETS,
+    Bench,
+    Case,
+    check_synchronisation,
+    measure_copy_rate,
+    measure_epochs,
+    measure_matrix_rate,
+    measure_pipeline,
+    measure_step,
+)
+
+from lab.errors import UserError, run_script
+
+COUNTS = {"mnist": (60_000, 10_000), "cifar10": (50_000, 10_000)}  # to train on, to test on
+COLUMNS = ("ms", "images_per_second", "utilisation", "kernels", "launches", "peak_mb")
+
+LENET, ALEXNET = partial(Case, model="lenet5"), partial(Case, model="alexnet", augment="crop,flip")
+BF16 = partial(ALEXNET, precision="bf16", channels_last=True)
+
+STEPS = [
+    LENET("lenet5 float32", tf32=False),
+    LENET("lenet5 TF32"),
+    LENET("lenet5 TF32, channels_last", channels_last=True),
+    LENET("lenet5 bfloat16", precision="bf16"),
+    LENET("lenet5 TF32, graph", graph=True),
+    ALEXNET("alexnet float32", tf32=False),
+    ALEXNET("alexnet TF32"),
+    ALEXNET("alexnet TF32, channels_last", channels_last=True),
+    ALEXNET("alexnet bfloat16", precision="bf16"),
+    BF16("alexnet bfloat16, channels_last"),
+    BF16("alexnet bfloat16, channels_last, AdamW", settings=(("optimizer", "adamw"), ("lr", 1e-3))),
+    BF16("alexnet bfloat16, channels_last, graph", graph=True),
+    BF16("alexnet bfloat16, graph, batch 512", batch_size=512, graph=True),
+    BF16("alexnet bfloat16, batch 2048", batch_size=2048),
+    BF16("alexnet bfloat16, graph, batch 2048", batch_size=2048, graph=True),
+    LENET("lenet5 TF32, compile", compile="default"),
+    LENET("lenet5 TF32, reduce-overhead", compile="reduce-overhead"),
+    BF16("alexnet bfloat16, compile", compile="default"),
+    BF16("alexnet bfloat16, reduce-overhead", compile="reduce-overhead"),
+]
+EPOCHS = [  # and how many of them
+    (LENET("lenet5, epochs"), 4),
+    (LENET("lenet5, epochs, graph", graph=True), 4),
+    (BF16("alexnet, 20 epochs"), 20),
+    (BF16("alexnet, 20 epochs, graph", graph=True), 20),
+]
+BATCHES = [LENET("lenet5, batches"), ALEXNET("alexnet, batches")]
+UNUSUAL = (("label_smoothing", 0.1), ("ema", 0.99), ("accumulate", 2), ("clip_norm", 1.0))
+CHECKS = [
+    LENET("lenet5", augment="crop,flip,cutout", settings=UNUSUAL),
+    BF16("alexnet", augment="crop,flip,cutout", settings=UNUSUAL),
+]
+
+
+def load(data_dir: str | None, quick: bool) -> dict[str, Any]:
+    """The two data sets as lab's `Splits` at 32 pixels; random where no folder is given."""
+    import torch
+
+    from lab.data import DATASETS as SPECS
+    from lab.data import DataConfig, Splits, load_splits
+    from lab.data.sources import Split
+    from lab.recipes import resolve
+
+    def draw(name: str, count: int) -> Split:
+        generator = torch.Generator().manual_seed(count)
+        shape = (count, CHANNELS[name], 32, 32)
+        images = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
+        labels = torch.randint(10, (count,), generator=generator)
+        return Split(images, labels, tuple("0123456789"))
+
+    found = {}
+    for model, name in DATASETS.items():
+        if data_dir:
+            settings = {"model": model, "recipe": "notebook", "data_dir": data_dir}
+            config = DataConfig.of(resolve(settings))
+            found[name] = load_splits(config, float("inf"), torch.get_num_threads())
+            continue
+        num_train, num_test = (40, 20) if quick else COUNTS[name]
+        train, test = draw(name, num_train), draw(name, num_test)
+        spec = SPECS[name]
+        found[name] = Splits(train, test, test, spec.mean, spec.std, "test")
+    return found
+
+
+def attempt(rows: dict, name: str, deadline: float, measure: Callable[[], dict]) -> dict:
+    """What `measure` returns, kept in `rows`; or why there is nothing. The others can go on."""
+    import torch
+
+    start = time.monotonic()
+    if start > deadline:
+        row: dict[str, Any] = {"skipped": "out of time"}
+    else:
+        try:
+            row = measure()
+        except Exception as error:
+            row = {"error": f"{type(error).__name__}: {error}"}
+        gc.collect()
+        torch.cuda.empty_cache()
+        row["measured_in"] = time.monotonic() - start
+    rows[name] = row
+    print(f"  {name:44} {row.get('error') or row.get('skipped') or 'done'}"[:160], flush=True)
+    return row
+
+
+def run_all(bench: Bench, deadline: float) -> dict[str, dict]:
+    """All measurements, what the targets are about first."""
+    report: dict[str, dict] = {}
+
+    def part(name: str, plan: dict[str, Callable[[], dict]]) -> dict[str, dict]:
+        report[name] = {}
+        for line, measure in plan.items():
+            attempt(report[name], line, deadline, measure)
+        return report[name]
+
+    def plan(measure: Callable[..., dict], cases: list[Case], *words: Any) -> dict:
+        fit = [replace(c, batch_size=16) if bench.quick else c for c in cases]
+        return {case.name: partial(measure, case, bench, *words) for case in fit}
+
+    products = {
+        f"matrix product, {name}": partial(measure_matrix_rate, bench, name)
+        for name in ("bfloat16", "float32")
+    }
+    ceilings = part("ceilings", products | {"copy": partial(measure_copy_rate, bench)})
+    rate = ceilings["matrix product, bfloat16"].get("per_second", 0.0)
+    bench = replace(bench, matrix_rate=rate)
+    part("synchronisation", plan(check_synchronisation, CHECKS))
+    epochs: dict[str, Callable[[], dict]] = {}
+    for case, number in EPOCHS:
+        epochs |= plan(measure_epochs, [case], 2 if bench.quick else number)
+    part("epochs", epochs)
+    part("pipeline", plan(measure_pipeline, BATCHES))
+    part("steps", plan(measure_step, [c for c in STEPS if not (bench.quick and c.compile)]))
+    return report
+
+
+def table(report: dict[str, dict]) -> list[str]:
+    """The figures as lines of text."""
+    lines = []
+    for name, row in report["ceilings"].items():
+        if "per_second" in row:
+            lines.append(f"{name:44} {row['per_second'] / 1e12:10.2f} T/s")
+    lines += ["", " " * 44 + "".join(f"{c.replace('_per_second', '/s'):>12}" for c in COLUMNS)]
+    for part in ("pipeline", "epochs", "steps"):
+        for name, row in report[part].items():
+            cells = "".join(cell(row.get(column), column) for column in COLUMNS)
+            lines.append(f"{name:44}{cells}" if "ms" in row else f"{name:44}  {why(row)}")
+    lines.append("")
+    for name, row in report["synchronisation"].items():
+        lines.append(f"{name}, host waits for the device: {why(row) or 'never'}")
+    for name, row in report["epochs"].items():
+        if "seconds" in row:
+            epoch = statistics.median(row["train_seconds"])
+            lines.append(
+                f"{name}: {row['seconds']:.2f} s with evaluation; {epoch:.3f} s to train one epoch"
+            )
+    return lines
+
+
+def why(row: dict) -> str:
+    """Why there is no figure."""
+    return (row.get("error") or row.get("skipped") or "")[:100].replace("\n", " ")
+
+
+def cell(value: float | None, column: str) -> str:
+    """A figure of the table."""
+    form = {"ms": ".3f", "utilisation": ".1%"}.get(column, ",.0f")
+    return f"{'-' if value is None else format(value, form):>12}"
+
+
+def main() -> None:
+    """Measures and prints; raises `UserError`."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data-dir", metavar="DIR", help="MNIST and CIFAR-10; else random pixels")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--quick", action="store_true", help="tiny data: are there errors?")
+    parser.add_argument("--minutes", type=float, default=8.0, help="begin nothing later than this")
+    parser.add_argument("--json", metavar="FILE", default="gpu.json", help="all figures")
+    args = parser.parse_args()
+    deadline = time.monotonic() + 60 * args.minutes
+    if args.device == "cpu":
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+    import torch
+
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("there is no CUDA GPU here", "Try --device cpu --quick")
+    pixels = f"from {args.data_dir}" if args.data_dir else "random: accuracies mean nothing"
+    print(f"pixels: {pixels}", flush=True)
+    bench = Bench(torch.device(args.device), load(args.data_dir, args.quick), args.quick)
+    report = run_all(bench, deadline)
+    write_json(args.json, {"pixels": pixels, "quick": args.quick, **report})
+    print("\n".join(["", *table(report)]))
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))

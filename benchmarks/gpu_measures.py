@@ -1,0 +1,282 @@
+"""What gpu.py measures: each function sets up one case, and returns its figures.
+
+Times are in ms, between two events of the device; on a CPU, which only tries the code out, between
+two readings of the clock. The median of nine stretches of 30 calls each is given, and its spread.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import cycle, islice, pairwise
+from typing import Any
+
+DATASETS = {"lenet5": "mnist", "alexnet": "cifar10"}
+CHANNELS = {"mnist": 1, "cifar10": 3}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to train; the other settings are those of the `notebook` recipe."""
+
+    name: str
+    model: str
+    batch_size: int = 128
+    precision: str = "no"
+    tf32: bool = True
+    channels_last: bool = False
+    graph: bool = False
+    compile: str = ""  # a mode of torch.compile
+    augment: str = ""
+    settings: tuple[tuple[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all measurements share."""
+
+    device: Any
+    splits: dict[str, Any]  # of lab.data, by data set
+    quick: bool
+    matrix_rate: float = 0.0  # operations a second; 0: not known
+
+    @property
+    def repeats(self) -> tuple[int, int]:
+        """Stretches that are timed, and calls in each."""
+        return (2, 2) if self.quick else (9, 30)
+
+
+def synchronise(device: Any) -> None:
+    """Returns when the device has done all that it was given."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def time_calls(call: Callable[[], object], bench: Bench) -> list[float]:
+    """Milliseconds a call, one figure a stretch, between two events of the device."""
+    import torch
+
+    stretches, calls = bench.repeats
+    for _ in range(calls):
+        call()
+    if bench.device.type != "cuda":
+        marks = [time.perf_counter()]
+        for _ in range(stretches):
+            for _ in range(calls):
+                call()
+            marks.append(time.perf_counter())
+        return [1e3 * (b - a) / calls for a, b in pairwise(marks)]
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(stretches + 1)]
+    events[0].record()
+    for event in events[1:]:
+        for _ in range(calls):
+            call()
+        event.record()
+    synchronise(bench.device)
+    return [a.elapsed_time(b) / calls for a, b in pairwise(events)]
+
+
+def timing(times: list[float]) -> dict[str, float]:
+    """The median of times in ms, and how far they spread."""
+    return {"ms": statistics.median(times), "ms_low": min(times), "ms_high": max(times)}
+
+
+def count_launches(call: Callable[[], object], bench: Bench) -> dict[str, int]:
+    """Of one call: what the GPU ran (kernels, copies, fills), and how often the host asked."""
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
+
+    if bench.device.type != "cuda":
+        return {}
+    synchronise(bench.device)
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as record:
+        call()
+        synchronise(bench.device)
+    events = record.events()
+    asked = ("cudaLaunch", "cuLaunch", "cudaGraphLaunch", "cudaMemcpyAsync", "cudaMemsetAsync")
+    return {
+        "kernels": sum(e.device_type == DeviceType.CUDA for e in events if not is_label(e)),
+        "launches": sum(e.name.startswith(asked) for e in events),
+    }
+
+
+def is_label(event: Any) -> bool:
+    """Whether it is the span of an annotation, such as the optimizer's step, not work."""
+    return getattr(event, "is_user_annotation", False) or event.name.startswith("Optimizer.")
+
+
+def measure_matrix_rate(bench: Bench, precision: str) -> dict[str, float]:
+    """Operations a second of a square matrix product of random numbers."""
+    import torch
+
+    size = 256 if bench.quick else 8192
+    dtype = getattr(torch, precision)
+    a, b = (torch.randn(size, size, device=bench.device).to(dtype) for _ in range(2))
+    times = time_calls(lambda: a @ b, bench)
+    return timing(times) | {"per_second": 2 * size**3 / statistics.median(times) * 1e3}
+
+
+def measure_copy_rate(bench: Bench) -> dict[str, float]:
+    """Bytes a second, read and written, of a copy within the device's memory."""
+    import torch
+
+    size = 2**20 if bench.quick else 2**31
+    source = torch.randint(256, (size,), device=bench.device, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    times = time_calls(lambda: target.copy_(source), bench)
+    return timing(times) | {"per_second": 2 * size / statistics.median(times) * 1e3}
+
+
+def build(case: Case, bench: Bench) -> tuple[Any, Any, Any]:
+    """(trainer, training loader, test loader) of a case, put together as train.py does."""
+    import torch
+
+    from lab.config import EVAL_BATCH_SIZE
+    from lab.data.augment import Preprocess
+    from lab.data.loaders import build_loader
+    from lab.distributed import build_accelerator, loader_place
+    from lab.engine import prepare
+    from lab.models import build_model
+    from lab.recipes import resolve
+
+    dataset = DATASETS[case.model]
+    settings = {"model": case.model, "recipe": "notebook", "batch_size": case.batch_size}
+    settings |= {"augment": case.augment or "none", **dict(case.settings)}
+    if case.graph:
+        settings["cuda_graph"] = True
+    config = resolve(settings)
+    accelerator = build_accelerator(mixed_precision=case.precision, quiet=True)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = case.tf32
+    place = loader_place(accelerator, "resident", 0)
+    splits, device = bench.splits[dataset], accelerator.device
+    augment = Preprocess(splits.mean, splits.std, config.augmentations, device)
+    plain = Preprocess(splits.mean, splits.std, (), device)
+    loader = build_loader(splits.train, augment, batch_size=case.batch_size, seed=0, **place)
+    test = build_loader(splits.test, plain, batch_size=EVAL_BATCH_SIZE, seed=None, **place)
+    torch.manual_seed(0)
+    network = build_model(case.model, num_classes=10, channels=CHANNELS[dataset], image_size=32)
+    trainer = prepare(accelerator, network, config)
+    form = torch.channels_last if case.channels_last else torch.contiguous_format
+    trainer.network.to(memory_format=form)
+    if case.compile:
+        trainer.network.compile(mode=case.compile)
+    return trainer, loader, test
+
+
+def full_batches(loader: Any, number: int) -> list[Any]:
+    """The first few batches of an epoch that are full."""
+    size = loader.plan.batch_size
+    return [b for b in islice(loader.batches(1), number) if len(b.labels) == size]
+
+
+def count_operations(case: Case, batch: Any) -> int:
+    """Floating-point operations of the products and convolutions of a step, forward and back."""
+    import torch.nn.functional as F
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from lab.models import build_model
+
+    _, channels, size, _ = batch.images.shape
+    network = build_model(case.model, num_classes=10, channels=channels, image_size=size)
+    network.to(batch.images.device)
+    with FlopCounterMode(display=False) as counter:
+        F.cross_entropy(network(batch.images), batch.labels).backward()
+    return counter.get_total_flops()
+
+
+def measure_step(case: Case, bench: Bench) -> dict[str, Any]:
+    """A training step on batches that lie ready: time, use of the matrix rate, launches, memory."""
+    import torch
+
+    from lab.engine import train_step
+
+    trainer, loader, _ = build(case, bench)
+    batches = full_batches(loader, 8)
+    operations = count_operations(case, batches[0])
+    trainer.model.train()
+    step = (trainer.recorded if case.graph else None) or partial(train_step, trainer)
+    turn = cycle(batches)
+    if bench.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    row = timing(time_calls(lambda: step(next(turn)), bench))
+    row["images_per_second"] = case.batch_size / row["ms"] * 1e3
+    row["operations"] = operations
+    if bench.matrix_rate:
+        row["utilisation"] = operations / row["ms"] * 1e3 / bench.matrix_rate
+    if bench.device.type == "cuda":
+        row["peak_mb"] = torch.cuda.max_memory_allocated() / 2**20
+    return row | count_launches(lambda: step(next(turn)), bench)
+
+
+def measure_pipeline(case: Case, bench: Bench) -> dict[str, Any]:
+    """A batch cut, augmented and normalised, of a whole epoch's average."""
+    _, loader, _ = build(case, bench)
+    times = []
+    for epoch in range(3):
+        synchronise(bench.device)
+        start = time.perf_counter()
+        num_batches = sum(1 for _ in loader.batches(epoch))
+        synchronise(bench.device)
+        times.append(1e3 * (time.perf_counter() - start) / num_batches)
+    row = timing(times[1:]) | {"images_per_second": case.batch_size / min(times[1:]) * 1e3}
+    batches = loader.batches(1)
+    next(batches)
+    return row | count_launches(lambda: next(batches), bench)
+
+
+def measure_epochs(case: Case, bench: Bench, num_epochs: int) -> dict[str, Any]:
+    """Seconds of each epoch of training and of its evaluation, from the first step on."""
+    from lab.engine import train_one_epoch
+    from lab.evaluation import predict_all
+
+    trainer, loader, test = build(case, bench)
+    step, train_seconds, eval_seconds = 0, [], []
+    begin = time.perf_counter()
+    for epoch in range(1, num_epochs + 1):
+        trained = train_one_epoch(trainer, loader, epoch, step, lambda *_: None, lambda _: None)
+        step = trained.step
+        start = time.perf_counter()
+        accuracy = predict_all(trainer.accelerator, trainer.evaluated, test).report()["accuracy"]
+        train_seconds.append(trained.seconds)
+        eval_seconds.append(time.perf_counter() - start)
+    seconds = time.perf_counter() - begin
+    steady = statistics.median(train_seconds[1:] or train_seconds)
+    row = {
+        "ms": 1e3 * steady / loader.plan.num_batches,
+        "images_per_second": loader.plan.num_samples / steady,
+        "seconds": seconds,
+        "train_seconds": train_seconds,
+        "eval_seconds": eval_seconds,
+        "accuracy": accuracy,
+    }
+    batch = full_batches(loader, 1)[0]
+    operations = count_operations(case, batch) / case.batch_size * loader.plan.num_samples
+    if bench.matrix_rate:
+        row["utilisation"] = operations / steady / bench.matrix_rate
+    return row
+
+
+def check_synchronisation(case: Case, bench: Bench) -> dict[str, Any]:
+    """The number of steps in which the host never waited for the device; else raises."""
+    import torch
+
+    from lab.engine import train_one_epoch
+
+    trainer, loader, _ = build(case, bench)
+    trainer.config = replace(trainer.config, max_steps=5, log_every=10**9)
+
+    def watch(step: int, *_: object) -> None:
+        # After the first step, and not after the last: the ends of an epoch may wait.
+        if bench.device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("error" if step < 5 else "default")
+
+    try:
+        train_one_epoch(trainer, loader, 1, 0, lambda *_: None, lambda _: None)
+        train_one_epoch(trainer, loader, 1, 0, watch, lambda _: None)
+    finally:
+        if bench.device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+    return {"steps_without": 4}

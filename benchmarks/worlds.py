@@ -1,0 +1,82 @@
+"""Two processes on two cores against one process with two threads: AlexNet, the same global batch.
+
+  python benchmarks/worlds.py
+
+Steps of 128 images that lie ready, in the precision and layout that lab chooses; in turn, each
+world started anew by torchrun. About a minute a round on 2 CPU cores.
+"""
+
+import argparse
+import json
+import time
+from functools import partial
+
+from common import child, in_turn, ratios, spread, write_json
+
+BATCH_SIZE, STEPS = 128, 20
+WORLDS = {  # processes, --comm-hook
+    "1 process": (1, "none"),
+    "2 processes": (2, "none"),
+    "2 processes, bf16 hook": (2, "bf16"),
+}
+
+
+def run_one(comm_hook: str) -> dict | None:
+    """Images a second of all processes together, on the main process."""
+    import torch
+
+    from lab.data.loaders import Batch, shard
+    from lab.distributed import build_accelerator
+    from lab.engine import prepare, train_step
+    from lab.models import build_model
+    from lab.recipes import resolve
+
+    config = resolve({"model": "alexnet", "dataset": "folder", "recipe": "notebook"})
+    accelerator = build_accelerator(large_model=True, comm_hook=comm_hook)
+    torch.manual_seed(0)
+    network = build_model("alexnet", num_classes=10, channels=3, image_size=32)
+    trainer = prepare(accelerator, network, config)
+    part = shard(BATCH_SIZE, accelerator.process_index, accelerator.num_processes)
+    images = torch.randn(BATCH_SIZE, 3, 32, 32)[part].to(accelerator.device)
+    labels = torch.randint(10, (BATCH_SIZE,))[part].to(accelerator.device)
+    batch = Batch(images, labels, labels, BATCH_SIZE)
+    trainer.model.train()
+    for _ in range(3):
+        train_step(trainer, batch)
+    accelerator.wait_for_everyone()
+    start = time.perf_counter()
+    for _ in range(STEPS):
+        train_step(trainer, batch)
+    accelerator.wait_for_everyone()
+    speed = STEPS * BATCH_SIZE / (time.perf_counter() - start)
+    return {"images_per_second": speed} if accelerator.is_main_process else None
+
+
+def main() -> None:
+    """Runs what the command line says."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        if result := run_one(args.one):
+            print(json.dumps(result), flush=True)
+        return
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
+    contenders = {
+        name: partial(child, *launch, count, __file__, "--one", hook)
+        for name, (count, hook) in WORLDS.items()
+    }
+    results = in_turn(contenders, args.rounds, show="images_per_second")
+    print("\n| | images/s | / 1 process |\n| --- | --- | --- |")
+    for name, rows in results.items():
+        against = spread(ratios(results, name, "1 process", "images_per_second"))
+        print(f"| {name} | {spread([r['images_per_second'] for r in rows], '.0f')} | {against} |")
+    write_json(args.json, {"results": results})
+
+
+if __name__ == "__main__":
+    main()

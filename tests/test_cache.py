@@ -1,0 +1,191 @@
+"""The cache of decoded pictures: read the second time, never stale, never half-written."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lab.data import cache, folder
+from lab.data.folder import ImageFiles
+from lab.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def cache_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("LAB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(cache, "FEWEST", 3)
+    return tmp_path / "cache" / "pictures"
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Five noisy pictures of 10 x 10 pixels."""
+    rng = np.random.default_rng(0)
+    paths = []
+    for i in range(5):
+        paths.append(str(tmp_path / f"{i}.png"))
+        Image.fromarray(rng.integers(0, 256, (10, 10, 3), dtype=np.uint8)).save(paths[-1])
+    return ImageFiles(tuple(paths), 10)
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """The paths that were decoded so far."""
+    paths, decode = [], folder.decode
+    monkeypatch.setattr(folder, "decode", lambda p, size: paths.append(p) or decode(p, size))
+    return paths
+
+
+def test_the_second_time_nothing_is_decoded_and_pixels_are_the_same(files, decoded):
+    first = files.decode_all(2)
+    assert sorted(decoded) == sorted(files.paths)
+    assert torch.equal(first, files[torch.arange(5)])
+    decoded.clear()
+    assert torch.equal(files.decode_all(2), first)
+    assert decoded == []
+
+
+@pytest.mark.parametrize("change", ["content", "time", "size", "order", "fewer"])
+def test_whatever_changes_is_decoded_anew(files, decoded, change):
+    files.decode_all(1)
+    decoded.clear()
+    if change == "content":
+        Image.new("RGB", (10, 10)).save(files.paths[2])
+    elif change == "time":
+        os.utime(files.paths[2], (1, 1))
+    elif change == "size":
+        files = ImageFiles(files.paths, 9)
+    elif change == "order":
+        files = ImageFiles(files.paths[::-1], 10)
+    else:
+        files = ImageFiles(files.paths[:4], 10)
+    images = files.decode_all(1)
+    assert len(decoded) == len(files)
+    assert torch.equal(images, files[torch.arange(len(files))])
+
+
+def test_few_pictures_are_not_kept(files, cache_folder):
+    ImageFiles(files.paths[:2], 10).decode_all(1)
+    assert not cache_folder.exists()
+
+
+def test_what_is_written_to_the_pictures_stays_in_this_process(files):
+    first = files.decode_all(1)
+    expected = first.clone()
+    first.zero_()
+    assert torch.equal(files.decode_all(1), expected)
+
+
+@pytest.mark.parametrize("content", [b"", b"x" * 2000, None])
+def test_a_damaged_file_is_replaced(files, cache_folder, content):
+    expected = files.decode_all(1).clone()
+    (path,) = cache_folder.glob("*.uint8")
+    path.write_bytes(path.read_bytes()[:-7] if content is None else content)
+    assert torch.equal(files.decode_all(1), expected)
+    assert torch.equal(files.decode_all(1), expected)
+
+
+def test_a_damaged_picture_leaves_nothing(files, cache_folder):
+    with open(files.paths[3], "wb") as file:
+        file.write(b"no picture")
+    with pytest.raises(UserError, match=r"cannot read the picture .*3\.png"):
+        files.decode_all(2)
+    assert [p.suffix for p in cache_folder.iterdir()] == [".lock"]
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(files, cache_folder, monkeypatch):
+    monkeypatch.setenv("LAB_CACHE", files.paths[0])  # a file, so no folder can be made of it
+    assert torch.equal(files.decode_all(1), files[torch.arange(5)])
+    monkeypatch.setenv("LAB_CACHE", str(cache_folder.parent))
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    assert torch.equal(files.decode_all(1), files[torch.arange(5)])
+    assert [p.suffix for p in cache_folder.iterdir()] == [".lock"]
+
+
+def test_what_was_long_unused_is_deleted_and_nothing_of_others(files, cache_folder):
+    cache_folder.mkdir(parents=True)
+    stranger = cache_folder.parent / "features.uint8"
+    for path, days in (
+        (cache_folder / "old.uint8", 31),
+        (cache_folder / "killed.tmp", 31),
+        (cache_folder / "new.uint8", 29),
+        (stranger, 400),
+    ):
+        path.write_bytes(b"")
+        stamp = cache.time.time() - days * 24 * 3600
+        os.utime(path, (stamp, stamp))
+    files.decode_all(1)
+    assert stranger.exists()
+    assert (cache_folder / "new.uint8").exists()
+    assert not (cache_folder / "old.uint8").exists()
+    assert not (cache_folder / "killed.tmp").exists()
+
+
+def test_beyond_the_limit_the_longest_unused_go(files, cache_folder, monkeypatch):
+    monkeypatch.setattr(cache, "KEPT_BYTES", 2000)
+    files.decode_all(1)  # 1,500 bytes
+    ImageFiles(files.paths[:4], 10).decode_all(1)  # 1,200 bytes
+    (left,) = cache_folder.glob("*.uint8")
+    assert left.stat().st_size == 1200
+
+
+KILLED = """
+import os, sys
+from lab.data import cache, folder
+cache.FEWEST = 3
+decode = folder.decode
+def die(path, size):
+    if path == sys.argv[3]:
+        os.kill(os.getpid(), 9)
+    return decode(path, size)
+folder.decode = die
+folder.ImageFiles(tuple(sys.argv[1:]), 10).decode_all(1)
+"""
+
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_a_process_killed_while_it_writes_leaves_the_next_one_whole_pictures(
+    files, decoded, cache_folder
+):
+    command = [sys.executable, "-c", KILLED, *files.paths]
+    done = subprocess.run(command, timeout=120, check=False, cwd=ROOT)
+    assert done.returncode == -9
+    assert not list(cache_folder.glob("*.uint8"))
+    assert torch.equal(files.decode_all(1), files[torch.arange(5)])
+    assert len(decoded) == 10  # all of them, and once more for the comparison
+    assert not list(cache_folder.glob("*.tmp"))
+
+
+TOGETHER = """
+import sys, time
+from lab.data import cache, folder
+cache.FEWEST = 3
+decode, count = folder.decode, 0
+def slow(path, size):
+    global count
+    count += 1
+    time.sleep(0.2)
+    return decode(path, size)
+folder.decode = slow
+images = folder.ImageFiles(tuple(sys.argv[1:]), 10).decode_all(1)
+print(count, int(images.long().sum()))
+"""
+
+
+def test_of_two_processes_at_once_one_decodes_and_the_other_reads(files):
+    command = [sys.executable, "-c", TOGETHER, *files.paths]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) for _ in "ab"]
+    said = [process.communicate(timeout=120)[0].split() for process in both]
+    total = str(int(files[torch.arange(5)].long().sum()))
+    assert sorted(said) == [["0", total], ["5", total]]

@@ -1,0 +1,143 @@
+"""On a GPU: a step waits for nothing and computes the CPU's numbers; all lies on the device."""
+
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from trainers import UNUSUAL, VARIANTS, make_loader, make_trainer, place, train
+
+import train as train_script
+from lab import checkpoint
+from lab.data.augment import Preprocess, random_bits
+from lab.data.loaders import Plan, ResidentLoader, permutation
+from lab.data.sources import Split
+from lab.data.toy import load_digits
+from lab.distributed import choose_precision
+from lab.evaluation import predict_all
+from lab.models import build_model
+
+
+def gpu(test):
+    """Marks a test that needs a CUDA device."""
+    missing = not torch.cuda.is_available()
+    return pytest.mark.gpu(pytest.mark.skipif(missing, reason="needs a CUDA device")(test))
+
+
+def large_digits():
+    """Images uint8 [1797, 1, 28, 28] and labels of the bundled digits, each pixel three times."""
+    images, labels = load_digits()
+    return F.pad(images.repeat_interleave(3, 2).repeat_interleave(3, 3), (2, 2, 2, 2)), labels
+
+
+@gpu
+@pytest.mark.parametrize("cuda_graph", [False, True])
+@pytest.mark.parametrize("settings", VARIANTS, ids=["sgd", "unusual", "adamw"])
+@pytest.mark.parametrize(("model", "precision"), [("lenet5", "no"), ("alexnet", "bf16")])
+def test_a_step_never_waits_for_the_gpu(model, precision, settings, cuda_graph):
+    cuda = place("cuda", precision)
+    loader = make_loader(cuda, model, num_samples=65)
+    trainer = make_trainer(cuda, model, batch_size=8, cuda_graph=cuda_graph, **settings)
+    train(trainer, loader)  # kernels are chosen, and the graph is recorded
+
+    def watch(step, *_):  # from the first step to the last: an epoch's ends may wait
+        torch.cuda.set_sync_debug_mode("error" if step < 9 else "default")
+
+    try:
+        train(trainer, loader, on_step=watch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@gpu
+@pytest.mark.parametrize("augment", ["crop", "flip", "cutout", "crop,flip,cutout"])
+def test_p2_order_and_augmentation_are_the_cpus_to_the_last_bit(augment):
+    images = large_digits()[0]
+    found = []
+    for device in ("cpu", "cuda"):
+        order = permutation(len(images), 5, 3, device)
+        pixels, bits = images.to(device), random_bits(5, 3, len(images), device)
+        preprocess = Preprocess((0.0,), (1 / 255,), augment.split(","), device)
+        found.append((order.cpu(), bits.cpu(), preprocess(pixels, bits).cpu()))
+    for on_cpu, on_gpu in zip(*found, strict=True):
+        assert torch.equal(on_cpu, on_gpu)
+    assert not torch.equal(found[0][2], images.float())
+
+
+@gpu
+@pytest.mark.parametrize("cuda_graph", [False, True])
+def test_p2_the_gpu_follows_the_cpus_curve(cuda_graph):
+    curves = []
+    for device in ("cpu", "cuda"):
+        accelerator = place(device)
+        images, labels = large_digits()
+        split = Split(images, labels, tuple("0123456789"))
+        preprocess = Preprocess((0.3,), (0.4,), ("crop", "cutout"), accelerator.device)
+        plan = Plan(len(labels), 64, 0, 0, 1)
+        loader = ResidentLoader(split, plan, preprocess, accelerator.device)
+        settings = {"batch_size": 64, "max_steps": 10, "log_every": 1, **UNUSUAL}
+        graphs = {"cuda_graph": cuda_graph and device == "cuda"}
+        rows = []
+        train(make_trainer(accelerator, **settings, **graphs), loader, on_log=rows.append)
+        curves.append([row["loss"] for row in rows])
+    assert len(curves[0]) == 10
+    assert curves[1] == pytest.approx(curves[0], abs=1e-3)
+
+
+@gpu
+@pytest.mark.parametrize("num_samples", [1, 31, 32, 33])
+def test_p1_each_sample_is_evaluated_once_on_a_gpu(num_samples):
+    cuda = place("cuda")
+    loader = make_loader(cuda, num_samples=num_samples, seed=None)
+    predictions = predict_all(cuda, make_trainer(cuda).evaluated, loader)
+    assert predictions.labels.tolist() == [i % 10 for i in range(num_samples)]
+    matrix = predictions.report()["confusion_matrix"]
+    assert sum(map(sum, matrix)) == num_samples
+    assert all(math.isfinite(x) for x in predictions.losses.tolist())
+
+
+@gpu
+def test_data_weights_and_optimizer_lie_on_the_gpu():
+    cuda = place("cuda")
+    loader, trainer = make_loader(cuda), make_trainer(cuda, ema=0.9, optimizer="adamw")
+    train(trainer, loader)
+    assert loader.images.is_cuda
+    assert loader.images.dtype == torch.uint8
+    assert all(x.is_cuda for x in next(loader.batches(1)).__dict__.values() if torch.is_tensor(x))
+    assert all(p.is_cuda for p in [*trainer.network.parameters(), *trainer.evaluated.parameters()])
+    assert all(group["fused"] for group in trainer.optimizer.param_groups)
+    states = [t for s in trainer.optimizer.state.values() for t in s.values() if torch.is_tensor(t)]
+    assert states
+    assert all(t.is_cuda for t in states)
+
+
+@gpu
+def test_an_epoch_leaves_no_memory_behind():
+    cuda = place("cuda")
+    loader, trainer = make_loader(cuda), make_trainer(cuda)
+    train(trainer, loader, epochs=2)
+    before = torch.cuda.memory_allocated()
+    train(trainer, loader, epochs=3)
+    assert torch.cuda.memory_allocated() == before
+    assert all(p.grad is None for p in trainer.network.parameters())
+
+
+@gpu
+def test_bfloat16_is_chosen_for_large_networks():
+    modern = torch.cuda.get_device_capability() >= (8, 0)
+    assert choose_precision("auto", "cuda", large_model=True) == ("bf16" if modern else "no")
+    assert choose_precision("auto", "cuda", large_model=False) == "no"
+
+
+@gpu
+def test_p5_weights_from_a_gpu_are_read_on_a_cpu(tmp_path):
+    place("cuda")  # forgets a CPU that other tests have chosen
+    words = ["--dataset", "digits", "--recipe", "smoke", "--quiet", "--ema", "0.9", "--name", "run"]
+    train_script.main([*words, "--output-dir", str(tmp_path)])
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["device"] == "cuda"
+    path = checkpoint.find_weights(str(tmp_path / "run"))
+    about = checkpoint.read_info(path)
+    network = build_model(**about["model"])
+    checkpoint.load_weights(path, network)
+    assert all(not p.is_cuda and p.isfinite().all() for p in network.parameters())

@@ -1,0 +1,67 @@
+"""Small trainers and loaders on a CPU or a GPU, for the tests of the training step."""
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+
+from lab.config import TrainConfig
+from lab.data.augment import Preprocess
+from lab.data.loaders import Plan, ResidentLoader
+from lab.data.sources import Split
+from lab.distributed import build_accelerator
+from lab.engine import prepare, train_one_epoch
+from lab.models import build_model
+
+SIZES = {"lenet5": (1, 28), "alexnet": (3, 8)}  # channels, pixels a side
+UNUSUAL = {"label_smoothing": 0.1, "ema": 0.9, "accumulate": 2, "clip_norm": 1.0}
+VARIANTS = [
+    {},
+    UNUSUAL,
+    {"optimizer": "adamw", "lr": 1e-3},
+]
+
+
+def place(device, mixed_precision="no"):
+    """The Accelerator of a device, "cpu" or "cuda", whichever was in use before; without TF32."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", str(device == "cpu").lower())
+        AcceleratorState._reset_state(reset_partial_state=True)
+        accelerator = build_accelerator(mixed_precision=mixed_precision, threads=1, quiet=True)
+    assert accelerator.device.type == device
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    return accelerator
+
+
+def make_trainer(accelerator, model="lenet5", **settings):
+    channels, size = SIZES[model]
+    torch.manual_seed(0)
+    network = build_model(model, num_classes=10, channels=channels, image_size=size)
+    plain = {"model": model, "dataset": "digits", "schedule": "constant", "log_every": 10**9}
+    return prepare(accelerator, network, TrainConfig(**plain | {"lr": 0.01} | settings))
+
+
+def make_loader(accelerator, model="lenet5", num_samples=33, batch_size=8, seed=0):
+    channels, size = SIZES[model]
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(
+        256, (num_samples, channels, size, size), generator=generator, dtype=torch.uint8
+    )
+    split = Split(images, torch.arange(num_samples) % 10, tuple("0123456789"))
+    augment = ("crop", "flip", "cutout") if seed is not None else ()
+    preprocess = Preprocess((0.5,) * channels, (0.5,) * channels, augment, accelerator.device)
+    plan = Plan(num_samples, batch_size, seed, 0, 1)
+    return ResidentLoader(split, plan, preprocess, accelerator.device)
+
+
+def train(trainer, loader, epochs=1, on_step=lambda *_: None, on_log=lambda _: None):
+    """The losses of the epochs."""
+    step, losses = 0, []
+    for epoch in range(1, epochs + 1):
+        trained = train_one_epoch(trainer, loader, epoch, step, on_step, on_log)
+        step = trained.step
+        losses.append(trained.loss)
+    return losses
+
+
+def weights(network):
+    return torch.cat([p.detach().cpu().flatten() for p in network.parameters()])
