@@ -48,17 +48,14 @@ STEPS = [
     LENET("lenet5 TF32"),
     LENET("lenet5 TF32, channels_last", channels_last=True),
     LENET("lenet5 bfloat16", precision="bf16"),
-    LENET("lenet5 TF32, graph", graph=True),
     ALEXNET("alexnet float32", tf32=False),
     ALEXNET("alexnet TF32"),
     ALEXNET("alexnet TF32, channels_last", channels_last=True),
     ALEXNET("alexnet bfloat16", precision="bf16"),
     BF16("alexnet bfloat16, channels_last"),
     BF16("alexnet bfloat16, channels_last, AdamW", settings=(("optimizer", "adamw"), ("lr", 1e-3))),
-    BF16("alexnet bfloat16, channels_last, graph", graph=True),
-    BF16("alexnet bfloat16, graph, batch 512", batch_size=512, graph=True),
+    BF16("alexnet bfloat16, batch 512", batch_size=512),
     BF16("alexnet bfloat16, batch 2048", batch_size=2048),
-    BF16("alexnet bfloat16, graph, batch 2048", batch_size=2048, graph=True),
     LENET("lenet5 TF32, compile", compile="default"),
     LENET("lenet5 TF32, reduce-overhead", compile="reduce-overhead"),
     BF16("alexnet bfloat16, compile", compile="default"),
@@ -66,9 +63,7 @@ STEPS = [
 ]
 EPOCHS = [  # and how many of them
     (LENET("lenet5, epochs"), 4),
-    (LENET("lenet5, epochs, graph", graph=True), 4),
     (BF16("alexnet, 20 epochs"), 20),
-    (BF16("alexnet, 20 epochs, graph", graph=True), 20),
 ]
 BATCHES = [LENET("lenet5, batches"), ALEXNET("alexnet, batches")]
 UNUSUAL = (("label_smoothing", 0.1), ("ema", 0.99), ("accumulate", 2), ("clip_norm", 1.0))
@@ -104,7 +99,7 @@ def load(data_dir: str | None, quick: bool) -> dict[str, Any]:
         num_train, num_test = (40, 20) if quick else COUNTS[name]
         train, test = draw(name, num_train), draw(name, num_test)
         spec = SPECS[name]
-        found[name] = Splits(train, test, test, spec.mean, spec.std, "test")
+        found[name] = Splits(train, test, test, spec.mean, spec.std, "test", {})
     return found
 
 

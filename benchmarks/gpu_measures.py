@@ -26,7 +26,6 @@ class Case:
     precision: str = "no"
     tf32: bool = True
     channels_last: bool = False
-    graph: bool = False
     compile: str = ""  # a mode of torch.compile
     augment: str = ""
     settings: tuple[tuple[str, Any], ...] = ()
@@ -145,8 +144,6 @@ def build(case: Case, bench: Bench) -> tuple[Any, Any, Any]:
     dataset = DATASETS[case.model]
     settings = {"model": case.model, "recipe": "notebook", "batch_size": case.batch_size}
     settings |= {"augment": case.augment or "none", **dict(case.settings)}
-    if case.graph:
-        settings["cuda_graph"] = True
     config = resolve(settings)
     accelerator = build_accelerator(mixed_precision=case.precision, quiet=True)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = case.tf32
@@ -197,7 +194,7 @@ def measure_step(case: Case, bench: Bench) -> dict[str, Any]:
     batches = full_batches(loader, 8)
     operations = count_operations(case, batches[0])
     trainer.model.train()
-    step = (trainer.recorded if case.graph else None) or partial(train_step, trainer)
+    step = partial(train_step, trainer)
     turn = cycle(batches)
     if bench.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()

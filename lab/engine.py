@@ -130,6 +130,7 @@ def train_step(trainer: Trainer, batch: Batch) -> Tensor:
     """
     accelerator, config = trainer.accelerator, trainer.config
     scale = accelerator.num_processes / batch.num_global
+    sums: Any = 0.0
     # A process without samples still takes part: in the collective, with an empty batch.
     num_parts = max(1, min(config.accumulate, len(batch.labels)))
     for i in range(num_parts):
@@ -142,8 +143,7 @@ def train_step(trainer: Trainer, batch: Batch) -> Tensor:
                 logits, labels, reduction="sum", label_smoothing=config.label_smoothing
             )
             accelerator.backward(loss * scale)
-        part_sums = torch.stack((loss.detach(), (logits.argmax(1) == labels).sum()))
-        sums = part_sums if i == 0 else sums + part_sums
+        sums = sums + torch.stack((loss.detach(), (logits.argmax(1) == labels).sum()))
     if config.clip_norm:
         accelerator.clip_grad_norm_(trainer.model.parameters(), config.clip_norm)
     trainer.optimizer.step()
