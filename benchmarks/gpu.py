@@ -167,7 +167,8 @@ def table(report: dict[str, dict]) -> list[str]:
             lines.append(f"{name:44}{cells}" if "ms" in row else f"{name:44}  {why(row)}")
     lines.append("")
     for name, row in report["synchronisation"].items():
-        lines.append(f"{name}, host waits for the device: {why(row) or 'never'}")
+        waits = row.get("skipped") or why(row) or "never"
+        lines.append(f"{name}, host waits for the device: {waits}")
     for name, row in report["epochs"].items():
         if "seconds" in row:
             epoch = statistics.median(row["train_seconds"])
