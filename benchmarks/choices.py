@@ -1,17 +1,20 @@
-"""The choices that lab makes by itself, measured: precision, memory format, threads, torch.compile.
+"""What lab chooses by itself, measured: precision, layout, threads, torch.compile, memory.
 
-  python benchmarks/choices.py               both networks, about three minutes on 2 CPU cores
+  python benchmarks/choices.py               both networks, about four minutes on 2 CPU cores
   python benchmarks/choices.py --compile     with torch.compile too, which needs a C++ compiler
 
 Whole training steps of 128 images that lie ready. All variants of a network are built once and
-timed in turn in one process. `auto` marks what `--mixed-precision auto` and `lay_out` choose.
+timed in turn in one process. `auto` marks what `--mixed-precision auto` and `lay_out` choose. Then,
+in processes of their own, `auto` with freed memory kept, as lab does, and given back.
 """
 
 import argparse
 import itertools
+import json
 import time
+from functools import partial
 
-from common import in_turn, ratios, spread, write_json
+from common import child, in_turn, ratios, spread, write_json
 
 BATCH_SIZE = 128
 STEPS = {"lenet5": 60, "alexnet": 5}
@@ -61,6 +64,28 @@ def step_timer(model: str, precision: str, channels_last: bool, threads: int, co
     return run
 
 
+def run_one(model: str, keep: str) -> dict:
+    """Images a second of what lab chooses, in this process."""
+    from lab.distributed import choose_precision, keep_freed_memory, num_cores
+    from lab.models import MODELS
+
+    if keep == "kept":
+        keep_freed_memory()
+    large = MODELS[model].large
+    run = step_timer(model, choose_precision("auto", "cpu", large), large, num_cores(), False)
+    return run()
+
+
+def table(results: dict[str, list], chosen: str) -> str:
+    """Speeds as Markdown, and their ratios to the `chosen` contender's."""
+    lines = ["\n| | images/s | / auto |", "| --- | --- | --- |"]
+    for name, rows in results.items():
+        against = spread(ratios(results, name, chosen, "images_per_second"))
+        speed = spread([row["images_per_second"] for row in rows], ",.0f")
+        lines.append(f"| {name} | {speed} | {against} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Runs what the command line says."""
     parser = argparse.ArgumentParser(
@@ -69,7 +94,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--compile", action="store_true", help="measure torch.compile too")
     parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.one:
+        print(json.dumps(run_one(*args.one)))
+        return
 
     import torch
 
@@ -95,12 +124,16 @@ def main() -> None:
         print(model)
         results = in_turn(contenders, args.rounds, show="images_per_second")
         chosen = next(name for name in results if name.endswith("(auto)"))
-        print("\n| | images/s | / auto |\n| --- | --- | --- |")
-        for name, rows in results.items():
-            against = spread(ratios(results, name, chosen, "images_per_second"))
-            speed = spread([row["images_per_second"] for row in rows], ",.0f")
-            print(f"| {name} | {speed} | {against} |")
+        print(table(results, chosen))
         output[model] = results
+        if device_type == "cpu":
+            memory = {
+                f"freed memory {keep}": partial(child, __file__, "--one", model, keep)
+                for keep in ("kept", "given back")
+            }
+            results = in_turn(memory, args.rounds, show="images_per_second")
+            print(table(results, "freed memory kept"))
+            output[f"{model}, memory"] = results
     write_json(args.json, {"results": output})
 
 

@@ -57,6 +57,17 @@ class Case:
             datasets.ImageFolder(str(root / "test"), T.Compose(plain)),
         )
 
+    def usual_network(self) -> nn.Module:
+        """`network` as the notebooks have it: of PyTorch's own layers."""
+        from lab.models.classic import AveragePool
+
+        network = self.network()
+        for module in network.modules():
+            for name, child in module.named_children():
+                if isinstance(child, AveragePool):
+                    setattr(module, name, nn.AvgPool2d(2))
+        return network
+
     def network(self) -> nn.Module:
         """The case's network with the project's initial weights."""
         from lab.models import build_model
@@ -69,7 +80,7 @@ class Case:
 def notebook(case: Case) -> Contender:
     """The notebooks' loop: per-sample transforms, worker processes, `.item()` in every step."""
     train_set, test_set = case.sets()
-    network = case.network()
+    network = case.usual_network()
     optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
     loader = DataLoader(train_set, BATCH_SIZE, shuffle=True, num_workers=WORKERS)
     test_loader = DataLoader(test_set, BATCH_SIZE, num_workers=WORKERS)
@@ -107,7 +118,7 @@ def accelerate(case: Case) -> Contender:
 
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     train_set, test_set = case.sets()
-    network = case.network()
+    network = case.usual_network()
     optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
     loader = DataLoader(train_set, BATCH_SIZE, shuffle=True, num_workers=WORKERS)
     test_loader = DataLoader(test_set, BATCH_SIZE, num_workers=WORKERS)
@@ -225,7 +236,7 @@ def lightning(case: Case) -> Contender:
         def configure_optimizers(self):
             return torch.optim.SGD(self.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
 
-    module = Module(case.network())
+    module = Module(case.usual_network())
     train_set, test_set = case.sets()
     loader = DataLoader(train_set, BATCH_SIZE, shuffle=True, num_workers=WORKERS)
     test_loader = DataLoader(test_set, BATCH_SIZE, num_workers=WORKERS)

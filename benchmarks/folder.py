@@ -32,7 +32,7 @@ def read_with_lab(root: str) -> int:
     from lab.data.sources import in_memory
 
     parts = read_folder(DataConfig("folder", root, 32, 0.1, 0.2, 0, 0, 0, 0))
-    return in_memory(parts.train, num_threads=2).images.shape[0]
+    return in_memory(parts.train, num_workers=2).images.shape[0]
 
 
 READERS = {"torchvision": read_with_torchvision, "lab": read_with_lab}

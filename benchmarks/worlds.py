@@ -18,6 +18,7 @@ WORLDS = {  # processes, --comm-hook
     "1 process": (1, "none"),
     "2 processes": (2, "none"),
     "2 processes, bf16 hook": (2, "bf16"),
+    "2 processes, no exchange": (2, "off"),  # each for itself: what there is to gain
 }
 
 
@@ -32,7 +33,9 @@ def run_one(comm_hook: str) -> dict | None:
     from lab.recipes import resolve
 
     config = resolve({"model": "alexnet", "dataset": "folder", "recipe": "notebook"})
-    accelerator = build_accelerator(large_model=True, comm_hook=comm_hook)
+    accelerator = build_accelerator(
+        large_model=True, comm_hook="none" if comm_hook == "off" else comm_hook
+    )
     torch.manual_seed(0)
     network = build_model("alexnet", num_classes=10, channels=3, image_size=32)
     trainer = prepare(accelerator, network, config)
@@ -40,6 +43,8 @@ def run_one(comm_hook: str) -> dict | None:
     images = torch.randn(BATCH_SIZE, 3, 32, 32)[part].to(accelerator.device)
     labels = torch.randint(10, (BATCH_SIZE,))[part].to(accelerator.device)
     batch = Batch(images, labels, labels, BATCH_SIZE)
+    if comm_hook == "off":
+        trainer.model = trainer.network
     trainer.model.train()
     for _ in range(3):
         train_step(trainer, batch)

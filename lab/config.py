@@ -10,7 +10,7 @@ from lab.errors import UserError
 SCHEDULES = ("constant", "step", "cosine", "one-cycle")
 OPTIMIZERS = ("sgd", "nesterov", "adamw")
 AUGMENTATIONS = ("crop", "flip", "cutout")
-EVAL_BATCH_SIZE = 250  # one for train.py and evaluate.py, so that they give the same last digit
+EVAL_BATCH_SIZE = 100  # one for train.py and evaluate.py, so that they give the same last digit
 
 
 def option(default: Any, group: str, text: str, **metadata: Any) -> Any:

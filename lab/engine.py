@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 
 from lab.config import TrainConfig
@@ -43,7 +42,7 @@ class Trainer:
     config: TrainConfig
     network: nn.Module  # the plain network
     model: nn.Module  # the same, wrapped for training on all processes
-    optimizer: AcceleratedOptimizer
+    optimizer: torch.optim.Optimizer
     average: nn.Module | None  # of the weights, where `ema` is on
 
     @property
@@ -70,9 +69,14 @@ def prepare(accelerator: Accelerator, network: nn.Module, config: TrainConfig) -
     if config.compile:
         if accelerator.device.type == "cpu" and not shutil.which(os.environ.get("CXX", "c++")):
             raise UserError("--compile needs a C++ compiler", "Install one, or leave it out")
-        network.compile()  # in place: the keys of the weights stay those of the plain network
+        # CUDA graphs keep gradients in memory that the next part of a batch would write over.
+        graphs = accelerator.device.type == "cuda" and config.accumulate == 1
+        # In place: the keys of the weights stay those of the plain network.
+        network.compile(mode="reduce-overhead" if graphs else None)
     optimizer = build_optimizer(network, config)
-    model, optimizer = accelerator.prepare(network, optimizer)
+    model = accelerator.prepare(network)
+    if accelerator.scaler:  # of fp16's gradients; else its wrapper's steps are only slower
+        optimizer = accelerator.prepare(optimizer)
     return Trainer(accelerator, config, network, model, optimizer, average)
 
 

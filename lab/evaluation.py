@@ -48,14 +48,13 @@ def predict_all(accelerator: Accelerator, network: nn.Module, loader: Loader) ->
     # Accelerate's gather_for_metrics trims by a count that it guesses: gather by index instead.
     # Row 0 counts how often each sample was seen; float32 holds each value here exactly.
     table = torch.zeros(5, loader.plan.num_samples, device=accelerator.device)
-    for batch in loader.batches():
-        with accelerator.autocast():
-            logits = network(batch.images)
-        logits = logits.float()
-        losses = F.cross_entropy(logits, batch.labels, reduction="none")
-        confidence, predictions = logits.softmax(1).max(1)
-        columns = (torch.ones_like(losses), batch.labels, predictions, confidence, losses)
-        table.index_add_(1, batch.index, torch.stack([c.float() for c in columns]))
+    with accelerator.autocast():  # around all batches: weights are converted once
+        for batch in loader.batches():
+            logits = network(batch.images).float()
+            losses = F.cross_entropy(logits, batch.labels, reduction="none")
+            confidence, predictions = logits.softmax(1).max(1)
+            columns = (torch.ones_like(losses), batch.labels, predictions, confidence, losses)
+            table.index_add_(1, batch.index, torch.stack([c.float() for c in columns]))
     table = accelerator.reduce(table).cpu()
     seen, labels, predictions, confidence, losses = table
     assert bool((seen == 1).all()), (

@@ -74,7 +74,7 @@ def evaluations(accelerator: Accelerator, pictures: Path) -> dict:
     """What predict_all and its report say, for every size of split, size of batch and loader."""
     files = read_folder(DataConfig("folder", str(pictures), 32, 0, 0, 0, 0, 0, 0)).train
     files = files.take(torch.randperm(1000, generator=torch.Generator().manual_seed(1)))
-    decoded = in_memory(files, num_threads=1)
+    decoded = in_memory(files, num_workers=1)
     preprocess = Preprocess((0.5,) * 3, (0.25,) * 3, (), accelerator.device)
     network = some_network(accelerator.process_index)
     results = {}

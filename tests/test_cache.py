@@ -42,11 +42,11 @@ def decoded(monkeypatch):
 
 
 def test_the_second_time_nothing_is_decoded_and_pixels_are_the_same(files, decoded):
-    first = files.decode_all(2)
+    first = files.decode_all(1)
     assert sorted(decoded) == sorted(files.paths)
     assert torch.equal(first, files[torch.arange(5)])
     decoded.clear()
-    assert torch.equal(files.decode_all(2), first)
+    assert torch.equal(files.decode_all(1), first)
     assert decoded == []
 
 
@@ -94,7 +94,7 @@ def test_a_damaged_picture_leaves_nothing(files, cache_folder):
     with open(files.paths[3], "wb") as file:
         file.write(b"no picture")
     with pytest.raises(UserError, match=r"cannot read the picture .*3\.png"):
-        files.decode_all(2)
+        files.decode_all(1)
     assert [p.suffix for p in cache_folder.iterdir()] == [".lock"]
 
 

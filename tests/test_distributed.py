@@ -234,9 +234,9 @@ def test_p7_sync_bn_without_gpus_is_one_error_and_touches_nothing(tmp_path):
 @pytest.mark.slow
 def test_p7_a_damaged_picture_met_by_one_process_is_named(tmp_path):
     """By a worker of its loader, in the evaluation after the first epoch."""
-    root, broken = tmp_path / "pictures", tmp_path / "pictures/val/class-9/0259.png"
+    root, broken = tmp_path / "pictures", tmp_path / "pictures/val/class-9/0109.png"
     write_pictures(root / "train", 30)
-    write_pictures(root / "val", 260)  # a batch of 250 for process 0, one of 10 for process 1
+    write_pictures(root / "val", 110)  # a batch of 100 for process 0, one of 10 for process 1
     assert max((root / "val").glob("*/*")) == broken
     broken.write_bytes(b"no picture")
     options = ["--dataset", "folder", "--data-dir", root, "--output-dir", tmp_path / "runs"]

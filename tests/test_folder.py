@@ -103,7 +103,7 @@ def test_sizes_and_formats_may_be_mixed(tmp_path):
     write(tmp_path, "b/0.png")
     images = read_folder(config(tmp_path, size=24)).train.images
     assert images.shape == (6, 3, 24, 24)
-    decoded = images.decode_all(num_threads=2)
+    decoded = images.decode_all(num_workers=2)
     assert (decoded.shape, decoded.dtype) == ((6, 3, 24, 24), torch.uint8)
     index = torch.tensor([5, 0, 3])
     assert torch.equal(images[index], decoded[index])

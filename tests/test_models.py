@@ -5,15 +5,15 @@ import torch
 from torch import nn
 
 from lab.models import MODELS, build_model
-from lab.models.classic import kaiming_init
+from lab.models.classic import AveragePool, kaiming_init
 
 LENET5 = [
     ("Conv2d", 6, 1, 5, 1, 2),  # out, in, kernel, stride, padding: 28 pixels are padded to 32
     ("Tanh",),
-    ("AvgPool2d", 2, 2),
+    ("AveragePool", 2, 2),
     ("Conv2d", 16, 6, 5, 1, 0),
     ("Tanh",),
-    ("AvgPool2d", 2, 2),
+    ("AveragePool", 2, 2),
     ("Conv2d", 120, 16, 5, 1, 0),
     ("Tanh",),
     ("Flatten",),
@@ -127,6 +127,15 @@ def test_each_corner_of_a_picture_counts(name, image_size):
             moved = images.clone()
             moved[:, :, row, column] += 10
             assert (network(moved) - logits).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize(("size", "kernel"), [((8, 6), 2), ((7, 6), 2), ((2, 3), 2), ((9, 9), 3)])
+def test_the_quick_average_pooling_is_pytorchs(size, kernel):
+    images = torch.randn(3, 2, *size, requires_grad=True)
+    pooled = [pool(kernel)(images) for pool in (AveragePool, nn.AvgPool2d)]
+    torch.testing.assert_close(*pooled)
+    weights = torch.randn_like(pooled[0])
+    torch.testing.assert_close(*(torch.autograd.grad(p, images, weights)[0] for p in pooled))
 
 
 def test_shapes_between_the_layers_are_the_commented_ones():

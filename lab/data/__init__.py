@@ -91,17 +91,17 @@ class Splits:
     fingerprints: dict[str, str]  # of "train", "val", "test": which samples are in it
 
 
-def load_splits(config: DataConfig, memory: float, num_threads: int) -> Splits:
+def load_splits(config: DataConfig, memory: float, num_workers: int) -> Splits:
     """The splits of a data set; the same for the same settings, on every process.
 
-    Pictures in files are decoded, by `num_threads` threads, where all of them take at most
+    Pictures in files are decoded, by `num_workers` processes, where all of them take at most
     `memory` bytes, and stay in files otherwise. Raises `UserError` where files are missing,
     damaged or too few.
     """
     from lab.data.sources import channel_statistics
 
     cut = _cut(config)
-    named = _ready(cut, config, memory, num_threads)
+    named = _ready(cut, config, memory, num_workers)
     spec = find_dataset(config.dataset)
     mean, std = spec.mean, spec.std
     if mean is None or std is None:
@@ -112,7 +112,7 @@ def load_splits(config: DataConfig, memory: float, num_threads: int) -> Splits:
 
 
 def load_split(
-    config: DataConfig, name: str, memory: float, num_threads: int
+    config: DataConfig, name: str, memory: float, num_workers: int
 ) -> tuple[Split, str | None]:
     """The split "train", "val" or "test" alone, and its fingerprint; or "all" of the data.
 
@@ -126,14 +126,14 @@ def load_split(
         if parts.test is not None:
             raise UserError(f"{config.dataset} comes in splits", "Give --split test, val or train")
         whole = limit(parts.train, config.limit_eval, config.split_seed)
-        return _ready({name: whole}, config, memory, num_threads)[name], None
+        return _ready({name: whole}, config, memory, num_workers)[name], None
     cut = _cut(config)
     if name not in cut:
         raise UserError(
             "this data has no validation split: the best epoch was chosen on the test split",
             "Give --split test",
         )
-    split = _ready({name: cut[name]}, config, memory, num_threads)[name]
+    split = _ready({name: cut[name]}, config, memory, num_workers)[name]
     return split, _fingerprints(cut)[name]
 
 
@@ -160,7 +160,7 @@ def _cut(config: DataConfig) -> dict[str, Split]:
 
 
 def _ready(
-    named: dict[str, Split], config: DataConfig, memory: float, num_threads: int
+    named: dict[str, Split], config: DataConfig, memory: float, num_workers: int
 ) -> dict[str, Split]:
     """The splits decoded, where all of them fit into `memory`, and at the image size."""
     from lab.data.sources import in_memory, resize
@@ -170,7 +170,7 @@ def _ready(
             title = {"train": "training", "val": "validation"}.get(name, name)
             raise UserError(f"the {title} split is empty", "Add pictures, or change the fractions")
     if sum(math.prod(split.images.shape) for split in named.values()) <= memory:
-        named = {name: in_memory(split, num_threads) for name, split in named.items()}
+        named = {name: in_memory(split, num_workers) for name, split in named.items()}
     return {name: resize(split, config.image_size) for name, split in named.items()}
 
 

@@ -99,4 +99,5 @@ class Preprocess:
         if bits is not None:
             for name in self.augment:
                 images = STEPS[name](images, bits)
-        return torch.addcmul(self.shift, images.float(), self.scale)
+        scaled = images.float()
+        return torch.addcmul(self.shift, scaled, self.scale, out=scaled)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,9 +12,11 @@ from typing import TYPE_CHECKING
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
+from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as F
 
 from lab.data.cache import cached
+from lab.data.loaders import BatchDataset, one_thread
 from lab.data.sources import Parts, Split
 from lab.errors import UserError
 
@@ -47,26 +48,32 @@ class ImageFiles:
 
     def __getitem__(self, index: Tensor) -> Tensor:
         """The pictures at `index`, int64 [n], as uint8 [n, 3, size, size]."""
-        images = torch.empty(len(index), *self.shape[1:], dtype=torch.uint8)
-        for image, i in zip(images, index.tolist(), strict=True):
-            image.copy_(decode(self.paths[i], self.size))
-        return images
+        if not len(index):
+            return torch.empty(0, *self.shape[1:], dtype=torch.uint8)
+        return torch.stack([decode(self.paths[i], self.size) for i in index.tolist()])
 
     def take(self, index: Tensor) -> ImageFiles:
         return ImageFiles(tuple(self.paths[i] for i in index.tolist()), self.size)
 
-    def decode_all(self, num_threads: int) -> Tensor:
+    def decode_all(self, num_workers: int) -> Tensor:
         """All pictures, uint8 [N, 3, size, size]; the second time, from the cache on disk."""
-        batches = torch.arange(len(self)).split(64)
+        # Of about 2 MB, as each is sent from a process; fewer, so that all have their share.
+        num_pictures = min(2**21 // (3 * self.size**2), len(self) // (8 * num_workers))
+        batches = torch.arange(len(self)).split(max(1, num_pictures))
 
         def fill(images: Tensor) -> None:
-            def decode_batch(index: Tensor) -> None:
-                images[index[0] : index[-1] + 1] = self[index]
-
-            # Threads, as the decoders hold no Python lock.
-            with ThreadPoolExecutor(num_threads) as pool:
-                for _ in pool.map(decode_batch, batches):
-                    pass
+            # Processes: for small pictures, threads would wait for each other's Python.
+            reader = DataLoader(
+                BatchDataset(self),
+                sampler=batches,
+                batch_size=None,  # the data set returns whole batches
+                num_workers=min(num_workers, len(batches)) if num_workers > 1 else 0,
+                worker_init_fn=one_thread,
+            )
+            for index, decoded in zip(batches, reader, strict=True):
+                if isinstance(decoded, UserError):
+                    raise decoded
+                images[index[0] : index[-1] + 1] = decoded
 
         return cached(self, fill)
 
@@ -78,7 +85,8 @@ def decode(path: str, size: int) -> Tensor:
     a file that is damaged or no picture.
     """
     try:
-        content = Path(path).read_bytes()
+        with open(path, "rb", buffering=0) as file:
+            content = file.read()
         image = _decode_with_pillow(content) if (jpeg := _decode_jpeg(content)) is None else jpeg
     except Exception as error:  # Pillow's decoders raise many kinds
         reason = getattr(error, "strerror", None) or str(error)

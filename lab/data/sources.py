@@ -32,7 +32,7 @@ class Files(Protocol):
     def __len__(self) -> int: ...
     def __getitem__(self, index: Tensor) -> Tensor: ...
     def take(self, index: Tensor) -> Files: ...
-    def decode_all(self, num_threads: int) -> Tensor: ...
+    def decode_all(self, num_workers: int) -> Tensor: ...
 
 
 Images = Tensor | Files
@@ -96,11 +96,11 @@ def limit(split: Split, count: int, seed: int) -> Split:
     return split.take(stratified_sample(split.labels, count, seed))
 
 
-def in_memory(split: Split, num_threads: int) -> Split:
+def in_memory(split: Split, num_workers: int) -> Split:
     """The split with its pictures decoded, where they lie in files."""
     if isinstance(split.images, Tensor):
         return split
-    return replace(split, images=split.images.decode_all(num_threads))
+    return replace(split, images=split.images.decode_all(num_workers))
 
 
 def resize(split: Split, size: int) -> Split:
