@@ -14,6 +14,7 @@ import shlex
 import sys
 import time
 from dataclasses import asdict
+from functools import partial
 
 from lab import console, recipes
 from lab.commandline import parse_arguments
@@ -21,26 +22,42 @@ from lab.config import EVAL_BATCH_SIZE, TrainConfig
 from lab.errors import run_script
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Trains as the command line `argv` says; raises `UserError`."""
+def main(argv: list[str] | None = None) -> int:
+    """Trains as the command line `argv` says; the exit code. Raises `UserError`."""
     given = parse_arguments(TrainConfig, argv, prog="train.py", about=__doc__)
     config = recipes.resolve(given)
 
     # PyTorch takes seconds to import: --help and a mistyped option are answered before.
     import torch
 
-    from lab import checkpoint, rundir
+    from lab import checkpoint, keeper, rundir, states
     from lab.data import DataConfig, load_splits
     from lab.data.augment import Preprocess
     from lab.data.loaders import build_loader
-    from lab.distributed import build_accelerator, describe, loader_place, place_line, together
-    from lab.engine import prepare, train_one_epoch
+    from lab.distributed import (
+        build_accelerator,
+        describe,
+        join_world,
+        loader_place,
+        place_line,
+        together,
+    )
+    from lab.engine import Position, prepare, train_one_epoch
     from lab.evaluation import predict_all
     from lab.metrics import caveat, is_better
     from lab.models import build_model, find_model
+    from lab.stopping import Stopper
+
+    world = join_world(config.quiet)
+    with together(world):
+        state = states.find(config, reads=world.is_main_process)
+    state = states.share(state)  # None: a new run
+    if state:
+        config = state.config(given)
 
     accelerator = build_accelerator(
         mixed_precision=config.mixed_precision,
+        trained_in=state.about["precision"] if state else None,
         large_model=find_model(config.model).large,
         threads=config.threads,
         deterministic=config.deterministic,
@@ -51,6 +68,8 @@ def main(argv: list[str] | None = None) -> None:
     with together(accelerator):
         with console.working(f"reading {config.dataset}"):
             splits = load_splits(DataConfig.of(config), place["memory"], torch.get_num_threads())
+        if state:
+            state.require_same_data(splits)
         augment = Preprocess(splits.mean, splits.std, config.augmentations, accelerator.device)
         plain = Preprocess(splits.mean, splits.std, (), accelerator.device)
         train_loader = build_loader(
@@ -67,33 +86,52 @@ def main(argv: list[str] | None = None) -> None:
         torch.manual_seed(config.seed)
         network = build_model(**about["model"], init=config.init)
     trainer = prepare(accelerator, network, config)
+    position, best = Position(), {}
     with together(accelerator):  # last: a run that cannot start makes and replaces no folder
-        run = rundir.start(config, writes=accelerator.is_main_process)
-        run.begin(asdict(config) | describe(accelerator))
+        if state:
+            run, best = state.run, state.about["best"]
+            position = state.position(accelerator.process_index, accelerator.num_processes)
+            keeper.restore(trainer, state)
+            run.go_on(asdict(config) | describe(accelerator), position.epoch, position.step)
+        else:
+            keeper.require_room_for(trainer)
+            run = rundir.start(config, writes=accelerator.is_main_process)
+            run.begin(asdict(config) | describe(accelerator))
     console.settings(
         f"{config.model} on {config.dataset}", overview(config, splits, place_line(accelerator))
     )
 
-    best: dict = {}
-    step = 0
-    with checkpoint.BestWeights(run) as best_weights:
-        for epoch in range(1, config.epochs + 1):
+    with (
+        Stopper(config.max_hours, accelerator.num_processes, accelerator.device) as stopper,
+        checkpoint.Writer() as writer,
+        keeper.Keeper(run, writer, stopper, trainer, splits, position.step) as kept,
+    ):
+        best_weights = checkpoint.BestWeights(run, writer)
+        while position.epoch <= config.epochs:
             num_steps = train_loader.plan.num_batches
-            with console.epoch_progress(epoch, config.epochs, num_steps) as progress:
+            with console.epoch_progress(position.epoch, config.epochs, num_steps) as progress:
                 trained = train_one_epoch(
-                    trainer, train_loader, epoch, step, progress.update, run.add_steps
+                    trainer,
+                    train_loader,
+                    position,
+                    progress.update,
+                    run.add_steps,
+                    partial(kept.after_step, best),
                 )
-            step = trained.step
+            if trained is None:
+                break
+            kept.save(best, position)
             start = time.perf_counter()
             scores = predict_all(accelerator, trainer.evaluated, val_loader).report()
             row = {
-                "epoch": epoch,
+                "epoch": position.epoch,
                 "train_loss": trained.loss,
                 "train_accuracy": trained.accuracy,
                 "val_loss": scores["loss"],
                 "val_accuracy": scores["accuracy"],
                 "val_macro_f1": scores["macro_f1"],
                 "learning_rate": trained.learning_rate,
+                "skipped_steps": position.skipped_steps,
                 "train_seconds": trained.seconds,
                 "eval_seconds": time.perf_counter() - start,
                 "images_per_second": trained.images_per_second,
@@ -104,11 +142,20 @@ def main(argv: list[str] | None = None) -> None:
                 best_weights.save(trainer.evaluated, about, row)
             run.add_epoch(row)
             console.epoch_row(row, improved, splits.selected_on)
-            if config.max_steps and step >= config.max_steps:
+            if config.max_steps and position.step >= config.max_steps:
                 break
+            if config.patience and position.epoch - best["epoch"] >= config.patience:
+                console.say(f"stopped: no better epoch in the last {config.patience}")
+                break
+            if position.epoch < config.epochs and kept.after_epoch(position):
+                break
+            position = position.next_epoch()
 
-        # The test split is read here, once, by the weights as their file holds them.
-        best_weights.load(accelerator, trainer.evaluated)
+        if not kept.reason:
+            # The test split is read here, once, by the weights as their file holds them.
+            best_weights.load(accelerator, trainer.evaluated)
+    if kept.reason:
+        return kept.goodbye()
     predictions = predict_all(accelerator, trainer.evaluated, test_loader)
     report = {
         "split": "test",
@@ -127,6 +174,7 @@ def main(argv: list[str] | None = None) -> None:
         run.write_report(report)
         run.write_predictions(predictions.rows())
     accelerator.end_training()
+    return 0
 
 
 def overview(config, splits, place: str) -> dict[str, str]:

@@ -1,14 +1,17 @@
 """Weights files that describe themselves (promises P4, P5): safetensors, no pickle."""
 
+import hashlib
 import json
 import math
 import os
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import safetensors.torch
+import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
 from safetensors import SafetensorError, safe_open
@@ -66,44 +69,57 @@ def about_run(config: TrainConfig, splits: Splits, precision: str) -> dict[str, 
     }
 
 
-class BestWeights:
-    """A run's best.safetensors: written while training goes on, by the main process."""
+class Writer:
+    """Writes files while training goes on, one thing at a time and in the order given."""
 
-    def __init__(self, run: RunDir):
-        self.run = run
+    def __init__(self) -> None:
         self.pool = ThreadPoolExecutor(1)
         self.pending: Future[None] | None = None
 
-    def __enter__(self) -> "BestWeights":
+    def __enter__(self) -> "Writer":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        """Whatever ended the training, the best weights so far reach the disk."""
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        """Whatever ended the training, what was given reaches the disk."""
         self.pool.shutdown()
+        if kind is None:
+            self.wait()
+
+    def submit(self, write: Callable[..., None], *args: Any) -> None:
+        """Begins `write(*args)`, once what came before is whole: memory holds one copy at most."""
+        self.wait()
+        self.pending = self.pool.submit(write, *args)
+
+    def wait(self) -> None:
+        """Returns when all is written; raises the `UserError` of a write that failed."""
+        if self.pending:
+            pending, self.pending = self.pending, None
+            pending.result()
+
+
+class BestWeights:
+    """A run's best.safetensors, written by the main process."""
+
+    def __init__(self, run: RunDir, writer: Writer):
+        self.run, self.writer = run, writer
 
     def save(self, network: nn.Module, about: dict[str, Any], row: dict[str, Any]) -> None:
-        """Takes a copy of the weights and begins to write it, once the one before it is whole.
+        """Takes a copy of the weights and begins to write it.
 
         The metadata is `about` the run, and the epoch that the weights are of: `row`, its line of
         history.jsonl. Times stay out, so that equal runs give equal files.
         """
         if not self.run.writes:
             return
-        self.wait()
         metrics = {name: value for name, value in row.items() if name.startswith("val_")}
         info = {**about, "best_epoch": row["epoch"], "metrics": metrics}
-        self.pending = self.pool.submit(write_weights, self.run.best, copy_of(network), info)
-
-    def wait(self) -> None:
-        """Returns when all is written; raises the `UserError` of a write that failed."""
-        if self.pending:
-            self.pending.result()
-            self.pending = None
+        self.writer.wait()
+        self.writer.submit(write_weights, self.run.best, copy_of(network), info)
 
     def load(self, accelerator: Accelerator, network: nn.Module) -> None:
         """Fills `network` on every process from the file, which only the main one need see."""
         with together(accelerator):
-            self.wait()
+            self.writer.wait()
             if self.run.writes:
                 load_weights(self.run.best, network)
         if accelerator.num_processes > 1:
@@ -121,10 +137,20 @@ def copy_of(network: nn.Module) -> dict[str, Tensor]:
 
 def write_weights(path: Path, tensors: dict[str, Tensor], info: dict[str, Any]) -> None:
     """Writes tensors and `info` (JSON-able) to `path`, whole or not at all."""
-    metadata = {KEY: json.dumps({"format": FORMAT, **info}, sort_keys=True)}
+    info = {"format": FORMAT, **info, "sha256": checksum(tensors)}
+    metadata = {KEY: json.dumps(info, sort_keys=True)}
     # In memory first: save_file's own errors do not say that the disk is full.
     content = safetensors.torch.save(tensors, metadata)
     write_atomically(path, lambda temporary: temporary.write_bytes(content))
+
+
+def checksum(tensors: Mapping[str, Tensor]) -> str:
+    """The SHA-256 of CPU tensors' names, shapes and bytes, in hexadecimal."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def find_weights(path: str) -> Path:
@@ -203,6 +229,9 @@ def load_weights(path: Path, network: nn.Module) -> None:
         tensors = safetensors.torch.load_file(path)
     except (SafetensorError, OSError) as error:
         raise _damaged(path, error) from error
+    # The first files had none.
+    if read_info(path).get("sha256", digest := checksum(tensors)) != digest:
+        raise _damaged(path, ValueError("its tensors are not those that were written"))
     expected = network.state_dict()
     for name in sorted(expected.keys() ^ tensors.keys()):
         raise UserError(

@@ -101,6 +101,11 @@ class TrainConfig:
     select_by: str = option("accuracy", TRAINING,
         "what the best epoch is chosen by",
         choices=("accuracy", "macro_f1", "loss"), from_recipe=True)
+    patience: int = option(0, TRAINING,
+        "stop after this many epochs without a better one; 0: never", low=0, metavar="N")
+    on_nonfinite: str = option("stop", TRAINING,
+        "at a loss or gradient that is not finite: stop, or skip that step on all processes",
+        choices=("stop", "skip"))
     seed: int = option(42, TRAINING,
         "seed of weights, sample order, augmentation and dropout", low=0, high=2**31 - 1)
 
@@ -124,6 +129,18 @@ class TrainConfig:
     compile: bool = option(False, MACHINE,
         "torch.compile the network")
 
+    max_hours: float = option(0.0, MACHINE,
+        "save and stop cleanly after this many hours, before a job's time limit; 0: no limit",
+        low=0.0, metavar="H")
+
+    resume: str = option("", OUTPUT,
+        "go on with the run in this folder; auto: with that of --name, if there is one",
+        metavar="RUN")
+    save_every: int = option(0, OUTPUT,
+        "steps between states to resume from; 0: at the end of each epoch only",
+        low=0, metavar="N")
+    keep_states: int = option(2, OUTPUT,
+        "states kept, the newest", low=1, metavar="K")
     output_dir: str = option("runs", OUTPUT,
         "folder of run folders", metavar="DIR")
     name: str = option("", OUTPUT,
@@ -153,6 +170,10 @@ class TrainConfig:
                 f"--warmup-epochs {self.warmup_epochs:g} fills all of --epochs {self.epochs}",
                 "Give fewer: the learning rate would never reach --lr",
             )
+        if self.resume == "auto" and not self.name:
+            raise UserError("--resume auto goes on with the run of a --name", "Give --name too")
+        if self.resume and self.overwrite:
+            raise UserError("--overwrite deletes what --resume goes on from", "Give one of them")
         if self.overwrite and not self.name:
             raise UserError("--overwrite replaces the run of a --name", "Give --name too")
         if "/" in self.name or self.name in {".", ".."}:
@@ -163,6 +184,14 @@ class TrainConfig:
         """The names in `augment`, in order."""
         return tuple(n for n in self.augment.replace(" ", "").split(",") if n not in ("", "none"))
 
+
+# A run goes on with other values of these: they change where, how long and what is kept, but no
+# step that was taken.
+RESUMABLE = (
+    "epochs", "max_steps", "patience", "max_hours", "on_nonfinite", "data_dir", "loader", "workers",
+    "threads", "save_every", "keep_states", "output_dir", "name", "resume", "log_every", "quiet",
+    "debug",
+)  # fmt: skip
 
 WEIGHTS, REPORT = "what to evaluate", "what to write"
 

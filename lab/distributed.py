@@ -11,7 +11,7 @@ from typing import Any
 
 import psutil
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import (
     DDPCommunicationHookType,
@@ -47,19 +47,10 @@ def build_accelerator(
     Raises `UserError` where the launcher's processes would each train alone, and for a precision
     that the device lacks.
     """
-    _refuse_a_lone_launch()
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if world_size > 1 and "MASTER_ADDR" not in os.environ:
-        raise UserError(
-            f"WORLD_SIZE is {world_size}, but MASTER_ADDR is not set",
-            "Start with accelerate launch or torchrun, or unset WORLD_SIZE",
-        )
-    found = torch.accelerator.current_accelerator(check_available=True)
-    device_type = "cpu" if found is None or _flag("ACCELERATE_USE_CPU") else found.type
+    device_type = join_world(quiet).device.type
     AcceleratorState._reset_state()  # a second run in one process may choose another precision
     accelerator = Accelerator(
         mixed_precision=choose_precision(mixed_precision, device_type, large_model, trained_in),
-        # Without it, a CPU world started by torchrun or a MULTI_GPU file is one world a process.
         cpu=device_type == "cpu",
         kwargs_handlers=[
             DistributedDataParallelKwargs(
@@ -70,17 +61,10 @@ def build_accelerator(
             )
         ],
     )
-    if accelerator.num_processes != world_size:
-        raise UserError(
-            f"the launcher started {world_size} processes, but they do not form one world "
-            f"(this one sees {accelerator.num_processes})",
-            "Launch with `accelerate launch --config_file accelerate_configs/multi_cpu.yaml`",
-        )
     if accelerator.distributed_type == DistributedType.FSDP:
         raise UserError(
             "lab does not train under FSDP yet", "Launch with accelerate_configs/multi_gpu.yaml"
         )
-    console.configure(main_process=accelerator.is_main_process, quiet=quiet)
     keep_freed_memory()
     torch.set_num_threads(threads or default_threads())
     if device_type == "cuda":
@@ -93,6 +77,31 @@ def build_accelerator(
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic)
     return accelerator
+
+
+def join_world(quiet: bool = False) -> PartialState:
+    """The world of processes that the launcher started, which this one has joined.
+
+    Raises `UserError` where the launcher's processes would each train alone.
+    """
+    _refuse_a_lone_launch()
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size > 1 and "MASTER_ADDR" not in os.environ:
+        raise UserError(
+            f"WORLD_SIZE is {world_size}, but MASTER_ADDR is not set",
+            "Start with accelerate launch or torchrun, or unset WORLD_SIZE",
+        )
+    found = torch.accelerator.current_accelerator(check_available=True)
+    # Without it, a CPU world started by torchrun or a MULTI_GPU file is one world a process.
+    world = PartialState(cpu=found is None or _flag("ACCELERATE_USE_CPU"))
+    if world.num_processes != world_size:
+        raise UserError(
+            f"the launcher started {world_size} processes, but they do not form one world "
+            f"(this one sees {world.num_processes})",
+            "Launch with `accelerate launch --config_file accelerate_configs/multi_cpu.yaml`",
+        )
+    console.configure(main_process=world.is_main_process, quiet=quiet)
+    return world
 
 
 def keep_freed_memory() -> None:
@@ -214,7 +223,7 @@ def place_line(accelerator: Accelerator) -> str:
 
 
 @contextmanager
-def together(accelerator: Accelerator) -> Iterator[None]:
+def together(world: Accelerator | PartialState) -> Iterator[None]:
     """A stretch that all processes pass or none: a `UserError` on one is raised on every process.
 
     So the main process can print it, whoever met it, and no process waits for one that is gone.
@@ -224,7 +233,7 @@ def together(accelerator: Accelerator) -> Iterator[None]:
         yield
     except UserError as error:
         mistake = error
-    if accelerator.num_processes > 1:
+    if world.num_processes > 1:
         mistakes = gather_object([(mistake.what, mistake.hint) if mistake else None])
         others = next((m for m in mistakes if m), None)
         if mistake is None and others:

@@ -7,7 +7,7 @@ import shutil
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,11 +22,28 @@ from lab.models import find_model
 from lab.optim import build_optimizer, learning_rate
 
 
+@dataclass
+class Position:
+    """How far a run is; with the weights and the optimizer, all that it goes on from."""
+
+    epoch: int = 1
+    batch: int = 0  # batches done of that epoch
+    step: int = 0  # batches done since the run began
+    skipped_steps: int = 0  # of this epoch's, by `on_nonfinite`
+    skipped_samples: int = 0
+    seconds: float = 0.0  # spent on the epoch's batches
+    # The epoch's sum of losses, of hits, and of steps with a finite loss; float32, this process's.
+    sums: Tensor = field(default_factory=lambda: torch.zeros(3))
+
+    def next_epoch(self) -> "Position":
+        """The beginning of the epoch that follows."""
+        return Position(epoch=self.epoch + 1, step=self.step)
+
+
 @dataclass(frozen=True)
 class Trained:
     """What an epoch of training gave; means are over its samples, of all processes."""
 
-    step: int  # optimizer steps since the run began
     loss: float  # as trained on: label smoothing, augmentation and dropout included
     accuracy: float
     learning_rate: float  # of the last step
@@ -83,50 +100,67 @@ def prepare(accelerator: Accelerator, network: nn.Module, config: TrainConfig) -
 def train_one_epoch(
     trainer: Trainer,
     loader: Loader,
-    epoch: int,
-    first_step: int,
+    position: Position,
     on_step: Callable[..., None],
     on_log: Callable[[dict[str, Any]], None],
-) -> Trained:
-    """Trains epoch `epoch` (from 1), whose first optimizer step is `first_step` (from 0).
+    must_stop: Callable[[Position], bool] = lambda _: False,
+) -> Trained | None:
+    """Trains the rest of `position`'s epoch, and moves it; None where `must_stop`, asked after
+    each step, said so.
 
     `on_step(step in epoch, images a second, loss)` is called after each step; `on_log` gets a row
-    of steps.jsonl every `log_every` steps, `loss` being the mean over the global batch. Raises
-    `UserError` when a logged loss is not finite.
+    of steps.jsonl every `log_every` steps, `loss` being the mean over the global batch, or None
+    where the step was skipped. Raises `UserError` where a loss was not finite.
     """
     accelerator, config, device = trainer.accelerator, trainer.config, trainer.accelerator.device
+    plan, done = loader.plan, position
     trainer.model.train()
-    sums = torch.zeros(2, device=device)  # of loss and of hits, on this process
-    start, num_samples, step, lr, loss = time.perf_counter(), 0, first_step, 0.0, None
-    for batch in loader.batches(epoch):
-        lr = learning_rate(config, step, loader.plan.num_batches)
+    done.sums = done.sums.to(device)
+    start, loss = time.perf_counter() - done.seconds, None
+    num_samples = min(done.batch * plan.batch_size, plan.num_samples)
+    lr = learning_rate(config, max(0, done.step - 1), plan.num_batches)
+    for batch in loader.batches(done.epoch, done.batch):
+        if config.max_steps and done.step >= config.max_steps:
+            break
+        lr = learning_rate(config, done.step, plan.num_batches)
         for group in trainer.optimizer.param_groups:
             group["lr"] = lr
         # Dropout's seed follows from the step: there is no random state to keep.
-        seed_dropout(fold(config.seed, step, accelerator.process_index), device)
+        seed_dropout(fold(config.seed, done.step, accelerator.process_index), device)
         batch_sums = train_step(trainer, batch)
-        sums += batch_sums
-        step += 1
-        if trainer.average is not None:
-            update_average(trainer.average, trainer.network, config.ema, step)
+        done.step += 1
+        done.batch += 1
         num_samples += batch.num_global
-        if step % config.log_every == 0:
-            loss = accelerator.reduce(batch_sums[0]).item() / batch.num_global
-            _require_finite(loss, step, lr)
-            on_log({"step": step, "epoch": epoch, "loss": loss, "learning_rate": lr})
-        on_step(step - first_step, num_samples / (time.perf_counter() - start), loss)
-        if config.max_steps and step >= config.max_steps:
-            break
-    loss_sum, hits = accelerator.reduce(sums).tolist()
-    _require_finite(loss_sum, step, lr)
-    seconds = time.perf_counter() - start
+        if batch_sums is None:
+            done.skipped_steps += 1
+            done.skipped_samples += batch.num_global
+        else:
+            done.sums[:2] += batch_sums
+            done.sums[2] += batch_sums[0].isfinite()
+            if trainer.average is not None:
+                update_average(trainer.average, trainer.network, config.ema, done.step)
+        if done.step % config.log_every == 0:
+            loss = None
+            if batch_sums is not None:
+                loss = accelerator.reduce(batch_sums[0]).item() / batch.num_global
+                _require_finite(accelerator, loss, done, lr)
+            on_log({"step": done.step, "epoch": done.epoch, "loss": loss, "learning_rate": lr})
+        done.seconds = time.perf_counter() - start
+        on_step(done.batch, num_samples / done.seconds, loss)
+        if must_stop(done):
+            return None
+    loss_sum, hits, _ = accelerator.reduce(done.sums).tolist()
+    _require_finite(accelerator, loss_sum, done, lr)
+    counted = max(1, num_samples - done.skipped_samples)
     return Trained(
-        step, loss_sum / num_samples, hits / num_samples, lr, seconds, num_samples / seconds
+        loss_sum / counted, hits / counted, lr, done.seconds, num_samples / max(1e-9, done.seconds)
     )
 
 
-def train_step(trainer: Trainer, batch: Batch) -> Tensor:
+def train_step(trainer: Trainer, batch: Batch) -> Tensor | None:
     """One optimizer step; this process's [sum of losses, number of hits], float32 on the device.
+
+    With `on_nonfinite` "skip", None where a gradient was not finite: nothing was changed then.
 
     The gradient is that of the mean loss over the global batch, however unevenly it is cut: each
     process weighs its samples by 1 / num_global, and DistributedDataParallel's mean over processes
@@ -148,6 +182,12 @@ def train_step(trainer: Trainer, batch: Batch) -> Tensor:
             )
             accelerator.backward(loss * scale)
         sums = sums + torch.stack((loss.detach(), (logits.argmax(1) == labels).sum()))
+    if config.on_nonfinite == "skip" and not accelerator.scaler:  # which skips by itself
+        # Of all processes together, so that they agree; reading it waits for the device.
+        gradients = [p.grad for p in trainer.network.parameters() if p.grad is not None]
+        if not nn.utils.get_total_norm(gradients).isfinite():
+            trainer.optimizer.zero_grad()
+            return None
     if config.clip_norm:
         accelerator.clip_grad_norm_(trainer.model.parameters(), config.clip_norm)
     trainer.optimizer.step()
@@ -180,9 +220,14 @@ def update_average(average: nn.Module, network: nn.Module, decay: float, step: i
         kept.copy_(current)
 
 
-def _require_finite(loss: float, step: int, lr: float) -> None:
-    if not math.isfinite(loss):
-        raise UserError(
-            f"the loss is {loss} at step {step} (learning rate {lr:g})",
-            "Lower --lr, or give --clip-norm 1 or --warmup-epochs 1",
-        )
+def _require_finite(accelerator: Accelerator, loss: float, position: Position, lr: float) -> None:
+    """Nothing; raises where a loss of the epoch was not finite, as all are that follow it."""
+    if math.isfinite(loss):
+        return
+    counts = accelerator.gather(position.sums[2:]).tolist()  # of each process's finite steps
+    step = position.step - position.batch + position.skipped_steps + int(min(counts)) + 1
+    where = f" on process {counts.index(min(counts))}" if len(counts) > 1 else ""
+    raise UserError(
+        f"the loss is {loss} at step {min(step, position.step)}{where} (learning rate {lr:g})",
+        "Lower --lr, or give --clip-norm 1, --warmup-epochs 1 or --on-nonfinite skip",
+    )

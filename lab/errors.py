@@ -28,8 +28,8 @@ class UserError(ValueError):
         return f"{self.what}. {self.hint}" + ("" if self.hint.endswith("?") else ".")
 
 
-def run_script(main: Callable[[], None]) -> int:
-    """The exit code of `main()`: 2 with one `error: WHAT. HINT.` line after a `UserError`.
+def run_script(main: Callable[[], int | None]) -> int:
+    """The exit code of `main()`; after a `UserError`, 2 and one `error: WHAT. HINT.` line.
 
     With `--debug` the traceback is printed as well. Another exception keeps its traceback and ends
     in 1. Where peers of a distributed run died first, theirs is the message worth reading: this
@@ -37,7 +37,7 @@ def run_script(main: Callable[[], None]) -> int:
     """
     code = 0
     try:
-        main()
+        code = main() or 0
     except KeyboardInterrupt:
         console.error("interrupted")
         code = 130

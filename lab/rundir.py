@@ -12,12 +12,18 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 import lab
 from lab.config import TrainConfig
 from lab.errors import UserError
 
 CONFIG, HISTORY, STEPS = "config.json", "history.jsonl", "steps.jsonl"
 BEST, REPORT, PREDICTIONS = "best.safetensors", "report.json", "predictions.csv"
+STATES, LOCK = "state", ".lock"
+
+# Seconds to wait for the lock: workers of a killed training, which hold it too, end within five.
+LOCK_PATIENCE = 8
 
 
 class RunDir:
@@ -25,11 +31,34 @@ class RunDir:
 
     def __init__(self, path: str | Path, writes: bool = True):
         self.path, self.writes = Path(path), writes
+        self.held: FileLock | None = None
 
     @property
     def best(self) -> Path:
         """The best epoch's weights."""
         return self.path / BEST
+
+    @property
+    def states(self) -> Path:
+        """The folder of the states to resume from."""
+        return self.path / STATES
+
+    def lock(self) -> None:
+        """Keeps other trainings out of the folder while this process lives.
+
+        Raises `UserError` where another one is at work there; one that was killed locks nothing.
+        """
+        with writing(self.states):
+            self.states.mkdir(exist_ok=True)
+            self.held = FileLock(self.states / LOCK)
+            try:
+                self.held.acquire(timeout=LOCK_PATIENCE)
+            except Timeout:
+                self.held = None
+                raise UserError(
+                    f"another training is at work in {self.path}",
+                    "Wait for its end, or give another --name",
+                ) from None
 
     def begin(self, settings: Mapping[str, Any]) -> None:
         """config.json, every setting as resolved, where the run takes place and by what code; and
@@ -39,10 +68,29 @@ class RunDir:
             self._write_json(CONFIG, {**settings, "versions": versions(), "commit": commit()})
         except UserError:
             with suppress(OSError):
-                self.path.rmdir()
+                shutil.rmtree(self.path)
             raise
         self.add_epoch()
         self.add_steps()
+
+    def go_on(self, settings: Mapping[str, Any], epoch: int, step: int) -> None:
+        """What `begin` does, for a run that goes on in `epoch` (from 1), after `step` steps.
+
+        The lines of what will be done again are taken away, and the files of its former end.
+        """
+        if not self.writes:
+            return
+        self._write_json(CONFIG, {**settings, "versions": versions(), "commit": commit()})
+        self._cut(HISTORY, lambda row: row["epoch"] < epoch)
+        self._cut(STEPS, lambda row: row["step"] <= step)
+        with writing(self.path):
+            for name in (REPORT, PREDICTIONS):
+                (self.path / name).unlink(missing_ok=True)
+
+    def sync_lines(self) -> None:
+        """Returns when the disk has the lines that were added."""
+        for name in (HISTORY, STEPS):
+            sync(self.path / name)
 
     def write_report(self, report: Mapping[str, Any]) -> None:
         """report.json: the numbers of `lab.metrics.report` and what they were measured on."""
@@ -68,6 +116,19 @@ class RunDir:
             text = json.dumps(content, indent=1) + "\n"
             write_atomically(self.path / name, lambda path: path.write_text(text))
 
+    def _cut(self, name: str, stays: Callable[[dict], bool]) -> None:
+        """Keeps the lines up to the first that does not stay, or is no whole line."""
+        path, kept = self.path / name, []
+        with writing(path):
+            for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
+                try:
+                    if not line.endswith(b"\n") or not stays(json.loads(line)):
+                        break
+                except (ValueError, LookupError, TypeError):
+                    break
+                kept.append(line)
+        write_atomically(path, lambda temporary: temporary.write_bytes(b"".join(kept)))
+
     def _append(self, name: str, rows: Iterable[Any]) -> None:
         if self.writes:
             text = "".join(json.dumps(row) + "\n" for row in rows).encode()
@@ -79,11 +140,15 @@ class RunDir:
 
 
 def start(config: TrainConfig, writes: bool) -> RunDir:
-    """A new run's folder, made by the process that `writes`; raises `UserError`."""
+    """A new run's folder, made and locked by the process that `writes`; raises `UserError`."""
     if not writes:
         return RunDir("", writes=False)
     default_name = f"{config.model}-{config.dataset}"
-    return RunDir(create(config.output_dir, config.name, default_name, config.overwrite))
+    # A run that was killed before its first state is begun again.
+    replace = config.overwrite or config.resume == "auto"
+    run = RunDir(create(config.output_dir, config.name, default_name, replace))
+    run.lock()
+    return run
 
 
 def evaluation_dir(weights: Path, split: str, output: str, writes: bool) -> RunDir:
@@ -109,6 +174,8 @@ def create(output_dir: str, name: str, default_name: str, overwrite: bool) -> Pa
             )
         if not is_run(path):
             raise UserError(f"{path} is not a run's folder", "Give another --name")
+        replaced = RunDir(path)
+        replaced.lock()  # nobody is at work there
         with writing(path):
             shutil.rmtree(path)
     number = 1
@@ -127,8 +194,8 @@ def create(output_dir: str, name: str, default_name: str, overwrite: bool) -> Pa
 def is_run(path: Path) -> bool:
     """Whether a folder is a run's, or empty: one that may be replaced."""
     try:
-        if not any(path.iterdir()):
-            return True
+        if all(p.name == STATES for p in path.iterdir()):
+            return True  # one that was begun, but for config.json, too
         return "lab" in json.loads((path / CONFIG).read_bytes())["versions"]
     except (OSError, ValueError, LookupError, TypeError):
         return False
@@ -155,15 +222,15 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     with writing(path):
         try:
             write(temporary)
-            _sync(temporary)
+            sync(temporary)
             os.replace(temporary, path)
             if os.name == "posix":  # the rename itself is on disk once its folder is
-                _sync(path.parent)
+                sync(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Returns when the disk has what was written to a file or folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -14,15 +14,25 @@ SOURCES = SCRIPTS + sorted((ROOT / "lab").rglob("*.py"))
 # Imports point down: a part may import from any level below its own.
 LEVELS = [
     {"scripts"},
+    {"keeper"},
+    {"states"},
     {"engine", "evaluation", "checkpoint", "plots", "recipes"},
     {"models", "data", "optim", "rundir"},
-    {"metrics", "distributed", "tables", "commandline"},
+    {"metrics", "distributed", "tables", "commandline", "stopping"},
     {"config"},
     {"errors"},
     {"console"},
 ]
 OWNERS = {  # who alone imports a library
-    "accelerate": {"scripts", "distributed", "engine", "evaluation", "checkpoint"},
+    "accelerate": {
+        "scripts",
+        "distributed",
+        "engine",
+        "evaluation",
+        "checkpoint",
+        "states",
+        "keeper",
+    },
     "rich": {"console"},
     "matplotlib": {"plots"},
 }

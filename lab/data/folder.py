@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as F
 
 from lab.data.cache import cached
-from lab.data.loaders import BatchDataset, one_thread
+from lab.data.loaders import BatchDataset, begin_worker
 from lab.data.sources import Parts, Split
 from lab.errors import UserError
 
@@ -68,7 +68,7 @@ class ImageFiles:
                 sampler=batches,
                 batch_size=None,  # the data set returns whole batches
                 num_workers=min(num_workers, len(batches)) if num_workers > 1 else 0,
-                worker_init_fn=one_thread,
+                worker_init_fn=begin_worker,
             )
             for index, decoded in zip(batches, reader, strict=True):
                 if isinstance(decoded, UserError):

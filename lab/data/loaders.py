@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from lab.data.augment import Preprocess, random_bits
 from lab.data.sources import Images, Split
 from lab.errors import UserError
+from lab.stopping import ignore_signals
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ class StreamingLoader:
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
             prefetch_factor=4 if num_workers else None,
-            worker_init_fn=one_thread,
+            worker_init_fn=begin_worker,
             pin_memory=device.type == "cuda",
         )
 
@@ -189,9 +190,10 @@ class _BatchSampler(torch.utils.data.Sampler):
             yield order[start:stop]
 
 
-def one_thread(worker: int) -> None:
-    """For a worker process: its peers use the other cores."""
+def begin_worker(worker: int) -> None:
+    """For a worker process: its peers use the other cores, and its parent decides on the end."""
     torch.set_num_threads(1)
+    ignore_signals()
 
 
 def build_loader(

@@ -1,0 +1,185 @@
+"""Keeper: saves a run's states while it trains, and stops it; restore: goes on from one."""
+
+import os
+import shlex
+import shutil
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast, broadcast_object_list
+from torch import Tensor, nn
+
+from lab import console
+from lab.checkpoint import Writer, copy_of
+from lab.data import Splits
+from lab.engine import Position, Trainer
+from lab.errors import UserError
+from lab.rundir import RunDir
+from lab.states import FORMAT, POSITION, State, folders, require_room, write
+from lab.stopping import Stopper
+
+SLOTS = {"sgd": 1, "nesterov": 1, "adamw": 2}  # tensors that an optimizer keeps of each parameter
+
+
+class Keeper:
+    """Writes a run's states while it trains, and says when it has to stop."""
+
+    def __init__(
+        self,
+        run: RunDir,
+        writer: Writer,
+        stopper: Stopper,
+        trainer: Trainer,
+        splits: Splits,
+        saved_step: int,
+    ):
+        self.run, self.writer, self.stopper, self.trainer = run, writer, stopper, trainer
+        self.fingerprints, self.num_samples = splits.fingerprints, len(splits.train.labels)
+        self.saved_step = saved_step  # of the newest state; 0: there is none
+        self.reason = 0  # why it stopped: see Stopper
+
+    def __enter__(self) -> "Keeper":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
+        """A `UserError` gets the last whole state as a hint."""
+        if isinstance(error, UserError) and self.run.writes:
+            with suppress(UserError):
+                self.writer.wait()
+            for state in folders(self.run)[:1]:
+                error.hint += f". Its last complete state is {state}"
+
+    def goodbye(self) -> int:
+        """Says how to go on with a run that was stopped; the script's exit code."""
+        # A launcher kills the others when the first one ends: not before the state is on disk.
+        self.trainer.accelerator.wait_for_everyone()
+        where = f"stopped ({Stopper.describe(self.reason)}) after step {self.saved_step}"
+        words = ["python", "train.py", "--resume", str(self.run.path)]
+        console.warn(f"{where}; go on with: {shlex.join(words)}")
+        return Stopper.exit_code(self.reason)
+
+    def after_step(self, best: Mapping[str, Any], position: Position) -> bool:
+        """Saves where a state is due; whether all processes stop now."""
+        every = self.trainer.config.save_every
+        self.reason = self.stopper.reason(position.step)
+        if self.reason or (every and position.step % every == 0):
+            self.save(best, position)
+        return bool(self.reason)
+
+    def after_epoch(self, position: Position) -> bool:
+        """Whether all processes stop now; the epoch's state is written."""
+        self.reason = self.stopper.reason(position.step, must_ask=True)
+        return bool(self.reason)
+
+    def save(self, best: Mapping[str, Any], position: Position) -> None:
+        """Copies the state and begins to write it; called by all processes together.
+
+        Where it cannot be written, the run says so and goes on, and older states stay.
+        """
+        if position.step == self.saved_step:
+            return
+        self.saved_step = position.step
+        accelerator, config = self.trainer.accelerator, self.trainer.config
+        sums = accelerator.gather(position.sums.to(accelerator.device)).view(-1, 3).tolist()
+        if not self.run.writes:
+            return
+        self.writer.wait()
+        about = {
+            "format": FORMAT,
+            "samples_seen": (position.epoch - 1) * self.num_samples
+            + min(self.num_samples, position.batch * config.batch_size),
+            "position": {name: getattr(position, name) for name in POSITION},
+            "sums": sums,
+            "best": dict(best),
+            "config": asdict(config),
+            "fingerprints": self.fingerprints,
+            "precision": accelerator.mixed_precision,
+            "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
+            "world_size": accelerator.num_processes,
+        }
+        self.writer.submit(self._write, collect(self.trainer), about)
+
+    def _write(self, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
+        folder = self.run.states / f"step-{about['position']['step']:08}"
+        if not all(bool(t.isfinite().all()) for t in tensors.values()):
+            return  # the next loss ends the run: the states before are what it goes on from
+        try:
+            require_room(self.run.states, sum(t.nbytes for t in tensors.values()))
+            self.run.sync_lines()
+            write(folder, tensors, about)
+            for old in folders(self.run)[self.trainer.config.keep_states :]:
+                gone = old.with_name(f".{old.name}")
+                os.replace(old, gone)  # never half there under its own name
+                shutil.rmtree(gone)
+        except (UserError, OSError) as error:
+            console.warn(f"{folder} is not written: {error}")
+
+
+def collect(trainer: Trainer) -> dict[str, Tensor]:
+    """All tensors of a state, copied to the CPU."""
+    modules = {"network": trainer.network, "average": trainer.average}
+    tensors = {
+        f"{kind}.{name}": tensor
+        for kind, module in modules.items()
+        if module is not None
+        for name, tensor in copy_of(module).items()
+    }
+    for name, parameter in trainer.network.named_parameters():
+        for slot, value in trainer.optimizer.state.get(parameter, {}).items():
+            if value is not None:
+                kept = torch.as_tensor(value).detach().to("cpu", copy=True).contiguous()
+                tensors[f"optimizer.{slot}.{name}"] = kept
+    return tensors
+
+
+def restore(trainer: Trainer, state: State) -> None:
+    """Fills the network, its average and the optimizer on every process with a state's tensors.
+
+    Raises `UserError` where they are another network's.
+    """
+    if scaler := state.about.get("scaler"):
+        trainer.accelerator.scaler.load_state_dict(scaler)
+    tensors = _to_all(state.tensors, trainer.accelerator.device)
+
+    def fill(module: nn.Module, kind: str) -> None:
+        found = {k.removeprefix(kind): v for k, v in tensors.items() if k.startswith(kind)}
+        expected = {k: v.shape for k, v in module.state_dict().items()}
+        if {k: v.shape for k, v in found.items()} != expected:
+            raise UserError(
+                f"{state.run.path} holds the state of another network", "Start a new run"
+            )
+        module.load_state_dict(found)
+
+    fill(trainer.network, "network.")
+    if trainer.average is not None:
+        fill(trainer.average, "average.")
+    for name, parameter in trainer.network.named_parameters():
+        for key, tensor in tensors.items():
+            if key.startswith("optimizer.") and key.split(".", 2)[2] == name:
+                # A slot of a parameter's shape has its memory format, too.
+                like = tensor.shape == parameter.shape
+                slot = torch.empty_like(parameter).copy_(tensor) if like else tensor
+                trainer.optimizer.state[parameter][key.split(".", 2)[1]] = slot.detach()
+
+
+def _to_all(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """The main process's tensors, on the device of every process."""
+    listed = [(name, list(t.shape), t.dtype) for name, t in tensors.items()]
+    listed = broadcast_object_list([listed])[0]
+    found = {}
+    for name, shape, dtype in listed:
+        tensor = tensors.get(name)
+        tensor = torch.empty(shape, dtype=dtype) if tensor is None else tensor
+        found[name] = broadcast(tensor.to(device))
+    return found
+
+
+def require_room_for(trainer: Trainer) -> None:
+    """Nothing; raises `UserError` where the disk has no room for a state and the best weights."""
+    copies = 2 + SLOTS[trainer.config.optimizer] + (trainer.average is not None)
+    size = copies * sum(t.nbytes for t in trainer.network.state_dict().values())
+    require_room(Path(trainer.config.output_dir), size)

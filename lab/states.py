@@ -1,0 +1,235 @@
+"""Resumable states: state/step-00001234 in a run's folder, whole or not there (promises P3, P4).
+
+  tensors.safetensors   network.NAME, average.NAME, optimizer.SLOT.NAME: the plain network's names
+  state.json            position, settings, best epoch; the SHA-256 of both files
+
+Nothing depends on the number of processes, and there is no random state: order, augmentation and
+dropout follow from (seed, epoch, step, rank). Accelerate's own state folder is a folder of pickles,
+and is not whole when a process dies while it writes.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
+from torch import Tensor
+
+from lab import console
+from lab.checkpoint import read_info
+from lab.config import RESUMABLE, TrainConfig, flag
+from lab.data import Splits
+from lab.engine import Position
+from lab.errors import UserError
+from lab.rundir import RunDir, sync, write_atomically, writing
+
+TENSORS, ABOUT = "tensors.safetensors", "state.json"
+FORMAT = 1
+POSITION = ("epoch", "batch", "step", "skipped_steps", "skipped_samples", "seconds")
+
+
+class Damaged(Exception):
+    """A state that is not what was written."""
+
+
+@dataclass(frozen=True)
+class State:
+    """What a run goes on from, and where it lies."""
+
+    run: RunDir
+    about: dict[str, Any]  # state.json, and "best": the line of history.jsonl of the best weights
+    tensors: dict[str, Tensor]  # empty but on the process that read them
+
+    def config(self, given: Mapping[str, Any]) -> TrainConfig:
+        """The run's settings, with those `given` that may change; `UserError` for another."""
+        stored = self.about["config"]
+        for name, value in given.items():
+            if name not in RESUMABLE and value != stored[name]:
+                raise UserError(
+                    f"{flag(name)} {value} is not the run's, which has {stored[name]}",
+                    "Leave it out, or start a new run",
+                )
+        changed = {name: value for name, value in given.items() if name in RESUMABLE}
+        place = {"output_dir": str(self.run.path.parent), "name": self.run.path.name, "resume": ""}
+        config = TrainConfig(**stored | changed | place)
+        if config.epochs < self.about["position"]["epoch"]:
+            raise UserError(
+                f"--epochs {config.epochs}: the run is in epoch {self.about['position']['epoch']}",
+                "Give more, or leave it out",
+            )
+        return config
+
+    def position(self, rank: int, world_size: int) -> Position:
+        """The position, for one of the processes; its sums are a part of them all."""
+        sums = torch.tensor(self.about["sums"], dtype=torch.float32)  # [processes, 3]
+        if len(sums) == world_size:
+            mine = sums[rank]
+        else:  # the losses and hits of all go to the first
+            mine = sums.sum(0) * (rank == 0)
+            mine[2] = sums[:, 2].min()
+        return Position(**self.about["position"], sums=mine.clone())
+
+    def require_same_data(self, splits: Splits) -> None:
+        """Nothing; raises `UserError` where other samples lie where the run's lay."""
+        if self.about["fingerprints"] != splits.fingerprints:
+            raise UserError(
+                "the data are not those that the run was trained on",
+                "Give --data-dir with the same files, or start a new run",
+            )
+
+
+def find(config: TrainConfig, reads: bool) -> State | None:
+    """The newest whole state of the run that `config` resumes, whose folder is then locked.
+
+    None where there is nothing to go on from: a new run, `auto` without a state, or a process that
+    does not read. Raises `UserError` where there is no such run, or nothing of it is whole.
+    """
+    if not (config.resume and reads):
+        return None
+    auto = config.resume == "auto"
+    run = RunDir(Path(config.output_dir) / config.name if auto else config.resume)
+    if not os.path.isdir(run.path):  # Path.is_dir raises for a name that is too long
+        if auto:
+            return None
+        raise UserError(f"there is no run {run.path}", "Give --resume the folder of a run")
+    if not folders(run):
+        if auto and not run.best.exists():
+            return None
+        raise UserError(
+            f"{run.path} holds no state to go on from", "Start a new run, or --overwrite this one"
+        )
+    run.lock()
+    return _newest(run)
+
+
+def share(state: State | None) -> State | None:
+    """What the main process found, for every process; the tensors stay with it."""
+    about = broadcast_object_list([state.about if state else None])[0]
+    if state or not about:
+        return state
+    return State(RunDir("", writes=False), about, {})
+
+
+def folders(run: RunDir) -> list[Path]:
+    """A run's states, the newest first."""
+    return sorted(run.states.glob("step-*"), reverse=True)
+
+
+def _newest(run: RunDir) -> State:
+    damaged = []
+    for folder in folders(run):
+        try:
+            about, tensors = read(folder)
+        except Damaged as error:
+            console.warn(f"the state {folder} is damaged ({error})")
+            damaged.append(folder)
+            continue
+        about["best"] = _best(run, about)
+        for leftover in (*damaged, *run.states.glob(".step-*")):  # of writers that were killed
+            shutil.rmtree(leftover, ignore_errors=True)
+        console.say(f"going on from {folder}")
+        return State(run, about, tensors)
+    raise UserError(f"no state of {run.path} is whole", "Start a new run")
+
+
+def _best(run: RunDir, about: Mapping[str, Any]) -> dict[str, Any]:
+    """The epoch whose weights best.safetensors holds; it may be of after the state."""
+    best = about["best"]
+    if not best and not run.best.exists():
+        return {}
+    try:
+        info = read_info(run.best)
+        kept = {"epoch": info["best_epoch"], **info["metrics"]}
+        assert isinstance(kept[f"val_{about['config']['select_by']}"], float)
+    except (UserError, LookupError, TypeError, AssertionError) as error:
+        console.warn(f"{error} The best epoch is chosen anew.")
+        return {}
+    return best if best.get("epoch") == kept["epoch"] else kept
+
+
+def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(state.json, tensors) of a state; raises `Damaged`. Of pickles nothing is read."""
+    try:
+        written = json.loads((folder / ABOUT).read_bytes())
+        about = written["state"]
+        if _digest(_json(about)) != written["sha256"]:
+            raise Damaged(f"{ABOUT} is not what was written")
+        if about["format"] != FORMAT:
+            raise UserError(f"{folder} has format {about['format']}", "Use a newer version of lab")
+        content = (folder / TENSORS).read_bytes()
+        if _digest(content) != about["tensors_sha256"]:
+            raise Damaged(f"{TENSORS} is not what was written")
+        _require_usable(about)
+        return about, safetensors.torch.load(content)
+    except OSError as error:
+        raise Damaged(f"{error.filename or folder}: {error.strerror}") from error
+    except SafetensorError as error:
+        raise Damaged(f"{TENSORS}: {error}") from error
+    except (LookupError, TypeError, AttributeError, RecursionError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise Damaged(f"{ABOUT} does not say what it has to ({error!r})") from error
+
+
+def _require_usable(about: Mapping[str, Any]) -> None:
+    """Nothing; raises where state.json is not as `lab.keeper` makes it."""
+    try:
+        TrainConfig(**about["config"])
+    except UserError as error:
+        raise Damaged(f"{ABOUT}: {error}") from error
+    position = about["position"]
+    if position.keys() != set(POSITION) or not all(position[k] >= 0 for k in POSITION):
+        raise ValueError("position")
+    if torch.tensor(about["sums"], dtype=torch.float32).shape[1:] != (3,):
+        raise ValueError("sums")
+    for name, kind in {"best": dict, "fingerprints": dict, "precision": str}.items():
+        if not isinstance(about[name], kind):
+            raise TypeError(name)
+
+
+def _json(about: Mapping[str, Any]) -> bytes:
+    return json.dumps(about, sort_keys=True).encode()
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def write(folder: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
+    """Writes a state: to a temporary folder, which then takes its name. Raises `UserError`."""
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    content = safetensors.torch.save(tensors)
+    about = {**about, "tensors_sha256": _digest(content)}
+    text = json.dumps({"state": about, "sha256": _digest(_json(about))}, indent=1)
+    with writing(folder):
+        try:
+            temporary.mkdir()
+            write_atomically(temporary / TENSORS, lambda path: path.write_bytes(content))
+            write_atomically(temporary / ABOUT, lambda path: path.write_text(text))
+            if folder.exists():  # what was there was damaged, or of steps that are done again
+                shutil.rmtree(folder)
+            os.replace(temporary, folder)
+            if os.name == "posix":  # a rename is on disk once its folder is
+                sync(folder.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def require_room(path: Path, size: int) -> None:
+    """Nothing; raises `UserError` where the disk has fewer than `size` bytes free."""
+    while not path.exists():
+        path = path.parent
+    free = shutil.disk_usage(path).free
+    if free < size:
+        raise UserError(
+            f"a state takes {size / 1e6:,.0f} MB, and {path} has {free / 1e6:,.0f} MB left",
+            "Free some space, or name another --output-dir",
+        )
