@@ -45,6 +45,7 @@ def main(argv: list[str] | None = None) -> None:
         threads=config.threads,
         deterministic=config.deterministic,
         comm_hook=config.comm_hook,
+        timeout_seconds=config.timeout_seconds,
         quiet=config.quiet,
     )
     place = loader_place(accelerator, config.loader, config.workers)

@@ -5,6 +5,7 @@ import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import psutil
@@ -15,10 +16,12 @@ from accelerate.utils import (
     DDPCommunicationHookType,
     DistributedDataParallelKwargs,
     DistributedType,
+    InitProcessGroupKwargs,
     gather_object,
 )
 
 from lab import console
+from lab.config import TIMEOUT_SECONDS
 from lab.errors import UserError
 
 COMM_HOOKS = {
@@ -38,6 +41,7 @@ def build_accelerator(
     threads: int = 0,
     deterministic: bool = False,
     comm_hook: str = "none",
+    timeout_seconds: int = TIMEOUT_SECONDS,
     quiet: bool = False,
 ) -> Accelerator:
     """The Accelerator of this process, joined with the others that its launcher started.
@@ -46,6 +50,7 @@ def build_accelerator(
     that the device lacks.
     """
     _refuse_a_lone_launch()
+    _refuse_restarts_in_an_old_store()
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size > 1 and "MASTER_ADDR" not in os.environ:
         raise UserError(
@@ -65,7 +70,10 @@ def build_accelerator(
                 comm_hook=COMM_HOOKS[comm_hook],
                 # PyTorch's own default, 1,000, would leave short runs uncompressed.
                 comm_state_option={"start_powerSGD_iter": 10} if comm_hook == "powersgd" else {},
-            )
+            ),
+            # Accelerate drops a setting that equals its own default, 600 s, and PyTorch's 1,800
+            # would hold: the microsecond tells them apart.
+            InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_seconds, microseconds=1)),
         ],
     )
     if accelerator.num_processes != world_size:
@@ -219,6 +227,22 @@ def together(accelerator: Accelerator) -> Iterator[None]:
 
 def _flag(name: str) -> bool:
     return os.environ.get(name, "").lower() in ("1", "true", "yes", "on")
+
+
+def _refuse_restarts_in_an_old_store() -> None:
+    """Raises where a restarted world would find the addresses of its dead processes.
+
+    torchrun's store outlives them unless it is told otherwise, and a new process now and then reads
+    what an old one wrote (https://github.com/pytorch/pytorch/issues/135712).
+    """
+    restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+    if restarts and _flag("TORCHELASTIC_USE_AGENT_STORE"):
+        raise UserError(
+            "--max-restarts would start anew with the addresses of the processes that died",
+            "Set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, and give torchrun --standalone, or "
+            "--rdzv-backend c10d for several machines",
+            lone=True,
+        )
 
 
 def _refuse_a_lone_launch() -> None:
