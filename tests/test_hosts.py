@@ -8,22 +8,22 @@ from pathlib import Path
 
 import pytest
 from hosts import Network, two_hosts
-from test_launch import read_json, require_same_run
+from test_launch import require_same_run
 from test_lost import rows, steps_taken
-from worlds import Ended, accelerate, python, run, start
+from worlds import Ended, accelerate, python, run, run_all, start
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 NUM_STEPS, TIMEOUT_SECONDS = 200, 3
 OPTIONS = [
-    *("none", "--recipe", "smoke", "--dataset", "digits", "--threads", 1, "--quiet"),
+    *("--recipe", "smoke", "--dataset", "digits", "--threads", 1, "--quiet"),
     *("--epochs", 20, "--max-steps", NUM_STEPS, "--log-every", 1),
     *("--timeout-seconds", TIMEOUT_SECONDS, "--name", "run"),
-    *("--resume", "auto", "--save-every", 5),
+    *("--resume", "auto", "--save-every", 2),
 ]
 
 
-def train_options(folder: Path) -> list[object]:
-    return ["tests/checks_failures.py", *OPTIONS, "--output-dir", folder]
+def train(folder: Path, fault: str = "none") -> list[object]:
+    return ["tests/checks_failures.py", fault, *OPTIONS, "--output-dir", folder]
 
 
 def launch(network: Network, folder: Path, cut_after_steps: int = 0) -> tuple[list[Ended], float]:
@@ -33,7 +33,7 @@ def launch(network: Network, folder: Path, cut_after_steps: int = 0) -> tuple[li
             accelerate(
                 "multi_node",
                 *("--num_machines", 2, "--num_processes", 2, "--machine_rank", machine),
-                *("--main_process_ip", network.hosts[0].address, *train_options(folder)),
+                *("--main_process_ip", network.hosts[0].address, *train(folder)),
             )
         )
         for machine, host in enumerate(network.hosts)
@@ -45,6 +45,18 @@ def launch(network: Network, folder: Path, cut_after_steps: int = 0) -> tuple[li
             network.cut()
         cut_at = time.time()
         return [world.wait(100) for world in (first, second)], cut_at
+
+
+def require_resumed(ends: list[Ended], folder: Path, whole: Path) -> None:
+    """Both hosts ended well, after a part of the steps, with the uninterrupted run's files."""
+    for ended in ends:
+        assert ended.code == 0, ended.stderr
+        assert ended.left_behind == []
+        assert steps_taken(ended)[0] < NUM_STEPS
+    for name in ("best.safetensors", "report.json", "predictions.csv"):
+        assert (folder / name).read_bytes() == (whole / name).read_bytes()
+    for name in ("history.jsonl", "steps.jsonl"):
+        assert rows(folder / name) == rows(whole / name)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +77,7 @@ def whole(network, tmp_path_factory) -> Path:
 
 
 def test_p2_two_hosts_train_as_one_process_does(whole, tmp_path):
-    ended = run(python(*train_options(tmp_path)), limit=60)
+    ended = run(python(*train(tmp_path)), limit=60)
     assert ended.code == 0, ended.stderr
     require_same_run(whole, tmp_path / "run", world_size=2)
 
@@ -85,12 +97,23 @@ def test_p3_p7_a_cut_link_ends_both_hosts_and_the_run_goes_on_later(network, who
     assert 20 <= len(rows(folder / "steps.jsonl")) < NUM_STEPS
     assert not (folder / "report.json").exists()
 
-    for ended in launch(network, tmp_path)[0]:
-        assert ended.code == 0, ended.stderr
-        assert ended.left_behind == []
-        assert steps_taken(ended)[0] < NUM_STEPS
-    assert read_json(folder / "report.json") == read_json(whole / "report.json")
-    for name in ("best.safetensors", "predictions.csv"):
-        assert (folder / name).read_bytes() == (whole / name).read_bytes()
-    for name in ("history.jsonl", "steps.jsonl"):
-        assert rows(folder / name) == rows(whole / name)
+    require_resumed(launch(network, tmp_path)[0], folder, whole)
+
+
+def test_p3_torchrun_restarts_both_hosts(network, whole, tmp_path):
+    first, *_ = network.hosts
+    commands = [
+        host.command(
+            python(
+                *("-m", "torch.distributed.run", "--nnodes", 2, "--nproc-per-node", 1),
+                *("--max-restarts", 1, "--rdzv-backend", "c10d", "--rdzv-id", "x"),
+                *("--rdzv-endpoint", f"{first.address}:29500", "--local-addr", host.address),
+                *("--rdzv-conf", f"is_host={host is first}", *train(tmp_path, "killed-once")),
+            )
+        )
+        for host in network.hosts
+    ]
+    ends = run_all(commands, 150, [{"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}] * 2)
+    assert sum(ended.stdout.count("fault at") for ended in ends) == 1
+    assert [ended.errors for ended in ends] == [[], []]
+    require_resumed(ends, tmp_path / "run", whole)
