@@ -42,6 +42,7 @@ def main(argv: list[str] | None = None) -> None:
         trained_in=about["precision"],
         large_model=find_model(model).large,
         threads=config.threads,
+        timeout_seconds=config.timeout_seconds,
         quiet=config.quiet,
     )
     place = loader_place(accelerator, config.loader, config.workers)

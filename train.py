@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     from lab.models import build_model, find_model
     from lab.stopping import Stopper
 
-    world = join_world(config.quiet)
+    world = join_world(config.timeout_seconds, config.quiet)
     with together(world):
         state = states.find(config, reads=world.is_main_process)
     state = states.share(state)  # None: a new run
@@ -62,6 +62,7 @@ def main(argv: list[str] | None = None) -> int:
         threads=config.threads,
         deterministic=config.deterministic,
         comm_hook=config.comm_hook,
+        timeout_seconds=config.timeout_seconds,
         quiet=config.quiet,
     )
     place = loader_place(accelerator, config.loader, config.workers)

@@ -11,6 +11,7 @@ SCHEDULES = ("constant", "step", "cosine", "one-cycle")
 OPTIMIZERS = ("sgd", "nesterov", "adamw")
 AUGMENTATIONS = ("crop", "flip", "cutout")
 EVAL_BATCH_SIZE = 100  # one for train.py and evaluate.py, so that they give the same last digit
+TIMEOUT_SECONDS, MONTH = 600, 30 * 24 * 3600
 
 
 def option(default: Any, group: str, text: str, **metadata: Any) -> Any:
@@ -119,6 +120,9 @@ class TrainConfig:
         "processes that read data, for each training process; -1: by cores", low=-1, high=256)
     threads: int = option(0, MACHINE,
         "CPU threads a process; 0: cores / processes on this host", low=0, high=1024)
+    timeout_seconds: int = option(TIMEOUT_SECONDS, MACHINE,
+        "how long a process waits for the others before it takes them for lost",
+        low=1, high=MONTH, metavar="N")
     sync_bn: bool = option(False, MACHINE,
         "BatchNorm statistics over all processes (GPUs)")
     comm_hook: str = option("none", MACHINE,
@@ -189,8 +193,8 @@ class TrainConfig:
 # step that was taken.
 RESUMABLE = (
     "epochs", "max_steps", "patience", "max_hours", "on_nonfinite", "data_dir", "loader", "workers",
-    "threads", "save_every", "keep_states", "output_dir", "name", "resume", "log_every", "quiet",
-    "debug",
+    "threads", "timeout_seconds", "save_every", "keep_states", "output_dir", "name", "resume",
+    "log_every", "quiet", "debug",
 )  # fmt: skip
 
 WEIGHTS, REPORT = "what to evaluate", "what to write"
@@ -222,6 +226,9 @@ class EvalConfig:
         "processes that read data; -1: by cores", low=-1, high=256)
     threads: int = option(0, MACHINE,
         "CPU threads a process; 0: cores / processes on this host", low=0, high=1024)
+    timeout_seconds: int = option(TIMEOUT_SECONDS, MACHINE,
+        "how long a process waits for the others before it takes them for lost",
+        low=1, high=MONTH, metavar="N")
     output: str = option("", REPORT,
         "folder for report.json and predictions.csv; else evaluate-SPLIT beside the weights",
         metavar="DIR")

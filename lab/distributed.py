@@ -7,6 +7,7 @@ import platform
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import psutil
@@ -21,6 +22,7 @@ from accelerate.utils import (
 )
 
 from lab import console
+from lab.config import TIMEOUT_SECONDS
 from lab.errors import UserError
 
 COMM_HOOKS = {
@@ -40,6 +42,7 @@ def build_accelerator(
     threads: int = 0,
     deterministic: bool = False,
     comm_hook: str = "none",
+    timeout_seconds: int = TIMEOUT_SECONDS,
     quiet: bool = False,
 ) -> Accelerator:
     """The Accelerator of this process, joined with the others that its launcher started.
@@ -47,7 +50,7 @@ def build_accelerator(
     Raises `UserError` where the launcher's processes would each train alone, and for a precision
     that the device lacks.
     """
-    device_type = join_world(quiet).device.type
+    device_type = join_world(timeout_seconds, quiet).device.type
     AcceleratorState._reset_state()  # a second run in one process may choose another precision
     accelerator = Accelerator(
         mixed_precision=choose_precision(mixed_precision, device_type, large_model, trained_in),
@@ -58,7 +61,7 @@ def build_accelerator(
                 comm_hook=COMM_HOOKS[comm_hook],
                 # PyTorch's own default, 1,000, would leave short runs uncompressed.
                 comm_state_option={"start_powerSGD_iter": 10} if comm_hook == "powersgd" else {},
-            )
+            ),
         ],
     )
     if accelerator.distributed_type == DistributedType.FSDP:
@@ -79,12 +82,13 @@ def build_accelerator(
     return accelerator
 
 
-def join_world(quiet: bool = False) -> PartialState:
+def join_world(timeout_seconds: int = TIMEOUT_SECONDS, quiet: bool = False) -> PartialState:
     """The world of processes that the launcher started, which this one has joined.
 
     Raises `UserError` where the launcher's processes would each train alone.
     """
     _refuse_a_lone_launch()
+    _refuse_restarts_in_an_old_store()
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size > 1 and "MASTER_ADDR" not in os.environ:
         raise UserError(
@@ -93,7 +97,10 @@ def join_world(quiet: bool = False) -> PartialState:
         )
     found = torch.accelerator.current_accelerator(check_available=True)
     # Without it, a CPU world started by torchrun or a MULTI_GPU file is one world a process.
-    world = PartialState(cpu=found is None or _flag("ACCELERATE_USE_CPU"))
+    world = PartialState(
+        cpu=found is None or _flag("ACCELERATE_USE_CPU"),
+        timeout=timedelta(seconds=timeout_seconds),
+    )
     if world.num_processes != world_size:
         raise UserError(
             f"the launcher started {world_size} processes, but they do not form one world "
@@ -244,6 +251,22 @@ def together(world: Accelerator | PartialState) -> Iterator[None]:
 
 def _flag(name: str) -> bool:
     return os.environ.get(name, "").lower() in ("1", "true", "yes", "on")
+
+
+def _refuse_restarts_in_an_old_store() -> None:
+    """Raises where a restarted world would find the addresses of its dead processes.
+
+    torchrun's store outlives them unless it is told otherwise, and a new process now and then reads
+    what an old one wrote (https://github.com/pytorch/pytorch/issues/135712).
+    """
+    restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+    if restarts and _flag("TORCHELASTIC_USE_AGENT_STORE"):
+        raise UserError(
+            "--max-restarts would start anew with the addresses of the processes that died",
+            "Set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, and give torchrun --standalone, or "
+            "--rdzv-backend c10d for several machines",
+            lone=True,
+        )
 
 
 def _refuse_a_lone_launch() -> None:

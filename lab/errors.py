@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import sys
 import time
 import traceback
@@ -9,9 +10,11 @@ from collections.abc import Callable
 
 from lab import console
 
-# Seconds in which a launcher stops the peers of a process that failed, and in which the main
-# process speaks first of what all may have met.
+# Seconds in which a launcher stops the peers of a process that failed, and in which a host's first
+# process speaks of what all may have met.
 PATIENCE, TURN = 10, 2
+GONE = "closed|reset by peer|broken pipe|failed to recv|remote process exited|aborted"  # peers
+RESUME = "train.py --resume auto goes on from the last saved state"
 
 
 class UserError(ValueError):
@@ -32,7 +35,7 @@ def run_script(main: Callable[[], int | None]) -> int:
     """The exit code of `main()`; after a `UserError`, 2 and one `error: WHAT. HINT.` line.
 
     With `--debug` the traceback is printed as well. Another exception keeps its traceback and ends
-    in 1. Where peers of a distributed run died first, theirs is the message worth reading: this
+    in 1. Where another process of the run is gone, its message is the one worth reading: this
     process waits a moment for the launcher to stop it before it speaks.
     """
     code = 0
@@ -42,11 +45,15 @@ def run_script(main: Callable[[], int | None]) -> int:
         console.error("interrupted")
         code = 130
     except Exception as error:
-        mistake = error if isinstance(error, UserError) else _out_of_memory(error)
-        if mistake and mistake.lone and os.environ.get("RANK", "0") != "0":
-            time.sleep(TURN)
-        elif mistake is None and _lost_a_peer(error):
-            time.sleep(PATIENCE)
+        lost = _lost_a_process(error)
+        mistake = lost or _waited_in_vain(error) or _out_of_memory(error)
+        if isinstance(error, UserError):
+            mistake = error
+        if mistake and mistake.lone:
+            # The launcher's SIGTERM ends the wait, whatever the script has made of that signal.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            first = os.environ.get("LOCAL_RANK", "0") == "0"
+            time.sleep((PATIENCE if lost else 0) + (0 if first else TURN))
         if mistake is None or "--debug" in sys.argv:
             traceback.print_exc()
         if mistake:
@@ -77,7 +84,43 @@ def _out_of_memory(error: Exception) -> UserError | None:
     )
 
 
-def _lost_a_peer(error: Exception) -> bool:
-    """Whether a collective failed because another process is gone."""
+def _waited_in_vain(error: Exception) -> UserError | None:
+    """That the other processes did not answer, where that is what `error` tells of."""
+    text = str(error)
+    if not _collective(error) or not re.search("timed? ?out", text, re.IGNORECASE):
+        return None
+    if "connectFullMesh" in text:  # gloo met them, and had an address of theirs that leads nowhere
+        return UserError(
+            f"process {_rank()} cannot reach the others",
+            "Name the network interface that joins the machines in GLOO_SOCKET_IFNAME",
+            lone=True,
+        )
+    wait = re.search(r"(\d+) ?(m?)s", text)  # gloo and NCCL say milliseconds, the store seconds
+    seconds = f" {int(wait[1]) // (1000 if wait[2] else 1)} s" if wait else ""
+    return UserError(
+        f"process {_rank()} waited{seconds} for the others in vain",
+        "One hangs, cannot be reached, or needs longer than --timeout-seconds; " + RESUME,
+        lone=True,
+    )
+
+
+def _lost_a_process(error: Exception) -> UserError | None:
+    """That another process ended, where that is what `error` tells of."""
+    if not _collective(error) or not re.search(GONE, str(error), re.IGNORECASE):
+        return None
+    address = re.search(r"\[([\w.:]+)\]:\d", str(error))
+    return UserError(
+        f"process {_rank()} lost another one" + (f" (at {address[1]})" if address else ""),
+        "See why that one ended; " + RESUME,
+        lone=True,
+    )
+
+
+def _collective(error: Exception) -> bool:
+    """Whether an exchange between processes raised `error`."""
     text = str(error)
     return type(error).__name__.startswith("Dist") or "gloo" in text or "NCCL" in text
+
+
+def _rank() -> str:
+    return os.environ.get("RANK", "0")

@@ -1,6 +1,9 @@
-"""train.py with a fault on process 1 of its world; test_distributed.py looks at how all end.
+"""train.py with a fault on process 1 of its world; the tests look at how all end.
 
-python tests/checks_failures.py missing-data|crash|killed [options of train.py]
+    python tests/checks_failures.py FAULT [options of train.py]
+
+FAULT: missing-data; at the fifth step crash, killed, killed-once (in the world's first life alone)
+or stopped; or none. A process that ends well prints how many steps it took.
 """
 
 import os
@@ -15,29 +18,34 @@ from lab.errors import run_script
 
 def main() -> None:
     fault, *argv = sys.argv[1:]
-    if os.environ["RANK"] == "1":
-        if fault == "missing-data":
-            argv += ["--data-dir", "no-such-folder"]
-        else:
-            engine.train_step = fails_at_step(5, fault)
+    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    if os.environ.get("RANK") != "1" or (fault == "killed-once" and restarted):
+        fault = "none"
+    if fault == "missing-data":
+        argv += ["--data-dir", "no-such-folder"]
+    train_step, taken = engine.train_step, 0
+
+    def counted(*arguments):
+        nonlocal taken
+        taken += 1
+        if taken == 5 and fault != "none":
+            fail(fault)
+        return train_step(*arguments)
+
+    engine.train_step = counted
     train.main(argv)
+    print(f"steps taken: {taken}\n", end="", flush=True)  # in one piece: the processes share it
 
 
-def fails_at_step(last: int, fault: str):
-    """train_step, but for the fault at step `last`, whose time it prints."""
-    original, step = engine.train_step, 0
-
-    def train_step(trainer, batch):
-        nonlocal step
-        step += 1
-        if step == last:
-            print("fault at", time.time(), flush=True)
-            if fault == "killed":  # as a system short of memory does
-                os.kill(os.getpid(), signal.SIGKILL)
-            raise RuntimeError("a fault on process 1")
-        return original(trainer, batch)
-
-    return train_step
+def fail(fault: str) -> None:
+    """Commits the fault, whose time it prints."""
+    print("fault at", time.time(), flush=True)
+    if fault.startswith("killed"):  # as a system short of memory does
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif fault == "stopped":  # alive, its connections open, and silent
+        os.kill(os.getpid(), signal.SIGSTOP)
+    else:
+        raise RuntimeError("a fault on process 1")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,9 @@
 
     ended = run(torchrun(2, "train.py", "--dataset", "digits"), limit=60)
     both = run_all([python("train.py"), python("train.py")], limit=60)  # at the same time
+    with start(python("train.py")) as world:
+        ...  # meanwhile
+        ended = world.wait(60)
 
 A limit, in seconds, is there against hanging; it is no statement about speed.
 """
@@ -14,7 +17,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,13 +99,20 @@ def run_all(
     deadline = time.monotonic() + limit
     with contextlib.ExitStack() as stack:
         worlds = [
-            stack.enter_context(_World(command, env))
+            stack.enter_context(start(command, env))
             for command, env in zip(commands, envs or [{}] * len(commands), strict=True)
         ]
         return [world.wait(deadline - time.monotonic()) for world in worlds]
 
 
-class _World:
+def start(command: Sequence[str], env: Mapping[str, str] | None = None) -> "World":
+    """A command that runs while the `with` block does, at most."""
+    return World(command, env or {})
+
+
+class World:
+    """A running command, and every process that came of it."""
+
     def __init__(self, command: Sequence[str], env: Mapping[str, str]):
         self.mark, self.command = uuid.uuid4().hex, command
         clean = {
@@ -130,7 +140,7 @@ class _World:
                 start_new_session=True,  # Ctrl-C is for pytest, which then ends the world
             )
 
-    def __enter__(self) -> "_World":
+    def __enter__(self) -> "World":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -157,6 +167,14 @@ class _World:
             with contextlib.suppress(psutil.Error):
                 lines.append(" ".join(process.cmdline()))
         return Ended(code, self.stdout.read_text(), self.stderr.read_text(), end, lines)
+
+    def until(self, ready: Callable[[], bool], limit: float) -> None:
+        """Returns once `ready()`; AssertionError where the command ends before, or time passes."""
+        deadline = time.monotonic() + limit
+        while not ready():
+            assert self.process.poll() is None, f"ended too early\n{self.stderr.read_text()}"
+            assert time.monotonic() < deadline, f"too late\n{self.stderr.read_text()}"
+            time.sleep(0.02)
 
     def _members(self) -> list[psutil.Process]:
         """By their mark: torchrun gives every worker a process group and session of its own."""

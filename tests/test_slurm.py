@@ -1,0 +1,89 @@
+"""accelerate_configs/slurm.sbatch with stand-ins for srun, scontrol and python."""
+
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from worlds import ROOT
+
+from lab.commandline import parse_arguments
+from lab.config import TrainConfig
+
+SCRIPT = ROOT / "accelerate_configs" / "slurm.sbatch"
+SRUN = """
+while [ "${1#--}" != "$1" ]; do shift; done      # its own options
+SLURM_PROCID=11 SLURM_LOCALID=3 exec "$@"        # one task of sixteen; a signal reaches it
+"""
+SCONTROL = """
+if [ "$1" = show ]; then printf '%s\\n' node7 node8; else echo "$@" > requeued; fi
+"""
+PYTHON = """
+trap 'exit 143' USR1
+echo "$RANK $LOCAL_RANK $WORLD_SIZE $LOCAL_WORLD_SIZE $MASTER_ADDR $MASTER_PORT" > environment
+printf '%s\\n' "$@" > words
+[ "$ENDS_WITH" ] && exit "$ENDS_WITH"
+while :; do sleep 0.05; done
+"""
+
+
+@pytest.fixture
+def job(tmp_path):
+    """Runs the script in `tmp_path`, and warns it if asked to; its exit code."""
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("python", PYTHON)):
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}")
+        (tmp_path / name).chmod(0o755)
+    env = {
+        "PATH": f"{tmp_path}:/usr/bin:/bin",
+        "SLURM_JOB_ID": "123456",
+        "SLURM_JOB_NODELIST": "node[7-8]",
+        "SLURM_NTASKS": "16",
+        "SLURM_NTASKS_PER_NODE": "8",
+        "SLURM_CPUS_PER_TASK": "8",
+    }
+
+    def run(ends_with: str = "", warn: bool = False) -> int:
+        process = subprocess.Popen(
+            ["bash", str(SCRIPT)], cwd=tmp_path, env=env | {"ENDS_WITH": ends_with}
+        )
+        try:
+            while warn and not (tmp_path / "words").exists() and process.poll() is None:
+                time.sleep(0.02)
+            if warn:
+                process.send_signal(signal.SIGUSR1)
+            return process.wait(30)
+        finally:
+            process.kill()
+
+    return run
+
+
+def test_a_job_that_is_warned_saves_and_goes_on_later(job, tmp_path):
+    assert job(warn=True) == 143
+    assert (tmp_path / "requeued").read_text() == "requeue 123456\n"
+
+
+@pytest.mark.parametrize("code", ["0", "2", "143"])
+def test_a_job_that_ends_otherwise_stays_ended(job, tmp_path, code):
+    assert job(ends_with=code) == int(code)
+    assert not (tmp_path / "requeued").exists()
+
+
+def test_a_task_knows_its_place_and_its_options_exist(job, tmp_path):
+    job(ends_with="0")
+    assert (tmp_path / "environment").read_text() == "11 3 16 8 node7 23456\n"
+    script, *options = (tmp_path / "words").read_text().splitlines()
+    assert script == "train.py"
+    given = parse_arguments(TrainConfig, options, prog=script, about="")
+    assert given["resume"] == "auto"
+    assert given["name"]
+
+
+def test_slurm_s_own_options_come_before_the_first_command():
+    """Slurm reads no further."""
+    lines = [line for line in Path(SCRIPT).read_text().splitlines() if line.strip()]
+    first = next(i for i, line in enumerate(lines) if not line.startswith("#"))
+    assert not [line for line in lines[first:] if line.startswith("#SBATCH")]
+    assert "#SBATCH --signal=B:USR1@120" in lines[:first]
+    assert "#SBATCH --requeue" in lines[:first]
