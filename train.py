@@ -91,8 +91,7 @@ def main(argv: list[str] | None = None) -> int:
     with together(accelerator):  # last: a run that cannot start makes and replaces no folder
         if state:
             run, best = state.run, state.about["best"]
-            position = state.position(accelerator.process_index, accelerator.num_processes)
-            keeper.restore(trainer, state)
+            position = keeper.restore(trainer, state)
             run.go_on(asdict(config) | describe(accelerator), position.epoch, position.step)
         else:
             keeper.require_room_for(trainer)
@@ -174,6 +173,7 @@ def main(argv: list[str] | None = None) -> int:
     with together(accelerator):
         run.write_report(report)
         run.write_predictions(predictions.rows())
+    run.unlock()
     accelerator.end_training()
     return 0
 

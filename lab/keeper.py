@@ -51,7 +51,9 @@ class Keeper:
             with suppress(UserError):
                 self.writer.wait()
             for state in folders(self.run)[:1]:
-                error.hint += f". Its last complete state is {state}"
+                error.hint += f". The last complete state of the run is {state}"
+        if error or self.reason:  # a notebook that caught the error may go on with the run
+            self.run.unlock()
 
     def goodbye(self) -> int:
         """Says how to go on with a run that was stopped; the script's exit code."""
@@ -136,10 +138,10 @@ def collect(trainer: Trainer) -> dict[str, Tensor]:
     return tensors
 
 
-def restore(trainer: Trainer, state: State) -> None:
-    """Fills the network, its average and the optimizer on every process with a state's tensors.
+def restore(trainer: Trainer, state: State) -> Position:
+    """Fills the network, its average and the optimizer on every process; the state's position.
 
-    Raises `UserError` where they are another network's.
+    Raises `UserError` where the tensors are another network's.
     """
     if scaler := state.about.get("scaler"):
         trainer.accelerator.scaler.load_state_dict(scaler)
@@ -164,6 +166,7 @@ def restore(trainer: Trainer, state: State) -> None:
                 like = tensor.shape == parameter.shape
                 slot = torch.empty_like(parameter).copy_(tensor) if like else tensor
                 trainer.optimizer.state[parameter][key.split(".", 2)[1]] = slot.detach()
+    return state.position(trainer.accelerator.process_index, trainer.accelerator.num_processes)
 
 
 def _to_all(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:

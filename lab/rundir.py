@@ -60,6 +60,11 @@ class RunDir:
                     "Wait for its end, or give another --name",
                 ) from None
 
+    def unlock(self) -> None:
+        """Lets other trainings in again."""
+        if self.held:
+            self.held.release()
+
     def begin(self, settings: Mapping[str, Any]) -> None:
         """config.json, every setting as resolved, where the run takes place and by what code; and
         the two files that lines will be added to. Where that fails, the folder is gone again.
