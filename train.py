@@ -4,10 +4,11 @@
   python train.py --dataset digits         ... on bundled handwritten digits: no download
   python train.py --model alexnet          AlexNet on CIFAR-10
   python train.py --model alexnet --dataset folder --data-dir PICTURES
+  python train.py --resume runs/lenet5-mnist         ... goes on with a run that was stopped
   accelerate launch --config_file accelerate_configs/multi_gpu.yaml train.py --model alexnet
 
 The run's folder, runs/MODEL-DATASET, gets config.json, history.jsonl, steps.jsonl,
-best.safetensors, report.json and predictions.csv.
+best.safetensors, report.json, predictions.csv, and in state/ what it takes to go on.
 """
 
 import shlex
