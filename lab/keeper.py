@@ -143,8 +143,9 @@ def restore(trainer: Trainer, state: State) -> Position:
 
     Raises `UserError` where the tensors are another network's.
     """
-    if scaler := state.about.get("scaler"):
-        trainer.accelerator.scaler.load_state_dict(scaler)
+    scaler = trainer.accelerator.scaler
+    if scaler and state.about["scaler"]:  # a run in fp16 goes on without it on a CPU
+        scaler.load_state_dict(state.about["scaler"])
     tensors = _to_all(state.tensors, trainer.accelerator.device)
 
     def fill(module: nn.Module, kind: str) -> None:
@@ -183,6 +184,8 @@ def _to_all(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Te
 
 def require_room_for(trainer: Trainer) -> None:
     """Nothing; raises `UserError` where the disk has no room for a state and the best weights."""
+    if not trainer.accelerator.is_main_process:  # another machine's disk takes nothing
+        return
     copies = 2 + SLOTS[trainer.config.optimizer] + (trainer.average is not None)
     size = copies * sum(t.nbytes for t in trainer.network.state_dict().values())
     require_room(Path(trainer.config.output_dir), size)
