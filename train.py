@@ -47,6 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     from lab.evaluation import predict_all
     from lab.metrics import caveat, is_better
     from lab.models import build_model, find_model
+    from lab.models.cost import cost
     from lab.stopping import Stopper
 
     world = join_world(config.timeout_seconds, config.quiet)
@@ -89,15 +90,16 @@ def main(argv: list[str] | None = None) -> int:
         network = build_model(**about["model"], init=config.init)
     trainer = prepare(accelerator, network, config)
     position, best = Position(), {}
+    settings = asdict(config) | describe(accelerator) | cost(**about["model"])
     with together(accelerator):  # last: a run that cannot start makes and replaces no folder
         if state:
             run, best = state.run, state.about["best"]
             position = keeper.restore(trainer, state)
-            run.go_on(asdict(config) | describe(accelerator), position.epoch, position.step)
+            run.go_on(settings, position.epoch, position.step)
         else:
             keeper.require_room_for(trainer)
             run = rundir.start(config, writes=accelerator.is_main_process)
-            run.begin(asdict(config) | describe(accelerator))
+            run.begin(settings)
     console.settings(
         f"{config.model} on {config.dataset}", overview(config, splits, place_line(accelerator))
     )
