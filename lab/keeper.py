@@ -111,12 +111,16 @@ class Keeper:
             require_room(self.run.states, sum(t.nbytes for t in tensors.values()))
             self.run.sync_lines()
             write(folder, tensors, about)
-            for old in folders(self.run)[self.trainer.config.keep_states :]:
-                gone = old.with_name(f".{old.name}")
-                os.replace(old, gone)  # never half there under its own name
-                shutil.rmtree(gone)
         except (UserError, OSError) as error:
             console.warn(f"{folder} is not written: {error}")
+            return
+        for old in folders(self.run)[self.trainer.config.keep_states :]:
+            gone = old.with_name(f".{old.name}")
+            try:
+                os.replace(old, gone)  # never half there under its own name
+                shutil.rmtree(gone)
+            except OSError as error:
+                console.warn(f"{old} is not removed: {error}")
 
 
 def collect(trainer: Trainer) -> dict[str, Tensor]:
