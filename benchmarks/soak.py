@@ -91,7 +91,9 @@ def main() -> int:
     half = sum(kill.half_state for _, kill, _ in kills)
     same = sum(v == "identical" for *_, v in kills)
     minutes = (time.monotonic() - begun) / 60
-    say(f"\n{len(kills)} kills in {minutes:.1f} minutes, {half} while a state was written or removed")
+    say(
+        f"\n{len(kills)} kills, {minutes:.1f} minutes; {half} found a state half written or removed"
+    )
     say(f"{same} of them in trainings that ended as if nothing had happened")
     return int(same < len(kills))
 
