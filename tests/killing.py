@@ -59,7 +59,7 @@ class Kill:
     step: int = 0  # the last in steps.jsonl
     during: str = ""
     half_state: bool = False  # a temporary folder, .step-*, was there
-    resumed_from: int = 0  # step; 0: begun anew
+    resumed_from: int | None = None  # step; 0: begun anew; None: not said before the next kill
 
 
 @dataclass
@@ -128,15 +128,16 @@ def survive(
             if i < len(moments):
                 # Later from kill to kill, so that there is an end.
                 target = int(total * (i + choose.random()) / (len(moments) + 0.5))
-                kill = Kill(*moments[i])
-                came = wait_for(kill.moment, configuration, reference, folder, target, choose)
+                new = Kill(*moments[i])
+                came = wait_for(new.moment, configuration, reference, folder, target, choose)
                 if came(world):
-                    strike(world, kill.victim, choose)
-                    kills.append(kill)
+                    strike(world, new.victim, choose)
+                    kills.append(new)
             ended = world.wait(LIMIT)
         resumed = resumed_from(ended.stdout)
-        if kills[i - 1 : i]:
-            kills[i - 1].resumed_from = resumed
+        for kill in kills[:i]:  # a life may have been killed before it said so
+            if kill.resumed_from is None:
+                kill.resumed_from = resumed
         assert "Traceback" not in ended.stderr or len(kills) > i, ended.stderr
         if len(kills) <= i:
             assert ended.code == 0, ended.stderr
@@ -215,9 +216,11 @@ def strike(world: World, victim: str, choose: random.Random) -> None:
             process.send_signal(signal.SIGKILL)
 
 
-def resumed_from(stdout: str) -> int:
+def resumed_from(stdout: str) -> int | None:
     found = [line for line in stdout.splitlines() if line.startswith("going on from ")]
-    return int(found[-1].rsplit("-", 1)[1]) if found else 0
+    if found:
+        return int(found[-1].rsplit("-", 1)[1])
+    return 0 if "\n  place  " in stdout else None
 
 
 def leftovers(folder: Path) -> set[str]:
@@ -226,7 +229,7 @@ def leftovers(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in found}
 
 
-def during(folder: Path, reference: Reference, found: set[str], resumed: int) -> str:
+def during(folder: Path, reference: Reference, found: set[str], resumed: int | None) -> str:
     """What was running at the kill, as far as the folder tells."""
     for name in sorted(found, reverse=True):
         if name.startswith("state/.step-"):
@@ -234,7 +237,7 @@ def during(folder: Path, reference: Reference, found: set[str], resumed: int) ->
     for name in found:
         return f"writing {name.split('.', 1)[1].rsplit('.', 2)[0]}"
     step = last_step(folder)
-    if step <= resumed:
+    if resumed is None or step <= resumed:
         return "start-up"
     num_epochs = len(rows(folder / "history.jsonl"))
     if num_epochs == len(reference.steps):
