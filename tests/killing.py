@@ -29,7 +29,7 @@ class Configuration:
     name: str
     num_processes: int
     words: tuple[object, ...]
-    save_seconds: float = 0.005  # about what a state takes to write
+    save_seconds: float = 0.003  # about what a state takes to write
 
 
 LENET5 = ("--dataset", "digits", "--recipe", "smoke", "--max-steps", 0, "--limit-train", 0,
@@ -129,9 +129,8 @@ def survive(
                 # Later from kill to kill, so that there is an end.
                 target = int(total * (i + choose.random()) / (len(moments) + 0.5))
                 new = Kill(*moments[i])
-                came = wait_for(new.moment, configuration, reference, folder, target, choose)
-                if came(world):
-                    strike(world, new.victim, choose)
+                strike = killer(new, configuration, reference, folder, target, choose)
+                if strike(world):
                     kills.append(new)
             ended = world.wait(LIMIT)
         resumed = resumed_from(ended.stdout)
@@ -152,15 +151,16 @@ def survive(
     return kills
 
 
-def wait_for(
-    moment: str,
+def killer(
+    kill: Kill,
     configuration: Configuration,
     reference: Reference,
     folder: Path,
     target: int,
     choose: random.Random,
 ) -> Callable[[World], bool]:
-    """A function that returns at the moment: True, or False where the training ended before."""
+    """A function that kills at the moment; False where the training ended before."""
+    moment, victim = kill.moment, kill.victim
     delays = {
         "step": 0.1,
         "save": configuration.save_seconds,
@@ -191,29 +191,34 @@ def wait_for(
             time.sleep(0.0005)
         return True
 
-    def came(world: World) -> bool:
+    def strike(world: World) -> bool:
         # Before the settings are printed, the lines are those of the life before.
-        if moment != "start-up":
-            if not waited(lambda: b"  place  " in world.stdout.read_bytes(), world):
-                return False
-            if not waited(ready, world):
-                return False
+        if moment != "start-up" and not waited(
+            lambda: b"  place  " in world.stdout.read_bytes(), world
+        ):
+            return False
+        victims = processes(world)  # which takes longer than a save may
+        if moment != "start-up" and not waited(ready, world):
+            return False
         time.sleep(delay)
-        return world.process.poll() is None
+        if moment == "start-up":
+            victims = processes(world)
+        if victim == "one worker" and len(victims) > 1:
+            victims = [choose.choice(victims[:-1])]
+        if world.process.poll() is not None:
+            return False
+        for process in victims:
+            with suppress(psutil.NoSuchProcess):
+                process.send_signal(signal.SIGKILL)
+        return True
 
-    return came
+    return strike
 
 
-def strike(world: World, victim: str, choose: random.Random) -> None:
-    """Kills the whole world at once, or one worker of it."""
+def processes(world: World) -> list[psutil.Process]:
+    """The workers of a world and, last, what launched them: of a lone training, itself."""
     launcher = psutil.Process(world.process.pid)
-    workers = launcher.children(recursive=True)
-    chosen = [*workers, launcher]
-    if victim == "one worker" and workers:
-        chosen = [choose.choice(workers)]
-    for process in chosen:
-        with suppress(psutil.NoSuchProcess):
-            process.send_signal(signal.SIGKILL)
+    return [*launcher.children(recursive=True), launcher]
 
 
 def resumed_from(stdout: str) -> int | None:
