@@ -53,6 +53,7 @@ def main() -> int:
     kills: list[tuple[str, Kill, str]] = []
     references, moments = {}, random.Random(given.seed)
     kinds = itertools.cycle(moments.sample(MOMENTS, len(MOMENTS)))
+    victims = itertools.cycle(("all", "one worker"))
     with tempfile.TemporaryDirectory() as temporary:
         for number, name in enumerate(itertools.cycle(CONFIGURATIONS)):
             over = given.minutes and time.monotonic() - begun > given.minutes * 60
@@ -65,8 +66,8 @@ def main() -> int:
             chosen.sort(key="end".__eq__)  # after it nothing is left to be killed
             if number // len(CONFIGURATIONS) % 2 == 0:
                 next(kinds)  # so that a configuration does not meet the same moments each time
-            victims = ["all", "one worker"] if configuration.num_processes > 1 else ["all"]
-            plan = [(kind, moments.choice(victims)) for kind in chosen]
+            many = configuration.num_processes > 1
+            plan = [(kind, next(victims) if many else "all") for kind in chosen]
             seed = moments.randrange(2**31)
             verdict, suffered = "identical", []
             try:

@@ -30,7 +30,7 @@ class Configuration:
     name: str
     num_processes: int
     words: tuple[Any, ...]
-    save_seconds: float = 0.003  # about what a state takes to write
+    save_seconds: float = 0.002  # in which most of a state is written
 
     @property
     def save_every(self) -> int:
@@ -49,9 +49,9 @@ CONFIGURATIONS = {
         Configuration("LeNet-5", 1, LENET5),
         Configuration("LeNet-5, accumulate 2", 1, (*LENET5, "--accumulate", 2)),
         Configuration("LeNet-5, ema 0.9", 1, (*LENET5, "--ema", 0.9)),
-        Configuration("AlexNet, dropout", 1, ALEXNET, save_seconds=1.0),
+        Configuration("AlexNet, dropout", 1, ALEXNET, save_seconds=0.2),
         Configuration("LeNet-5, 2 processes", 2, LENET5),
-        Configuration("AlexNet, dropout, 2 processes", 2, ALEXNET, save_seconds=1.0),
+        Configuration("AlexNet, dropout, 2 processes", 2, ALEXNET, save_seconds=0.2),
     )
 }
 
