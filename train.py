@@ -4,10 +4,11 @@
   python train.py --dataset digits         ... on bundled handwritten digits: no download
   python train.py --model alexnet          AlexNet on CIFAR-10
   python train.py --model alexnet --dataset folder --data-dir PICTURES
+  python train.py --resume runs/lenet5-mnist         ... goes on with a run that was stopped
   accelerate launch --config_file accelerate_configs/multi_gpu.yaml train.py --model alexnet
 
 The run's folder, runs/MODEL-DATASET, gets config.json, history.jsonl, steps.jsonl,
-best.safetensors, report.json and predictions.csv.
+best.safetensors, report.json, predictions.csv, and in state/ what it takes to go on.
 """
 
 import shlex
@@ -46,6 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     from lab.evaluation import predict_all
     from lab.metrics import caveat, is_better
     from lab.models import build_model, find_model
+    from lab.models.cost import cost
     from lab.stopping import Stopper
 
     world = join_world(config.timeout_seconds, config.quiet)
@@ -88,16 +90,16 @@ def main(argv: list[str] | None = None) -> int:
         network = build_model(**about["model"], init=config.init)
     trainer = prepare(accelerator, network, config)
     position, best = Position(), {}
+    settings = asdict(config) | describe(accelerator) | cost(**about["model"])
     with together(accelerator):  # last: a run that cannot start makes and replaces no folder
         if state:
             run, best = state.run, state.about["best"]
-            position = state.position(accelerator.process_index, accelerator.num_processes)
-            keeper.restore(trainer, state)
-            run.go_on(asdict(config) | describe(accelerator), position.epoch, position.step)
+            position = keeper.restore(trainer, state)
+            run.go_on(settings, position.epoch, position.step)
         else:
             keeper.require_room_for(trainer)
             run = rundir.start(config, writes=accelerator.is_main_process)
-            run.begin(asdict(config) | describe(accelerator))
+            run.begin(settings)
     console.settings(
         f"{config.model} on {config.dataset}", overview(config, splits, place_line(accelerator))
     )
@@ -174,6 +176,7 @@ def main(argv: list[str] | None = None) -> int:
     with together(accelerator):
         run.write_report(report)
         run.write_predictions(predictions.rows())
+    run.unlock()
     accelerator.end_training()
     return 0
 

@@ -161,7 +161,7 @@ def lab(case: Case) -> Contender:
     from lab.data.augment import Preprocess
     from lab.data.loaders import build_loader
     from lab.distributed import build_accelerator, loader_place
-    from lab.engine import prepare, train_one_epoch
+    from lab.engine import Position, prepare, train_one_epoch
     from lab.evaluation import predict_all
     from lab.models import find_model
 
@@ -177,8 +177,9 @@ def lab(case: Case) -> Contender:
 
     def train(num_steps: int | None) -> int:
         trainer.config = replace(config, max_steps=num_steps or 0)
-        trained = train_one_epoch(trainer, loader, 1, 0, lambda *_: None, lambda _: None)
-        return min(trained.step * BATCH_SIZE, loader.plan.num_samples)
+        position = Position()
+        train_one_epoch(trainer, loader, position, lambda *_: None, lambda _: None)
+        return min(position.step * BATCH_SIZE, loader.plan.num_samples)
 
     def evaluate() -> float:
         return predict_all(accelerator, trainer.evaluated, test_loader).report()["accuracy"]

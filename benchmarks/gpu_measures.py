@@ -226,15 +226,16 @@ def measure_pipeline(case: Case, bench: Bench) -> dict[str, Any]:
 
 def measure_epochs(case: Case, bench: Bench, num_epochs: int) -> dict[str, Any]:
     """Seconds of each epoch of training and of its evaluation, from the first step on."""
-    from lab.engine import train_one_epoch
+    from lab.engine import Position, train_one_epoch
     from lab.evaluation import predict_all
 
     trainer, loader, test = build(case, bench)
-    step, train_seconds, eval_seconds = 0, [], []
+    position, train_seconds, eval_seconds = Position(), [], []
     begin = time.perf_counter()
-    for epoch in range(1, num_epochs + 1):
-        trained = train_one_epoch(trainer, loader, epoch, step, lambda *_: None, lambda _: None)
-        step = trained.step
+    for _ in range(num_epochs):
+        trained = train_one_epoch(trainer, loader, position, lambda *_: None, lambda _: None)
+        assert trained is not None
+        position = position.next_epoch()
         start = time.perf_counter()
         accuracy = predict_all(trainer.accelerator, trainer.evaluated, test).report()["accuracy"]
         train_seconds.append(trained.seconds)
@@ -260,7 +261,7 @@ def check_synchronisation(case: Case, bench: Bench) -> dict[str, Any]:
     """The number of steps in which the host never waited for the device; else raises."""
     import torch
 
-    from lab.engine import train_one_epoch
+    from lab.engine import Position, train_one_epoch
 
     trainer, loader, _ = build(case, bench)
     trainer.config = replace(trainer.config, max_steps=5, log_every=10**9)
@@ -271,8 +272,8 @@ def check_synchronisation(case: Case, bench: Bench) -> dict[str, Any]:
             torch.cuda.set_sync_debug_mode("error" if step < 5 else "default")
 
     try:
-        train_one_epoch(trainer, loader, 1, 0, lambda *_: None, lambda _: None)
-        train_one_epoch(trainer, loader, 1, 0, watch, lambda _: None)
+        train_one_epoch(trainer, loader, Position(), lambda *_: None, lambda _: None)
+        train_one_epoch(trainer, loader, Position(), watch, lambda _: None)
     finally:
         if bench.device.type == "cuda":
             torch.cuda.set_sync_debug_mode("default")

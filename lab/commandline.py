@@ -44,7 +44,7 @@ def parse_arguments(config: type, argv: list[str] | None, *, prog: str, about: s
         if isinstance(kind, types.UnionType):  # `int | None`: None means "not given"
             kind = next(t for t in typing.get_args(kind) if t is not types.NoneType)
         if m.get("positional"):
-            group.add_argument(f.name, help=m["text"])
+            group.add_argument(f.name, help=m["text"], nargs=m.get("nargs"))
             continue
         text = m["text"] + (" [recipe]" if m.get("from_recipe") else _default_text(f.default))
         settings = {"help": text.replace("%", "%%")}

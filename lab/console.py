@@ -169,7 +169,7 @@ def report(
 
     Also when quiet. Paths and command stand below the panel, unbroken, so that they can be copied.
     """
-    if not _is_main():
+    if not speaks():
         return
     forms = {"accuracy": ".4f", "macro_f1": ".4f", "loss": ".4f", "num_samples": ",d"}
     names = {"macro_f1": "macro-F1", "num_samples": "samples"}
@@ -193,7 +193,8 @@ def report(
             print_line(f"{key}: {value}")
 
 
-def _is_main() -> bool:
+def speaks() -> bool:
+    """Whether this process is the one that prints."""
     if _main_process is not None:
         return _main_process
     # A RANK left in the environment means nothing without a world.
@@ -202,7 +203,7 @@ def _is_main() -> bool:
 
 def chatty() -> bool:
     """Whether this process prints more than the result."""
-    return _is_main() and not _quiet
+    return speaks() and not _quiet
 
 
 @cache
@@ -240,7 +241,7 @@ def print_line(value: object, style: str = "") -> None:
 
 
 def _stderr_line(text: str) -> None:
-    if not _is_main():
+    if not speaks():
         return
     text = " ".join(line.strip() for line in text.splitlines() if line.strip())
     # The live line, if any, is erased first; the next refresh draws it again below.

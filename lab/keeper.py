@@ -56,7 +56,9 @@ class Keeper:
             with suppress(UserError):
                 self.writer.wait()
             for state in folders(self.run)[:1]:
-                error.hint += f". Its last complete state is {state}"
+                error.hint += f". The last complete state of the run is {state}"
+        if error or self.reason:  # a notebook that caught the error may go on with the run
+            self.run.unlock()
 
     def goodbye(self) -> int:
         """Says how to go on with a run that was stopped; the script's exit code."""
@@ -145,13 +147,14 @@ def collect(trainer: Trainer) -> dict[str, Tensor]:
     return tensors
 
 
-def restore(trainer: Trainer, state: State) -> None:
-    """Fills the network, its average and the optimizer on every process with a state's tensors.
+def restore(trainer: Trainer, state: State) -> Position:
+    """Fills the network, its average and the optimizer on every process; the state's position.
 
-    Raises `UserError` where they are another network's.
+    Raises `UserError` where the tensors are another network's.
     """
-    if trainer.accelerator.scaler and (scaler := state.about["scaler"]):
-        trainer.accelerator.scaler.load_state_dict(scaler)
+    scaler = trainer.accelerator.scaler
+    if scaler and state.about["scaler"]:  # a run in fp16 goes on without it on a CPU
+        scaler.load_state_dict(state.about["scaler"])
     tensors = _to_all(state.tensors, trainer.accelerator.device)
 
     def require_shapes(found: dict[str, Tensor], expected: dict[str, torch.Size]) -> None:
@@ -181,6 +184,7 @@ def restore(trainer: Trainer, state: State) -> None:
             like = tensor.shape == parameter.shape
             kept = torch.empty_like(parameter).copy_(tensor) if like else tensor.float()
             trainer.optimizer.state[parameter][slot] = kept.detach()
+    return state.position(trainer.accelerator.process_index, trainer.accelerator.num_processes)
 
 
 def _to_all(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
@@ -197,6 +201,8 @@ def _to_all(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Te
 
 def require_room_for(trainer: Trainer) -> None:
     """Nothing; raises `UserError` where the disk has no room for a state and the best weights."""
+    if not trainer.accelerator.is_main_process:  # another machine's disk takes nothing
+        return
     copies = 2 + len(SLOTS[trainer.config.optimizer]) + (trainer.average is not None)
     size = copies * sum(t.nbytes for t in trainer.network.state_dict().values())
     require_room(Path(trainer.config.output_dir), size)

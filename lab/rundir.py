@@ -50,7 +50,8 @@ class RunDir:
         """
         with writing(self.states):
             self.states.mkdir(exist_ok=True)
-            self.held = FileLock(self.states / LOCK)
+            # One a process: a notebook whose training failed may go on with it.
+            self.held = FileLock(self.states / LOCK, is_singleton=True)
             try:
                 self.held.acquire(timeout=LOCK_PATIENCE)
             except Timeout:
@@ -59,6 +60,11 @@ class RunDir:
                     f"another training is at work in {self.path}",
                     "Wait for its end, or give another --name",
                 ) from None
+
+    def unlock(self) -> None:
+        """Lets other trainings in again."""
+        if self.held:
+            self.held.release(force=True)
 
     def begin(self, settings: Mapping[str, Any]) -> None:
         """config.json, every setting as resolved, where the run takes place and by what code; and

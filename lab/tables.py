@@ -1,4 +1,4 @@
-"""What evaluate.py shows of a report: numbers by class, and the confusion matrix."""
+"""Tables: a report's numbers by class and its confusion matrix; runs side by side."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -66,3 +66,11 @@ def _error_style(share: float) -> str:
     if share < 0.02:
         return "red" if share else "dim"
     return f"white on rgb({110 + int(120 * min(1, 4 * share))},0,0)"
+
+
+def runs(rows: Sequence[Mapping[str, str]]) -> None:
+    """Prints rows of texts, all with the columns of the first; the first column holds names."""
+    table = console.number_table(*rows[0])
+    for row in rows:
+        table.add_row(*(console.literal(cell) for cell in row.values()))
+    console.out().print(table)

@@ -20,14 +20,15 @@ def fails(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")  # the same messages on a machine with GPUs
 
-    def call(script, *words: object, leaves: tuple[str, ...] = ()) -> str:
+    def call(script, *words: object, leaves: tuple[str, ...] = (), warnings: int = 0) -> str:
         before = tree(tmp_path)
         capfd.readouterr()
         code = run_script(lambda: script.main([str(word) for word in words]))
         captured = capfd.readouterr()
         assert code == 2, captured.err
         assert captured.out.count("\n") <= 1  # "reading ..." at most
-        [line] = captured.err.splitlines()
+        *warned, line = captured.err.splitlines()
+        assert [text[:9] for text in warned] == ["warning: "[:9]] * warnings
         assert line.startswith("error: ")
         assert {k: v for k, v in tree(tmp_path).items() if not k.startswith(leaves)} == before
         return line.removeprefix("error: ")

@@ -16,7 +16,7 @@ LEVELS = [
     {"scripts"},
     {"keeper"},
     {"states"},
-    {"engine", "evaluation", "checkpoint", "plots", "recipes"},
+    {"engine", "evaluation", "checkpoint", "comparison", "plots", "recipes"},
     {"models", "data", "optim", "rundir"},
     {"metrics", "distributed", "tables", "commandline", "stopping"},
     {"config"},

@@ -41,9 +41,9 @@ def accelerator():
 
 
 def save_best(run, network, about, row):
-    best = checkpoint.BestWeights(run)
+    best = checkpoint.BestWeights(run, checkpoint.Writer())
     best.save(network, about, row)
-    best.wait()
+    best.writer.wait()
 
 
 def make_network(about, seed=0):
@@ -223,7 +223,7 @@ def test_p5_weights_are_found_by_their_run_or_their_name(saved):
 def test_best_weights_load_what_they_saved(saved, accelerator):
     run, network = saved
     other = make_network(checkpoint.read_info(run.best), seed=5)
-    checkpoint.BestWeights(run).load(accelerator, other)
+    checkpoint.BestWeights(run, checkpoint.Writer()).load(accelerator, other)
     assert torch.equal(logits(other), logits(network))
 
 
@@ -231,7 +231,7 @@ def test_best_weights_are_those_of_the_moment_they_were_saved(tmp_path, splits, 
     about = checkpoint.about_run(CONFIG, splits, "no")
     network = make_network(about)
     expected = logits(network)
-    best = checkpoint.BestWeights(rundir.RunDir(tmp_path))
+    best = checkpoint.BestWeights(rundir.RunDir(tmp_path), checkpoint.Writer())
     best.save(network, about, ROW)
     with torch.no_grad():  # training goes on before the file is written
         for tensor in network.parameters():
@@ -242,7 +242,7 @@ def test_best_weights_are_those_of_the_moment_they_were_saved(tmp_path, splits, 
 
 def test_p7_a_write_that_failed_in_the_background_is_told(tmp_path, splits):
     about = checkpoint.about_run(CONFIG, splits, "no")
-    best = checkpoint.BestWeights(rundir.RunDir(tmp_path / "gone"))
+    best = checkpoint.BestWeights(rundir.RunDir(tmp_path / "gone"), checkpoint.Writer())
     best.save(make_network(about), about, ROW)
     with pytest.raises(UserError, match="cannot write"):
-        best.wait()
+        best.writer.wait()

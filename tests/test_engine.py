@@ -1,6 +1,7 @@
 """A training step: its gradient, accumulation, clipping and average; what an epoch reports."""
 
 import copy
+import dataclasses
 import math
 
 import pytest
@@ -12,7 +13,7 @@ from lab.data.augment import Preprocess
 from lab.data.loaders import Batch, Plan, ResidentLoader
 from lab.data.sources import Split
 from lab.distributed import build_accelerator
-from lab.engine import prepare, train_one_epoch, train_step, update_average
+from lab.engine import Position, prepare, train_one_epoch, train_step, update_average
 from lab.models import build_model
 
 PLAIN = {
@@ -133,11 +134,11 @@ def make_loader(num_samples, batch_size):
 def train(trainer, num_samples=33, batch_size=8, epoch=1, first_step=0):
     """(what the epoch gave, rows of steps.jsonl, calls of on_step)."""
     rows, calls = [], []
+    position = Position(epoch=epoch, step=first_step)
     trained = train_one_epoch(
         trainer,
         make_loader(num_samples, batch_size),
-        epoch,
-        first_step,
+        position,
         on_step=lambda *arguments: calls.append(arguments),
         on_log=rows.append,
     )
@@ -146,7 +147,6 @@ def train(trainer, num_samples=33, batch_size=8, epoch=1, first_step=0):
 
 def test_an_epoch_reports_its_steps_and_means_over_samples(accelerator):
     trained, rows, calls = train(make_trainer(accelerator, lr=0.01, log_every=1))
-    assert trained.step == 5
     assert [(r["step"], r["epoch"], r["learning_rate"]) for r in rows] == [
         (s, 1, 0.01) for s in range(1, 6)
     ]
@@ -167,8 +167,9 @@ def test_steps_are_logged_by_their_number_in_the_run(accelerator, log_every, ste
 
 @pytest.mark.parametrize("max_steps", [6, 9, 10, 11])
 def test_max_steps_counts_over_the_run(accelerator, max_steps):
-    trained, _, _ = train(make_trainer(accelerator, max_steps=max_steps), epoch=2, first_step=5)
-    assert trained.step == min(max_steps, 10)
+    settings = {"max_steps": max_steps, "log_every": 1}
+    _, rows, _ = train(make_trainer(accelerator, **settings), epoch=2, first_step=5)
+    assert [row["step"] for row in rows] == list(range(6, min(max_steps, 10) + 1))
 
 
 def test_the_rate_follows_the_schedule_within_the_epoch(accelerator):
@@ -184,8 +185,81 @@ def test_p7_a_loss_that_is_not_finite_ends_the_run(accelerator, log_every):
     trainer = make_trainer(accelerator, log_every=log_every)
     with torch.no_grad():
         trainer.network.classifier[-1].bias[0] = math.nan
-    with pytest.raises(ValueError, match=r"the loss is nan at step \d+ .*Lower --lr"):
+    with pytest.raises(ValueError, match=r"the loss is nan at step 1 \(.*Lower --lr"):
         train(trainer)
+
+
+@pytest.mark.parametrize("log_every", [1, 1000])
+def test_p7_the_first_loss_that_is_not_finite_is_named(accelerator, log_every):
+    trainer = make_trainer(accelerator, log_every=log_every)
+    loader, position = make_loader(33, 8), Position(epoch=2, step=5)
+    loader.preprocess = spoiling(loader.preprocess, bad=[2])
+    with pytest.raises(ValueError, match=r"the loss is nan at step 8 \(learning rate"):
+        train_one_epoch(trainer, loader, position, lambda *_: None, lambda _: None)
+
+
+def spoiling(preprocess, bad):
+    """`preprocess`, whose calls of the numbers in `bad` give a picture that is not a number."""
+
+    def spoiled(images, bits):
+        images = preprocess(images, bits)
+        if spoiled.calls in bad:
+            images[0] = math.nan
+        spoiled.calls += 1
+        return images
+
+    spoiled.calls, spoiled.augment = 0, preprocess.augment
+    return spoiled
+
+
+@pytest.mark.parametrize("settings", [{}, {"ema": 0.9, "accumulate": 2}, {"optimizer": "adamw"}])
+def test_a_step_that_is_not_finite_is_skipped_whole(accelerator, settings):
+    """What comes out is what training without that batch gives, but for the count."""
+
+    def after(bad, settings):
+        trainer = make_trainer(accelerator, lr=0.01, log_every=1, **settings)
+        loader, rows, position = make_loader(32, 8), [], Position()
+        loader.preprocess = spoiling(loader.preprocess, bad)
+        kept = []
+
+        def log(row):
+            rows.append(row["loss"])
+            kept.append((weights(trainer.network), weights(trainer.evaluated)))
+
+        trained = train_one_epoch(trainer, loader, position, lambda *_: None, log)
+        return trained, rows, position, kept
+
+    trained, losses, position, kept = after([1, 2], settings | {"on_nonfinite": "skip"})
+    assert losses[1:3] == [None, None]
+    assert (position.skipped_steps, position.skipped_samples) == (2, 16)
+    assert trained.loss == pytest.approx((losses[0] + losses[3]) / 2)
+    for before, between in zip(kept[0], kept[2], strict=True):
+        assert torch.equal(before, between)
+    assert not torch.equal(kept[3][0], kept[2][0])
+    assert all(torch.isfinite(w).all() for w in kept[3])
+    clean, _, position, _ = after([], settings | {"on_nonfinite": "skip"})
+    plain, _, _, _ = after([], settings)
+    assert clean == dataclasses.replace(  # the times apart
+        plain, seconds=clean.seconds, images_per_second=clean.images_per_second
+    )
+    assert position.skipped_steps == 0
+
+
+def test_an_epoch_stops_where_it_is_told_and_goes_on_there(accelerator):
+    whole, parts = (make_trainer(accelerator, lr=0.01, log_every=1) for _ in range(2))
+    rows, position = [], Position()
+    expected, expected_rows, _ = train(whole)
+
+    def ask(position):
+        return position.batch == 2
+
+    loader = make_loader(33, 8)
+    assert train_one_epoch(parts, loader, position, lambda *_: None, rows.append, ask) is None
+    assert (position.batch, position.step) == (2, 2)
+    trained = train_one_epoch(parts, loader, position, lambda *_: None, rows.append)
+    assert rows == expected_rows
+    assert (trained.loss, trained.accuracy) == (expected.loss, expected.accuracy)
+    assert torch.equal(weights(parts.network), weights(whole.network))
 
 
 def test_p2_dropout_depends_on_the_step_and_the_seed_alone(accelerator):

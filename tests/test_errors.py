@@ -68,7 +68,8 @@ HELP = "See `python train.py --help`."
         ),
         (
             "--output-dir /proc/runs",
-            f"cannot write /proc/runs/lenet5-digits (No such file or directory). {FULL}",
+            "a state takes 1 MB, and /proc has 0 MB left. "
+            "Free some space, or name another --output-dir.",
         ),
         ("--output-dir dangling", f"cannot write dangling/lenet5-digits (File exists). {FULL}"),
         (
@@ -179,10 +180,11 @@ def test_p7_a_full_disk(tmp_path):
 
 def test_p7_a_disk_that_fills_in_training_keeps_what_is_whole(fails, tmp_path):
     with largest_file(20_000):
-        message = fails(train, *DIGITS, "--name", "x", leaves=("runs",))
+        message = fails(train, *DIGITS, "--name", "x", leaves=("runs",), warnings=1)
     assert message == f"cannot write runs/x/best.safetensors (File too large). {FULL}"
     files = sorted(p.name for p in Path("runs/x").iterdir())
-    assert files == ["config.json", "history.jsonl", "steps.jsonl"]
+    assert files == ["config.json", "history.jsonl", "state", "steps.jsonl"]
+    assert [p.name for p in Path("runs/x/state").iterdir()] == [".lock"]
 
 
 # A launcher

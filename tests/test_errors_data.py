@@ -137,6 +137,8 @@ def test_p7_a_damaged_picture_is_named(fails, tmp_path, loader, name, damage):
     # Streamed, it may first be met in an epoch; what was trained until then is kept.
     message = fails(train, *words, leaves=("runs",) if loader == "streaming" else ())
     expected = f"cannot read the picture pictures/a/{name} (*). Replace or delete that file."
+    message, _, state = message.partition(" The last complete state of the run is ")
+    assert not state or (tmp_path / state.rstrip(".")).is_dir()
     assert matches(message, expected)
 
 

@@ -137,3 +137,19 @@ def test_p5_weights_from_a_gpu_are_read_on_a_cpu(tmp_path):
     network = build_model(**about["model"])
     checkpoint.load_weights(path, network)
     assert all(not p.is_cuda and p.isfinite().all() for p in network.parameters())
+
+
+@gpu
+@pytest.mark.parametrize("devices", [("cuda", "cpu"), ("cpu", "cuda")], ids="->".join)
+def test_p3_a_run_goes_on_on_another_device(tmp_path, monkeypatch, devices):
+    words = ["--dataset", "digits", "--recipe", "smoke", "--name", "run", "--ema", "0.9"]
+    begin = [*words, "--output-dir", str(tmp_path), "--log-every", "1", "--max-steps", "7"]
+    for device, argv in zip(
+        devices, (begin, ["--resume", str(tmp_path / "run"), "--max-steps", "14"]), strict=True
+    ):
+        place(device)  # forgets the device before
+        monkeypatch.setenv("ACCELERATE_USE_CPU", str(device == "cpu").lower())
+        train_script.main([*argv, "--quiet"])
+        assert json.loads((tmp_path / "run" / "config.json").read_text())["device"] == device
+    lines = (tmp_path / "run" / "steps.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, 15))

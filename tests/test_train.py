@@ -19,11 +19,11 @@ from lab.evaluation import Predictions, predict_all
 
 RUN_FILES = {
     "config.json", "history.jsonl", "steps.jsonl", "best.safetensors", "report.json",
-    "predictions.csv",
+    "predictions.csv", "state",
 }  # fmt: skip
 HISTORY = [
     "epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "val_macro_f1",
-    "learning_rate", "train_seconds", "eval_seconds", "images_per_second",
+    "learning_rate", "skipped_steps", "train_seconds", "eval_seconds", "images_per_second",
 ]  # fmt: skip
 REPORT = {
     "split", "num_samples", "loss", "accuracy", "macro_f1", "per_class", "confusion_matrix",

@@ -9,7 +9,7 @@ from lab.data.augment import Preprocess
 from lab.data.loaders import Plan, ResidentLoader
 from lab.data.sources import Split
 from lab.distributed import build_accelerator
-from lab.engine import prepare, train_one_epoch
+from lab.engine import Position, prepare, train_one_epoch
 from lab.models import build_model
 
 SIZES = {"lenet5": (1, 28), "alexnet": (3, 8)}  # channels, pixels a side
@@ -55,11 +55,10 @@ def make_loader(accelerator, model="lenet5", num_samples=33, batch_size=8, seed=
 
 def train(trainer, loader, epochs=1, on_step=lambda *_: None, on_log=lambda _: None):
     """The losses of the epochs."""
-    step, losses = 0, []
-    for epoch in range(1, epochs + 1):
-        trained = train_one_epoch(trainer, loader, epoch, step, on_step, on_log)
-        step = trained.step
-        losses.append(trained.loss)
+    position, losses = Position(), []
+    for _ in range(epochs):
+        losses.append(train_one_epoch(trainer, loader, position, on_step, on_log).loss)
+        position = position.next_epoch()
     return losses
 
 

@@ -1,0 +1,239 @@
+"""Finished runs side by side, from their files alone: a row each, and what may be chance."""
+
+from __future__ import annotations
+
+import csv
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lab.config import flag, option
+from lab.errors import UserError
+from lab.models import find_model
+from lab.rundir import CONFIG, HISTORY, PREDICTIONS, REPORT, write_atomically
+
+if TYPE_CHECKING:
+    import numpy as np
+
+RESAMPLES = 10_000
+TABLE, CSV, PICTURE = "comparison.md", "comparison.csv", "comparison.png"
+WHICH, TRAIN, REPORTED = "what to compare", "what to train", "what to write"
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """The settings of a comparison. Those of trainings, where not given, are train.py's."""
+
+    # fmt: off
+    runs: tuple[str, ...] = option((), WHICH,
+        "folders of finished runs", positional=True, nargs="*")
+    train: bool = option(False, TRAIN,
+        "train the --models first, or go on with them")
+    models: str = option("", TRAIN,
+        "networks, a list with commas", metavar="LIST")
+    dataset: str | None = option(None, TRAIN, "data set")
+    data_dir: str | None = option(None, TRAIN, "where it lies", metavar="DIR")
+    recipe: str | None = option(None, TRAIN, "named settings")
+    epochs: int | None = option(None, TRAIN, "passes over the training split")
+    max_steps: int | None = option(None, TRAIN, "stop after this many steps", metavar="N")
+    limit_train: int | None = option(None, TRAIN, "training samples", metavar="N")
+    limit_eval: int | None = option(None, TRAIN, "validation and test samples each", metavar="N")
+    seed: int | None = option(None, TRAIN, "seed")
+    threads: int | None = option(None, TRAIN, "CPU threads a process")
+    output_dir: str = option("runs", TRAIN, "folder of run folders", metavar="DIR")
+    output: str = option("comparison", REPORTED,
+        "folder for the table and the picture", metavar="DIR")
+    debug: bool = option(False, REPORTED, "show the traceback of an error")
+    # fmt: on
+
+    def __post_init__(self) -> None:
+        if bool(self.models) != self.train:
+            raise UserError("--train and --models go together", "Give both, or neither")
+        if self.train == bool(self.runs):
+            raise UserError(
+                "no runs to compare" if not self.runs else "runs and --train",
+                "Name the folders of runs, or give --train --models LIST",
+            )
+
+    def trainings(self) -> dict[str, list[str]]:
+        """The options of train.py for each model, by the run's name; none without `train`."""
+        names = ("dataset", "data_dir", "recipe", "epochs", "max_steps", "limit_train",
+                 "limit_eval", "seed", "threads")  # fmt: skip
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        shared = [word for name, value in given.items() for word in (flag(name), str(value))]
+        shared += ["--output-dir", self.output_dir, "--resume", "auto"]
+        return {
+            name: ["--model", model, "--name", name, *shared]
+            for model, name in self._names().items()
+        }
+
+    def folders(self) -> list[str]:
+        """The folders of the runs to compare."""
+        return list(self.runs) or [str(Path(self.output_dir) / n) for n in self._names().values()]
+
+    def _names(self) -> dict[str, str]:
+        """The name of each model's run."""
+        found = {}
+        for model in filter(None, self.models.replace(" ", "").split(",")):
+            dataset = self.dataset or find_model(model).dataset
+            found[model] = f"compare-{model.replace(':', '-')}-{dataset}"
+        return found
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a finished run left."""
+
+    path: Path
+    config: dict[str, Any]
+    report: dict[str, Any]
+    history: list[dict[str, Any]]
+    labels: np.ndarray | None  # int64 [N]; None where the run has no predictions.csv
+    predictions: np.ndarray | None  # int64 [N]
+
+    @property
+    def test_set(self) -> tuple[str, int]:
+        """What tells test splits apart: runs are compared on the same one only."""
+        return self.config["dataset"], hash(None if self.labels is None else self.labels.tobytes())
+
+
+def read_run(path: Path) -> Run:
+    """The run in a folder; raises `UserError` where it is none, or is not finished."""
+    import numpy as np
+
+    if not (path / CONFIG).is_file():
+        raise UserError(f"{path} is not a run's folder", "Name folders that train.py wrote")
+    if not (path / REPORT).is_file():
+        raise UserError(f"the run {path} is not finished", f"Finish it: train.py --resume {path}")
+    try:
+        config, report = (json.loads((path / name).read_bytes()) for name in (CONFIG, REPORT))
+        history = [json.loads(line) for line in (path / HISTORY).read_text().splitlines()]
+        labels = predictions = None
+        if (path / PREDICTIONS).is_file():
+            with open(path / PREDICTIONS, newline="") as file:
+                rows = [(int(r["label"]), int(r["prediction"])) for r in csv.DictReader(file)]
+            labels, predictions = np.array(rows, dtype=np.int64).T
+        run = Run(path, config, report, history, labels, predictions)
+        _row(run)
+        return run
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(f"the run {path} is damaged ({error!r})", "Train it again") from error
+
+
+def _row(run: Run) -> dict[str, Any]:
+    """The row of a run, but for its difference to others."""
+    config, report, history = run.config, run.report, run.history
+    return {
+        "run": str(run.path),
+        "model": config["model"],
+        "data set": config["dataset"],
+        "parameters": config.get("parameters"),
+        "multiply-adds": config.get("multiply_adds"),
+        "epochs": len(history),
+        "images/s": statistics.median(row["images_per_second"] for row in history),
+        "seconds": sum(row["train_seconds"] + row["eval_seconds"] for row in history),
+        "accuracy": float(report["accuracy"]),
+        "macro-F1": float(report["macro_f1"]),
+        "chosen on": report["selected_on"],
+    }
+
+
+def rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """A row a run, the most accurate of a data set first.
+
+    "to best" is (difference, low, high): of its accuracy to that of the best run on the same
+    test split, with the 95 % interval; None for the best one, and without predictions.csv.
+    """
+    table = []
+    for run in sorted(runs, key=lambda r: (r.config["dataset"], -r.report["accuracy"])):
+        best = max(
+            (other for other in runs if other.test_set == run.test_set),
+            key=lambda other: other.report["accuracy"],
+        )
+        comparable = best is not run and run.predictions is not None
+        table.append(_row(run) | {"to best": difference(run, best) if comparable else None})
+    return table
+
+
+def difference(run: Run, other: Run, seed: int = 0) -> tuple[float, float, float]:
+    """(difference of accuracies, 2.5 % and 97.5 % quantile) by the paired bootstrap.
+
+    Samples are drawn with replacement, the same ones for both runs (Efron, Tibshirani 1993,
+    "An Introduction to the Bootstrap"). A sample counts -1, 0 or 1, so that drawing how many there
+    are of each is the same, and takes no time. It is the noise of the test split alone: another
+    seed of the training adds its own.
+    """
+    import numpy as np
+
+    assert run.predictions is not None
+    assert other.predictions is not None
+    right, others = run.predictions == run.labels, other.predictions == other.labels
+    counts = np.array([(~right & others).sum(), (right == others).sum(), (right & ~others).sum()])
+    total = counts.sum()
+    drawn = np.random.default_rng(seed).multinomial(total, counts / total, RESAMPLES)
+    low, high = np.quantile((drawn[:, 2] - drawn[:, 0]) / total, [0.025, 0.975])
+    return float((counts[2] - counts[0]) / total), float(low), float(high)
+
+
+def by_class(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """A row a run: the accuracy of each class (its recall), by class name."""
+    return [
+        {"run": str(run.path)} | {row["class"]: row["recall"] for row in run.report["per_class"]}
+        for run in runs
+    ]
+
+
+def text(name: str, value: Any) -> str:
+    """A cell of the table, for people."""
+    if value is None:
+        return "-"
+    if name == "to best":
+        return "{:+.4f} [{:+.4f}, {:+.4f}]".format(*value)
+    forms = {"images/s": ",.0f", "seconds": ",.0f", "parameters": ",d", "multiply-adds": ",d"}
+    form = forms.get(name, ".4f" if isinstance(value, float) else "")
+    return f"{value:{form}}"
+
+
+def markdown(table: Sequence[dict[str, Any]]) -> str:
+    """Rows as a Markdown table; all have the columns of the first."""
+    heads = list(table[0])
+    lines = ["| " + " | ".join(heads) + " |", "| " + " | ".join("---" for _ in heads) + " |"]
+    for row in table:
+        cells = (text(name, row.get(name)).replace("|", "\\|") for name in heads)
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def write(folder: Path, runs: Sequence[Run], table: Sequence[dict[str, Any]]) -> None:
+    """The table as Markdown and as CSV, the latter with each class's accuracy."""
+    classes: dict[tuple[str, ...], list[Run]] = {}
+    for run in runs:
+        classes.setdefault(tuple(run.report["class_names"]), []).append(run)
+    parts = ["# Comparison\n", markdown(table), INTERVAL]
+    parts += ["## Accuracy of each class\n"]
+    parts += [markdown(by_class(group)) for group in classes.values()]
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / TABLE, lambda p: p.write_text("\n".join(parts)))
+
+    def write_csv(path: Path) -> None:
+        with open(path, "w", newline="") as file:
+            names = [name for name in table[0] if name != "to best"]
+            writer = csv.writer(file)
+            writer.writerow([*names, "to best", "low", "high", "class accuracies"])
+            for row in table:
+                run = next(run for run in runs if str(run.path) == row["run"])
+                recalls = ";".join(f"{r['class']}={r['recall']}" for r in run.report["per_class"])
+                bounds = row["to best"] or ("", "", "")
+                writer.writerow([*(row[name] for name in names), *bounds, recalls])
+
+    write_atomically(folder / CSV, write_csv)
+
+
+INTERVAL = """\
+"to best" is the difference in accuracy to the best run on the same test split, with the 95 %
+interval of a paired bootstrap over its samples. An interval that holds 0 says that the difference
+may be chance. Another seed of the training would add noise of its own.
+"""

@@ -1,0 +1,58 @@
+"""What the tests of resuming share: small trainings, cut off, resumed and compared."""
+
+import json
+
+import pytest
+
+import train
+from lab import keeper
+
+CLOCK = ("train_seconds", "eval_seconds", "images_per_second")
+SMALL = [
+    "--dataset", "digits", "--recipe", "smoke", "--threads", "1", "--quiet", "--log-every", "1",
+]  # fmt: skip
+LENET = [*SMALL, "--epochs", "3", "--max-steps", "0", "--limit-train", "100"]  # 4 steps an epoch
+ALEXNET = [*LENET, "--model", "alexnet", "--dataset", "shapes", "--num-samples", "120"]
+
+
+class Killed(BaseException):
+    """Stands for the end of the process: nothing in train.py catches it."""
+
+
+def start(folder, *words, name="run"):
+    return train.main([*words, "--output-dir", str(folder), "--name", name])
+
+
+def resume(path, *words):
+    return train.main(["--resume", str(path), "--quiet", *words])
+
+
+def cut_off(monkeypatch, step, call):
+    """`call()`, which dies after `step` steps."""
+    original = keeper.Keeper.after_step
+
+    def after_step(kept, best, position):
+        stops = original(kept, best, position)
+        if position.step == step:
+            raise Killed
+        return stops
+
+    with monkeypatch.context() as patch:
+        patch.setattr(keeper.Keeper, "after_step", after_step)
+        with pytest.raises(Killed):
+            call()
+
+
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def timeless(path):
+    return [{k: v for k, v in row.items() if k not in CLOCK} for row in read_lines(path)]
+
+
+def same_end(a, b):
+    """Nothing; AssertionError where two runs did not end alike."""
+    for name in ("best.safetensors", "report.json", "predictions.csv", "steps.jsonl"):
+        assert (a / name).read_bytes() == (b / name).read_bytes(), name
+    assert timeless(a / "history.jsonl") == timeless(b / "history.jsonl")

@@ -1,0 +1,158 @@
+"""compare.py: the numbers of runs side by side, and the noise of their differences."""
+
+import csv
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+from resuming import LENET, start
+
+import compare
+from lab import comparison
+from lab.comparison import CompareConfig, Run, difference, read_run
+from lab.errors import UserError
+from lab.models.cost import cost
+
+
+def make_run(tmp_path, right, name="a", dataset="digits"):
+    """A run that is right where `right` is."""
+    labels = np.arange(len(right)) % 3
+    predictions = np.where(right, labels, (labels + 1) % 3)
+    report = {"accuracy": float(np.mean(right)), "class_names": ["x", "y", "z"]}
+    return Run(tmp_path / name, {"dataset": dataset}, report, [], labels, predictions)
+
+
+def test_the_interval_is_that_of_drawing_samples(tmp_path):
+    random = np.random.default_rng(0)
+    a, b = random.random(400) < 0.8, random.random(400) < 0.7
+    found, low, high = difference(make_run(tmp_path, a), make_run(tmp_path, b, "b"))
+    draws = random.integers(400, size=(4000, 400))
+    drawn = (a[draws].mean(1) - b[draws].mean(1)).tolist()
+    assert found == pytest.approx(a.mean() - b.mean())
+    assert (low, high) == pytest.approx(tuple(np.quantile(drawn, [0.025, 0.975])), abs=0.006)
+    assert low < found < high
+
+
+def test_a_run_differs_from_itself_by_nothing(tmp_path):
+    run = make_run(tmp_path, np.array([True, False] * 50))
+    assert difference(run, run) == (0, 0, 0)
+
+
+def test_paired_runs_are_told_apart_where_unpaired_ones_would_not_be(tmp_path):
+    """One is right wherever the other is, and on 8 of 400 samples more."""
+    a = np.arange(400) < 300
+    b = np.arange(400) < 308
+    _, low, high = difference(make_run(tmp_path, a), make_run(tmp_path, b, "b"))
+    assert low < high < 0
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    for name, words in {"slow": ["--lr", "1e-5"], "fast": [], "faster": ["--epochs", "6"]}.items():
+        start(folder, *LENET, *words, name=name)
+    return folder
+
+
+def test_the_table_has_the_runs_own_numbers(trained):
+    runs = [read_run(trained / name) for name in ("slow", "fast", "faster")]
+    rows = comparison.rows(runs)
+    accuracies = [row["accuracy"] for row in rows]
+    assert accuracies == sorted(accuracies, reverse=True)
+    assert rows[0]["to best"] is None
+    for row in rows:
+        report = json.loads((trained / row["run"] / "report.json").read_text())
+        history = (trained / row["run"] / "history.jsonl").read_text().splitlines()
+        assert (row["accuracy"], row["macro-F1"]) == (report["accuracy"], report["macro_f1"])
+        assert (row["epochs"], row["parameters"]) == (len(history), 61_706)
+        assert row["multiply-adds"] == 416_520
+    for row in rows[1:]:
+        assert row["to best"][0] == pytest.approx(row["accuracy"] - accuracies[0])
+
+
+def test_runs_on_other_test_splits_are_not_compared(tmp_path, trained):
+    other = start(tmp_path, *LENET, "--split-seed", "1", name="other")
+    assert other == 0
+    rows = comparison.rows([read_run(trained / "fast"), read_run(tmp_path / "other")])
+    assert [row["to best"] for row in rows] == [None, None]
+
+
+def test_the_files_hold_the_table(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(trained)
+    assert compare.main(["slow", "fast", "--output", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    assert "61,706" in printed
+    text = (tmp_path / "out" / "comparison.md").read_text()
+    with open(tmp_path / "out" / "comparison.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["run"] for row in rows} == {"slow", "fast"}
+    for row in rows:
+        assert f"| {float(row['accuracy']):.4f} |" in text
+        assert row["class accuracies"].count("=") == 10
+    assert float(rows[1]["low"]) <= float(rows[1]["to best"]) <= float(rows[1]["high"])
+    with Image.open(tmp_path / "out" / "comparison.png") as picture:
+        assert len(picture.convert("RGB").getcolors(10**6)) > 10  # something is drawn
+
+
+def test_it_trains_what_is_named_and_goes_on_with_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = ["--train", "--models", "lenet5", "--dataset", "digits", "--recipe", "smoke"]
+    words += ["--threads", "1", "--max-steps", "3"]
+    assert compare.main(words) == 0
+    assert "compare-lenet5-digits" in capsys.readouterr().out
+    compare.main([*words[:-1], "6"])
+    assert "going on from" in capsys.readouterr().out
+    assert (tmp_path / "comparison" / "comparison.md").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("", "no runs to compare. Name the folders of runs, or give --train --models LIST."),
+        ("--train", "--train and --models go together. Give both, or neither."),
+        ("a --train --models lenet5", "runs and --train. Name the folders of runs, or give "
+                                      "--train --models LIST."),
+        ("gone", "gone is not a run's folder. Name folders that train.py wrote."),
+        ("unfinished", "the run unfinished is not finished. Finish it: train.py --resume "
+                       "unfinished."),
+    ],
+)  # fmt: skip
+def test_p7_compare_refuses(fails, tmp_path, words, message):
+    (tmp_path / "unfinished").mkdir()
+    (tmp_path / "unfinished" / "config.json").write_text("{}")
+    assert fails(compare, *words.split()) == message
+
+
+@pytest.mark.parametrize("name", ["config.json", "report.json", "predictions.csv", "history.jsonl"])
+def test_p7_a_damaged_run_is_named(tmp_path, trained, name):
+    copied = shutil.copytree(trained / "fast", tmp_path / "copied")
+    (copied / name).write_text("[1]\n2")
+    with pytest.raises(UserError, match=r"the run .*copied is damaged"):
+        read_run(copied)
+
+
+def test_trainings_take_what_was_given_and_no_more():
+    config = CompareConfig(train=True, models="lenet5, alexnet", dataset="digits", epochs=3)
+    assert config.trainings()["compare-alexnet-digits"] == [
+        "--model", "alexnet", "--name", "compare-alexnet-digits", "--dataset", "digits",
+        "--epochs", "3", "--output-dir", "runs", "--resume", "auto",
+    ]  # fmt: skip
+    assert [f.split("/")[-1] for f in config.folders()] == [
+        "compare-lenet5-digits", "compare-alexnet-digits",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("model", "channels", "size", "parameters", "multiply_adds"),
+    [
+        # Convolutions: outputs x 25 x channels in; then 120 x 84 + 84 x 10.
+        ("lenet5", 1, 32, 61_706, 28**2 * 6 * 25 + 100 * 16 * 150 + 120 * 400 + 10_080 + 840),
+        ("alexnet", 3, 32, 14_859_082, None),
+    ],
+)
+def test_the_cost_of_a_network(model, channels, size, parameters, multiply_adds):
+    found = cost(name=model, num_classes=10, channels=channels, image_size=size)
+    assert found["parameters"] == parameters
+    assert multiply_adds is None or found["multiply_adds"] == multiply_adds

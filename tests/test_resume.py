@@ -1,0 +1,231 @@
+"""P3: a run that was cut off goes on as if nothing had happened, on any number of processes."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from resuming import ALEXNET, LENET, Killed, cut_off, read_lines, resume, same_end, start
+from safetensors import safe_open
+from worlds import python, run, run_all, torchrun
+
+from lab import rundir, states
+
+VARIANTS = {
+    "nesterov": [*LENET, "--optimizer", "nesterov", "--lr", "0.05", "--clip-norm", "1"],
+    "average, accumulate": [*LENET, "--ema", "0.9", "--accumulate", "2"],
+    "dropout, bfloat16": [*ALEXNET, "--mixed-precision", "bf16"],
+}
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def whole(request, tmp_path_factory):
+    """(options, the folder of a run with them that nothing cut off)."""
+    folder = tmp_path_factory.mktemp("whole")
+    start(folder, *VARIANTS[request.param])
+    return VARIANTS[request.param], folder / "run"
+
+
+@pytest.mark.parametrize("step", [2, 4, 9])
+def test_p3_a_resumed_run_ends_with_the_same_bits(tmp_path, monkeypatch, whole, step):
+    words, expected = whole
+    words = [*words, "--save-every", "2"]
+    cut_off(monkeypatch, step, lambda: start(tmp_path, *words))
+    torch.manual_seed(step)  # whatever the next process's random state is
+    assert resume(tmp_path / "run") == 0
+    same_end(tmp_path / "run", expected)
+
+
+def test_p3_a_run_cut_off_again_and_again_ends_with_the_same_bits(tmp_path, monkeypatch):
+    start(tmp_path, *LENET, name="whole")
+    command = [*LENET, "--save-every", "1", "--resume", "auto"]
+    for step in (1, 3, 4, 8, 11):
+        cut_off(monkeypatch, step, lambda: start(tmp_path, *command))
+    start(tmp_path, *command)
+    same_end(tmp_path / "run", tmp_path / "whole")
+
+
+def test_p3_cut_off_between_an_epoch_s_files(tmp_path, monkeypatch):
+    """After the best weights are written, before the epoch's line is."""
+    start(tmp_path, *LENET, name="whole")
+
+    def die(run, *rows):
+        if rows and rows[0]["epoch"] == 2:
+            raise Killed
+        rundir.RunDir._append(run, rundir.HISTORY, rows)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rundir.RunDir, "add_epoch", die)
+        with pytest.raises(Killed):
+            start(tmp_path, *LENET)
+    resume(tmp_path / "run")
+    same_end(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    start(folder, *LENET, "--save-every", "3")
+    return folder / "run"
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    return Path(shutil.copytree(finished, tmp_path / "copied"))
+
+
+def test_states_are_named_by_their_step_and_the_newest_kept(finished):
+    assert [p.name for p in states.folders(rundir.RunDir(finished))] == [
+        "step-00000012", "step-00000009",
+    ]  # fmt: skip
+    assert sorted(p.name for p in finished.glob("state/*/*")) == [
+        "state.json", "state.json", "tensors.safetensors", "tensors.safetensors",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("keep", "steps"), [(1, [12]), (3, [12, 9, 8]), (99, [12, 9, 8, 6, 4, 3])])
+def test_as_many_states_are_kept_as_told(tmp_path, keep, steps):
+    start(tmp_path, *LENET, "--save-every", "3", "--keep-states", str(keep))
+    found = states.folders(rundir.RunDir(tmp_path / "run"))
+    assert [int(p.name.removeprefix("step-")) for p in found] == steps
+
+
+def test_p4_a_state_is_safetensors_and_json(finished):
+    folder = finished / "state" / "step-00000009"
+    with safe_open(folder / "tensors.safetensors", framework="pt") as file:
+        keys = set(file.keys())
+    with safe_open(finished / "best.safetensors", framework="pt") as file:
+        names = set(file.keys())
+    expected = {f"network.{name}" for name in names}
+    expected |= {
+        f"optimizer.{slot}.{n}" for n in names for slot in ("exp_avg", "exp_avg_sq", "step")
+    }
+    assert keys == expected
+    about = json.loads((folder / "state.json").read_text())["state"]
+    assert about["position"] | {"seconds": 0} == {
+        "epoch": 3, "batch": 1, "step": 9, "skipped_steps": 0, "skipped_samples": 0, "seconds": 0,
+    }  # fmt: skip
+    assert about["samples_seen"] == 2 * 100 + 32
+    assert about["best"] == read_lines(finished / "history.jsonl")[about["best"]["epoch"] - 1]
+    assert about["config"]["seed"] == 42
+
+
+def test_a_finished_run_resumed_gives_its_result_again(copied, finished):
+    assert resume(copied) == 0
+    same_end(copied, finished)
+
+
+def test_more_epochs_go_on_from_the_end(copied):
+    resume(copied, "--epochs", "4")
+    assert [row["epoch"] for row in read_lines(copied / "history.jsonl")] == [1, 2, 3, 4]
+    assert json.loads((copied / "config.json").read_text())["epochs"] == 4
+
+
+def test_a_run_may_be_moved(copied, finished, tmp_path):
+    moved = copied.rename(tmp_path / "elsewhere")
+    resume(moved)
+    same_end(moved, finished)
+    config = json.loads((moved / "config.json").read_text())
+    assert (config["output_dir"], config["name"]) == (str(tmp_path), "elsewhere")
+
+
+def test_auto_starts_a_run_and_goes_on_with_it(tmp_path, capsys):
+    command = [*LENET, "--resume", "auto"]
+    command.remove("--quiet")
+    start(tmp_path, *command, "--max-steps", "6")
+    assert "going on" not in capsys.readouterr().out
+    start(tmp_path, *command)
+    assert f"going on from {tmp_path}/run/state/step-00000006" in capsys.readouterr().out
+    assert len(read_lines(tmp_path / "run" / "steps.jsonl")) == 12
+
+
+def test_auto_begins_again_what_was_killed_before_its_first_state(tmp_path, monkeypatch, finished):
+    cut_off(monkeypatch, 1, lambda: start(tmp_path, *LENET, "--resume", "auto"))
+    assert not list((tmp_path / "run" / "state").glob("step-*"))
+    start(tmp_path, *LENET, "--resume", "auto")
+    same_end(tmp_path / "run", finished)
+
+
+# Other numbers of processes
+
+
+def order(folder):
+    """The positions in the split of each step's samples, over all processes."""
+    logs = [read_lines(log) for log in sorted(folder.glob("order-*.jsonl"))]
+    steps = {}
+    for row in (row for log in logs for row in log):
+        steps.setdefault(row["step"], []).extend(row["index"])
+    return steps
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_p3_stopped_on_two_processes_and_resumed_on_one_and_three(tmp_path):
+    words = [*LENET, "--output-dir", tmp_path]
+    check, results = "tests/checks_resume.py", {}
+    for name in ("whole", "first", "one", "three"):
+        (tmp_path / "logs" / name).mkdir(parents=True)
+
+    def command(launch, name, stop, *options):
+        return launch(check, tmp_path / "logs" / name, stop, 0, *options)
+
+    def two(*script):
+        return torchrun(2, *script)
+
+    def three(*script):
+        return torchrun(3, *script)
+
+    whole, first = run_all(
+        [command(python, "whole", 0, *words, "--name", "whole"),
+         command(two, "first", 6, *words, "--name", "first")],
+        limit=200,
+    )  # fmt: skip
+    assert whole.code == 0, whole.stderr
+    assert "stopped (SIGTERM) after step 6; go on with: python train.py --resume" in first.stderr
+    for name in ("one", "three"):
+        shutil.copytree(tmp_path / "first", tmp_path / name)
+        shutil.copytree(tmp_path / "logs/first", tmp_path / "logs" / name, dirs_exist_ok=True)
+    ended = run_all(
+        [command(python, "one", 0, "--resume", tmp_path / "one"),
+         command(three, "three", 0, "--resume", tmp_path / "three")],
+        limit=200,
+    )  # fmt: skip
+    assert [e.code for e in ended] == [0, 0], [e.stderr for e in ended]
+    expected = order(tmp_path / "logs" / "whole")
+    assert sorted(expected) == list(range(12))
+    losses = {n: [r["loss"] for r in read_lines(tmp_path / n / "steps.jsonl")]
+              for n in ("whole", "one", "three")}  # fmt: skip
+    for name in ("one", "three"):
+        assert order(tmp_path / "logs" / name) == expected
+        assert losses[name] == pytest.approx(losses["whole"], rel=1e-4)
+        results[name] = read_lines(tmp_path / name / "history.jsonl")
+        assert [row["epoch"] for row in results[name]] == [1, 2, 3]
+    two = read_lines(tmp_path / "whole" / "history.jsonl")
+    for name in ("one", "three"):  # the epoch that was cut counts every sample once
+        assert [r["train_loss"] for r in results[name]] == pytest.approx(
+            [r["train_loss"] for r in two], rel=1e-4
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_p7_a_loss_that_is_not_finite_on_one_process(tmp_path):
+    """It ends all, and says where; or all skip that step, and count it."""
+    words = [*LENET, "--output-dir", tmp_path, "--save-every", "2", "--keep-states", "9"]
+    check = "tests/checks_resume.py"
+    stopped = run(torchrun(2, check, tmp_path, 0, "1:6", *words, "--name", "stopped"), limit=120)
+    assert stopped.code != 0
+    [error] = stopped.errors
+    assert error.startswith("error: the loss is nan at step 6 on process 1 (learning rate 0.002)")
+    assert error.endswith(
+        f"The last complete state of the run is {tmp_path}/stopped/state/step-00000004."
+    )
+    assert stopped.left_behind == []
+    words += ["--on-nonfinite", "skip"]
+    skipped = run(torchrun(2, check, tmp_path, 0, "1:6", *words, "--name", "skipped"), limit=120)
+    assert skipped.code == 0, skipped.stderr
+    history = read_lines(tmp_path / "skipped" / "history.jsonl")
+    assert [row["skipped_steps"] for row in history] == [0, 1, 0]
+    logged = read_lines(tmp_path / "skipped" / "steps.jsonl")
+    assert [row["step"] for row in logged if row["loss"] is None] == [6]

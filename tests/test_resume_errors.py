@@ -1,0 +1,156 @@
+"""P7: what a user can get wrong with --resume; locks and full disks."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from resuming import LENET, SMALL, resume, same_end, start
+
+import train
+from lab import errors, keeper, rundir, states
+from lab.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    start(folder, *LENET, "--save-every", "3")
+    return folder / "run"
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    return Path(shutil.copytree(finished, tmp_path / "copied"))
+
+
+def test_p7_other_settings_are_refused(fails, copied):
+    before = (copied / "steps.jsonl").read_bytes()
+    for words, problem in {
+        "--lr 0.5": "--lr 0.5 is not the run's, which has 0.002",
+        "--batch-size 16": "--batch-size 16 is not the run's, which has 32",
+        "--model alexnet": "--model alexnet is not the run's, which has lenet5",
+        "--mixed-precision bf16": "--mixed-precision bf16 is not the run's, which has auto",
+    }.items():
+        message = fails(train, "--resume", copied, *words.split())
+        assert message == f"{problem}. Leave it out, or start a new run."
+    message = fails(train, "--resume", copied, "--epochs", 2)
+    assert message == "--epochs 2: the run is in epoch 3. Give more, or leave it out."
+    assert (copied / "steps.jsonl").read_bytes() == before
+
+
+def test_the_same_settings_may_be_given_again(copied, finished):
+    resume(copied, "--lr", "0.002", "--recipe", "smoke", "--dataset", "digits", "--workers", "1")
+    same_end(copied, finished)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--resume gone", "there is no run gone. Give --resume the folder of a run."),
+        (
+            f"--resume {'n' * 300}",
+            f"there is no run {'n' * 300}. Give --resume the folder of a run.",
+        ),
+        ("--resume auto", "--resume auto goes on with the run of a --name. Give --name too."),
+        (
+            "--resume auto --name x --overwrite",
+            "--overwrite deletes what --resume goes on from. Give one of them.",
+        ),
+        (
+            "--resume old",
+            "old holds no state to go on from. Start a new run, or --overwrite this one.",
+        ),
+        (
+            "--resume auto --name old --output-dir .",
+            "old holds no state to go on from. Start a new run, or --overwrite this one.",
+        ),
+    ],
+)
+def test_p7_there_is_nothing_to_resume(fails, tmp_path, words, message):
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "best.safetensors").write_bytes(b"weights of a version without states")
+    assert fails(train, *SMALL, *words.split()) == message
+
+
+def test_p7_other_data_are_refused(fails, copied):
+    folder = states.folders(rundir.RunDir(copied))[0]
+    about, tensors = states.read(folder)
+    shutil.rmtree(folder)
+    states.write(folder, tensors, about | {"fingerprints": {**about["fingerprints"], "train": "x"}})
+    assert fails(train, "--resume", copied) == (
+        "the data are not those that the run was trained on. "
+        "Give --data-dir with the same files, or start a new run."
+    )
+
+
+HOLD = """
+import filelock, sys
+lock = filelock.FileLock(sys.argv[1])
+lock.acquire()
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_p7_two_trainings_do_not_write_into_one_folder(fails, monkeypatch, copied):
+    monkeypatch.setattr(rundir, "LOCK_PATIENCE", 0.1)
+    command = [sys.executable, "-c", HOLD, str(copied / "state" / ".lock")]
+    refused = f"another training is at work in {copied}. "
+    refused += "Wait for its end, or give another --name."
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        assert fails(train, "--resume", copied) == refused
+        words = ("--name", copied.name, "--output-dir", copied.parent)
+        assert fails(train, *SMALL, *words, "--overwrite") == refused
+        assert fails(train, *SMALL, *words, "--resume", "auto", "--epochs", 3) == refused
+        other.kill()
+    resume(copied)  # the lock's file stays, and nobody holds it
+
+
+def test_p7_a_full_disk_is_seen_before_training(fails, monkeypatch):
+    monkeypatch.setattr(
+        states.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 500_000)
+    )
+    message = fails(train, *SMALL, "--name", "x")
+    assert message.startswith("a state takes 1 MB, and . has 0 MB left. Free some space")
+
+
+def test_a_full_disk_later_loses_that_state_alone(tmp_path, monkeypatch, finished, capsys):
+    require_room = states.require_room
+    calls = []
+
+    def full_once(path, size):
+        calls.append(size)
+        if len(calls) == 3:
+            raise UserError("full", "Free some")
+        require_room(path, size)
+
+    monkeypatch.setattr(keeper, "require_room", full_once)
+    start(tmp_path, *LENET, "--save-every", "3", "--keep-states", "9")
+    found = states.folders(rundir.RunDir(tmp_path / "run"))
+    assert [int(p.name.removeprefix("step-")) for p in found] == [12, 9, 8, 6, 3]
+    assert calls[1] == pytest.approx(calls[0], rel=0.35)  # foreseen before there was a state
+    assert "step-00000004 is not written: full. Free some." in capsys.readouterr().err
+    same_end(tmp_path / "run", finished)
+
+
+def test_p7_the_last_state_is_named_with_the_error(monkeypatch, copied):
+    def fail(*_):
+        raise UserError("the picture x is damaged", "Delete it")
+
+    monkeypatch.setattr("lab.engine.train_step", fail)
+    with pytest.raises(UserError) as caught:
+        resume(copied, "--epochs", "9")
+    assert str(caught.value) == (
+        "the picture x is damaged. Delete it. The last complete state of the run is "
+        f"{copied}/state/step-00000012."
+    )
+
+
+def test_a_notebook_may_resume_in_the_same_process(copied):
+    """The lock of a run that failed there is let go."""
+    with pytest.raises(UserError, match="is not the run's"):
+        resume(copied, "--lr", "0.7")
+    assert errors.run_script(lambda: resume(copied)) == 0

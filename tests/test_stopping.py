@@ -1,0 +1,173 @@
+"""Signals, time limit, patience: a run stops between two steps, with a state to go on from."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from resuming import LENET, read_lines, resume, same_end, start
+from torch.utils.data import DataLoader
+from worlds import python, run, torchrun
+from worlds import start as launch
+
+from lab import stopping
+from lab.data.loaders import begin_worker
+from lab.stopping import SIGNALS, TIME_LIMIT, Stopper
+
+CPU = torch.device("cpu")
+LONG = [*LENET, "--epochs", "4000", "--save-every", "1000000", "--schedule", "constant"]
+
+
+@pytest.mark.parametrize("name", SIGNALS)
+def test_a_signal_is_noted_while_it_trains_alone(name):
+    before = signal.getsignal(SIGNALS[name])
+    with Stopper(0, 1, CPU) as stopper:
+        assert stopper.reason(1) == 0
+        os.kill(os.getpid(), SIGNALS[name])
+        assert stopper.reason(2) == stopper.reason(3) == SIGNALS[name]
+    assert signal.getsignal(SIGNALS[name]) is before
+
+
+def test_the_codes_and_words_of_a_stop():
+    reasons = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, TIME_LIMIT]
+    assert [Stopper.exit_code(reason) for reason in reasons] == [130, 143, 143, 0]
+    assert [Stopper.describe(reason) for reason in reasons] == [
+        "Ctrl-C", "SIGTERM", "SIGUSR1", "--max-hours is over",
+    ]  # fmt: skip
+
+
+def test_a_time_limit_counts_from_the_start(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(stopping.time, "monotonic", lambda: now[0])
+    stopper = Stopper(0.5, 1, CPU)
+    now[0] += 1799
+    assert stopper.reason(1) == 0
+    now[0] += 2
+    assert stopper.reason(2) == TIME_LIMIT
+
+
+TWICE = """
+import os, signal, sys, time, torch
+from lab import stopping
+stopping.PAUSE = float(sys.argv[1])
+with stopping.Stopper(0, 1, torch.device("cpu")) as stopper:
+    for _ in range(2):
+        time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+    print(stopper.reason(1))
+"""
+
+
+@pytest.mark.parametrize(("pause", "code", "printed"), [(0, 130, ""), (60, 0, "2\n")])
+def test_a_second_ctrl_c_ends_at_once(pause, code, printed):
+    """But for one that comes with the first: to the process, and to its whole group."""
+    ended = run(python("-c", TWICE, pause), limit=60)
+    assert (ended.code, ended.stdout) == (code, printed)
+
+
+class Signalled(torch.utils.data.Dataset):
+    """Sends every signal to the worker that reads a sample."""
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        for number in SIGNALS.values():
+            os.kill(os.getpid(), number)
+        return index
+
+
+def test_a_loader_s_workers_ignore_the_signals():
+    reader = DataLoader(Signalled(), num_workers=1, worker_init_fn=begin_worker, batch_size=None)
+    assert list(reader) == [0, 1, 2, 3]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130), ("SIGUSR1", 143)])
+def test_p3_a_signal_saves_and_the_run_goes_on(tmp_path, name, code):
+    """Wherever in a step or an evaluation it comes."""
+    command = python("train.py", *LONG, "--output-dir", tmp_path, "--name", "run")
+    with launch(command) as world:
+        _train_a_while(world, tmp_path / "run")
+        world.process.send_signal(SIGNALS[name])
+        ended = world.wait(60)
+    assert ended.code == code, ended.stderr
+    step = _stopped_at(ended, tmp_path / "run")
+    _goes_on_alike(tmp_path, step)
+
+
+def _train_a_while(world, path, steps=20):
+    lines = path / "steps.jsonl"
+    world.until(lambda: lines.exists() and len(lines.read_bytes().splitlines()) > steps, limit=90)
+
+
+def _stopped_at(ended, path):
+    [line] = [line for line in ended.stderr.splitlines() if line.startswith("warning: stopped")]
+    assert line.endswith(f"go on with: python train.py --resume {path}")
+    step = int(line.split(" after step ")[1].split(";")[0])
+    newest = max((path / "state").glob("step-*"))
+    assert newest.name == f"step-{step:08}"
+    assert json.loads((newest / "state.json").read_text())["state"]["position"]["step"] == step
+    assert ended.left_behind == []
+    assert not (path / "report.json").exists()
+    return step
+
+
+def _goes_on_alike(folder, step):
+    """What is resumed to the end of the next epoch is what was never stopped."""
+    epochs = step // 4 + 1
+    start(folder, *LONG, "--epochs", str(epochs), name="whole")
+    resume(folder / "run", "--epochs", str(epochs))
+    same_end(folder / "run", folder / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_p3_two_processes_stop_at_the_same_step(tmp_path):
+    """Their launcher passes SIGTERM on; rank 0's state is whole before any of them ends."""
+    command = torchrun(2, "train.py", *LONG, "--output-dir", tmp_path, "--name", "run")
+    with launch(command) as world:
+        _train_a_while(world, tmp_path / "run")
+        world.process.send_signal(signal.SIGTERM)
+        ended = world.wait(60)
+    assert ended.code != 0
+    step = _stopped_at(ended, tmp_path / "run")
+    epochs = step // 4 + 1
+    resumed = run(torchrun(2, "train.py", "--resume", tmp_path / "run", "--epochs", epochs), 100)
+    assert resumed.code == 0, resumed.stderr
+    steps = [row["step"] for row in read_lines(tmp_path / "run" / "steps.jsonl")]
+    assert steps == list(range(1, 4 * epochs + 1))
+
+
+def test_max_hours_stops_with_a_state(tmp_path, capsys):
+    begin = time.monotonic()
+    assert start(tmp_path, *LONG, "--max-hours", str(0.5 / 3600)) == 0
+    assert time.monotonic() - begin < 60
+    assert "stopped (--max-hours is over) after step" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "report.json").exists()
+    step = len(read_lines(tmp_path / "run" / "steps.jsonl"))
+    _goes_on_alike(tmp_path, step)
+
+
+def test_patience_counts_epochs_without_a_better_one(tmp_path, capsys):
+    words = [*LENET, "--epochs", "30", "--lr", "1e-12", "--patience", "2"]
+    words.remove("--quiet")
+    start(tmp_path, *words)
+    assert [row["epoch"] for row in read_lines(tmp_path / "run" / "history.jsonl")] == [1, 2, 3]
+    assert "stopped: no better epoch in the last 2" in capsys.readouterr().out
+    assert json.loads((tmp_path / "run" / "report.json").read_text())["best_epoch"] == 1
+
+
+def test_signals_are_left_alone_off_the_main_thread(tmp_path):
+    """As where a notebook's server trains in a thread."""
+    code = "import threading, train, sys\n"
+    code += "t = threading.Thread(target=train.main, args=[sys.argv[1:]]); t.start(); t.join()"
+    words = [*LENET, "--output-dir", str(tmp_path), "--name", "run"]
+    root = str(Path(__file__).parents[1])
+    subprocess.run([sys.executable, "-c", code, *words], check=True, cwd=root, timeout=100)
+    assert (tmp_path / "run" / "report.json").exists()
