@@ -13,7 +13,7 @@ TWO = CONFIGURATIONS["LeNet-5, 2 processes"]
 ALEXNET = CONFIGURATIONS["AlexNet, dropout"]
 CASES = {
     "accumulation-and-average": (
-        replace(LENET5, words=(*LENET5.words, "--accumulate", 2, "--ema", 0.9)),
+        replace(LENET5, words=(*LENET5.words, "--accumulate", 2, "--ema", 0.9, "--epochs", 3)),
         [("save", "all"), ("evaluation", "all")],
     ),
     "dropout": (
@@ -21,7 +21,7 @@ CASES = {
         [("save", "all")],
     ),
     "two-processes": (
-        replace(TWO, words=(*TWO.words, "--epochs", 3)),
+        replace(TWO, words=(*TWO.words, "--epochs", 2)),
         [("step", "one worker")],
     ),
 }
