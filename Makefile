@@ -4,12 +4,13 @@
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
+SOAK_ARGS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format clean
+.PHONY: help demo test soak check format clean
 
 help: ## list these targets
 	@sed -n 's/^\([a-z]*\):.*## /\1|/p' Makefile | \
@@ -21,6 +22,9 @@ demo: $(VENV)/.runtime ## train LeNet-5 on the bundled digits, then evaluate it
 
 test: $(VENV)/.dev ## run the tests (PYTEST_ARGS="-k metrics -x" narrows them)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+soak: $(VENV)/.dev ## kill trainings at random and compare their ends, 10 minutes (SOAK_ARGS="--kills 200")
+	$(BIN)/python benchmarks/soak.py $(SOAK_ARGS)
 
 check: $(VENV)/.dev ## formatting, lint, types and spelling
 	$(BIN)/ruff format --check .

@@ -174,7 +174,7 @@ def read_info(path: Path) -> dict[str, Any]:
         raise _damaged(path, error) from error
     try:
         info = json.loads(metadata.get(KEY, "{}"))
-        _require_types(info, {"format": int})
+        require_types(info, {"format": int})
         if info["format"] == FORMAT:
             _require_usable(info)
     except (TypeError, ValueError, ArithmeticError, RecursionError) as error:
@@ -192,12 +192,12 @@ def read_info(path: Path) -> dict[str, Any]:
 
 def _require_usable(info: dict[str, Any]) -> None:
     """Nothing; raises where metadata, which may be a stranger's, is not as `about_run` makes it."""
-    _require_types(info, ABOUT)
+    require_types(info, ABOUT)
     model, data = info["model"], info["data"]
-    _require_types(model, MODEL)
+    require_types(model, MODEL)
     find_model(model["name"])
     DataConfig(**data)
-    _require_types(data, get_type_hints(DataConfig))
+    require_types(data, get_type_hints(DataConfig))
     find_dataset(data["dataset"])
     TrainConfig(mixed_precision=info["precision"], **data)  # checks bounds and choices
     names, mean, std = info["class_names"], info["mean"], info["std"]
@@ -215,7 +215,8 @@ def _require_usable(info: dict[str, Any]) -> None:
             raise ValueError(f"{name} does not fit the rest")
 
 
-def _require_types(group: Any, types: dict[str, type]) -> None:
+def require_types(group: Any, types: Mapping[str, type]) -> None:
+    """Nothing; raises ValueError where `group` is no dict that has these."""
     for name, kind in types.items():
         if not isinstance(group, dict) or name not in group:
             raise ValueError(f"no {name}")
@@ -223,8 +224,8 @@ def _require_types(group: Any, types: dict[str, type]) -> None:
             raise ValueError(f"{name} is not of type {kind.__name__}")
 
 
-def load_weights(path: Path, network: nn.Module) -> None:
-    """Fills `network` from a file; raises `UserError` where it holds another architecture's."""
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a weights file; raises `UserError` where they are not what was written."""
     try:
         tensors = safetensors.torch.load_file(path)
     except (SafetensorError, OSError) as error:
@@ -232,6 +233,12 @@ def load_weights(path: Path, network: nn.Module) -> None:
     # The first files had none.
     if read_info(path).get("sha256", digest := checksum(tensors)) != digest:
         raise _damaged(path, ValueError("its tensors are not those that were written"))
+    return tensors
+
+
+def load_weights(path: Path, network: nn.Module) -> None:
+    """Fills `network` from a file; raises `UserError` where it holds another architecture's."""
+    tensors = read_tensors(path)
     expected = network.state_dict()
     for name in sorted(expected.keys() ^ tensors.keys()):
         raise UserError(

@@ -22,7 +22,12 @@ from lab.rundir import RunDir
 from lab.states import FORMAT, POSITION, State, folders, require_room, write
 from lab.stopping import Stopper
 
-SLOTS = {"sgd": 1, "nesterov": 1, "adamw": 2}  # tensors that an optimizer keeps of each parameter
+# What an optimizer keeps of each parameter, in its shape; AdamW a number, `step`, too.
+SLOTS = {
+    "sgd": ("momentum_buffer",),
+    "nesterov": ("momentum_buffer",),
+    "adamw": ("exp_avg", "exp_avg_sq"),
+}
 
 
 class Keeper:
@@ -113,12 +118,16 @@ class Keeper:
             require_room(self.run.states, sum(t.nbytes for t in tensors.values()))
             self.run.sync_lines()
             write(folder, tensors, about)
-            for old in folders(self.run)[self.trainer.config.keep_states :]:
-                gone = old.with_name(f".{old.name}")
-                os.replace(old, gone)  # never half there under its own name
-                shutil.rmtree(gone)
         except (UserError, OSError) as error:
             console.warn(f"{folder} is not written: {error}")
+            return
+        for old in folders(self.run)[self.trainer.config.keep_states :]:
+            gone = old.with_name(f".{old.name}")
+            try:
+                os.replace(old, gone)  # never half there under its own name
+                shutil.rmtree(gone)
+            except OSError as error:
+                console.warn(f"{old} is not removed: {error}")
 
 
 def collect(trainer: Trainer) -> dict[str, Tensor]:
@@ -148,25 +157,33 @@ def restore(trainer: Trainer, state: State) -> Position:
         scaler.load_state_dict(state.about["scaler"])
     tensors = _to_all(state.tensors, trainer.accelerator.device)
 
-    def fill(module: nn.Module, kind: str) -> None:
-        found = {k.removeprefix(kind): v for k, v in tensors.items() if k.startswith(kind)}
-        expected = {k: v.shape for k, v in module.state_dict().items()}
+    def require_shapes(found: dict[str, Tensor], expected: dict[str, torch.Size]) -> None:
         if {k: v.shape for k, v in found.items()} != expected:
             raise UserError(
                 f"{state.run.path} holds the state of another network", "Start a new run"
             )
+
+    def fill(module: nn.Module, kind: str) -> None:
+        found = {k.removeprefix(kind): v for k, v in tensors.items() if k.startswith(kind)}
+        require_shapes(found, {k: v.shape for k, v in module.state_dict().items()})
         module.load_state_dict(found)
 
     fill(trainer.network, "network.")
     if trainer.average is not None:
         fill(trainer.average, "average.")
     for name, parameter in trainer.network.named_parameters():
-        for key, tensor in tensors.items():
-            if key.startswith("optimizer.") and key.split(".", 2)[2] == name:
-                # A slot of a parameter's shape has its memory format, too.
-                like = tensor.shape == parameter.shape
-                slot = torch.empty_like(parameter).copy_(tensor) if like else tensor
-                trainer.optimizer.state[parameter][key.split(".", 2)[1]] = slot.detach()
+        expected = dict.fromkeys(SLOTS[trainer.config.optimizer], parameter.shape)
+        if trainer.config.optimizer == "adamw":
+            expected["step"] = torch.Size()
+        keys = {slot: f"optimizer.{slot}.{name}" for slot in expected}
+        slots = {slot: tensors[key] for slot, key in keys.items() if key in tensors}
+        if slots:  # none before the first step that is not skipped
+            require_shapes(slots, expected)
+        for slot, tensor in slots.items():
+            # One of the parameter's shape has its memory format, too.
+            like = tensor.shape == parameter.shape
+            kept = torch.empty_like(parameter).copy_(tensor) if like else tensor.float()
+            trainer.optimizer.state[parameter][slot] = kept.detach()
     return state.position(trainer.accelerator.process_index, trainer.accelerator.num_processes)
 
 
@@ -186,6 +203,6 @@ def require_room_for(trainer: Trainer) -> None:
     """Nothing; raises `UserError` where the disk has no room for a state and the best weights."""
     if not trainer.accelerator.is_main_process:  # another machine's disk takes nothing
         return
-    copies = 2 + SLOTS[trainer.config.optimizer] + (trainer.average is not None)
+    copies = 2 + len(SLOTS[trainer.config.optimizer]) + (trainer.average is not None)
     size = copies * sum(t.nbytes for t in trainer.network.state_dict().values())
     require_room(Path(trainer.config.output_dir), size)

@@ -92,6 +92,8 @@ class RunDir:
         with writing(self.path):
             for name in (REPORT, PREDICTIONS):
                 (self.path / name).unlink(missing_ok=True)
+            for leftover in self.path.glob(".*.tmp"):  # of writers that were killed
+                leftover.unlink()
 
     def sync_lines(self) -> None:
         """Returns when the disk has the lines that were added."""

@@ -13,9 +13,9 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import safetensors.torch
 import torch
@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from lab import console
-from lab.checkpoint import read_info
+from lab.checkpoint import read_info, read_tensors, require_types
 from lab.config import RESUMABLE, TrainConfig, flag
 from lab.data import Splits
 from lab.engine import Position
@@ -33,7 +33,30 @@ from lab.rundir import RunDir, sync, write_atomically, writing
 
 TENSORS, ABOUT = "tensors.safetensors", "state.json"
 FORMAT = 1
-POSITION = ("epoch", "batch", "step", "skipped_steps", "skipped_samples", "seconds")
+# What is read of state.json, and its types in JSON.
+TYPES = {
+    "position": dict,
+    "sums": list,
+    "best": dict,
+    "config": dict,
+    "fingerprints": dict,
+    "precision": str,
+}
+POSITION = {
+    "epoch": int,
+    "batch": int,
+    "step": int,
+    "skipped_steps": int,
+    "skipped_samples": int,
+    "seconds": float,
+}
+SCALER = {
+    "scale": float,
+    "growth_factor": float,
+    "backoff_factor": float,
+    "growth_interval": int,
+    "_growth_tracker": int,
+}
 
 
 class Damaged(Exception):
@@ -50,7 +73,7 @@ class State:
 
     def config(self, given: Mapping[str, Any]) -> TrainConfig:
         """The run's settings, with those `given` that may change; `UserError` for another."""
-        stored = self.about["config"]
+        stored = asdict(TrainConfig(**self.about["config"]))
         for name, value in given.items():
             if name not in RESUMABLE and value != stored[name]:
                 raise UserError(
@@ -147,12 +170,13 @@ def _best(run: RunDir, about: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     try:
         info = read_info(run.best)
-        kept = {"epoch": info["best_epoch"], **info["metrics"]}
+        read_tensors(run.best)  # else the run's end would be the first to see that they are damaged
+        kept = {**info["metrics"], "epoch": info["best_epoch"]}
         assert isinstance(kept[f"val_{about['config']['select_by']}"], float)
     except (UserError, LookupError, TypeError, AssertionError) as error:
         console.warn(f"{error} The best epoch is chosen anew.")
         return {}
-    return best if best.get("epoch") == kept["epoch"] else kept
+    return kept
 
 
 def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -180,19 +204,36 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _require_usable(about: Mapping[str, Any]) -> None:
-    """Nothing; raises where state.json is not as `lab.keeper` makes it."""
+    """Nothing; raises where state.json, which may be a stranger's, is not as `lab.keeper` makes it.
+
+    It may lack settings that came later.
+    """
+    require_types(about, TYPES)
+    config, position = about["config"], about["position"]
+    types = get_type_hints(TrainConfig)
+    require_types(config, {name: types[name] for name in config})
     try:
-        TrainConfig(**about["config"])
+        TrainConfig(**config)
     except UserError as error:
         raise Damaged(f"{ABOUT}: {error}") from error
-    position = about["position"]
-    if position.keys() != set(POSITION) or not all(position[k] >= 0 for k in POSITION):
-        raise ValueError("position")
-    if torch.tensor(about["sums"], dtype=torch.float32).shape[1:] != (3,):
-        raise ValueError("sums")
-    for name, kind in {"best": dict, "fingerprints": dict, "precision": str}.items():
-        if not isinstance(about[name], kind):
-            raise TypeError(name)
+    require_types(position, POSITION)
+    fits = {
+        "config": all(
+            abs(number) < 2**63 for number in config.values() if isinstance(number, int | float)
+        ),
+        "position": position.keys() == POSITION.keys()
+        and position["epoch"] > 0
+        and all(0 <= number < 2**53 for number in position.values()),
+        "sums": len(about["sums"]) > 0
+        and all(len(row) == 3 and {type(x) for x in row} == {float} for row in about["sums"])
+        and all(0 <= row[2] < 2**53 for row in about["sums"]),
+        "precision": about["precision"] in ("no", "bf16", "fp16"),
+    }
+    for name, fit in fits.items():
+        if not fit:
+            raise ValueError(name)
+    if about["scaler"] is not None:
+        require_types(about["scaler"], SCALER)
 
 
 def _json(about: Mapping[str, Any]) -> bytes:

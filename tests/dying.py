@@ -1,0 +1,107 @@
+"""A process that dies, or a disk that is full, at the n-th file operation of what a test does.
+
+    with Fault(folder, n) as fault:
+        fault.attempt(save)
+    fault.struck      # False: `save` needs fewer operations than n
+
+Python tells its audit hooks of every file that is opened, renamed, removed, made or truncated,
+whichever function asked for it; that a file is written or synced is watched beside.
+"""
+
+import errno
+import os
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+OPERATIONS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate"}
+
+
+class Died(BaseException):
+    """The process ended here: what it would still have done, `finally` included, is not done."""
+
+
+class Fault:
+    """Within it, the n-th operation on the disk below `folder` and all later ones fail.
+
+    `full`: with "no space left", one operation or, where `lasting`, all that follow, and the
+    process lives; else it dies. `power`: with the machine; what was not synced is lost.
+    """
+
+    current: "Fault | None" = None
+
+    def __init__(
+        self, folder: Path, n: int, full: bool = False, lasting: bool = False, power: bool = False
+    ):
+        self.folder, self.n = str(folder), n
+        self.full, self.lasting, self.power = full, lasting, power
+        self.count, self.struck, self.patch = 0, False, pytest.MonkeyPatch()
+        self.log: list[str] = []
+        self.unsynced: set[int] = set()  # inodes
+
+    def __enter__(self) -> "Fault":
+        fsync = os.fsync
+
+        def write(path: Path, content: bytes) -> None:
+            """As a disk that fills up does: the first half is written before the fault."""
+            with open(path, "wb", buffering=0) as file:
+                self.unsynced.add(os.fstat(file.fileno()).st_ino)
+                file.write(content[: len(content) // 2])
+                self.operation("write")
+                file.write(content[len(content) // 2 :])
+
+        def watched_fsync(descriptor: int) -> None:
+            self.operation("fsync")
+            fsync(descriptor)
+            self.unsynced.discard(os.fstat(descriptor).st_ino)
+
+        self.patch.setattr(os, "fsync", watched_fsync)
+        self.patch.setattr(Path, "write_bytes", write)
+        self.patch.setattr(Path, "write_text", lambda path, text: write(path, text.encode()))
+        Fault.current = self
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        Fault.current = None
+        self.patch.undo()
+        if self.struck and self.power:
+            for path in Path(self.folder).rglob("*"):
+                if path.is_file() and path.stat().st_ino in self.unsynced:
+                    os.truncate(path, path.stat().st_size // 2)
+
+    def attempt(self, work: Callable[[], object]) -> None:
+        """Does `work`, as far as the process lives."""
+        with suppress(Died):
+            work()
+
+    def operation(self, name: str) -> None:
+        self.count += 1
+        self.log.append(name)
+        if self.count == self.n or (self.struck and (self.lasting or not self.full)):
+            self.struck = True
+            if self.full:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            raise Died
+
+    def concerns(self, event: str, arguments: tuple) -> bool:
+        if event not in OPERATIONS:
+            return False
+        path = os.fspath(arguments[0]) if not isinstance(arguments[0], int) else ""
+        # shutil.rmtree names what it removes relative to an open folder.
+        inside = str(path).startswith(self.folder) or not os.path.isabs(path)
+        reads = event == "open" and not (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+        if self.full and (reads or event in ("os.remove", "os.rmdir")):
+            return False  # these need no space
+        return inside
+
+
+def _hook(event: str, arguments: tuple) -> None:
+    fault = Fault.current
+    if fault and fault.concerns(event, arguments):
+        fault.operation(event)
+
+
+sys.addaudithook(_hook)  # once a process: a hook cannot be taken away

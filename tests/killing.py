@@ -1,0 +1,267 @@
+"""Trainings that are killed at chosen moments and started again, until one comes to its end.
+
+What it left must be, bit for bit, what an undisturbed training of the same configuration left.
+For test_kills.py and benchmarks/soak.py.
+"""
+
+import json
+import random
+import signal
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+from worlds import World, python, start, torchrun
+
+SAME = ("best.safetensors", "report.json", "predictions.csv", "steps.jsonl")
+CLOCK = ("train_seconds", "eval_seconds", "images_per_second")
+MOMENTS = ("step", "save", "evaluation", "start-up", "best", "end")
+LIMIT = 300  # seconds that a life of a training may take
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """A training: how many processes, and the options of train.py."""
+
+    name: str
+    num_processes: int
+    words: tuple[Any, ...]
+    save_seconds: float = 0.002  # in which most of a state is written
+
+    @property
+    def save_every(self) -> int:
+        """Steps between states."""
+        return self.words[self.words.index("--save-every") + 1]
+
+
+LENET5 = ("--dataset", "digits", "--recipe", "smoke", "--max-steps", 0, "--limit-train", 0,
+          "--limit-eval", 0, "--val-fraction", 0.5, "--batch-size", 8, "--epochs", 6,
+          "--augment", "crop", "--save-every", 5)  # fmt: skip
+ALEXNET = ("--model", "alexnet", "--dataset", "shapes", "--recipe", "smoke", "--max-steps", 0,
+           "--num-samples", 100, "--batch-size", 12, "--epochs", 3, "--save-every", 2)  # fmt: skip
+CONFIGURATIONS = {
+    c.name: c
+    for c in (
+        Configuration("LeNet-5", 1, LENET5),
+        Configuration("LeNet-5, accumulate 2", 1, (*LENET5, "--accumulate", 2)),
+        Configuration("LeNet-5, ema 0.9", 1, (*LENET5, "--ema", 0.9)),
+        Configuration("AlexNet, dropout", 1, ALEXNET, save_seconds=0.2),
+        Configuration("LeNet-5, 2 processes", 2, LENET5),
+        Configuration("AlexNet, dropout, 2 processes", 2, ALEXNET, save_seconds=0.2),
+    )
+}
+
+
+@dataclass
+class Kill:
+    """One SIGKILL: the moment that was waited for, and what was found after it."""
+
+    moment: str
+    victim: str  # "all" or "one worker"
+    step: int = 0  # the last in steps.jsonl
+    during: str = ""
+    half_state: bool = False  # a temporary folder, .step-*, was there
+    resumed_from: int | None = None  # step; 0: begun anew; None: not said before the next kill
+
+
+@dataclass
+class Reference:
+    """An undisturbed training."""
+
+    folder: Path
+    steps: list[int] = field(default_factory=list)  # the last step of each epoch
+    startup_seconds: float = 0.0  # until the first step was written
+
+
+def command(configuration: Configuration, folder: Path) -> list[str]:
+    words = ("train.py", *configuration.words, "--threads", 1, "--log-every", 1)
+    words += ("--resume", "auto", "--output-dir", folder.parent, "--name", folder.name)
+    many = configuration.num_processes > 1
+    return torchrun(configuration.num_processes, *words) if many else python(*words)
+
+
+def rows(path: Path) -> list[dict]:
+    """The whole lines of a file, without what the clock says."""
+    content = path.read_bytes() if path.exists() else b""
+    lines = content[: content.rfind(b"\n") + 1].splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in CLOCK} for line in lines]
+
+
+def last_step(folder: Path) -> int:
+    """The last step in steps.jsonl; read often, so from its end only."""
+    try:
+        with open(folder / "steps.jsonl", "rb") as file:
+            file.seek(max(0, file.seek(0, 2) - 400))
+            lines = file.read().split(b"\n")[:-1]
+        return json.loads(lines[-1])["step"] if lines else 0
+    except (OSError, ValueError):
+        return 0
+
+
+def undisturbed(configuration: Configuration, folder: Path) -> Reference:
+    """Trains without a kill."""
+    begun = time.monotonic()
+    with start(command(configuration, folder)) as world:
+        world.until(lambda: last_step(folder) > 0, LIMIT)
+        startup = time.monotonic() - begun
+        ended = world.wait(LIMIT)
+    assert ended.code == 0, ended.stderr
+    last = {row["epoch"]: row["step"] for row in rows(folder / "steps.jsonl")}
+    return Reference(folder, list(last.values()), startup)
+
+
+def survive(
+    configuration: Configuration,
+    reference: Reference,
+    folder: Path,
+    moments: list[tuple[str, str]],
+    seed: int,
+) -> list[Kill]:
+    """Trains in `folder`, killed at each of `moments` (its kind, the victim) in turn; the kills.
+
+    A training that ends before its moment comes is not started again. AssertionError where what it
+    leaves at its end differs from the reference, or more steps were done again than may be.
+    """
+    choose, kills = random.Random(seed), []
+    total = reference.steps[-1]
+    for i in range(len(moments) + 1):
+        before = leftovers(folder)
+        with start(command(configuration, folder), {"PYTHONUNBUFFERED": "1"}) as world:
+            if i < len(moments):
+                # Later from kill to kill, so that there is an end.
+                target = int(total * (i + choose.random()) / (len(moments) + 0.5))
+                new = Kill(*moments[i])
+                strike = killer(new, configuration, reference, folder, target, choose)
+                if strike(world):
+                    kills.append(new)
+            ended = world.wait(LIMIT)
+        resumed = resumed_from(ended.stdout)
+        for kill in kills[:i]:  # a life may have been killed before it said so
+            if kill.resumed_from is None:
+                kill.resumed_from = resumed
+        assert "Traceback" not in ended.stderr or len(kills) > i, ended.stderr
+        if len(kills) <= i:
+            assert ended.code == 0, ended.stderr
+            break
+        assert ended.code != 0
+        assert ended.left_behind == []
+        found = leftovers(folder) - before
+        kills[i].step = last_step(folder)
+        kills[i].half_state = any(name.startswith("state/.step-") for name in found)
+        kills[i].during = during(folder, reference, found, resumed)
+    for kill in kills:  # one state may be in the writing; the one before is whole then
+        assert 0 <= kill.step - kill.resumed_from <= 2 * configuration.save_every, kill
+    compare(folder, reference.folder)
+    return kills
+
+
+def killer(
+    kill: Kill,
+    configuration: Configuration,
+    reference: Reference,
+    folder: Path,
+    target: int,
+    choose: random.Random,
+) -> Callable[[World], bool]:
+    """A function that kills at the moment; False where the training ended before."""
+    moment, victim = kill.moment, kill.victim
+    delays = {
+        "step": 0.1,
+        "save": configuration.save_seconds,
+        "evaluation": 0.05,
+        "start-up": reference.startup_seconds * 0.7,  # a later start finds warm caches
+        "best": 0.01,
+        "end": 0.1,
+    }
+    delay = choose.uniform(0, delays[moment])
+
+    def ready() -> bool:
+        step = last_step(folder)
+        if moment == "evaluation":
+            return step >= next(end for end in reference.steps if end >= target)
+        if moment == "end":
+            return len(rows(folder / "history.jsonl")) == len(reference.steps)
+        if moment == "save":
+            return step >= target and any((folder / "state").glob(".step-*"))
+        if moment == "best":  # or two epochs later: an epoch may be no better
+            due = step >= target and any(folder.glob(".best.*"))
+            return due or step >= target + 2 * reference.steps[0]
+        return step >= target
+
+    def waited(until: Callable[[], bool], world: World) -> bool:
+        while not until():
+            if world.process.poll() is not None:
+                return False
+            time.sleep(0.0005)
+        return True
+
+    def strike(world: World) -> bool:
+        # Before the settings are printed, the lines are those of the life before.
+        if moment != "start-up" and not waited(
+            lambda: b"  place  " in world.stdout.read_bytes(), world
+        ):
+            return False
+        victims = processes(world)  # which takes longer than a save may
+        if moment != "start-up" and not waited(ready, world):
+            return False
+        time.sleep(delay)
+        if moment == "start-up":
+            victims = processes(world)
+        if victim == "one worker" and len(victims) > 1:
+            victims = [choose.choice(victims[:-1])]
+        if world.process.poll() is not None:
+            return False
+        for process in victims:
+            with suppress(psutil.NoSuchProcess):
+                process.send_signal(signal.SIGKILL)
+        return True
+
+    return strike
+
+
+def processes(world: World) -> list[psutil.Process]:
+    """The workers of a world and, last, what launched them: of a lone training, itself."""
+    launcher = psutil.Process(world.process.pid)
+    return [*launcher.children(recursive=True), launcher]
+
+
+def resumed_from(stdout: str) -> int | None:
+    found = [line for line in stdout.splitlines() if line.startswith("going on from ")]
+    if found:
+        return int(found[-1].rsplit("-", 1)[1])
+    return 0 if "\n  place  " in stdout else None
+
+
+def leftovers(folder: Path) -> set[str]:
+    """The temporary files and folders of writers that were killed."""
+    found = {*folder.glob(".*"), *(folder / "state").glob(".step-*")}
+    return {str(path.relative_to(folder)) for path in found}
+
+
+def during(folder: Path, reference: Reference, found: set[str], resumed: int | None) -> str:
+    """What was running at the kill, as far as the folder tells."""
+    for name in sorted(found, reverse=True):
+        if name.startswith("state/.step-"):
+            return "saving a state" if name.count(".") > 1 else "removing a state"
+    for name in found:
+        return f"writing {name.split('.', 1)[1].rsplit('.', 2)[0]}"
+    step = last_step(folder)
+    if resumed is None or step <= resumed:
+        return "start-up"
+    num_epochs = len(rows(folder / "history.jsonl"))
+    if num_epochs == len(reference.steps):
+        return "test split and report"
+    return "evaluation" if step in reference.steps[num_epochs:] else "a step"
+
+
+def compare(folder: Path, reference: Path) -> None:
+    """Nothing; AssertionError where two runs did not leave the same, times aside."""
+    for name in SAME:
+        assert (folder / name).read_bytes() == (reference / name).read_bytes(), name
+    assert rows(folder / "history.jsonl") == rows(reference / "history.jsonl")
+    names = [sorted(p.name for p in f.rglob("*") if p.name != ".lock") for f in (folder, reference)]
+    assert names[0] == names[1]

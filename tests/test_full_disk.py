@@ -1,0 +1,80 @@
+"""P3: a training on a disk that is full, for real: a small one, mounted for the test."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import train
+from lab import keeper, rundir, states
+from lab.errors import UserError
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder on a disk of 4 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)]
+    if sys.platform != "linux" or os.getuid() or subprocess.run(mount, check=False).returncode:
+        pytest.skip("mounting a small disk takes Linux and root")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def fill(folder: Path) -> Path:
+    """The file that takes all the space which a disk has left."""
+    path = folder / "filler"
+    with open(path, "wb", buffering=0) as file:
+        try:
+            while file.write(bytes(4096)):
+                pass
+        except OSError:
+            return path
+
+
+def test_p3_a_training_outlives_a_disk_that_fills_up(small_disk, tmp_path, monkeypatch, capsys):
+    words = ["--dataset", "digits", "--recipe", "smoke", "--name", "run", "--quiet"]
+    words += ["--threads", "1", "--save-every", "4", "--log-every", "1", "--output-dir"]
+    train.main([*words, str(tmp_path)])
+    write, calls = states.write, []
+
+    def on_a_full_disk(folder, *content):
+        calls.append(folder.name)
+        if len(calls) != 3:
+            return write(folder, *content)
+        filler = fill(small_disk)
+        try:
+            return write(folder, *content)
+        finally:
+            filler.unlink()
+
+    monkeypatch.setattr(keeper, "write", on_a_full_disk)
+    capsys.readouterr()
+    assert train.main([*words, str(small_disk)]) == 0
+    [warning] = capsys.readouterr().err.splitlines()
+    assert f"{calls[2]} is not written: cannot write" in warning
+    assert "No space left on device" in warning
+    assert [f.name for f in states.folders(rundir.RunDir(small_disk / "run"))] == calls[:-3:-1]
+    for name in ("best.safetensors", "predictions.csv", "report.json", "steps.jsonl"):
+        assert (small_disk / "run" / name).read_bytes() == (tmp_path / "run" / name).read_bytes()
+
+
+def test_p3_a_line_on_a_full_disk_leaves_no_part(small_disk):
+    run = rundir.RunDir(small_disk)
+    run.add_steps({"step": 0})
+    filler = fill(small_disk)
+    rows = [{"step": step} for step in range(1, 1000)]
+    with pytest.raises(UserError, match="No space left on device"):
+        run.add_steps(*rows)
+    assert lines(small_disk / "steps.jsonl") == [{"step": 0}]
+    filler.unlink()
+    run.add_steps(*rows)
+    assert lines(small_disk / "steps.jsonl") == [{"step": 0}, *rows]
