@@ -192,6 +192,8 @@ def create(output_dir: str, name: str, default_name: str, overwrite: bool) -> Pa
         with writing(path):
             try:
                 path.mkdir(parents=True)
+                if os.name == "posix":
+                    sync(parent)  # or a power cut might take the folder with all that is in it
                 return path
             except FileExistsError:
                 if name or not parent.is_dir():
