@@ -112,7 +112,8 @@ def main(argv: list[str] | None = None) -> int:
         best_weights = checkpoint.BestWeights(run, writer)
         while position.epoch <= config.epochs:
             num_steps = train_loader.plan.num_batches
-            with console.epoch_progress(position.epoch, config.epochs, num_steps) as progress:
+            title = f"epoch {position.epoch}/{config.epochs}"
+            with console.progress(title, num_steps) as progress:
                 trained = train_one_epoch(
                     trainer,
                     train_loader,

@@ -78,11 +78,11 @@ def working(text: str) -> Iterator[None]:
         yield
 
 
-class EpochProgress:
-    """How far an epoch is. `update` only stores numbers; rich's refresh thread calls `draw`."""
+class Progress:
+    """How far something is. `update` only stores numbers; rich's refresh thread calls `draw`."""
 
-    def __init__(self, epoch: int, num_epochs: int, num_steps: int):
-        self.title, self.num_steps, self.step = f"epoch {epoch}/{num_epochs}", num_steps, 0
+    def __init__(self, title: str, num_steps: int):
+        self.title, self.num_steps, self.step = title, num_steps, 0
         self.images_per_second: float | None = None
         self.loss: float | None = None
         self.first: tuple[int, float] | None = None  # step and clock of the first update
@@ -122,12 +122,12 @@ class EpochProgress:
 
 
 @contextmanager
-def epoch_progress(epoch: int, num_epochs: int, num_steps: int) -> Iterator[EpochProgress]:
-    """Yields an EpochProgress to update every step; its line is gone at the end of the epoch."""
-    progress = EpochProgress(epoch, num_epochs, num_steps)
+def progress(title: str, num_steps: int) -> Iterator[Progress]:
+    """Yields a Progress to update every step; its line is gone at the end."""
+    line = Progress(title, num_steps)
     shown = chatty() and out().is_terminal
-    with _live(progress.draw, per_second=4) if shown else nullcontext():
-        yield progress
+    with _live(line.draw, per_second=4) if shown else nullcontext():
+        yield line
 
 
 def epoch_row(row: Mapping[str, Any], best: bool, selected_on: str) -> None:

@@ -44,13 +44,14 @@ def build_accelerator(
     comm_hook: str = "none",
     timeout_seconds: int = TIMEOUT_SECONDS,
     quiet: bool = False,
+    cpu: bool = False,
 ) -> Accelerator:
     """The Accelerator of this process, joined with the others that its launcher started.
 
     Raises `UserError` where the launcher's processes would each train alone, and for a precision
     that the device lacks.
     """
-    device_type = join_world(timeout_seconds, quiet).device.type
+    device_type = join_world(timeout_seconds, quiet, cpu).device.type
     AcceleratorState._reset_state()  # a second run in one process may choose another precision
     accelerator = Accelerator(
         mixed_precision=choose_precision(mixed_precision, device_type, large_model, trained_in),
@@ -82,7 +83,9 @@ def build_accelerator(
     return accelerator
 
 
-def join_world(timeout_seconds: int = TIMEOUT_SECONDS, quiet: bool = False) -> PartialState:
+def join_world(
+    timeout_seconds: int = TIMEOUT_SECONDS, quiet: bool = False, cpu: bool = False
+) -> PartialState:
     """The world of processes that the launcher started, which this one has joined.
 
     Raises `UserError` where the launcher's processes would each train alone.
@@ -98,7 +101,7 @@ def join_world(timeout_seconds: int = TIMEOUT_SECONDS, quiet: bool = False) -> P
     found = torch.accelerator.current_accelerator(check_available=True)
     # Without it, a CPU world started by torchrun or a MULTI_GPU file is one world a process.
     world = PartialState(
-        cpu=found is None or _flag("ACCELERATE_USE_CPU"),
+        cpu=cpu or found is None or _flag("ACCELERATE_USE_CPU"),
         timeout=timedelta(seconds=timeout_seconds),
     )
     if world.num_processes != world_size:

@@ -74,3 +74,14 @@ def runs(rows: Sequence[Mapping[str, str]]) -> None:
     for row in rows:
         table.add_row(*(console.literal(cell) for cell in row.values()))
     console.out().print(table)
+
+
+def predictions(rows: Sequence[tuple[str, Sequence[tuple[str, float]]]]) -> None:
+    """Prints the likeliest classes of each picture, with their softmax."""
+    if rows:
+        heads = [word for _ in rows[0][1] for word in ("class", "confidence")]
+        table = console.number_table("picture", *heads)
+        for path, classes in rows:
+            cells = [cell for name, value in classes for cell in (name, f"{value:.4f}")]
+            table.add_row(console.literal(path), *map(console.literal, cells))
+        console.out().print(table)

@@ -72,7 +72,7 @@ def say_everything(report=REPORT):
     console.settings("training", {"model": "lenet5", "seed": None})
     with console.working("reading digits"):
         pass
-    with console.epoch_progress(1, 2, 10) as progress:
+    with console.progress("epoch 1/2", 10) as progress:
         progress.update(1)
         progress.update(5, images_per_second=4400.0, loss=0.1234)
     console.epoch_row(ROW, best=True, selected_on="validation")
@@ -232,7 +232,7 @@ def test_terminal_matrix_too_wide_for_names_is_headed_by_numbers(screen):
 
 
 def test_live_line_shows_progress_and_disappears(screen):
-    with console.epoch_progress(3, 20, 469) as progress:
+    with console.progress("epoch 3/20", 469) as progress:
         progress.update(100)
         progress.update(120, images_per_second=4400.4, loss=0.1234)
         time.sleep(0.6)  # two refreshes
@@ -244,7 +244,7 @@ def test_live_line_shows_progress_and_disappears(screen):
 
 
 def test_update_is_cheap():
-    progress = console.EpochProgress(1, 1, 1)
+    progress = console.Progress(1, 1, 1)
     start = time.perf_counter()
     for step in range(10_000):
         progress.update(step, 1.0, 1.0)

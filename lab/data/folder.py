@@ -182,7 +182,7 @@ def _list_split(root: Path, class_names: tuple[str, ...], size: int) -> Split:
     paths: list[str] = []
     labels: list[int] = []
     for label, name in enumerate(class_names):
-        found = sorted(_pictures(root / name))
+        found = sorted(pictures(root / name))
         if not found:
             raise UserError(
                 f"the class folder {root / name} holds no pictures",
@@ -193,7 +193,7 @@ def _list_split(root: Path, class_names: tuple[str, ...], size: int) -> Split:
     return Split(ImageFiles(tuple(paths), size), torch.tensor(labels), class_names)
 
 
-def _pictures(root: Path) -> Iterator[str]:
+def pictures(root: Path) -> Iterator[str]:
     """The paths of the pictures at any depth below a folder; hidden ones are passed over."""
     seen = set()
     for folder, folders, files in os.walk(root, followlinks=True):

@@ -1,0 +1,157 @@
+"""Classes of pictures in files by saved weights, preprocessed as in evaluation."""
+
+import csv
+import io
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms.v2 import functional as F
+
+from lab.data.augment import Preprocess
+from lab.data.folder import decode, pictures
+from lab.data.loaders import begin_worker, shard
+from lab.errors import UserError
+from lab.rundir import write_atomically
+
+
+@dataclass(frozen=True)
+class Classified:
+    """What a network says of one picture; `error` instead, where it cannot be read."""
+
+    path: str
+    classes: tuple[tuple[str, float], ...]  # the likeliest first, with its softmax
+    error: str = ""
+
+
+def find_pictures(words: Sequence[str]) -> list[str]:
+    """The files that `words` name: files, folders (at any depth, by name), `-` for standard input.
+
+    Raises `UserError` for what is not there, and where nothing is left.
+    """
+    found: list[str] = []
+    for word in words:
+        if word == "-":
+            found += filter(None, (line.rstrip("\n") for line in sys.stdin))
+        elif os.path.isdir(word):
+            found += sorted(pictures(Path(word)))
+        elif os.path.exists(word):
+            found.append(word)
+        else:
+            raise UserError(f"there is no file {word}", "Give pictures, or folders of them")
+    if not found:
+        raise UserError("there are no pictures to classify", "Give pictures, or folders of them")
+    return found
+
+
+class _Pictures(Dataset):
+    """Indexed by the positions of a batch: (uint8 [n, C, size, size], [(position, error)])."""
+
+    def __init__(self, paths: Sequence[str], size: int, channels: int):
+        self.paths, self.size, self.channels = paths, size, channels
+
+    def __getitem__(self, index: Tensor) -> tuple[Tensor, list[int], list[tuple[int, str]]]:
+        images, positions, errors = [], [], []
+        for i in index.tolist():
+            try:
+                images.append(decode(self.paths[i], self.size))
+                positions.append(i)
+            except UserError as error:
+                errors.append((i, error.what))
+        if not images:
+            return torch.empty(0, self.channels, self.size, self.size).byte(), positions, errors
+        stacked = torch.stack(images)
+        return F.rgb_to_grayscale(stacked) if self.channels == 1 else stacked, positions, errors
+
+
+@torch.no_grad()
+def classify(
+    accelerator: Accelerator,
+    network: nn.Module,
+    about: dict[str, Any],
+    paths: Sequence[str],
+    *,
+    batch_size: int,
+    num_workers: int,
+    top_k: int,
+    on_batch: Callable[[int, float], None] = lambda *_: None,
+) -> list[Classified]:
+    """One entry a path, in their order, the same on every process.
+
+    `about` is the metadata of the weights in `network`; `on_batch` hears how many pictures this
+    process has seen, and how many a second. A picture that cannot be read is told of in its entry.
+    """
+    names, device = about["class_names"], accelerator.device
+    top_k = min(top_k, len(names))
+    preprocess = Preprocess(about["mean"], about["std"], (), device)
+    batches = torch.arange(len(paths)).split(batch_size)
+    mine = batches[shard(len(batches), accelerator.process_index, accelerator.num_processes)]
+    reader = DataLoader(
+        _Pictures(paths, about["model"]["image_size"], about["model"]["channels"]),
+        sampler=mine,
+        batch_size=None,  # the data set returns whole batches
+        num_workers=num_workers if len(mine) > 1 else 0,
+        worker_init_fn=begin_worker,
+        pin_memory=device.type == "cuda",
+    )
+    # float32 holds each class's number exactly; a row that nobody fills is one that failed.
+    table = torch.zeros(len(paths), 2, top_k, device=device)
+    failed: list[tuple[int, str]] = []
+    network.eval()
+    seen, start = 0, time.perf_counter()
+    with accelerator.autocast():
+        for images, positions, errors in reader:
+            failed += errors
+            seen += len(positions) + len(errors)
+            if positions:
+                images = preprocess(images.to(device, non_blocking=True))
+                top = network(images).float().softmax(1).topk(top_k)
+                rows = torch.stack((top.values, top.indices.float()), 1)
+                table[torch.tensor(positions, device=device)] = rows
+            on_batch(seen, seen / (time.perf_counter() - start))
+    table = accelerator.reduce(table).cpu()
+    errors_of = dict(gather_object(failed) if accelerator.num_processes > 1 else failed)
+    found = []
+    for i, (path, (values, classes)) in enumerate(zip(paths, table.tolist(), strict=True)):
+        top_classes = tuple((names[int(k)], v) for v, k in zip(values, classes, strict=True))
+        error = errors_of.get(i, "")
+        found.append(Classified(path, () if error else top_classes, error))
+    return found
+
+
+def json_lines(found: Sequence[Classified]) -> Iterator[str]:
+    """An object a picture: its path and `classes`, or its path and `error`."""
+    for one in found:
+        classes = [{"class": name, "confidence": round(value, 6)} for name, value in one.classes]
+        result = {"error": one.error} if one.error else {"classes": classes}
+        yield json.dumps({"path": one.path, **result}) + "\n"
+
+
+def csv_text(found: Sequence[Classified], top_k: int) -> str:
+    """A line a picture: path, error, and class and confidence of the likeliest."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    ranks = range(1, 1 + max([len(one.classes) for one in found], default=top_k))
+    writer.writerow(["path", "error", *(f"{n}{r}" for r in ranks for n in ("class", "confidence"))])
+    for one in found:
+        cells = [cell for name, value in one.classes for cell in (name, f"{value:.6f}")]
+        writer.writerow([one.path, one.error, *cells])
+    return text.getvalue()
+
+
+def write_text(target: str, text: str) -> None:
+    """Writes to a file, whole or not at all; `-` is standard output."""
+    if target == "-":
+        sys.stdout.write(text)
+    else:
+        write_atomically(Path(target), lambda path: path.write_text(text))

@@ -1,0 +1,102 @@
+"""Classifies pictures with saved weights, preprocessed as in evaluation.
+
+  python predict.py runs/alexnet-folder PICTURE.jpg            its three likeliest classes
+  python predict.py best.safetensors FOLDER --csv classes.csv
+  find . -name '*.png' | python predict.py best.safetensors - --json - --top-k 1
+  accelerate launch --config_file accelerate_configs/multi_gpu.yaml predict.py WEIGHTS FOLDER
+
+A picture that cannot be read is named, and the others are classified; the exit code is 1 then.
+"""
+
+import sys
+from dataclasses import dataclass
+
+from lab import console, tables
+from lab.commandline import parse_arguments
+from lab.config import MACHINE, REPORT, WEIGHTS, check_fields, option
+from lab.errors import UserError, run_script
+
+
+@dataclass(frozen=True)
+class PredictConfig:
+    """The settings of a prediction."""
+
+    # fmt: off
+    weights: str = option("", WEIGHTS,
+        "a run's folder or a .safetensors file that train.py wrote", positional=True)
+    pictures: tuple[str, ...] = option((), WEIGHTS,
+        "pictures, folders of them, or - for paths on standard input", positional=True, nargs="*")
+    top_k: int = option(3, REPORT, "likeliest classes of each picture", low=1)
+    json: str = option("", REPORT,
+        "a JSON object a line, into this file; - is standard output", metavar="FILE")
+    csv: str = option("", REPORT, "the same as CSV", metavar="FILE")
+    batch_size: int = option(100, MACHINE, "pictures a forward pass", low=1)
+    device: str = option("auto", MACHINE,
+        "auto: an accelerator where there is one", choices=("auto", "cpu"))
+    workers: int = option(-1, MACHINE, "processes that decode; -1: by cores", low=-1, high=256)
+    threads: int = option(0, MACHINE,
+        "CPU threads a process; 0: cores / processes on this host", low=0, high=1024)
+    quiet: bool = option(False, REPORT, "print no table")
+    debug: bool = option(False, REPORT, "show the traceback of an error")
+    # fmt: on
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if not self.pictures:
+            raise UserError("there are no pictures to classify", "Name some, or a folder of them")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Classifies as the command line `argv` says; the exit code. Raises `UserError`."""
+    config = PredictConfig(**parse_arguments(PredictConfig, argv, prog="predict.py", about=__doc__))
+
+    # PyTorch takes seconds to import: --help and a mistyped option are answered before.
+    from lab import checkpoint, prediction
+    from lab.distributed import build_accelerator, loader_place, together
+    from lab.engine import lay_out
+    from lab.models import build_model, find_model
+
+    path = checkpoint.find_weights(config.weights)
+    about = checkpoint.read_info(path)
+    model = about["model"]["name"]
+    accelerator = build_accelerator(
+        training=False,
+        trained_in=about["precision"],
+        large_model=find_model(model).large,
+        threads=config.threads,
+        quiet=config.quiet,
+        cpu=config.device == "cpu",
+    )
+    with together(accelerator):
+        network = build_model(**about["model"])
+        checkpoint.load_weights(path, network)
+        paths = prediction.find_pictures(config.pictures)
+    network = lay_out(network, model, accelerator.device)
+    place = loader_place(accelerator, "streaming", config.workers)
+    with console.progress("pictures", -(-len(paths) // accelerator.num_processes)) as progress:
+        found = prediction.classify(
+            accelerator,
+            network,
+            about,
+            paths,
+            batch_size=config.batch_size,
+            num_workers=place["num_workers"],
+            top_k=config.top_k,
+            on_batch=progress.update,
+        )
+    failed = [one for one in found if one.error]
+    for one in failed:
+        console.warn(one.error)
+    if console.speaks():
+        if config.json:
+            prediction.write_text(config.json, "".join(prediction.json_lines(found)))
+        if config.csv:
+            prediction.write_text(config.csv, prediction.csv_text(found, config.top_k))
+        if not (config.json or config.csv or config.quiet):
+            tables.predictions([(one.path, one.classes) for one in found if one.classes])
+    accelerator.end_training()
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))

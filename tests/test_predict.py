@@ -1,0 +1,163 @@
+"""predict.py: pictures in files get evaluation's predictions; what cannot be read is named."""
+
+import csv
+import io
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from resuming import start
+from worlds import run, torchrun
+
+import evaluate
+import predict
+from lab import prediction
+from lab.data import DataConfig, load_split
+
+CLASSES = ("dark", "light", "striped")
+FEW = ["--recipe", "smoke", "--threads", "1", "--quiet"]
+
+
+def picture(label, seed, size=40):
+    random = np.random.default_rng(seed)
+    pixels = random.integers(0, 120, (size, size, 3)) + (0, 130, 60)[label]
+    if label == 2:
+        pixels[::4] = 255
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """(a run, the folder of its test pictures)."""
+    folder = tmp_path_factory.mktemp("trained")
+    for split, count in {"train": 40, "test": 45}.items():
+        for label, name in enumerate(CLASSES):
+            (folder / split / name).mkdir(parents=True)
+            for i in range(count):
+                suffix = ("png", "jpg", "bmp")[i % 3]
+                picture(label, (i, label, count)).save(folder / split / name / f"{i:03}.{suffix}")
+    words = [*FEW, "--dataset", "folder", "--data-dir", str(folder), "--limit-eval", "0"]
+    start(folder, *words, "--val-fraction", "0.2")
+    return folder / "run", folder / "test"
+
+
+def call(*words):
+    return predict.main([str(word) for word in (*words, "--threads", "1", "--workers", "0")])
+
+
+def read_csv(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_predictions_are_those_of_evaluate(trained, tmp_path):
+    run_folder, pictures = trained
+    assert call(run_folder, pictures, "--csv", tmp_path / "out.csv", "--top-k", 1) == 0
+    evaluate.main([str(run_folder), "--quiet", "--threads", "1", "--output", str(tmp_path)])
+    expected = read_csv(tmp_path / "predictions.csv")
+    found = read_csv(tmp_path / "out.csv")
+    assert [row["class1"] for row in found] == [CLASSES[int(r["prediction"])] for r in expected]
+    assert [row["confidence1"] for row in found] == [row["confidence"] for row in expected]
+    assert [row["path"] for row in found] == sorted(map(str, pictures.glob("*/*")))
+    assert len({row["class1"] for row in found}) > 1
+
+
+def test_pictures_of_one_channel(tmp_path):
+    """The digits' test split, written as PNG files; resizing them may round otherwise."""
+    start(tmp_path, "--dataset", "digits", *FEW, "--max-steps", "60", "--epochs", "6")
+    run_folder = tmp_path / "run"
+    config = json.loads((run_folder / "config.json").read_text())
+    digits, _ = load_split(DataConfig(**{k: config[k] for k in DataConfig.__annotations__}),
+                           "test", 1e9, 1)  # fmt: skip
+    (tmp_path / "pictures").mkdir()
+    for i, image in enumerate(digits.images):
+        Image.fromarray(image[0].numpy()).save(tmp_path / "pictures" / f"{i:04}.png")
+    call(run_folder, tmp_path / "pictures", "--json", tmp_path / "out.jsonl")
+    found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    expected = read_csv(run_folder / "predictions.csv")
+    same = [
+        f["classes"][0]["class"] == e["prediction"] for f, e in zip(found, expected, strict=True)
+    ]
+    assert np.mean(same) > 0.97
+    assert all(len(f["classes"]) == 3 for f in found)
+
+
+def test_a_picture_that_cannot_be_read_is_named_and_the_others_go_on(trained, tmp_path, capsys):
+    broken = tmp_path / "1-broken.png"
+    broken.write_bytes(b"no picture")
+    for i in (0, 2):
+        picture(1, i).save(tmp_path / f"{i}.png")
+    assert call(trained[0], tmp_path, "--json", tmp_path / "out") == 1
+    rows = [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]
+    assert [row["path"] for row in rows] == [str(tmp_path / f) for f in
+                                             ("0.png", "1-broken.png", "2.png")]  # fmt: skip
+    assert "classes" not in rows[1]
+    assert "cannot read the picture" in rows[1]["error"]
+    assert all(len(row["classes"]) == 3 for row in (rows[0], rows[2]))
+    [warning] = capsys.readouterr().err.splitlines()
+    assert warning.startswith(f"warning: cannot read the picture {broken}")
+
+
+def test_any_kind_of_picture_is_taken(trained, tmp_path):
+    image = picture(1, 0)
+    kinds = {"grey.png": "L", "palette.png": "P", "alpha.png": "RGBA", "cmyk.jpg": "CMYK",
+             "bits.png": "1"}  # fmt: skip
+    for name, mode in kinds.items():
+        image.convert(mode).save(tmp_path / name)
+    Image.fromarray(np.full((9, 5), 40_000, dtype=np.uint16)).save(tmp_path / "sixteen.png")
+    assert call(trained[0], *tmp_path.iterdir(), "--quiet") == 0
+
+
+def test_paths_come_from_standard_input_in_their_order(trained, tmp_path, monkeypatch, capsys):
+    paths = sorted(map(str, trained[1].glob("*/00*")), reverse=True)
+    monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{path}\n" for path in paths)))
+    call(trained[0], "-", "--json", "-")
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["path"] for row in rows] == paths
+    for row in rows:
+        confidences = [c["confidence"] for c in row["classes"]]
+        assert confidences == sorted(confidences, reverse=True)
+        assert sum(confidences) == pytest.approx(1, abs=1e-5)  # of three classes, all three
+
+
+def test_the_table_names_the_likeliest(trained, capsys):
+    path = next(trained[1].glob("striped/*"))
+    call(trained[0], path, "--top-k", "9")
+    out = capsys.readouterr().out
+    assert str(path) in out
+    assert all(name in out for name in CLASSES)
+
+
+def test_csv_has_a_column_for_every_class_asked_for(trained, tmp_path):
+    path = next(trained[1].glob("dark/*"))
+    text = prediction.csv_text([prediction.Classified(str(path), (("a", 0.75), ("b", 0.25)))], 2)
+    assert (
+        text == f"path,error,class1,confidence1,class2,confidence2\n{path},,a,0.750000,b,0.250000\n"
+    )
+
+
+@pytest.mark.slow
+def test_two_processes_give_what_one_does(trained, tmp_path):
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no picture")
+    words = ["--csv", tmp_path / "one.csv", "--top-k", "2"]
+    assert call(trained[0], trained[1], broken, *words) == 1
+    words = ["--csv", tmp_path / "two.csv", "--top-k", "2", "--threads", "1"]
+    ended = run(torchrun(2, "predict.py", trained[0], trained[1], broken, *words), limit=100)
+    assert ended.stderr.count(f"warning: cannot read the picture {broken}") == 1
+    assert (tmp_path / "two.csv").read_bytes() == (tmp_path / "one.csv").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("", "there are no pictures to classify. Name some, or a folder of them."),
+        ("gone.png", "there is no file gone.png. Give pictures, or folders of them."),
+        ("empty", "there are no pictures to classify. Give pictures, or folders of them."),
+        ("empty --top-k 0", "--top-k 0 is too low. Give at least 1."),
+    ],
+)
+def test_p7_predict_refuses(fails, tmp_path, trained, words, message):
+    (tmp_path / "empty").mkdir()
+    assert fails(predict, trained[0], *words.split()) == message
