@@ -20,16 +20,19 @@ from lab.errors import run_script
 def main(argv: list[str] | None = None) -> int:
     """Compares as the command line `argv` says; the exit code. Raises `UserError`."""
     config = CompareConfig(**parse_arguments(CompareConfig, argv, prog="compare.py", about=__doc__))
+    folder = Path(config.output)
+    if config.train:  # what cannot be written is told before hours of training
+        comparison.make(folder)
     for name, options in config.trainings().items():
         console.say(f"\n{name}")
         if code := train.main(options):
             return code
     if not console.speaks():  # a process that only trained
         return 0
-    runs = [comparison.read_run(Path(path)) for path in config.folders()]
+    runs = comparison.read_runs(config.folders())
     rows = comparison.rows(runs)
     tables.runs([{name: comparison.text(name, row[name]) for name in row} for row in rows])
-    folder = Path(config.output)
+    comparison.make(folder)
     comparison.write(folder, runs, rows)
     plots.accuracy_against_cost(rows, folder / comparison.PICTURE)
     console.print_line(comparison.INTERVAL)

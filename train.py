@@ -25,6 +25,7 @@ from lab.errors import run_script
 
 def main(argv: list[str] | None = None) -> int:
     """Trains as the command line `argv` says; the exit code. Raises `UserError`."""
+    began = time.monotonic()
     given = parse_arguments(TrainConfig, argv, prog="train.py", about=__doc__)
     config = recipes.resolve(given)
 
@@ -91,6 +92,7 @@ def main(argv: list[str] | None = None) -> int:
     trainer = prepare(accelerator, network, config)
     position, best = Position(), {}
     settings = asdict(config) | describe(accelerator) | cost(**about["model"])
+    settings["fingerprints"] = splits.fingerprints
     with together(accelerator):  # last: a run that cannot start makes and replaces no folder
         if state:
             run, best = state.run, state.about["best"]
@@ -105,7 +107,7 @@ def main(argv: list[str] | None = None) -> int:
     )
 
     with (
-        Stopper(config.max_hours, accelerator.num_processes, accelerator.device) as stopper,
+        Stopper(accelerator, began, config.max_hours, position.step) as stopper,
         checkpoint.Writer() as writer,
         keeper.Keeper(run, writer, stopper, trainer, splits, position.step) as kept,
     ):
@@ -146,12 +148,12 @@ def main(argv: list[str] | None = None) -> int:
                 best_weights.save(trainer.evaluated, about, row)
             run.add_epoch(row)
             console.epoch_row(row, improved, splits.selected_on)
+            if kept.after_epoch(position):
+                break
             if config.max_steps and position.step >= config.max_steps:
                 break
             if config.patience and position.epoch - best["epoch"] >= config.patience:
                 console.say(f"stopped: no better epoch in the last {config.patience}")
-                break
-            if position.epoch < config.epochs and kept.after_epoch(position):
                 break
             position = position.next_epoch()
 
@@ -178,7 +180,6 @@ def main(argv: list[str] | None = None) -> int:
         run.write_report(report)
         run.write_predictions(predictions.rows())
     run.unlock()
-    accelerator.end_training()
     return 0
 
 

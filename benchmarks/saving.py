@@ -60,7 +60,7 @@ def main() -> None:
     with (
         tempfile.TemporaryDirectory() as folder,
         Writer() as writer,
-        Stopper(0, 1, accelerator.device) as stopper,
+        Stopper(accelerator, 0.0, 0.0, 0) as stopper,
     ):
         run = RunDir(folder)
         run.begin({})

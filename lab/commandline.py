@@ -7,7 +7,7 @@ import types
 import typing
 from typing import Any
 
-from lab.config import flag
+from lab.config import MACHINE, flag
 from lab.errors import UserError
 
 
@@ -49,7 +49,8 @@ def parse_arguments(config: type, argv: list[str] | None, *, prog: str, about: s
         text = m["text"] + (" [recipe]" if m.get("from_recipe") else _default_text(f.default))
         settings = {"help": text.replace("%", "%%")}
         if kind is bool:
-            both_ways = m.get("from_recipe")  # what a recipe turns on can be turned off
+            # What a recipe, or the run that is resumed, turned on can be turned off.
+            both_ways = m.get("from_recipe") or m["group"] == MACHINE
             settings["action"] = argparse.BooleanOptionalAction if both_ways else "store_true"
         else:
             # Choices are checked by check_fields: argparse words it by the version of Python.

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lab import console
 from lab.config import flag, option
 from lab.errors import UserError
 from lab.models import find_model
-from lab.rundir import CONFIG, HISTORY, PREDICTIONS, REPORT, write_atomically
+from lab.rundir import CONFIG, HISTORY, PREDICTIONS, REPORT, write_atomically, writing
 
 if TYPE_CHECKING:
     import numpy as np
@@ -50,6 +51,8 @@ class CompareConfig:
     # fmt: on
 
     def __post_init__(self) -> None:
+        if self.train and self.models and not self._names():
+            raise UserError(f"--models {self.models} names no network", "Give a list with commas")
         if bool(self.models) != self.train:
             raise UserError("--train and --models go together", "Give both, or neither")
         if self.train == bool(self.runs):
@@ -77,9 +80,10 @@ class CompareConfig:
     def _names(self) -> dict[str, str]:
         """The name of each model's run."""
         found = {}
+        seed = "" if self.seed is None else f"-seed{self.seed}"
         for model in filter(None, self.models.replace(" ", "").split(",")):
             dataset = self.dataset or find_model(model).dataset
-            found[model] = f"compare-{model.replace(':', '-')}-{dataset}"
+            found[model] = f"compare-{model.replace(':', '-')}-{dataset}{seed}"
         return found
 
 
@@ -95,9 +99,26 @@ class Run:
     predictions: np.ndarray | None  # int64 [N]
 
     @property
-    def test_set(self) -> tuple[str, int]:
+    def test_set(self) -> tuple[Any, ...]:
         """What tells test splits apart: runs are compared on the same one only."""
-        return self.config["dataset"], hash(None if self.labels is None else self.labels.tobytes())
+        names = self.config.get("fingerprints", {}).get("test")
+        labels = None if self.labels is None else self.labels.tobytes()
+        return self.config["dataset"], self.config["split_seed"], names, labels
+
+
+def read_runs(paths: Sequence[str]) -> list[Run]:
+    """The finished runs in folders; others are warned of. `UserError` where there is none."""
+    runs, mistakes = [], []
+    for path in paths:
+        try:
+            runs.append(read_run(Path(path)))
+        except UserError as error:
+            mistakes.append(error)
+    if not runs:
+        raise mistakes[0]
+    for mistake in mistakes:
+        console.warn(f"left out: {mistake}")
+    return runs
 
 
 def read_run(path: Path) -> Run:
@@ -207,6 +228,12 @@ def markdown(table: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def make(folder: Path) -> None:
+    """Makes the folder of the comparison's files, unless it is there; raises `UserError`."""
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+
+
 def write(folder: Path, runs: Sequence[Run], table: Sequence[dict[str, Any]]) -> None:
     """The table as Markdown and as CSV, the latter with each class's accuracy."""
     classes: dict[tuple[str, ...], list[Run]] = {}
@@ -215,7 +242,6 @@ def write(folder: Path, runs: Sequence[Run], table: Sequence[dict[str, Any]]) ->
     parts = ["# Comparison\n", markdown(table), INTERVAL]
     parts += ["## Accuracy of each class\n"]
     parts += [markdown(by_class(group)) for group in classes.values()]
-    folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / TABLE, lambda p: p.write_text("\n".join(parts)))
 
     def write_csv(path: Path) -> None:

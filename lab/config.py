@@ -176,6 +176,8 @@ class TrainConfig:
             )
         if self.resume == "auto" and not self.name:
             raise UserError("--resume auto goes on with the run of a --name", "Give --name too")
+        if self.resume not in ("", "auto") and self.name:
+            raise UserError("a run that --resume names has its --name", "Leave --name out")
         if self.resume and self.overwrite:
             raise UserError("--overwrite deletes what --resume goes on from", "Give one of them")
         if self.overwrite and not self.name:
@@ -189,12 +191,12 @@ class TrainConfig:
         return tuple(n for n in self.augment.replace(" ", "").split(",") if n not in ("", "none"))
 
 
-# A run goes on with other values of these: they change where, how long and what is kept, but no
-# step that was taken.
+# A run goes on with other values of these: they change where, how long and what is kept.
 RESUMABLE = (
-    "epochs", "max_steps", "patience", "max_hours", "on_nonfinite", "data_dir", "loader", "workers",
-    "threads", "timeout_seconds", "save_every", "keep_states", "output_dir", "name", "resume",
-    "log_every", "quiet", "debug",
+    "epochs", "max_steps", "patience", "max_hours", "on_nonfinite", "data_dir",
+    "accumulate", "mixed_precision", "sync_bn", "deterministic", "compile",  # another device's
+    "loader", "workers", "threads", "timeout_seconds", "save_every", "keep_states", "output_dir",
+    "name", "resume", "log_every", "quiet", "debug",
 )  # fmt: skip
 
 WEIGHTS, REPORT = "what to evaluate", "what to write"

@@ -32,6 +32,7 @@ class Position:
     skipped_steps: int = 0  # of this epoch's, by `on_nonfinite`
     skipped_samples: int = 0
     seconds: float = 0.0  # spent on the epoch's batches
+    learning_rate: float = 0.0  # of the last step
     # The epoch's sum of losses, of hits, and of steps with a finite loss; float32, this process's.
     sums: Tensor = field(default_factory=lambda: torch.zeros(3))
 
@@ -118,11 +119,10 @@ def train_one_epoch(
     done.sums = done.sums.to(device)
     start, loss = time.perf_counter() - done.seconds, None
     num_samples = min(done.batch * plan.batch_size, plan.num_samples)
-    lr = learning_rate(config, max(0, done.step - 1), plan.num_batches)
     for batch in loader.batches(done.epoch, done.batch):
         if config.max_steps and done.step >= config.max_steps:
             break
-        lr = learning_rate(config, done.step, plan.num_batches)
+        lr = done.learning_rate = learning_rate(config, done.step, plan.num_batches)
         for group in trainer.optimizer.param_groups:
             group["lr"] = lr
         # Dropout's seed follows from the step: there is no random state to keep.
@@ -143,18 +143,17 @@ def train_one_epoch(
             loss = None
             if batch_sums is not None:
                 loss = accelerator.reduce(batch_sums[0]).item() / batch.num_global
-                _require_finite(accelerator, loss, done, lr)
+                _require_finite(accelerator, loss, done)
             on_log({"step": done.step, "epoch": done.epoch, "loss": loss, "learning_rate": lr})
         done.seconds = time.perf_counter() - start
         on_step(done.batch, num_samples / done.seconds, loss)
         if must_stop(done):
             return None
     loss_sum, hits, _ = accelerator.reduce(done.sums).tolist()
-    _require_finite(accelerator, loss_sum, done, lr)
-    counted = max(1, num_samples - done.skipped_samples)
-    return Trained(
-        loss_sum / counted, hits / counted, lr, done.seconds, num_samples / max(1e-9, done.seconds)
-    )
+    _require_finite(accelerator, loss_sum, done)
+    counted, seconds = max(1, num_samples - done.skipped_samples), max(1e-9, done.seconds)
+    speed = num_samples / seconds
+    return Trained(loss_sum / counted, hits / counted, done.learning_rate, seconds, speed)
 
 
 def train_step(trainer: Trainer, batch: Batch) -> Tensor | None:
@@ -169,6 +168,8 @@ def train_step(trainer: Trainer, batch: Batch) -> Tensor | None:
     accelerator, config = trainer.accelerator, trainer.config
     scale = accelerator.num_processes / batch.num_global
     sums: Any = 0.0
+    skips = config.on_nonfinite == "skip"
+    buffers = [buffer.clone() for buffer in trainer.network.buffers()] if skips else []
     # A process without samples still takes part: in the collective, with an empty batch.
     num_parts = max(1, min(config.accumulate, len(batch.labels)))
     for i in range(num_parts):
@@ -182,17 +183,27 @@ def train_step(trainer: Trainer, batch: Batch) -> Tensor | None:
             )
             accelerator.backward(loss * scale)
         sums = sums + torch.stack((loss.detach(), (logits.argmax(1) == labels).sum()))
-    if config.on_nonfinite == "skip" and not accelerator.scaler:  # which skips by itself
+    if skips and not accelerator.scaler:
         # Of all processes together, so that they agree; reading it waits for the device.
         gradients = [p.grad for p in trainer.network.parameters() if p.grad is not None]
         if not nn.utils.get_total_norm(gradients).isfinite():
-            trainer.optimizer.zero_grad()
+            _undo(trainer, buffers)
             return None
     if config.clip_norm:
         accelerator.clip_grad_norm_(trainer.model.parameters(), config.clip_norm)
     trainer.optimizer.step()
+    if skips and accelerator.scaler and accelerator.optimizer_step_was_skipped:
+        _undo(trainer, buffers)
+        return None
     trainer.optimizer.zero_grad()
     return sums
+
+
+def _undo(trainer: Trainer, buffers: list[Tensor]) -> None:
+    """Undoes what a step that is not finite has done, to gradients and to BatchNorm's buffers."""
+    trainer.optimizer.zero_grad()
+    for buffer, before in zip(trainer.network.buffers(), buffers, strict=True):
+        buffer.copy_(before)
 
 
 def seed_dropout(seed: int, device: torch.device) -> None:
@@ -220,7 +231,7 @@ def update_average(average: nn.Module, network: nn.Module, decay: float, step: i
         kept.copy_(current)
 
 
-def _require_finite(accelerator: Accelerator, loss: float, position: Position, lr: float) -> None:
+def _require_finite(accelerator: Accelerator, loss: float, position: Position) -> None:
     """Nothing; raises where a loss of the epoch was not finite, as all are that follow it."""
     if math.isfinite(loss):
         return
@@ -228,6 +239,7 @@ def _require_finite(accelerator: Accelerator, loss: float, position: Position, l
     step = position.step - position.batch + position.skipped_steps + int(min(counts)) + 1
     where = f" on process {counts.index(min(counts))}" if len(counts) > 1 else ""
     raise UserError(
-        f"the loss is {loss} at step {min(step, position.step)}{where} (learning rate {lr:g})",
-        "Lower --lr, or give --clip-norm 1, --warmup-epochs 1 or --on-nonfinite skip",
+        f"the loss is {loss} at step {min(step, position.step)}{where} "
+        f"(learning rate {position.learning_rate:g})",
+        "Lower --lr or give --clip-norm 1 in a new run, or go on with --on-nonfinite skip",
     )

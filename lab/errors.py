@@ -61,6 +61,8 @@ def run_script(main: Callable[[], int | None]) -> int:
                 console.configure(main_process=True)
             console.error(str(mistake))
         code = 2 if mistake else 1
+        # Let go of the frames: a loader that they hold keeps worker processes, and they this one.
+        error.__traceback__ = None
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         # No destructors: after an error they would wait for peers that are inside a collective,
         # and gloo's threads, torn down at exit, now and then abort a run that went well.

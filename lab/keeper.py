@@ -4,7 +4,7 @@ import os
 import shlex
 import shutil
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -52,21 +52,28 @@ class Keeper:
 
     def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
         """A `UserError` gets the last whole state as a hint."""
-        if isinstance(error, UserError) and self.run.writes:
-            with suppress(UserError):
-                self.writer.wait()
-            for state in folders(self.run)[:1]:
+        with suppress(UserError) if error else nullcontext():
+            self.writer.wait()  # before the folder is open to another training
+        if isinstance(error, UserError):
+            for state in self._states()[:1]:
                 error.hint += f". The last complete state of the run is {state}"
         if error or self.reason:  # a notebook that caught the error may go on with the run
             self.run.unlock()
+
+    def _states(self) -> list[Path]:
+        return folders(self.run) if self.run.writes else []
 
     def goodbye(self) -> int:
         """Says how to go on with a run that was stopped; the script's exit code."""
         # A launcher kills the others when the first one ends: not before the state is on disk.
         self.trainer.accelerator.wait_for_everyone()
-        where = f"stopped ({Stopper.describe(self.reason)}) after step {self.saved_step}"
-        words = ["python", "train.py", "--resume", str(self.run.path)]
-        console.warn(f"{where}; go on with: {shlex.join(words)}")
+        why, words = Stopper.describe(self.reason), ["python", "train.py", "--resume"]
+        command = shlex.join([*words, str(self.run.path)])
+        for state in self._states()[:1]:
+            step = int(state.name.removeprefix("step-"))
+            console.warn(f"stopped ({why}) after step {step}; go on with: {command}")
+        if not self._states():
+            console.warn(f"stopped ({why}), and no state could be written")
         return Stopper.exit_code(self.reason)
 
     def after_step(self, best: Mapping[str, Any], position: Position) -> bool:
@@ -112,8 +119,10 @@ class Keeper:
 
     def _write(self, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
         folder = self.run.states / f"step-{about['position']['step']:08}"
-        if not all(bool(t.isfinite().all()) for t in tensors.values()):
-            return  # the next loss ends the run: the states before are what it goes on from
+        names = [f"network.{name}" for name, _ in self.trainer.network.named_parameters()]
+        if not all(bool(tensors[name].isfinite().all()) for name in names):
+            console.warn(f"{folder} is not written: the weights are not finite")
+            return
         try:
             require_room(self.run.states, sum(t.nbytes for t in tensors.values()))
             self.run.sync_lines()

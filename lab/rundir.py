@@ -58,7 +58,8 @@ class RunDir:
                 self.held = None
                 raise UserError(
                     f"another training is at work in {self.path}",
-                    "Wait for its end, or give another --name",
+                    "Wait for its end, or give another --name; if there is none, delete "
+                    f"{self.states / LOCK}",
                 ) from None
 
     def unlock(self) -> None:
@@ -71,7 +72,7 @@ class RunDir:
         the two files that lines will be added to. Where that fails, the folder is gone again.
         """
         try:
-            self._write_json(CONFIG, {**settings, "versions": versions(), "commit": commit()})
+            self._write_config(settings)
         except UserError:
             with suppress(OSError):
                 shutil.rmtree(self.path)
@@ -86,7 +87,7 @@ class RunDir:
         """
         if not self.writes:
             return
-        self._write_json(CONFIG, {**settings, "versions": versions(), "commit": commit()})
+        self._write_config(settings)
         self._cut(HISTORY, lambda row: row["epoch"] < epoch)
         self._cut(STEPS, lambda row: row["step"] <= step)
         with writing(self.path):
@@ -118,6 +119,10 @@ class RunDir:
     def add_steps(self, *rows: Mapping[str, Any]) -> None:
         """Lines of steps.jsonl."""
         self._append(STEPS, rows)
+
+    def _write_config(self, settings: Mapping[str, Any]) -> None:
+        if self.writes:
+            self._write_json(CONFIG, {**settings, "versions": versions(), "commit": commit()})
 
     def _write_json(self, name: str, content: Mapping[str, Any]) -> None:
         if self.writes:

@@ -25,11 +25,11 @@ from torch import Tensor
 
 from lab import console
 from lab.checkpoint import read_info, read_tensors, require_types
-from lab.config import RESUMABLE, TrainConfig, flag
+from lab.config import RESUMABLE, TIMEOUT_SECONDS, TrainConfig, flag
 from lab.data import Splits
 from lab.engine import Position
 from lab.errors import UserError
-from lab.rundir import RunDir, sync, write_atomically, writing
+from lab.rundir import STATES, RunDir, sync, write_atomically, writing
 
 TENSORS, ABOUT = "tensors.safetensors", "state.json"
 FORMAT = 1
@@ -49,6 +49,7 @@ POSITION = {
     "skipped_steps": int,
     "skipped_samples": int,
     "seconds": float,
+    "learning_rate": float,
 }
 SCALER = {
     "scale": float,
@@ -75,13 +76,15 @@ class State:
         """The run's settings, with those `given` that may change; `UserError` for another."""
         stored = asdict(TrainConfig(**self.about["config"]))
         for name, value in given.items():
-            if name not in RESUMABLE and value != stored[name]:
+            own = name == "image_size" and value == 0  # the model's, whichever that is
+            if name not in RESUMABLE and value != stored[name] and not own:
                 raise UserError(
                     f"{flag(name)} {value} is not the run's, which has {stored[name]}",
                     "Leave it out, or start a new run",
                 )
         changed = {name: value for name, value in given.items() if name in RESUMABLE}
         place = {"output_dir": str(self.run.path.parent), "name": self.run.path.name, "resume": ""}
+        place["timeout_seconds"] = given.get("timeout_seconds", TIMEOUT_SECONDS)  # of this world
         config = TrainConfig(**stored | changed | place)
         if config.epochs < self.about["position"]["epoch"]:
             raise UserError(
@@ -118,7 +121,7 @@ def find(config: TrainConfig, reads: bool) -> State | None:
     if not (config.resume and reads):
         return None
     auto = config.resume == "auto"
-    run = RunDir(Path(config.output_dir) / config.name if auto else config.resume)
+    run = RunDir(Path(config.output_dir) / config.name if auto else _folder_of(config.resume))
     if not os.path.isdir(run.path):  # Path.is_dir raises for a name that is too long
         if auto:
             return None
@@ -133,12 +136,19 @@ def find(config: TrainConfig, reads: bool) -> State | None:
     return _newest(run)
 
 
+def _folder_of(path: str) -> Path:
+    """A run's folder, also where one of its states is named."""
+    named = Path(path)
+    return named.parents[1] if named.parent.name == STATES else named
+
+
 def share(state: State | None) -> State | None:
     """What the main process found, for every process; the tensors stay with it."""
-    about = broadcast_object_list([state.about if state else None])[0]
-    if state or not about:
+    found = broadcast_object_list([(state.about, str(state.run.path)) if state else None])[0]
+    if state or not found:
         return state
-    return State(RunDir("", writes=False), about, {})
+    about, path = found
+    return State(RunDir(path, writes=False), about, {})
 
 
 def folders(run: RunDir) -> list[Path]:
@@ -266,7 +276,7 @@ def write(folder: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> No
 
 def require_room(path: Path, size: int) -> None:
     """Nothing; raises `UserError` where the disk has fewer than `size` bytes free."""
-    while not path.exists():
+    while not os.path.exists(path):  # Path.exists raises for a name that is too long
         path = path.parent
     free = shutil.disk_usage(path).free
     if free < size:

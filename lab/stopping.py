@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import distributed
 
+from lab import console
+
 SIGNALS = {  # Slurm warns with SIGUSR1 of a job's end
     name: getattr(signal, name)
     for name in ("SIGINT", "SIGTERM", "SIGUSR1")
@@ -25,13 +27,14 @@ class Stopper:
     A second Ctrl-C ends it at once.
     """
 
-    def __init__(self, max_hours: float, world_size: int, device: torch.device):
-        self.world_size, self.device = world_size, device
-        self.deadline = time.monotonic() + max_hours * 3600 if max_hours else None
+    def __init__(self, world: Any, began: float, max_hours: float, step: int):
+        """`world` has `num_processes` and `device`; `began` is what time.monotonic() was."""
+        self.world_size, self.device = world.num_processes, world.device
+        self.deadline = began + max_hours * 3600 if max_hours else None
         self.received = 0  # the signal's number
         self.received_at = 0.0
         self.before: dict[int, Any] = {}
-        self.asked_step, self.asked_at, self.next_step = 0, time.monotonic(), 0
+        self.asked_step, self.asked_at, self.next_step = step, time.monotonic(), step
 
     def __enter__(self) -> "Stopper":
         if threading.current_thread() is threading.main_thread():  # else Python allows it not
@@ -44,10 +47,12 @@ class Stopper:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        if self.received == number == signal.SIGINT and now - self.received_at > PAUSE:
+        if self.received and number == signal.SIGINT and now - self.received_at > PAUSE:
             os._exit(130)
         if not self.received:
             self.received, self.received_at = number, now
+            if console.speaks():  # no print: the signal may have come in the middle of one
+                os.write(2, b"\nstopping after this step; Ctrl-C again ends at once\n")
 
     def reason(self, step: int, must_ask: bool = False) -> int:
         """Why all processes stop after `step`: a signal's number, TIME_LIMIT, or 0.

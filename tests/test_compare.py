@@ -133,6 +133,14 @@ def test_p7_a_damaged_run_is_named(tmp_path, trained, name):
         read_run(copied)
 
 
+def test_an_unfinished_run_is_left_out_of_several(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "unfinished").mkdir()
+    (tmp_path / "unfinished" / "config.json").write_text("{}")
+    assert compare.main([str(trained / "fast"), "unfinished"]) == 0
+    assert "left out: the run unfinished is not finished" in capsys.readouterr().err
+
+
 def test_trainings_take_what_was_given_and_no_more():
     config = CompareConfig(train=True, models="lenet5, alexnet", dataset="digits", epochs=3)
     assert config.trainings()["compare-alexnet-digits"] == [

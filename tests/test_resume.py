@@ -104,6 +104,7 @@ def test_p4_a_state_is_safetensors_and_json(finished):
     assert keys == expected
     about = json.loads((folder / "state.json").read_text())["state"]
     assert about["position"] | {"seconds": 0} == {
+        "learning_rate": 0.002,
         "epoch": 3, "batch": 1, "step": 9, "skipped_steps": 0, "skipped_samples": 0, "seconds": 0,
     }  # fmt: skip
     assert about["samples_seen"] == 2 * 100 + 32
@@ -113,6 +114,11 @@ def test_p4_a_state_is_safetensors_and_json(finished):
 
 def test_a_finished_run_resumed_gives_its_result_again(copied, finished):
     assert resume(copied) == 0
+    same_end(copied, finished)
+
+
+def test_a_state_may_be_named_instead_of_its_run(copied, finished):
+    resume(copied / "state" / "step-00000012")
     same_end(copied, finished)
 
 

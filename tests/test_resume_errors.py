@@ -31,7 +31,7 @@ def test_p7_other_settings_are_refused(fails, copied):
         "--lr 0.5": "--lr 0.5 is not the run's, which has 0.002",
         "--batch-size 16": "--batch-size 16 is not the run's, which has 32",
         "--model alexnet": "--model alexnet is not the run's, which has lenet5",
-        "--mixed-precision bf16": "--mixed-precision bf16 is not the run's, which has auto",
+        "--seed 1": "--seed 1 is not the run's, which has 42",
     }.items():
         message = fails(train, "--resume", copied, *words.split())
         assert message == f"{problem}. Leave it out, or start a new run."
@@ -53,6 +53,7 @@ def test_the_same_settings_may_be_given_again(copied, finished):
             f"--resume {'n' * 300}",
             f"there is no run {'n' * 300}. Give --resume the folder of a run.",
         ),
+        ("--resume old --name x", "a run that --resume names has its --name. Leave --name out."),
         ("--resume auto", "--resume auto goes on with the run of a --name. Give --name too."),
         (
             "--resume auto --name x --overwrite",
@@ -98,7 +99,8 @@ def test_p7_two_trainings_do_not_write_into_one_folder(fails, monkeypatch, copie
     monkeypatch.setattr(rundir, "LOCK_PATIENCE", 0.1)
     command = [sys.executable, "-c", HOLD, str(copied / "state" / ".lock")]
     refused = f"another training is at work in {copied}. "
-    refused += "Wait for its end, or give another --name."
+    refused += "Wait for its end, or give another --name; if there is none, delete "
+    refused += f"{copied}/state/.lock."
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         other.stdout.readline()
         assert fails(train, "--resume", copied) == refused

@@ -2,6 +2,7 @@
 
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -19,20 +20,27 @@ SLURM_PROCID=11 SLURM_LOCALID=3 exec "$@"        # one task of sixteen; a signal
 SCONTROL = """
 if [ "$1" = show ]; then printf '%s\\n' node7 node8; else echo "$@" > requeued; fi
 """
-PYTHON = """
-trap 'exit 143' USR1
-echo "$RANK $LOCAL_RANK $WORLD_SIZE $LOCAL_WORLD_SIZE $MASTER_ADDR $MASTER_PORT" > environment
-printf '%s\\n' "$@" > words
-[ "$ENDS_WITH" ] && exit "$ENDS_WITH"
-while :; do sleep 0.05; done
+TRAINING = """
+import os, signal, sys, time
+signal.signal(signal.SIGUSR1, lambda *_: sys.exit(143))  # a shell could not: it starts ignored
+names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+with open("environment", "w") as file:
+    print(*(os.environ[name] for name in names), file=file)
+with open("words", "w") as file:
+    print(*sys.argv[1:], sep="\\n", file=file)
+if os.environ["ENDS_WITH"]:
+    sys.exit(int(os.environ["ENDS_WITH"]))
+time.sleep(60)
 """
 
 
 @pytest.fixture
 def job(tmp_path):
     """Runs the script in `tmp_path`, and warns it if asked to; its exit code."""
-    for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("python", PYTHON)):
-        (tmp_path / name).write_text(f"#!/bin/bash\n{text}")
+    programs = {"srun": SRUN, "scontrol": SCONTROL, "python": TRAINING}
+    for name, text in programs.items():
+        interpreter = sys.executable if name == "python" else "/bin/bash"
+        (tmp_path / name).write_text(f"#!{interpreter}\n{text}")
         (tmp_path / name).chmod(0o755)
     env = {
         "PATH": f"{tmp_path}:/usr/bin:/bin",

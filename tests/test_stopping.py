@@ -1,5 +1,6 @@
 """Signals, time limit, patience: a run stops between two steps, with a state to go on from."""
 
+import itertools
 import json
 import os
 import signal
@@ -7,9 +8,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 from resuming import LENET, read_lines, resume, same_end, start
 from torch.utils.data import DataLoader
 from worlds import python, run, torchrun
@@ -19,14 +22,14 @@ from lab import stopping
 from lab.data.loaders import begin_worker
 from lab.stopping import SIGNALS, TIME_LIMIT, Stopper
 
-CPU = torch.device("cpu")
+ALONE = SimpleNamespace(num_processes=1, device=torch.device("cpu"))
 LONG = [*LENET, "--epochs", "4000", "--save-every", "1000000", "--schedule", "constant"]
 
 
 @pytest.mark.parametrize("name", SIGNALS)
 def test_a_signal_is_noted_while_it_trains_alone(name):
     before = signal.getsignal(SIGNALS[name])
-    with Stopper(0, 1, CPU) as stopper:
+    with Stopper(ALONE, 0, 0, 0) as stopper:
         assert stopper.reason(1) == 0
         os.kill(os.getpid(), SIGNALS[name])
         assert stopper.reason(2) == stopper.reason(3) == SIGNALS[name]
@@ -44,7 +47,7 @@ def test_the_codes_and_words_of_a_stop():
 def test_a_time_limit_counts_from_the_start(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(stopping.time, "monotonic", lambda: now[0])
-    stopper = Stopper(0.5, 1, CPU)
+    stopper = Stopper(ALONE, 100.0, 0.5, 0)
     now[0] += 1799
     assert stopper.reason(1) == 0
     now[0] += 2
@@ -52,10 +55,11 @@ def test_a_time_limit_counts_from_the_start(monkeypatch):
 
 
 TWICE = """
-import os, signal, sys, time, torch
+import os, signal, sys, time, torch, types
 from lab import stopping
 stopping.PAUSE = float(sys.argv[1])
-with stopping.Stopper(0, 1, torch.device("cpu")) as stopper:
+alone = types.SimpleNamespace(num_processes=1, device=torch.device("cpu"))
+with stopping.Stopper(alone, 0, 0, 0) as stopper:
     for _ in range(2):
         time.sleep(0.05)
         os.kill(os.getpid(), signal.SIGINT)
@@ -142,6 +146,36 @@ def test_p3_two_processes_stop_at_the_same_step(tmp_path):
     assert resumed.code == 0, resumed.stderr
     steps = [row["step"] for row in read_lines(tmp_path / "run" / "steps.jsonl")]
     assert steps == list(range(1, 4 * epochs + 1))
+
+
+@pytest.mark.slow
+def test_p7_a_run_that_fails_lets_go_of_its_loader_s_workers(tmp_path):
+    """They ignore SIGTERM, and Python would wait for them for ever."""
+    for i in range(40):
+        path = tmp_path / f"pictures/{'ab'[i % 2]}/{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (9, 9), (i, 0, 0)).save(path)
+    (tmp_path / "pictures/a/9.png").write_bytes(b"no picture")
+    words = ["--dataset", "folder", "--data-dir", tmp_path / "pictures", "--loader", "streaming"]
+    words += ["--workers", "2", "--batch-size", "4", "--threads", "1", "--output-dir", tmp_path]
+    ended = run(python("train.py", *words), limit=60)
+    assert ended.code == 2
+    assert "cannot read the picture" in ended.stderr
+    assert ended.left_behind == []
+
+
+def test_processes_ask_each_other_about_once_a_second(monkeypatch):
+    """Also in the first seconds of a run that goes on from a late step."""
+    now, asked = [0.0], []
+    monkeypatch.setattr(stopping.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(stopping.distributed, "all_reduce", lambda flags, op: asked.append(now[0]))
+    stopper = Stopper(SimpleNamespace(num_processes=2, device=torch.device("cpu")), 0, 0, 5000)
+    for step in range(5001, 5201):
+        now[0] += 0.1
+        assert stopper.reason(step) == 0
+    gaps = [b - a for a, b in itertools.pairwise(asked)]
+    assert len(asked) > 15
+    assert max(gaps) < 1.3
 
 
 def test_max_hours_stops_with_a_state(tmp_path, capsys):

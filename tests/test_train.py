@@ -80,7 +80,7 @@ def test_config_has_every_setting_and_where_the_run_took_place(trained):
     config = read_json(trained / "config.json")
     names = {f.name for f in dataclasses.fields(TrainConfig)}
     place = {"device", "device_name", "world_size", "precision", "versions", "commit"}
-    assert config.keys() == names | place | {"parameters", "multiply_adds"}
+    assert config.keys() == names | place | {"parameters", "multiply_adds", "fingerprints"}
     assert (config["model"], config["dataset"], config["epochs"]) == ("lenet5", "digits", 3)
     assert (config["world_size"], config["image_size"]) == (1, 32)
     assert config["versions"]["torch"] in torch.__version__
