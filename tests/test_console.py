@@ -244,7 +244,7 @@ def test_live_line_shows_progress_and_disappears(screen):
 
 
 def test_update_is_cheap():
-    progress = console.Progress(1, 1, 1)
+    progress = console.Progress("epoch 1/1", 1)
     start = time.perf_counter()
     for step in range(10_000):
         progress.update(step, 1.0, 1.0)
