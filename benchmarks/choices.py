@@ -103,9 +103,10 @@ def main() -> None:
 
     import torch
 
-    from lab.distributed import choose_precision, num_cores
+    from lab.distributed import choose_precision, keep_freed_memory, num_cores
     from lab.models import MODELS
 
+    keep_freed_memory()
     device_type = "cuda" if torch.cuda.is_available() else "cpu"
     threads = sorted({1, num_cores()}) if device_type == "cpu" else [1]
     output = {}
