@@ -223,8 +223,8 @@ def _require_types(group: Any, types: dict[str, type]) -> None:
             raise ValueError(f"{name} is not of type {kind.__name__}")
 
 
-def load_weights(path: Path, network: nn.Module) -> None:
-    """Fills `network` from a file; raises `UserError` where it holds another architecture's."""
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a weights file; raises `UserError` where they are not what was written."""
     try:
         tensors = safetensors.torch.load_file(path)
     except (SafetensorError, OSError) as error:
@@ -232,7 +232,12 @@ def load_weights(path: Path, network: nn.Module) -> None:
     # The first files had none.
     if read_info(path).get("sha256", digest := checksum(tensors)) != digest:
         raise _damaged(path, ValueError("its tensors are not those that were written"))
-    expected = network.state_dict()
+    return tensors
+
+
+def load_weights(path: Path, network: nn.Module) -> None:
+    """Fills `network` from a file; raises `UserError` where it holds another architecture's."""
+    tensors, expected = read_tensors(path), network.state_dict()
     for name in sorted(expected.keys() ^ tensors.keys()):
         raise UserError(
             f"{path} holds the weights of another architecture: "

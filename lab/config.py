@@ -99,6 +99,13 @@ class TrainConfig:
     init: str = option("default", TRAINING,
         "initial weights: PyTorch's default, or Kaiming normal",
         choices=("default", "kaiming"), from_recipe=True)
+    pretrained: bool = option(False, TRAINING,
+        "begin with torchvision's ImageNet weights, downloaded once; the head stays new")
+    init_from: str = option("", TRAINING,
+        "begin with these weights of the same network; a head for other classes stays new",
+        metavar="FILE")
+    freeze: str = option("none", TRAINING,
+        "what is not trained: backbone is all but the head", choices=("none", "backbone"))
     select_by: str = option("accuracy", TRAINING,
         "what the best epoch is chosen by",
         choices=("accuracy", "macro_f1", "loss"), from_recipe=True)
@@ -173,6 +180,13 @@ class TrainConfig:
             raise UserError(
                 f"--warmup-epochs {self.warmup_epochs:g} fills all of --epochs {self.epochs}",
                 "Give fewer: the learning rate would never reach --lr",
+            )
+        if self.pretrained and self.init_from:
+            raise UserError("--pretrained and --init-from both give weights", "Give one of them")
+        if self.freeze != "none" and not (self.pretrained or self.init_from):
+            raise UserError(
+                f"--freeze {self.freeze} would keep random weights",
+                "Give --pretrained or --init-from too",
             )
         if self.resume == "auto" and not self.name:
             raise UserError("--resume auto goes on with the run of a --name", "Give --name too")

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,7 @@ class State:
 
     def config(self, given: Mapping[str, Any]) -> TrainConfig:
         """The run's settings, with those `given` that may change; `UserError` for another."""
-        stored = self.about["config"]
+        stored = asdict(TrainConfig()) | self.about["config"]  # older states lack newer settings
         for name, value in given.items():
             if name not in RESUMABLE and value != stored[name]:
                 raise UserError(

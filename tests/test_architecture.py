@@ -15,7 +15,7 @@ SOURCES = SCRIPTS + sorted((ROOT / "lab").rglob("*.py"))
 LEVELS = [
     {"scripts"},
     {"keeper"},
-    {"states"},
+    {"states", "finetune"},
     {"engine", "evaluation", "checkpoint", "plots", "recipes"},
     {"models", "data", "optim", "rundir"},
     {"metrics", "distributed", "tables", "commandline", "stopping"},
