@@ -28,7 +28,7 @@ def googlenet(num_classes: int, channels: int, image_size: int) -> nn.Module:
 
     Small images: the first convolution is 3x3 with stride 1, not 7x7 with stride 2, and no pooling
     follows it; the later poolings stay, so that the Inception stages see maps of 16, 8 and 4
-    pixels. 452,175,872 multiply-adds; 9,952,958 parameters, 4,370,644 of them in the two auxiliary
+    pixels. 452,175,872 multiply-adds; 9,952,958 parameters, 4,350,484 of them in the two auxiliary
     classifiers, which only training uses.
     """
     require_size("googlenet", image_size, 16)
@@ -91,11 +91,12 @@ def mobilenet_v3_small(num_classes: int, channels: int, image_size: int) -> nn.M
     """MobileNetV3-Small (Howard et al. 2019, "Searching for MobileNetV3", table 2).
 
     Small images: the first convolution and the first block have stride 1, not 2; the last map has
-    4x4 pixels. 17,507,328 multiply-adds; 1,528,106 parameters.
+    4x4 pixels. BatchNorm's momentum: see `set_momentum`. 17,507,328 multiply-adds; 1,528,106 parameters.
     """
     require_size("mobilenet-v3-small", image_size, 16)
     network = models.mobilenet_v3_small(num_classes=num_classes)
     keep_resolution(image_size, network.features[0], network.features[1])
+    set_momentum(network)
     return fit_first(network, channels, image_size)
 
 
@@ -104,7 +105,8 @@ def efficientnet(num_classes: int, channels: int, image_size: int, variant: str)
     Convolutional Neural Networks"): table 1 is B0, which section 3.3 scales in width and depth.
 
     The paper scales the image too; here that is `--image-size`. Small images: the first convolution
-    and the first stage with stride 2 have stride 1; the last map has 4x4 pixels.
+    and the first stage with stride 2 have stride 1; the last map has 4x4 pixels. BatchNorm's
+    momentum: see `set_momentum`.
 
     B0: 116,167,168 multiply-adds; 4,020,358 parameters.
     B1: 175,290,880 multiply-adds; 6,525,994 parameters.
@@ -118,6 +120,7 @@ def efficientnet(num_classes: int, channels: int, image_size: int, variant: str)
     require_size(f"efficientnet-{variant}", image_size, 16)
     network = models.get_model(f"efficientnet_{variant}", num_classes=num_classes)
     keep_resolution(image_size, network.features[0], network.features[2])
+    set_momentum(network)
     return fit_first(network, channels, image_size)
 
 
@@ -197,6 +200,18 @@ def keep_resolution(image_size: int, *parts: nn.Module) -> None:
         for module in part.modules():
             if isinstance(module, nn.Conv2d) and image_size < SMALL:
                 module.stride = (1, 1)
+
+
+def set_momentum(network: nn.Module) -> None:
+    """Sets BatchNorm's momentum to 0.1, PyTorch's own, at any image size.
+
+    MobileNetV3's and EfficientNet-B5 to B7's is 0.01, for trainings of 10,000s of steps: in the few
+    hundred that small data sets take, their statistics are still those of the first weights, and
+    evaluation is at chance.
+    """
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 0.1
 
 
 def fit_first(network: nn.Module, channels: int, image_size: int) -> nn.Module:

@@ -10,10 +10,11 @@ from torchvision import models
 
 from lab.errors import UserError
 
-# What torchvision's port of GoogLeNet, and of Inception v3, does to the channels of an image before
-# its first convolution: from ImageNet's mean and deviation to a range of -1 to 1.
+# What torchvision's ports from TensorFlow do to an image before its first convolution: from
+# ImageNet's mean and deviation to a range of -1 to 1. Here it is done to that convolution.
 PORTED = ("googlenet", "inception_v3")
-RESCALED = torch.tensor([0.229, 0.224, 0.225]) / 0.5
+SCALE = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1) / 0.5
+SHIFT = (torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1) - 0.5) / 0.5
 
 
 def take_over(network: nn.Module, source: str, heads: set[str]) -> list[str]:
@@ -26,7 +27,9 @@ def take_over(network: nn.Module, source: str, heads: set[str]) -> list[str]:
     # Images come normalised to mean 0 and deviation 1, like those that the weights were trained on.
     first = next(n for n, m in network.named_modules() if isinstance(m, nn.Conv2d)) + ".weight"
     if source in PORTED:
-        found[first] = found[first] * RESCALED.view(1, 3, 1, 1)
+        mean = first.replace("conv.weight", "bn.running_mean")
+        found[mean] = found[mean] - (found[first] * SHIFT).sum((1, 2, 3))
+        found[first] = found[first] * SCALE
     fitted = fit_kernel(found[first], expected[first].shape)
     changes = []
     if fitted.shape != found[first].shape:
