@@ -91,7 +91,8 @@ def mobilenet_v3_small(num_classes: int, channels: int, image_size: int) -> nn.M
     """MobileNetV3-Small (Howard et al. 2019, "Searching for MobileNetV3", table 2).
 
     Small images: the first convolution and the first block have stride 1, not 2; the last map has
-    4x4 pixels. BatchNorm's momentum: see `set_momentum`. 17,507,328 multiply-adds; 1,528,106 parameters.
+    4x4 pixels. BatchNorm's momentum: see `set_momentum`. 17,507,328 multiply-adds; 1,528,106
+    parameters.
     """
     require_size("mobilenet-v3-small", image_size, 16)
     network = models.mobilenet_v3_small(num_classes=num_classes)
