@@ -41,6 +41,7 @@ def main(argv: list[str] | None = None) -> None:
         mixed_precision=config.mixed_precision,
         trained_in=about["precision"],
         large_model=find_model(model).large,
+        cpu_bf16=find_model(model).cpu_bf16,
         threads=config.threads,
         timeout_seconds=config.timeout_seconds,
         quiet=config.quiet,

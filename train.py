@@ -61,6 +61,7 @@ def main(argv: list[str] | None = None) -> int:
         mixed_precision=config.mixed_precision,
         trained_in=state.about["precision"] if state else None,
         large_model=find_model(config.model).large,
+        cpu_bf16=find_model(config.model).cpu_bf16,
         threads=config.threads,
         deterministic=config.deterministic,
         comm_hook=config.comm_hook,

@@ -39,6 +39,7 @@ def build_accelerator(
     mixed_precision: str = "auto",
     trained_in: str | None = None,
     large_model: bool = False,
+    cpu_bf16: bool = True,
     threads: int = 0,
     deterministic: bool = False,
     comm_hook: str = "none",
@@ -53,7 +54,9 @@ def build_accelerator(
     device_type = join_world(timeout_seconds, quiet).device.type
     AcceleratorState._reset_state()  # a second run in one process may choose another precision
     accelerator = Accelerator(
-        mixed_precision=choose_precision(mixed_precision, device_type, large_model, trained_in),
+        mixed_precision=choose_precision(
+            mixed_precision, device_type, large_model, trained_in, cpu_bf16
+        ),
         cpu=device_type == "cpu",
         kwargs_handlers=[
             DistributedDataParallelKwargs(
@@ -125,12 +128,17 @@ def keep_freed_memory() -> None:
 
 
 def choose_precision(
-    requested: str, device_type: str, large_model: bool, trained_in: str | None = None
+    requested: str,
+    device_type: str,
+    large_model: bool,
+    trained_in: str | None = None,
+    cpu_bf16: bool = True,
 ) -> str:
     """The precision "no", "bf16" or "fp16"; raises `UserError` for fp16 on a CPU.
 
     "auto" is what the weights were `trained_in`; else what `accelerate launch --mixed_precision`
-    names; else bfloat16 where the hardware multiplies it and the network is large enough to gain.
+    names; else bfloat16 where the hardware multiplies it and the network is large enough to gain; on
+    a CPU that takes `cpu_bf16`, too.
     """
     if requested == "auto" and trained_in:
         return "no" if trained_in == "fp16" and device_type == "cpu" else trained_in
@@ -139,7 +147,8 @@ def choose_precision(
         if launched in ("bf16", "fp16"):
             requested = launched
         else:
-            requested = "bf16" if large_model and multiplies_bfloat16(device_type) else "no"
+            gains = large_model and (cpu_bf16 or device_type != "cpu")
+            requested = "bf16" if gains and multiplies_bfloat16(device_type) else "no"
     if requested == "fp16" and device_type == "cpu":
         raise UserError(
             "--mixed-precision fp16: a CPU cannot train in fp16",

@@ -78,7 +78,7 @@ def test_p7_pretrained_is_for_networks_with_such_weights(fails):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--pretrained --init-from x", "--pretrained and --init-from both give weights. Give one "
+        ("--model mobilenet --pretrained --init-from x", "--pretrained and --init-from both give weights. Give one "
          "of them."),
         ("--freeze backbone", "--freeze backbone would keep random weights. Give --pretrained or "
          "--init-from too."),

@@ -22,29 +22,30 @@ class ModelSpec:
     """What the rest of the project needs to know of a network before it is built."""
 
     factory: str  # "module:function" in this package, and ":argument" where it takes one more
+    weights: str = ""  # torchvision's name of the ImageNet weights that --pretrained loads
     dataset: str = "cifar10"  # the data set it trains on unless told otherwise
     image_size: int = 32  # pixels a side, unless told otherwise
     large: bool = True  # its arithmetic outweighs its overheads: bfloat16 and channels_last pay
-    weights: str = ""  # torchvision's name of the ImageNet weights that --pretrained loads
+    cpu_bf16: bool = True  # ... on a CPU too, where depthwise convolutions lose by bfloat16
 
 
 MODELS = {
     "lenet5": ModelSpec("classic:LeNet5", dataset="mnist", large=False),
     "alexnet": ModelSpec("classic:AlexNet"),
-    "googlenet": ModelSpec("adapted:googlenet", weights="googlenet"),
+    "googlenet": ModelSpec("adapted:googlenet", "googlenet"),
     "densenet": ModelSpec("adapted:densenet"),
-    "densenet121": ModelSpec("adapted:densenet121", weights="densenet121"),
-    "mobilenet": ModelSpec("adapted:mobilenet", weights="mobilenet_v2"),
-    "mobilenet-v3-small": ModelSpec("adapted:mobilenet_v3_small", weights="mobilenet_v3_small"),
-    "efficientnet": ModelSpec("adapted:efficientnet:b0", weights="efficientnet_b0"),
-    "efficientnet-b0": ModelSpec("adapted:efficientnet:b0", weights="efficientnet_b0"),
-    "efficientnet-b1": ModelSpec("adapted:efficientnet:b1", weights="efficientnet_b1"),
-    "efficientnet-b2": ModelSpec("adapted:efficientnet:b2", weights="efficientnet_b2"),
-    "efficientnet-b3": ModelSpec("adapted:efficientnet:b3", weights="efficientnet_b3"),
-    "efficientnet-b4": ModelSpec("adapted:efficientnet:b4", weights="efficientnet_b4"),
-    "efficientnet-b5": ModelSpec("adapted:efficientnet:b5", weights="efficientnet_b5"),
-    "efficientnet-b6": ModelSpec("adapted:efficientnet:b6", weights="efficientnet_b6"),
-    "efficientnet-b7": ModelSpec("adapted:efficientnet:b7", weights="efficientnet_b7"),
+    "densenet121": ModelSpec("adapted:densenet121", "densenet121"),
+    "mobilenet": ModelSpec("adapted:mobilenet", "mobilenet_v2"),
+    "mobilenet-v3-small": ModelSpec("adapted:mobilenet_v3", "mobilenet_v3_small", cpu_bf16=False),
+    "efficientnet": ModelSpec("adapted:efficientnet:b0", "efficientnet_b0", cpu_bf16=False),
+    "efficientnet-b0": ModelSpec("adapted:efficientnet:b0", "efficientnet_b0", cpu_bf16=False),
+    "efficientnet-b1": ModelSpec("adapted:efficientnet:b1", "efficientnet_b1", cpu_bf16=False),
+    "efficientnet-b2": ModelSpec("adapted:efficientnet:b2", "efficientnet_b2", cpu_bf16=False),
+    "efficientnet-b3": ModelSpec("adapted:efficientnet:b3", "efficientnet_b3", cpu_bf16=False),
+    "efficientnet-b4": ModelSpec("adapted:efficientnet:b4", "efficientnet_b4", cpu_bf16=False),
+    "efficientnet-b5": ModelSpec("adapted:efficientnet:b5", "efficientnet_b5", cpu_bf16=False),
+    "efficientnet-b6": ModelSpec("adapted:efficientnet:b6", "efficientnet_b6", cpu_bf16=False),
+    "efficientnet-b7": ModelSpec("adapted:efficientnet:b7", "efficientnet_b7", cpu_bf16=False),
     "vit": ModelSpec("adapted:vit_tiny"),
     "vit-tiny": ModelSpec("adapted:vit_tiny"),
     "vit-small": ModelSpec("adapted:vit_small"),

@@ -87,7 +87,7 @@ def mobilenet(num_classes: int, channels: int, image_size: int) -> nn.Module:
     return fit_first(network, channels, image_size)
 
 
-def mobilenet_v3_small(num_classes: int, channels: int, image_size: int) -> nn.Module:
+def mobilenet_v3(num_classes: int, channels: int, image_size: int) -> nn.Module:
     """MobileNetV3-Small (Howard et al. 2019, "Searching for MobileNetV3", table 2).
 
     Small images: the first convolution and the first block have stride 1, not 2; the last map has
