@@ -137,8 +137,8 @@ def choose_precision(
     """The precision "no", "bf16" or "fp16"; raises `UserError` for fp16 on a CPU.
 
     "auto" is what the weights were `trained_in`; else what `accelerate launch --mixed_precision`
-    names; else bfloat16 where the hardware multiplies it and the network is large enough to gain; on
-    a CPU that takes `cpu_bf16`, too.
+    names; else bfloat16 where the hardware multiplies it and the network is large enough to gain.
+    On a CPU that takes `cpu_bf16`, too.
     """
     if requested == "auto" and trained_in:
         return "no" if trained_in == "fp16" and device_type == "cpu" else trained_in

@@ -78,8 +78,8 @@ def test_p7_pretrained_is_for_networks_with_such_weights(fails):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--model mobilenet --pretrained --init-from x", "--pretrained and --init-from both give weights. Give one "
-         "of them."),
+        ("--model mobilenet --pretrained --init-from x", "--pretrained and --init-from both give "
+         "weights. Give one of them."),
         ("--freeze backbone", "--freeze backbone would keep random weights. Give --pretrained or "
          "--init-from too."),
         ("--freeze all", "--freeze has no all. Choose from none, backbone."),
