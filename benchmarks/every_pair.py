@@ -78,7 +78,8 @@ def train_pair(model: str, dataset: str, folder: str, args: argparse.Namespace) 
         words += ["--limit-train", num_samples, "--limit-eval", 20, "--num-samples", 2000]
         outcome = ""
         try:
-            train.main([*map(str, words), "--quiet"])
+            if code := train.main([*map(str, words), "--quiet"]):
+                sys.exit(code)  # it was stopped, and says nothing of the pair
         except UserError as error:
             outcome = f"  {error}"
         run = Path(output) / "run"

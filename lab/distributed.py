@@ -52,11 +52,10 @@ def build_accelerator(
     that the device lacks.
     """
     device_type = join_world(timeout_seconds, quiet).device.type
+    precision = choose_precision(mixed_precision, device_type, large_model, trained_in, cpu_bf16)
     AcceleratorState._reset_state()  # a second run in one process may choose another precision
     accelerator = Accelerator(
-        mixed_precision=choose_precision(
-            mixed_precision, device_type, large_model, trained_in, cpu_bf16
-        ),
+        mixed_precision=precision,
         cpu=device_type == "cpu",
         kwargs_handlers=[
             DistributedDataParallelKwargs(
@@ -137,8 +136,7 @@ def choose_precision(
     """The precision "no", "bf16" or "fp16"; raises `UserError` for fp16 on a CPU.
 
     "auto" is what the weights were `trained_in`; else what `accelerate launch --mixed_precision`
-    names; else bfloat16 where the hardware multiplies it and the network is large enough to gain.
-    On a CPU that takes `cpu_bf16`, too.
+    names; else bfloat16 where the hardware multiplies it and the network gains, by `cpu_bf16` on a CPU.
     """
     if requested == "auto" and trained_in:
         return "no" if trained_in == "fp16" and device_type == "cpu" else trained_in
