@@ -1,7 +1,7 @@
-"""Does any (model, data set) pair diverge? A short training of each with its modern recipe.
+"""Does any (model, data set) pair diverge? A short training of each, with a recipe.
 
   python benchmarks/every_pair.py --mnist data --photographs PICTURES --log every_pair.txt
-  python benchmarks/every_pair.py --models densenet,vit-tiny --datasets shapes,digits
+  python benchmarks/every_pair.py --models densenet,vit-tiny --datasets shapes --recipe notebook
 
 Each pair trains 200 steps by train.py's own loop: ten epochs, so that the whole course of the
 learning rate is run through, warm-up and peak included. A line a pair is added to the log: the
@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # lab and train
 EPOCHS, ENDS = 10, 10  # ENDS: steps that a loss is the mean of
 ALIASES = {"vit": "vit-tiny", "efficientnet": "efficientnet-b0"}
 DATASETS = ("shapes", "digits", "mnist", "photographs")
-HEADER = f"{'model':<20} {'data set':<13} {'steps':>5} {'batch':>5} {'first':>7} {'last':>7}  "
+HEADER = f"{'model':<20} {'data set':<12} {'recipe':<9} {'steps':>5} {'batch':>5} {'first':>7} {'last':>7}  "
 
 
 def main() -> int:
@@ -40,6 +40,7 @@ def main() -> int:
     parser.add_argument("--datasets", type=lambda s: s.split(","), default=list(DATASETS))
     parser.add_argument("--mnist", metavar="DIR", help="where MNIST lies or is downloaded to")
     parser.add_argument("--photographs", metavar="DIR", help="a folder of pictures by class")
+    parser.add_argument("--recipe", default="modern")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--threads", type=int, default=0)
@@ -48,8 +49,8 @@ def main() -> int:
     folders = {"shapes": "data", "digits": "data", "mnist": args.mnist}
     folders["photographs"] = args.photographs
     lines = args.log.read_text().splitlines() if args.log and args.log.exists() else []
-    done = {tuple(line.split()[:2]) for line in lines}
-    pairs = [(m, d) for m in args.models for d in args.datasets if (m, d) not in done]
+    done = {tuple(line.split()[:3]) for line in lines}
+    pairs = [(m, d) for m in args.models for d in args.datasets if (m, d, args.recipe) not in done]
     if not lines:
         show(args.log, HEADER + "precision, seconds (the machine was shared)")
     failed = False
@@ -74,6 +75,7 @@ def train_pair(model: str, dataset: str, folder: str, args: argparse.Namespace) 
     with tempfile.TemporaryDirectory() as output:
         words = ["--model", model, "--dataset", "folder" if dataset == "photographs" else dataset]
         words += ["--data-dir", folder, "--output-dir", output, "--name", "run", "--log-every", "1"]
+        words += ["--recipe", args.recipe, "--max-steps", 0]
         words += ["--epochs", EPOCHS, "--batch-size", args.batch_size, "--threads", args.threads]
         words += ["--limit-train", num_samples, "--limit-eval", 20, "--num-samples", 2000]
         outcome = ""
@@ -89,7 +91,7 @@ def train_pair(model: str, dataset: str, folder: str, args: argparse.Namespace) 
     first, last = (sum(part) / len(part) for part in (losses[:ENDS], losses[-ENDS:]))
     learnt = not outcome and math.isfinite(last) and last < first
     return (
-        f"{model:<20} {dataset:<13} {len(losses):>5} {args.batch_size:>5} {first:>7.3f} "
+        f"{model:<20} {dataset:<12} {args.recipe:<9} {len(losses):>5} {args.batch_size:>5} {first:>7.3f} "
         f"{last:>7.3f}  {precision}, {time.perf_counter() - start:.0f}"
         + ("" if learnt else f"{outcome}  NOT LEARNT")
     )

@@ -136,7 +136,7 @@ def choose_precision(
     """The precision "no", "bf16" or "fp16"; raises `UserError` for fp16 on a CPU.
 
     "auto" is what the weights were `trained_in`; else what `accelerate launch --mixed_precision`
-    names; else bfloat16 where the hardware multiplies it and the network gains, by `cpu_bf16` on a CPU.
+    names; else bfloat16 where the hardware multiplies it and the network gains (CPU: `cpu_bf16`).
     """
     if requested == "auto" and trained_in:
         return "no" if trained_in == "fp16" and device_type == "cpu" else trained_in

@@ -142,9 +142,9 @@ def test_an_unchanged_network_says_what_torchvisions_says(monkeypatch, name):
 def test_what_ports_do_to_the_channels_is_in_the_weights(monkeypatch):
     """Inception v3 takes images of another range, which torchvision makes inside the network."""
     source = imagenets("inception_v3", num_classes=10, init_weights=True, transform_input=True)
-    network = build_model(**model_of("torchvision:inception_v3", image_size=75)).eval()
+    network = build_model(**model_of("torchvision:inception_v3", image_size=299)).eval()
     taken(network, "inception_v3", monkeypatch, source.state_dict(), set())
-    images = torch.randn(1, 3, 75, 75)
+    images = torch.randn(1, 3, 299, 299)
     with torch.no_grad():
         torch.testing.assert_close(network(images), source(images), rtol=1e-3, atol=1e-3)
 

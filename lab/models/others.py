@@ -34,8 +34,10 @@ def torchvision_model(num_classes: int, channels: int, image_size: int, name: st
     elif name in ("googlenet", "inception_v3"):
         settings["init_weights"] = True  # torchvision warns of a change where it is not said
     try:
-        with torch.device("meta"):  # shapes alone, no arithmetic
-            trial = fit_channels(models.get_model(name, **settings), channels).eval()
+        # Shapes alone, no arithmetic; of one image, as a process may get. In training, BatchNorm
+        # asks for two values a channel at least, and an auxiliary classifier for a map of its size.
+        with torch.device("meta"):
+            trial = fit_channels(models.get_model(name, **settings), channels)
             trial(torch.empty(1, channels, image_size, image_size))
     except (RuntimeError, ValueError, AssertionError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
