@@ -25,7 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # lab and train
 EPOCHS, ENDS = 10, 10  # ENDS: steps that a loss is the mean of
 ALIASES = {"vit": "vit-tiny", "efficientnet": "efficientnet-b0"}
 DATASETS = ("shapes", "digits", "mnist", "photographs")
-HEADER = f"{'model':<20} {'data set':<12} {'recipe':<9} {'steps':>5} {'batch':>5} {'first':>7} {'last':>7}  "
+COLUMNS = "{:<20} {:<12} {:<9} {:>5} {:>5} {:>7} {:>7}  {}"
+HEADER = ("model", "data set", "recipe", "steps", "batch", "first", "last", "precision, seconds")
 
 
 def main() -> int:
@@ -52,7 +53,7 @@ def main() -> int:
     done = {tuple(line.split()[:3]) for line in lines}
     pairs = [(m, d) for m in args.models for d in args.datasets if (m, d, args.recipe) not in done]
     if not lines:
-        show(args.log, HEADER + "precision, seconds (the machine was shared)")
+        show(args.log, COLUMNS.format(*HEADER))
     failed = False
     for model, dataset in pairs:
         if folders[dataset]:
@@ -90,11 +91,11 @@ def train_pair(model: str, dataset: str, folder: str, args: argparse.Namespace) 
         precision = json.loads((run / "config.json").read_text())["precision"]
     first, last = (sum(part) / len(part) for part in (losses[:ENDS], losses[-ENDS:]))
     learnt = not outcome and math.isfinite(last) and last < first
-    return (
-        f"{model:<20} {dataset:<12} {args.recipe:<9} {len(losses):>5} {args.batch_size:>5} {first:>7.3f} "
-        f"{last:>7.3f}  {precision}, {time.perf_counter() - start:.0f}"
-        + ("" if learnt else f"{outcome}  NOT LEARNT")
-    )
+    took = f"{precision}, {time.perf_counter() - start:.0f}"
+    if not learnt:
+        took += f"{outcome}  NOT LEARNT"
+    ends = (f"{first:.3f}", f"{last:.3f}")
+    return COLUMNS.format(model, dataset, args.recipe, len(losses), args.batch_size, *ends, took)
 
 
 def show(log: Path | None, line: str) -> None:
