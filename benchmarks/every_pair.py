@@ -79,13 +79,14 @@ def train_pair(model: str, dataset: str, folder: str, args: argparse.Namespace) 
         words += ["--recipe", args.recipe, "--max-steps", 0]
         words += ["--epochs", EPOCHS, "--batch-size", args.batch_size, "--threads", args.threads]
         words += ["--limit-train", num_samples, "--limit-eval", 20, "--num-samples", 2000]
-        outcome = ""
+        run, outcome = Path(output) / "run", ""
         try:
             if code := train.main([*map(str, words), "--quiet"]):
                 sys.exit(code)  # it was stopped, and says nothing of the pair
         except UserError as error:
-            outcome = f"  {error}"
-        run = Path(output) / "run"
+            if not run.exists():
+                raise
+            outcome = f"  {error.what}"
         steps = (run / "steps.jsonl").read_text().splitlines()
         losses = [json.loads(line)["loss"] for line in steps]
         precision = json.loads((run / "config.json").read_text())["precision"]
