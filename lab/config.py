@@ -185,8 +185,7 @@ class TrainConfig:
             raise UserError("--pretrained and --init-from both give weights", "Give one of them")
         if self.freeze != "none" and not (self.pretrained or self.init_from):
             raise UserError(
-                f"--freeze {self.freeze} would keep random weights",
-                "Give --pretrained or --init-from too",
+                "--freeze would keep random weights", "Give --pretrained or --init-from"
             )
         if self.resume == "auto" and not self.name:
             raise UserError("--resume auto goes on with the run of a --name", "Give --name too")
