@@ -184,9 +184,7 @@ class TrainConfig:
         if self.pretrained and self.init_from:
             raise UserError("--pretrained and --init-from both give weights", "Give one of them")
         if self.freeze != "none" and not (self.pretrained or self.init_from):
-            raise UserError(
-                "--freeze would keep random weights", "Give --pretrained or --init-from"
-            )
+            raise UserError("--freeze keeps random weights", "Give --pretrained or --init-from")
         if self.resume == "auto" and not self.name:
             raise UserError("--resume auto goes on with the run of a --name", "Give --name too")
         if self.resume and self.overwrite:

@@ -80,7 +80,7 @@ def test_p7_pretrained_is_for_networks_with_such_weights(fails):
     [
         ("--model mobilenet --pretrained --init-from x", "--pretrained and --init-from both give "
          "weights. Give one of them."),
-        ("--freeze backbone", "--freeze would keep random weights. Give --pretrained or "
+        ("--freeze backbone", "--freeze keeps random weights. Give --pretrained or "
          "--init-from."),
         ("--freeze all", "--freeze has no all. Choose from none, backbone."),
     ],
