@@ -37,33 +37,34 @@ def _take_file(network: nn.Module, model: dict[str, Any], path_given: str) -> li
         raise UserError(
             f"{path} holds {found['name']}, not {model['name']}", f"Give --model {found['name']}"
         )
-    for key, what in {"channels": "channels", "image_size": "pixels a side"}.items():
-        if found[key] != model[key]:
-            raise UserError(
-                f"{path} was trained on images of {found[key]} {what}, and these have {model[key]}",
-                f"Give --image-size {found[key]}"
-                if key == "image_size"
-                else "Give data like that it was trained on",
-            )
+    if found["channels"] != model["channels"]:
+        raise UserError(
+            f"{path} takes images with {found['channels']} channels, the data's have "
+            f"{model['channels']}",
+            "Give data like that it was trained on",
+        )
+    if found["image_size"] != model["image_size"]:
+        raise UserError(
+            f"{path} was trained on images of {found['image_size']} pixels, not "
+            f"{model['image_size']}",
+            f"Give --image-size {found['image_size']}",
+        )
     tensors, expected = checkpoint.read_tensors(path), network.state_dict()
-    heads = head_names(**model)
-    fresh = [n for n in heads if n in tensors and tensors[n].shape != expected[n].shape]
+    fresh = {
+        name
+        for name in head_names(**model) & tensors.keys()
+        if tensors[name].shape != expected[name].shape
+    }
+    for name in sorted((tensors.keys() | expected.keys()) - fresh):
+        fits = name in tensors and name in expected
+        if not fits or tensors[name].shape != expected[name].shape:
+            raise UserError(
+                f"{path} holds the weights of another architecture: it differs in {name}",
+                "Give a file that train.py wrote for this --model",
+            )
     kept = {name: tensor for name, tensor in tensors.items() if name not in fresh}
-    wanted = {name: tensor.shape for name, tensor in expected.items() if name not in fresh}
-    for name in sorted(wanted.keys() ^ kept.keys()):
-        raise _other_architecture(path_given, name)
-    for name, tensor in kept.items():
-        if tensor.shape != wanted[name]:
-            raise _other_architecture(path_given, name)
     network.load_state_dict(kept, strict=False)
     return sorted(fresh)
-
-
-def _other_architecture(path: str, name: str) -> UserError:
-    return UserError(
-        f"{path} holds the weights of another architecture: they differ in {name}",
-        "Give a file that train.py wrote for this --model",
-    )
 
 
 def freeze(network: nn.Module, model: dict[str, Any], what: str) -> None:

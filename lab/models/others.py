@@ -34,11 +34,10 @@ def torchvision_model(num_classes: int, channels: int, image_size: int, name: st
     elif name in ("googlenet", "inception_v3"):
         settings["init_weights"] = True  # torchvision warns of a change where it is not said
     try:
-        # Shapes alone, no arithmetic; of one image, as a process may get. In training, BatchNorm
-        # asks for two values a channel at least, and an auxiliary classifier for a map of its size.
+        # Shapes alone, no arithmetic; as in training, where auxiliary classifiers take part.
         with torch.device("meta"):
             trial = fit_channels(models.get_model(name, **settings), channels)
-            trial(torch.empty(1, channels, image_size, image_size))
+            trial(torch.empty(2, channels, image_size, image_size))
     except (RuntimeError, ValueError, AssertionError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
         raise UserError(
