@@ -44,7 +44,8 @@ class Position:
 class Trained:
     """What an epoch of training gave; means are over its samples, of all processes."""
 
-    loss: float  # as trained on: label smoothing, augmentation and dropout included; of the logits
+    # As trained on: label smoothing, augmentation and dropout included; not auxiliary classifiers.
+    loss: float
     accuracy: float
     learning_rate: float  # of the last step
     seconds: float
