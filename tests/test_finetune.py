@@ -182,15 +182,17 @@ def start_from(path, **model):
 
 
 @pytest.mark.parametrize("num_classes", [10, 3])
-def test_init_from_takes_all_but_a_head_of_another_size(trained, capsys, num_classes):
+def test_init_from_takes_all_but_a_head_of_another_size(trained, monkeypatch, num_classes):
+    told = []
+    monkeypatch.setattr(finetune.console, "say", told.append)
     saved = checkpoint.read_tensors(trained / "best.safetensors")
     before, after = start_from(trained, channels=1, num_classes=num_classes)
     fresh = {name for name in after if not torch.equal(after[name], saved[name])}
     heads = {"classifier.3.weight", "classifier.3.bias"} if num_classes == 3 else set()
     assert fresh == heads
     assert all(torch.equal(after[name], before[name]) for name in heads)
-    told = capsys.readouterr().out
-    assert ("new head: classifier.3.bias, classifier.3.weight" in told) == bool(heads)
+    ending = "new head: classifier.3.bias, classifier.3.weight" if heads else "its head too"
+    assert told == [f"weights of {trained}; {ending}"]
 
 
 def test_p7_init_from_another_network_says_how_it_differs(fails, trained):
