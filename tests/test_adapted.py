@@ -197,10 +197,10 @@ BOUNDS = {
     "googlenet": 1.7,  # 1.13
     "densenet": 1.8,  # 1.38
     "mobilenet": 2.05,  # 1.80
-    "mobilenet-v3-small": 2.25,
+    "mobilenet-v3-small": 1.9,  # 1.50
     "efficientnet-b0": 2.25,
-    "vit-tiny": 2.29,
-    "vit-hybrid": 2.29,
+    "vit-tiny": 2.1,  # 1.89
+    "vit-hybrid": 2.1,  # 1.91
 }
 
 
@@ -214,6 +214,7 @@ def test_thirty_steps_learn_a_few_shapes_and_evaluate_repeats_the_report(tmp_pat
     run = tmp_path / "run"
     losses = [json.loads(line)["loss"] for line in (run / "steps.jsonl").read_text().splitlines()]
     assert len(losses) == 30
+    assert losses[0] < 2.6  # the head begins near a guess, which costs ln 10
     print(f"{name}: {losses[0]:.2f} -> {sum(losses[-3:]) / 3:.2f}")
     assert sum(losses[-3:]) / 3 < BOUNDS[name]
     evaluate.main([str(run), "--quiet", "--threads", "1"])
