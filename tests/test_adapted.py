@@ -198,7 +198,7 @@ BOUNDS = {
     "densenet": 1.8,  # 1.38
     "mobilenet": 2.05,  # 1.80
     "mobilenet-v3-small": 1.9,  # 1.50
-    "efficientnet-b0": 2.25,
+    "efficientnet-b0": 2.0,  # 1.76
     "vit-tiny": 2.1,  # 1.89
     "vit-hybrid": 2.1,  # 1.91
 }
