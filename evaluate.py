@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> None:
     from lab.engine import lay_out
     from lab.evaluation import predict_all
     from lab.metrics import caveat
-    from lab.models import build_model, find_model
+    from lab.models import build_model
 
     path = checkpoint.find_weights(config.weights)
     about = checkpoint.read_info(path)
@@ -40,7 +40,6 @@ def main(argv: list[str] | None = None) -> None:
         training=False,
         mixed_precision=config.mixed_precision,
         trained_in=about["precision"],
-        large_model=find_model(model).large,
         threads=config.threads,
         timeout_seconds=config.timeout_seconds,
         quiet=config.quiet,

@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     from lab import checkpoint, prediction
     from lab.distributed import build_accelerator, loader_place, together
     from lab.engine import lay_out
-    from lab.models import build_model, find_model
+    from lab.models import build_model
 
     path = checkpoint.find_weights(config.weights)
     about = checkpoint.read_info(path)
@@ -62,7 +62,6 @@ def main(argv: list[str] | None = None) -> int:
     accelerator = build_accelerator(
         training=False,
         trained_in=about["precision"],
-        large_model=find_model(model).large,
         threads=config.threads,
         quiet=config.quiet,
         cpu=config.device == "cpu",

@@ -4,6 +4,7 @@
   python train.py --dataset digits         ... on bundled handwritten digits: no download
   python train.py --model alexnet          AlexNet on CIFAR-10
   python train.py --model alexnet --dataset folder --data-dir PICTURES
+  python train.py --model efficientnet --pretrained  EfficientNet-B0, from ImageNet's weights
   python train.py --resume runs/lenet5-mnist         ... goes on with a run that was stopped
   accelerate launch --config_file accelerate_configs/multi_gpu.yaml train.py --model alexnet
 
@@ -32,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     # PyTorch takes seconds to import: --help and a mistyped option are answered before.
     import torch
 
-    from lab import checkpoint, keeper, rundir, states
+    from lab import checkpoint, finetune, keeper, rundir, states
     from lab.data import DataConfig, load_splits
     from lab.data.augment import Preprocess
     from lab.data.loaders import build_loader
@@ -62,6 +63,7 @@ def main(argv: list[str] | None = None) -> int:
         mixed_precision=config.mixed_precision,
         trained_in=state.about["precision"] if state else None,
         large_model=find_model(config.model).large,
+        cpu_bf16=find_model(config.model).cpu_bf16,
         threads=config.threads,
         deterministic=config.deterministic,
         comm_hook=config.comm_hook,
@@ -89,6 +91,9 @@ def main(argv: list[str] | None = None) -> int:
         about = checkpoint.about_run(config, splits, accelerator.mixed_precision)
         torch.manual_seed(config.seed)
         network = build_model(**about["model"], init=config.init)
+        if not state:  # which holds the weights to go on from
+            finetune.start_from(network, about["model"], config)
+        finetune.freeze(network, about["model"], config.freeze)
     trainer = prepare(accelerator, network, config)
     position, best = Position(), {}
     settings = asdict(config) | describe(accelerator) | cost(**about["model"])

@@ -67,7 +67,8 @@ def step_timer(model: str, precision: str, channels_last: bool, threads: int, co
 
 def run_one(model: str, keep: str) -> dict:
     """Images a second of what lab chooses, in this process."""
-    from lab.distributed import choose_precision, keep_freed_memory, num_cores
+    from lab.distributed import choose_precision, num_cores
+    from lab.memory import keep_freed_memory
     from lab.models import MODELS
 
     if keep == "kept":
@@ -103,7 +104,8 @@ def main() -> None:
 
     import torch
 
-    from lab.distributed import choose_precision, keep_freed_memory, num_cores
+    from lab.distributed import choose_precision, num_cores
+    from lab.memory import keep_freed_memory
     from lab.models import MODELS
 
     keep_freed_memory()

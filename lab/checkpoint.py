@@ -238,8 +238,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 def load_weights(path: Path, network: nn.Module) -> None:
     """Fills `network` from a file; raises `UserError` where it holds another architecture's."""
-    tensors = read_tensors(path)
-    expected = network.state_dict()
+    tensors, expected = read_tensors(path), network.state_dict()
     for name in sorted(expected.keys() ^ tensors.keys()):
         raise UserError(
             f"{path} holds the weights of another architecture: "

@@ -99,6 +99,13 @@ class TrainConfig:
     init: str = option("default", TRAINING,
         "initial weights: PyTorch's default, or Kaiming normal",
         choices=("default", "kaiming"), from_recipe=True)
+    pretrained: bool = option(False, TRAINING,
+        "begin with torchvision's ImageNet weights, downloaded once; the head stays new")
+    init_from: str = option("", TRAINING,
+        "begin with these weights of the same network; a head for other classes stays new",
+        metavar="FILE")
+    freeze: str = option("none", TRAINING,
+        "what is not trained: backbone is all but the head", choices=("none", "backbone"))
     select_by: str = option("accuracy", TRAINING,
         "what the best epoch is chosen by",
         choices=("accuracy", "macro_f1", "loss"), from_recipe=True)
@@ -174,6 +181,10 @@ class TrainConfig:
                 f"--warmup-epochs {self.warmup_epochs:g} fills all of --epochs {self.epochs}",
                 "Give fewer: the learning rate would never reach --lr",
             )
+        if self.pretrained and self.init_from:
+            raise UserError("--pretrained and --init-from both give weights", "Give one of them")
+        if self.freeze != "none" and not (self.pretrained or self.init_from):
+            raise UserError("--freeze keeps random weights", "Give --pretrained or --init-from")
         if self.resume == "auto" and not self.name:
             raise UserError("--resume auto goes on with the run of a --name", "Give --name too")
         if self.resume not in ("", "auto") and self.name:
@@ -190,14 +201,6 @@ class TrainConfig:
         """The names in `augment`, in order."""
         return tuple(n for n in self.augment.replace(" ", "").split(",") if n not in ("", "none"))
 
-
-# A run goes on with other values of these: they change where, how long and what is kept.
-RESUMABLE = (
-    "epochs", "max_steps", "patience", "max_hours", "on_nonfinite", "data_dir",
-    "accumulate", "mixed_precision", "sync_bn", "deterministic", "compile",  # another device's
-    "loader", "workers", "threads", "timeout_seconds", "save_every", "keep_states", "output_dir",
-    "name", "resume", "log_every", "quiet", "debug",
-)  # fmt: skip
 
 WEIGHTS, REPORT = "what to evaluate", "what to write"
 

@@ -1,10 +1,8 @@
 """Where a run takes place: the Accelerator, precision and threads; what processes must agree on."""
 
-import ctypes
 import math
 import os
 import platform
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -24,6 +22,7 @@ from accelerate.utils import (
 from lab import console
 from lab.config import TIMEOUT_SECONDS
 from lab.errors import UserError
+from lab.memory import keep_freed_memory
 
 COMM_HOOKS = {
     "none": DDPCommunicationHookType.NO,
@@ -39,6 +38,7 @@ def build_accelerator(
     mixed_precision: str = "auto",
     trained_in: str | None = None,
     large_model: bool = False,
+    cpu_bf16: bool = True,
     threads: int = 0,
     deterministic: bool = False,
     comm_hook: str = "none",
@@ -52,9 +52,10 @@ def build_accelerator(
     that the device lacks.
     """
     device_type = join_world(timeout_seconds, quiet, cpu).device.type
+    precision = choose_precision(mixed_precision, device_type, large_model, trained_in, cpu_bf16)
     AcceleratorState._reset_state()  # a second run in one process may choose another precision
     accelerator = Accelerator(
-        mixed_precision=choose_precision(mixed_precision, device_type, large_model, trained_in),
+        mixed_precision=precision,
         cpu=device_type == "cpu",
         kwargs_handlers=[
             DistributedDataParallelKwargs(
@@ -114,26 +115,17 @@ def join_world(
     return world
 
 
-def keep_freed_memory() -> None:
-    """Has this process keep what a step frees, in large pages, for the next step's tensors.
-
-    Else each step hands its memory back and gets it again page by page, zeroed: on a CPU a fifth
-    of AlexNet's time (benchmarks/RESULTS.md).
-    """
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read at PyTorch's first allocation
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt:  # glibc's; malloc.h: the thresholds for a mapping of its own, for giving back
-        mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD, the highest it takes
-        mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
-
-
 def choose_precision(
-    requested: str, device_type: str, large_model: bool, trained_in: str | None = None
+    requested: str,
+    device_type: str,
+    large_model: bool,
+    trained_in: str | None = None,
+    cpu_bf16: bool = True,
 ) -> str:
     """The precision "no", "bf16" or "fp16"; raises `UserError` for fp16 on a CPU.
 
     "auto" is what the weights were `trained_in`; else what `accelerate launch --mixed_precision`
-    names; else bfloat16 where the hardware multiplies it and the network is large enough to gain.
+    names; else bfloat16 where the hardware multiplies it and the network gains (CPU: `cpu_bf16`).
     """
     if requested == "auto" and trained_in:
         return "no" if trained_in == "fp16" and device_type == "cpu" else trained_in
@@ -142,7 +134,8 @@ def choose_precision(
         if launched in ("bf16", "fp16"):
             requested = launched
         else:
-            requested = "bf16" if large_model and multiplies_bfloat16(device_type) else "no"
+            gains = large_model and (cpu_bf16 or device_type != "cpu")
+            requested = "bf16" if gains and multiplies_bfloat16(device_type) else "no"
     if requested == "fp16" and device_type == "cpu":
         raise UserError(
             "--mixed-precision fp16: a CPU cannot train in fp16",

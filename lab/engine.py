@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +45,8 @@ class Position:
 class Trained:
     """What an epoch of training gave; means are over its samples, of all processes."""
 
-    loss: float  # as trained on: label smoothing, augmentation and dropout included
+    # As trained on: label smoothing, augmentation and dropout included; not auxiliary classifiers.
+    loss: float
     accuracy: float
     learning_rate: float  # of the last step
     seconds: float
@@ -67,6 +68,14 @@ class Trainer:
     def evaluated(self) -> nn.Module:
         """The plain network whose weights are evaluated and kept."""
         return self.network if self.average is None else self.average
+
+    def set_training(self) -> None:
+        """Training mode; BatchNorm of a frozen backbone keeps its statistics, and uses them."""
+        self.model.train()
+        if self.config.freeze == "backbone":
+            for module in self.network.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
 
 
 def lay_out(network: nn.Module, name: str, device: torch.device) -> nn.Module:
@@ -115,7 +124,7 @@ def train_one_epoch(
     """
     accelerator, config, device = trainer.accelerator, trainer.config, trainer.accelerator.device
     plan, done = loader.plan, position
-    trainer.model.train()
+    trainer.set_training()
     done.sums = done.sums.to(device)
     start, loss = time.perf_counter() - done.seconds, None
     num_samples = min(done.batch * plan.batch_size, plan.num_samples)
@@ -159,6 +168,8 @@ def train_one_epoch(
 def train_step(trainer: Trainer, batch: Batch) -> Tensor | None:
     """One optimizer step; this process's [sum of losses, number of hits], float32 on the device.
 
+    Both are of the logits alone; auxiliary classifiers add to what is minimised.
+
     With `on_nonfinite` "skip", None where a gradient was not finite: nothing was changed then.
 
     The gradient is that of the mean loss over the global batch, however unevenly it is cut: each
@@ -177,11 +188,14 @@ def train_step(trainer: Trainer, batch: Batch) -> Tensor | None:
         images, labels = batch.images[part], batch.labels[part]
         last = i == num_parts - 1
         with nullcontext() if last else accelerator.no_sync(trainer.model):
-            logits = trainer.model(images)
-            loss = F.cross_entropy(
-                logits, labels, reduction="sum", label_smoothing=config.label_smoothing
-            )
-            accelerator.backward(loss * scale)
+            outputs = trainer.model(images)
+            logits, *auxiliary = outputs if isinstance(outputs, tuple) else (outputs,)
+            loss = loss_sum(logits, labels, config)
+            total = loss
+            for other in auxiliary:
+                weight = cast(float, trainer.network.auxiliary_weight)
+                total = total + weight * loss_sum(other, labels, config)
+            accelerator.backward(total * scale)
         sums = sums + torch.stack((loss.detach(), (logits.argmax(1) == labels).sum()))
     if skips and not accelerator.scaler:
         # Of all processes together, so that they agree; reading it waits for the device.
@@ -204,6 +218,12 @@ def _undo(trainer: Trainer, buffers: list[Tensor]) -> None:
     trainer.optimizer.zero_grad()
     for buffer, before in zip(trainer.network.buffers(), buffers, strict=True):
         buffer.copy_(before)
+
+
+def loss_sum(logits: Tensor, labels: Tensor, config: TrainConfig) -> Tensor:
+    """The sum of the samples' cross-entropies."""
+    smoothing = config.label_smoothing
+    return F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
 
 
 def seed_dropout(seed: int, device: torch.device) -> None:

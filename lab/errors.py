@@ -46,7 +46,7 @@ def run_script(main: Callable[[], int | None]) -> int:
         code = 130
     except Exception as error:
         lost = _lost_a_process(error)
-        mistake = lost or _waited_in_vain(error) or _out_of_memory(error)
+        mistake = lost or _waited_in_vain(error) or _out_of_memory(error) or _one_value(error)
         if isinstance(error, UserError):
             mistake = error
         if mistake and mistake.lone:
@@ -82,6 +82,17 @@ def _out_of_memory(error: Exception) -> UserError | None:
     return UserError(
         "out of memory" + (f" ({asked[1]} more were asked for)" if asked else ""),
         "Lower --batch-size or --image-size, or raise --accumulate",
+        lone=True,
+    )
+
+
+def _one_value(error: Exception) -> UserError | None:
+    """That BatchNorm met one image of one pixel, where that is what `error` tells of."""
+    if "Expected more than 1 value per channel" not in str(error):
+        return None
+    return UserError(
+        "BatchNorm cannot train on one image of which one pixel is left",
+        "Give a larger --image-size, or a --batch-size whose last batch holds more images",
         lone=True,
     )
 

@@ -10,9 +10,10 @@ from lab.config import TrainConfig
 
 
 def build_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """The optimizer over `network`; unless `decay_biases`, weight decay spares 1-d parameters."""
-    decayed = [p for p in network.parameters() if config.decay_biases or p.ndim > 1]
-    spared = [p for p in network.parameters() if not config.decay_biases and p.ndim <= 1]
+    """The optimizer over what is not frozen; unless `decay_biases`, decay spares 1-d parameters."""
+    trained = [p for p in network.parameters() if p.requires_grad]
+    decayed = [p for p in trained if config.decay_biases or p.ndim > 1]
+    spared = [p for p in trained if not config.decay_biases and p.ndim <= 1]
     groups: list[dict[str, Any]] = [{"params": decayed, "weight_decay": config.weight_decay}]
     if spared:
         groups.append({"params": spared, "weight_decay": 0.0})

@@ -1,15 +1,17 @@
 """RECIPES: named hyper-parameters that a (model, data set) pair starts from.
 
 A recipe is layered. Its entries apply in this order where their key fits: `*`, the data set, the
-model, `model/dataset`; the command line comes last.
+model's family (its name up to the first hyphen or colon: `vit`, `torchvision`), the model,
+`model/dataset`; the command line comes last.
 """
 
+import re
 from typing import Any
 
 from lab.config import TrainConfig
 from lab.data import find_dataset
 from lab.errors import UserError
-from lab.models import find_model
+from lab.models import MODELS, TORCHVISION, find_model
 
 RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     # The two university notebooks to the letter, their choice of the best epoch on the test split
@@ -35,7 +37,16 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     },
     # The best we know; results/ has the runs.
     "modern": {
-        "*": dict(batch_size=128, epochs=10, augment="crop,flip", schedule="one-cycle"),
+        "*": dict(
+            batch_size=128,
+            epochs=10,
+            augment="crop,flip",
+            schedule="one-cycle",
+            warmup_epochs=1,
+            optimizer="adamw",
+            lr=1e-3,
+            weight_decay=0.05,
+        ),
         "mnist": dict(augment="none"),
         "fashion-mnist": dict(augment="flip"),
         "digits": dict(augment="crop", epochs=15),
@@ -53,6 +64,14 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
             label_smoothing=0.1,
             epochs=20,
         ),
+        "googlenet": dict(label_smoothing=0.1, epochs=20),
+        "densenet": dict(label_smoothing=0.1, epochs=20),
+        "densenet121": dict(label_smoothing=0.1, epochs=20),
+        "mobilenet": dict(label_smoothing=0.1, epochs=20),
+        "efficientnet": dict(label_smoothing=0.1, epochs=20),
+        # Without BatchNorm, a step too large is not forgiven.
+        "vit": dict(lr=5e-4, clip_norm=1, warmup_epochs=2, label_smoothing=0.1, epochs=40),
+        "torchvision": dict(lr=3e-4, clip_norm=1, label_smoothing=0.1, epochs=20),
     },
     # A few seconds on a laptop: for tests and for a first look at an installation.
     "smoke": {
@@ -68,6 +87,8 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
             schedule="constant",
         ),
         "alexnet": dict(lr=5e-4, init="kaiming"),
+        "vit": dict(lr=5e-4, clip_norm=1),
+        "torchvision": dict(lr=3e-4, clip_norm=1),
     },
 }
 
@@ -85,8 +106,14 @@ def resolve(given: dict[str, Any]) -> TrainConfig:
     if name not in RECIPES:
         raise UserError(f"there is no recipe {name}", f"Known: {', '.join(RECIPES)}")
     settings: dict[str, Any] = {"image_size": spec.image_size}
-    for key in ("*", dataset, model, f"{model}/{dataset}"):
+    family = re.split("[-:]", model)[0]
+    for key in ("*", dataset, family, model, f"{model}/{dataset}"):
         settings |= RECIPES[name].get(key, {})
+    if given.get("pretrained") and not spec.weights:
+        known = ", ".join(name for name, spec in MODELS.items() if spec.weights)
+        raise UserError(
+            f"there are no ImageNet weights for {model}", f"Known: {known}, {TORCHVISION}NAME"
+        )
     settings |= {k: v for k, v in given.items() if not (k == "image_size" and v == 0)}
     if "warmup_epochs" not in given:  # a recipe's warm-up shrinks with a short --epochs
         epochs = settings.get("epochs", TrainConfig.epochs)

@@ -156,7 +156,7 @@ def start(config: TrainConfig, writes: bool) -> RunDir:
     """A new run's folder, made and locked by the process that `writes`; raises `UserError`."""
     if not writes:
         return RunDir("", writes=False)
-    default_name = f"{config.model}-{config.dataset}"
+    default_name = f"{config.model}-{config.dataset}".replace(":", "-")  # torchvision:NAME
     # A run that was killed before its first state is begun again.
     replace = config.overwrite or config.resume == "auto"
     run = RunDir(create(config.output_dir, config.name, default_name, replace))

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from lab import console
 from lab.checkpoint import read_info, read_tensors, require_types
-from lab.config import RESUMABLE, TIMEOUT_SECONDS, TrainConfig, flag
+from lab.config import TIMEOUT_SECONDS, TrainConfig, flag
 from lab.data import Splits
 from lab.engine import Position
 from lab.errors import UserError
@@ -58,6 +58,15 @@ SCALER = {
     "growth_interval": int,
     "_growth_tracker": int,
 }
+
+
+# A run goes on with other values of these: they change where, how long and what is kept.
+RESUMABLE = (
+    "epochs", "max_steps", "patience", "max_hours", "on_nonfinite", "data_dir",
+    "accumulate", "mixed_precision", "sync_bn", "deterministic", "compile",  # another device's
+    "loader", "workers", "threads", "timeout_seconds", "save_every", "keep_states", "output_dir",
+    "name", "resume", "log_every", "quiet", "debug",
+)  # fmt: skip
 
 
 class Damaged(Exception):

@@ -15,7 +15,7 @@ SOURCES = SCRIPTS + sorted((ROOT / "lab").rglob("*.py"))
 LEVELS = [
     {"scripts"},
     {"keeper"},
-    {"states"},
+    {"states", "finetune"},
     {
         "engine",
         "evaluation",
@@ -27,7 +27,7 @@ LEVELS = [
     },
     {"models", "data", "optim", "rundir"},
     {"metrics", "distributed", "tables", "commandline", "stopping"},
-    {"config"},
+    {"config", "memory"},
     {"errors"},
     {"console"},
 ]

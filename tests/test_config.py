@@ -65,8 +65,8 @@ def test_each_field_has_its_flag(config, name):
     given.pop("weights", None)
     assert given == {name: value}
     assert type(given[name]) is kind_of(config, name)
-    if name == "overwrite":  # means nothing without
-        given |= {"name": "run"}
+    # What means nothing without another.
+    given |= {"overwrite": {"name": "run"}, "freeze": {"pretrained": True}}.get(name, {})
     made = config(**given)
     assert getattr(made, name) == value != FIELDS[config][name].default
 
@@ -157,7 +157,7 @@ def test_every_recipe_resolves_for_every_pair(recipe, model, dataset):
 def test_the_keys_of_recipes_are_known_and_set_what_recipes_may():
     pairs = {f"{model}/{dataset}" for model in MODELS for dataset in DATASETS}
     for layers in RECIPES.values():
-        assert layers.keys() <= {"*", *DATASETS, *MODELS} | pairs
+        assert layers.keys() <= {"*", *DATASETS, *MODELS, "torchvision"} | pairs
         for settings in layers.values():
             assert all(FIELDS[TrainConfig][n].metadata.get("from_recipe") for n in settings)
 
@@ -166,6 +166,15 @@ def test_a_model_brings_its_own_data_set_and_image_size():
     for name, spec in MODELS.items():
         config = resolve({"model": name})
         assert (config.dataset, config.image_size) == (spec.dataset, spec.image_size)
+
+
+def test_a_family_of_models_shares_its_settings():
+    """The name up to the first hyphen or colon; a model's own layer comes after it."""
+    recipe = RECIPES["modern"]
+    assert resolve({"model": "vit-hybrid"}).lr == recipe["vit"]["lr"]
+    assert resolve({"model": "vit"}).clip_norm == recipe["vit"]["clip_norm"]
+    assert resolve({"model": "efficientnet-b3"}).epochs == recipe["efficientnet"]["epochs"]
+    assert resolve({"model": "densenet121", "epochs": 3}).epochs == 3
 
 
 def test_layers_apply_in_order_and_the_command_line_comes_last(monkeypatch):

@@ -26,7 +26,10 @@ HELP = "See `python train.py --help`."
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--model resnet9", f"there is no model resnet9. Known: {', '.join(MODELS)}."),
+        (
+            "--model resnet9",
+            f"there is no model resnet9. Known: {', '.join(MODELS)}, torchvision:NAME.",
+        ),
         ("--dataset minst", f"there is no data set minst. Known: {', '.join(DATASETS)}."),
         ("--recipe x", f"there is no recipe x. Known: {', '.join(recipes.RECIPES)}."),
         ("--epoch 3", "there is no option --epoch. Did you mean --epochs?"),

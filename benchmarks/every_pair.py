@@ -1,0 +1,111 @@
+"""Does any (model, data set) pair diverge? A short training of each, with a recipe.
+
+  python benchmarks/every_pair.py --mnist data --photographs PICTURES --log every_pair.txt
+  python benchmarks/every_pair.py --models densenet,vit-tiny --datasets shapes --recipe notebook
+
+Each pair trains 200 steps by train.py's own loop: ten epochs, so that the whole course of the
+learning rate is run through, warm-up and peak included. A line a pair is added to the log: the
+mean loss of the first and of the last ten steps. Pairs that the log has are not run again, so that
+the matrix can be run in pieces; about a minute a pair for the smaller networks on one CPU core,
+ten and more for the largest. It says which pairs are left.
+
+What it does not show: accuracy. The samples are few (20 batches), and are learnt by heart.
+"""
+
+import argparse
+import json
+import math
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # lab and train, installed or not
+
+EPOCHS, ENDS = 10, 10  # ENDS: steps that a loss is the mean of
+ALIASES = {"vit": "vit-tiny", "efficientnet": "efficientnet-b0"}
+DATASETS = ("shapes", "digits", "mnist", "photographs")
+COLUMNS = "{:<20} {:<12} {:<9} {:>5} {:>5} {:>7} {:>7}  {}"
+HEADER = ("model", "data set", "recipe", "steps", "batch", "first", "last", "precision, seconds")
+
+
+def main() -> int:
+    """Runs what is asked for and not in the log yet; 1 where a loss did not fall."""
+    from lab.models import MODELS
+
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    models = [name for name in MODELS if name not in ALIASES]
+    parser.add_argument("--models", type=lambda s: s.split(","), default=models)
+    parser.add_argument("--datasets", type=lambda s: s.split(","), default=list(DATASETS))
+    parser.add_argument("--mnist", metavar="DIR", help="where MNIST lies or is downloaded to")
+    parser.add_argument("--photographs", metavar="DIR", help="a folder of pictures by class")
+    parser.add_argument("--recipe", default="modern")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--log", type=Path, help="a text file that lines are added to")
+    args = parser.parse_args()
+    folders = {"shapes": "data", "digits": "data", "mnist": args.mnist}
+    folders["photographs"] = args.photographs
+    lines = args.log.read_text().splitlines() if args.log and args.log.exists() else []
+    done = {tuple(line.split()[:3]) for line in lines}
+    pairs = [(m, d) for m in args.models for d in args.datasets if (m, d, args.recipe) not in done]
+    if not lines:
+        show(args.log, COLUMNS.format(*HEADER))
+    failed = False
+    for model, dataset in pairs:
+        if folders[dataset]:
+            row = train_pair(model, dataset, folders[dataset], args)
+            show(args.log, row)
+            failed |= row.endswith("NOT LEARNT")
+    for model, dataset in pairs:
+        if not folders[dataset]:
+            print(f"not run, as --{dataset} was not given: {model} on {dataset}")
+    return int(failed)
+
+
+def train_pair(model: str, dataset: str, folder: str, args: argparse.Namespace) -> str:
+    """The log's line of a pair, trained for `args.steps`."""
+    import train
+    from lab.errors import UserError
+
+    num_samples = args.steps * args.batch_size // EPOCHS
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as output:
+        words = ["--model", model, "--dataset", "folder" if dataset == "photographs" else dataset]
+        words += ["--data-dir", folder, "--output-dir", output, "--name", "run", "--log-every", "1"]
+        words += ["--recipe", args.recipe, "--max-steps", 0]
+        words += ["--epochs", EPOCHS, "--batch-size", args.batch_size, "--threads", args.threads]
+        words += ["--limit-train", num_samples, "--limit-eval", 20, "--num-samples", 2000]
+        run, outcome = Path(output) / "run", ""
+        try:
+            if code := train.main([*map(str, words), "--quiet"]):
+                sys.exit(code)  # it was stopped, and says nothing of the pair
+        except UserError as error:
+            if not run.exists():
+                raise
+            outcome = f"  {error.what}"
+        steps = (run / "steps.jsonl").read_text().splitlines()
+        losses = [json.loads(line)["loss"] for line in steps]
+        precision = json.loads((run / "config.json").read_text())["precision"]
+    first, last = (sum(part) / len(part) for part in (losses[:ENDS], losses[-ENDS:]))
+    learnt = not outcome and math.isfinite(last) and last < first
+    took = f"{precision}, {time.perf_counter() - start:.0f}"
+    if not learnt:
+        took += f"{outcome}  NOT LEARNT"
+    ends = (f"{first:.3f}", f"{last:.3f}")
+    return COLUMNS.format(model, dataset, args.recipe, len(losses), args.batch_size, *ends, took)
+
+
+def show(log: Path | None, line: str) -> None:
+    """Prints a line, and adds it to the log."""
+    print(line, flush=True)
+    if log:
+        with log.open("a") as file:
+            file.write(line + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

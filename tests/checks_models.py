@@ -1,0 +1,60 @@
+"""Trains several networks in a world of processes; test_adapted.py compares what they write.
+
+    torchrun --standalone --nproc-per-node 2 tests/checks_models.py OUTPUT
+
+Each process writes RANK.json: a digest of its weights after each training.
+"""
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+import train
+from lab import engine
+from lab.errors import run_script
+
+# 25 samples, batches of 12: the last batch has one, and a process has none of it.
+COMMON = """--recipe smoke --dataset shapes --num-samples 100 --limit-train 25 --batch-size 12
+    --image-size 16 --epochs 1 --limit-eval 10 --threads 1 --mixed-precision no --quiet"""
+FROZEN = "mobilenet-v3-small, frozen"
+TRAININGS = {
+    "googlenet": "--model googlenet",
+    "densenet": "--model densenet",
+    "mobilenet-v3-small": "--model mobilenet-v3-small",
+    FROZEN: "--model mobilenet-v3-small --freeze backbone",
+    "vit-hybrid": "--model vit-hybrid",
+}
+
+
+def main() -> None:
+    output = Path(sys.argv[1])
+    # A run destroys its process group when it ends; here all runs share one.
+    Accelerator.end_training = lambda self: None
+    digests = {}
+    original = engine.train_one_epoch
+
+    def train_one_epoch(trainer, *args, **kwargs):
+        trained = original(trainer, *args, **kwargs)
+        digest = hashlib.sha256()
+        for parameter in trainer.network.parameters():
+            assert torch.isfinite(parameter).all()
+            digest.update(parameter.detach().contiguous().numpy().tobytes())
+        digests[trainer.config.name] = digest.hexdigest()
+        return trained
+
+    engine.train_one_epoch = train_one_epoch
+    for name, options in TRAININGS.items():
+        words = [*COMMON.split(), *options.split(), "--output-dir", str(output), "--name", name]
+        if name == FROZEN:
+            words += ["--init-from", str(output / "mobilenet-v3-small")]
+        train.main(words)
+    rank = torch.distributed.get_rank()
+    (output / f"{rank}.json").write_text(json.dumps(digests))
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))
