@@ -5,7 +5,8 @@
 
 Whole training steps of 128 images that lie ready. All variants of a network are built once and
 timed in turn in one process. `auto` marks what `--mixed-precision auto` and `lay_out` choose. Then,
-in processes of their own, `auto` with freed memory kept, as lab does, and given back.
+in processes of their own: `auto`, which keeps freed memory, without that, and with PyTorch's
+average pooling.
 """
 
 import argparse
@@ -14,14 +15,21 @@ import json
 import time
 from functools import partial
 
-from common import child, in_turn, ratios, spread, write_json
+from common import child, in_turn, ratios, spread, use_pytorchs_pooling, write_json
 
 BATCH_SIZE = 128
 STEPS = {"lenet5": 100, "alexnet": 8}
 CHANNELS = {"lenet5": 1, "alexnet": 3}
 
 
-def step_timer(model: str, precision: str, channels_last: bool, threads: int, compiled: bool):
+def step_timer(
+    model: str,
+    precision: str,
+    channels_last: bool,
+    threads: int,
+    compiled: bool,
+    own_pooling: bool = True,
+):
     """A function that runs some training steps and returns their images a second."""
     import torch
     import torch.nn.functional as F
@@ -33,6 +41,8 @@ def step_timer(model: str, precision: str, channels_last: bool, threads: int, co
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     network = build_model(model, num_classes=10, channels=CHANNELS[model], image_size=32)
+    if not own_pooling:
+        use_pytorchs_pooling(network)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     network = network.to(device, memory_format=layout)
     if compiled:
@@ -65,16 +75,18 @@ def step_timer(model: str, precision: str, channels_last: bool, threads: int, co
     return run
 
 
-def run_one(model: str, keep: str) -> dict:
-    """Images a second of what lab chooses, in this process."""
+def run_one(model: str, variant: str) -> dict:
+    """Images a second of what lab chooses, in this process, but for the `variant`."""
     from lab.distributed import choose_precision, num_cores
     from lab.memory import keep_freed_memory
     from lab.models import MODELS
 
-    if keep == "kept":
+    if variant != "freed memory given back":
         keep_freed_memory()
     large = MODELS[model].large
-    run = step_timer(model, choose_precision("auto", "cpu", large), large, num_cores(), False)
+    precision, own = choose_precision("auto", "cpu", large), variant != "PyTorch's pooling"
+    run = step_timer(model, precision, large, num_cores(), False, own)
+    run()
     return run()
 
 
@@ -131,13 +143,12 @@ def main() -> None:
         print(table(results, chosen))
         output[model] = results
         if device_type == "cpu":
-            memory = {
-                f"freed memory {keep}": partial(child, __file__, "--one", model, keep)
-                for keep in ("kept", "given back")
-            }
-            results = in_turn(memory, args.rounds, show="images_per_second")
-            print(table(results, "freed memory kept"))
-            output[f"{model}, memory"] = results
+            others = ["auto", "freed memory given back"]
+            others += ["PyTorch's pooling"] * (model == "lenet5")
+            contenders = {name: partial(child, __file__, "--one", model, name) for name in others}
+            results = in_turn(contenders, args.rounds, show="images_per_second")
+            print(table(results, "auto"))
+            output[f"{model}, in processes of their own"] = results
     write_json(args.json, {"results": output})
 
 

@@ -68,3 +68,15 @@ def write_json(path: str | None, content: dict) -> None:
     if path:
         text = json.dumps({"environment": environment(), **content}, indent=1)
         Path(path).write_text(text + "\n")
+
+
+def use_pytorchs_pooling(network: Any) -> None:
+    """Puts nn.AvgPool2d in the place of lab's own average pooling, wherever it is in `network`."""
+    from torch import nn
+
+    from lab.models.classic import AveragePool
+
+    for module in network.modules():
+        for name, layer in module.named_children():
+            if isinstance(layer, AveragePool):
+                setattr(module, name, nn.AvgPool2d(layer.kernel_size))

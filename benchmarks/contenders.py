@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from common import use_pytorchs_pooling
 from torch import nn
 from torch.utils.data import DataLoader
 from torchvision import datasets
@@ -59,13 +60,8 @@ class Case:
 
     def usual_network(self) -> nn.Module:
         """`network` as the notebooks have it: of PyTorch's own layers."""
-        from lab.models.classic import AveragePool
-
         network = self.network()
-        for module in network.modules():
-            for name, child in module.named_children():
-                if isinstance(child, AveragePool):
-                    setattr(module, name, nn.AvgPool2d(2))
+        use_pytorchs_pooling(network)
         return network
 
     def network(self) -> nn.Module:

@@ -8,8 +8,8 @@ import sys
 def keep_freed_memory() -> None:
     """Has this process keep what a step frees, in large pages, for the next step's tensors.
 
-    Else each step hands its memory back and gets it again page by page, zeroed: on a CPU a fifth
-    of AlexNet's time (benchmarks/RESULTS.md).
+    Else each step hands its memory back and gets it again page by page, zeroed: on a CPU up to a
+    quarter of LeNet-5's time (benchmarks/RESULTS.md).
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read at PyTorch's first allocation
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
