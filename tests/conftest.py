@@ -1,6 +1,8 @@
 """The fixtures that several test files share."""
 
 import os
+import shutil
+from pathlib import Path
 
 import pytest
 from mistakes import tree
@@ -34,3 +36,19 @@ def fails(tmp_path, monkeypatch, capfd):
         return line.removeprefix("error: ")
 
     return call
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """The folder of a run of 12 steps, with states of steps 9 and 12; not to be changed."""
+    from resuming import LENET, start  # imports PyTorch, which not every test file needs
+
+    folder = tmp_path_factory.mktemp("finished")
+    start(folder, *LENET, "--save-every", "3")
+    return folder / "run"
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """A copy of it, to be changed."""
+    return Path(shutil.copytree(finished, tmp_path / "copied"))

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -61,18 +60,6 @@ def test_p3_cut_off_between_an_epoch_s_files(tmp_path, monkeypatch):
             start(tmp_path, *LENET)
     resume(tmp_path / "run")
     same_end(tmp_path / "run", tmp_path / "whole")
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("finished")
-    start(folder, *LENET, "--save-every", "3")
-    return folder / "run"
-
-
-@pytest.fixture
-def copied(finished, tmp_path):
-    return Path(shutil.copytree(finished, tmp_path / "copied"))
 
 
 def test_states_are_named_by_their_step_and_the_newest_kept(finished):

@@ -3,7 +3,6 @@
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from resuming import LENET, SMALL, resume, same_end, start
@@ -11,18 +10,6 @@ from resuming import LENET, SMALL, resume, same_end, start
 import train
 from lab import errors, keeper, rundir, states
 from lab.errors import UserError
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("finished")
-    start(folder, *LENET, "--save-every", "3")
-    return folder / "run"
-
-
-@pytest.fixture
-def copied(finished, tmp_path):
-    return Path(shutil.copytree(finished, tmp_path / "copied"))
 
 
 def test_p7_other_settings_are_refused(fails, copied):

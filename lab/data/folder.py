@@ -103,7 +103,7 @@ def decode(path: str, size: int) -> Tensor:
 
 
 def _decode_jpeg(content: bytes) -> Tensor | None:
-    """A JPEG by torchvision, twice as fast as Pillow; None for what it cannot read.
+    """A JPEG by torchvision, faster than by Pillow; None for what it cannot read.
 
     Its PNG decoder is left alone: on some damaged files it ends the process with a segmentation
     fault (0.29). Its WebP decoder knows no EXIF orientation.

@@ -7,7 +7,7 @@ from lab.errors import UserError
 
 
 class AveragePool(nn.AvgPool2d):
-    """PyTorch's, to rounding; 2 x 2 on a CPU by two additions, in half the time."""
+    """PyTorch's, to rounding; 2 x 2 on a CPU by two additions, which is faster there."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[n, C, H/2, W/2] of [n, C, H, W], for a kernel of 2."""
