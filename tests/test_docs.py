@@ -1,0 +1,300 @@
+"""README and docs/: each command is run or read by its own script, each file and link is there."""
+
+import doctest
+import importlib.util
+import io
+import json
+import re
+import shutil
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from mistakes import make_picture
+from pages import PAGES, ROOT, blocks, commands, headings, inline, links, prose, words_of
+from safetensors.torch import save_file
+
+import evaluate
+import train
+from lab import data, metrics, models, recipes
+from lab.commandline import parse_arguments
+from lab.config import TrainConfig
+
+SCRIPTS = {path.name: path.stem for path in sorted(ROOT.glob("*.py"))}
+COMMANDS = list(dict.fromkeys(command for page in PAGES for command in commands(page)))
+# Read by their parsers, but not run, and why.
+NOT_RUN = {
+    "accelerate": "many processes, GPUs or machines; test_launch.py and test_hosts.py start some",
+    "torchrun": "the same",
+    "--pretrained": "downloads weights; test_finetune.py has a stand-in for them",
+}
+# What makes a command of these scripts cheap, after its own words.
+ALONE = "--threads 1 --workers 0 --quiet".split()
+SHORT = "--recipe smoke --max-steps 2 --limit-train 40 --limit-eval 20".split()
+CHEAP = {
+    "train.py": [*SHORT, *ALONE, *"--model lenet5 --image-size 32 --epochs 6".split()]
+    + "--batch-size 8 --accumulate 1".split(),
+    "evaluate.py": ALONE,
+    "predict.py": ALONE,
+    "compare.py": [],
+}
+
+
+class Parsed(Exception):
+    """What a script was told."""
+
+
+def parsed(script: str, words: list[str], monkeypatch) -> object:
+    """The settings that a script makes of its words; raises `UserError`."""
+
+    def stop(config, argv, **settings):
+        raise Parsed(config, parse_arguments(config, argv, **settings))
+
+    module = importlib.import_module(SCRIPTS[script])
+    with monkeypatch.context() as patch, pytest.raises(Parsed) as caught:
+        patch.setattr(module, "parse_arguments", stop)
+        module.main(words)
+    config, given = caught.value.args
+    made = recipes.resolve(given) if config is TrainConfig else config(**given)
+    for options in made.trainings().values() if script == "compare.py" else ():
+        parsed("train.py", options, monkeypatch)
+    return made
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, finished):
+    """A folder in which commands find what they name: pictures, weights; runs as they are named."""
+    folder = tmp_path_factory.mktemp("docs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        for name in ("PICTURES", "NEW_PICTURES", "FOLDER"):
+            for i in range(20):
+                make_picture(Path(name) / ("cat", "dog")[i % 2] / f"{i}.jpg")
+        make_picture(Path("PICTURE.jpg"))
+        words = ["--dataset", "folder", "--data-dir", "PICTURES", *CHEAP["train.py"]]
+        assert train.main([*words, "--name", "alexnet-folder"]) == 0
+        shutil.copy("runs/alexnet-folder/best.safetensors", "best.safetensors")
+        yield lambda name: shutil.copytree(finished, name)
+
+
+def run(script: str, words: list[str], config, make_run: Callable[[str], object]) -> None:
+    """Runs a command with what makes it cheap."""
+    extra = list(CHEAP[script])
+    for word in words:
+        if word.startswith("runs/") and not list(Path().glob(word)):
+            make_run(word.replace("*", "0"))
+    if script == "train.py" and config.resume:
+        if config.resume == "auto" and not Path("runs", config.name).exists():
+            make_run(f"runs/{config.name}")
+        extra = ["--max-steps", "13", *ALONE]
+    elif script == "train.py":
+        extra += ["--name", config.name or f"{config.model}-{config.dataset}", "--overwrite"]
+        extra += [] if config.dataset == "folder" else ["--dataset", "digits"]
+    elif script == "compare.py" and config.train:
+        extra = [*SHORT, "--models", "lenet5", "--threads", "1"]
+    words = [
+        found
+        for word in words
+        for found in (sorted(map(str, Path().glob(word))) if "*" in word else [word])
+    ]
+    code = importlib.import_module(SCRIPTS[script]).main([*words, *extra])
+    assert code in (None, 0)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_is_run_or_read_by_its_script(command, world, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("PICTURE.jpg\n"))  # of a pipe
+    program, *words = words_of(command)
+    if program == "accelerate":
+        from accelerate.commands.launch import launch_command_parser
+
+        parser, words = launch_command_parser(), words[1:]
+    elif program == "torchrun":
+        from torch.distributed.run import get_args_parser
+
+        parser = get_args_parser()
+    if program in ("accelerate", "torchrun"):
+        # The launch table's rows end where the script's name follows.
+        script_named = any(word in SCRIPTS for word in words)
+        launched = parser.parse_args(words if script_named else [*words, "train.py"])
+        if program == "accelerate" and launched.config_file:
+            assert (ROOT / launched.config_file).is_file()
+        words = [launched.training_script, *launched.training_script_args]
+    elif program != "python":
+        return other_program(program, words)
+    script, *words = words
+    if script == "-m":
+        assert importlib.util.find_spec(words[0])
+    elif script not in SCRIPTS:  # of benchmarks/ and docs/: takes minutes, or writes pages
+        assert (ROOT / script).is_file()
+    else:
+        config = parsed(script, words, monkeypatch)
+        if script in CHEAP and not NOT_RUN.keys() & {program, *words}:
+            run(script, words, config, world)
+
+
+def other_program(program: str, words: list[str]) -> None:
+    """Nothing; AssertionError for a command that does not start Python and is none of ours."""
+    if program == "make":
+        targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        assert {word for word in words if "=" not in word} <= set(targets)
+    elif program == "pip":  # downloads
+        assert words[:2] == ["install", "-e"]
+    elif program == "sbatch":  # test_slurm.py runs it
+        assert (ROOT / words[0]).is_file()
+    else:
+        assert program == "export"
+        assert re.fullmatch(r"[A-Z_]+=\w+", words[0])
+
+
+def test_the_commands_are_found():
+    assert len(COMMANDS) > 60
+    assert {"make demo", "python train.py --resume runs/trial"} <= set(COMMANDS)
+    assert any(command.startswith("find . ") for command in COMMANDS)
+    assert set(SCRIPTS) <= {word for command in COMMANDS for word in command.split()}
+    long = next(command for command in COMMANDS if "--rdzv-endpoint" in command)
+    assert long.endswith("--save-every 500")  # continued lines, and no remark
+
+
+def test_every_option_named_is_one():
+    from accelerate.commands.launch import launch_command_parser
+    from torch.distributed.run import get_args_parser
+
+    text = (ROOT / "docs" / "commands.md").read_text()
+    known = set(re.findall(r"--[\w-]+", text))
+    for parser in (launch_command_parser(), get_args_parser()):
+        known |= set(parser._option_string_actions)
+    known |= {"--signal", "--requeue", "--gpus-per-task"}  # Slurm's
+    for page in PAGES:
+        named = {word for code in inline(page) for word in re.findall(r"(?<!\S)--[\w-]+", code)}
+        assert named <= known, page.name
+
+
+@pytest.mark.parametrize("code", [c for c in inline(ROOT / "docs/training.md") if c[:2] == "--"])
+def test_options_of_the_training_page_are_taken(code):
+    given = parse_arguments(TrainConfig, flags_with_values(code), prog="train.py", about="")
+    if given.keys() & {"pretrained", "freeze"}:
+        given |= {"pretrained": True, "model": "efficientnet"}
+    recipes.resolve(given)
+
+
+def flags_with_values(code: str) -> list[str]:
+    """The words of some options; a lone flag gets its default for a value."""
+    words = code.split()
+    defaults = {f.name: f.default for f in TrainConfig.__dataclass_fields__.values()}
+    default = defaults[words[0][2:].replace("-", "_")]
+    lone = len(words) == 1 and not isinstance(default, bool)
+    return [*words, str(default)] if lone else words
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "results/README.md"], ids=lambda p: p.name)
+def test_links_and_files_are_there(page):
+    for path, heading in links(page):
+        target = page.parent / path if path else page
+        assert target.exists() or path in AWAITED, path
+        assert not heading or heading in headings(target), f"{path}#{heading}"
+    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    for code in inline(page):
+        if re.fullmatch(r"test_\w+", code):
+            assert f"def {code}(" in tests, code
+        elif re.fullmatch(
+            r"[\w/.*-]+\.(py|md|yaml|sbatch|json|txt|svg)|(lab|docs)/[\w/.*-]+", code
+        ):
+            if code not in YOURS | WRITTEN:
+                folders = ("", "lab", "tests", "benchmarks", "accelerate_configs")
+                assert any(list((ROOT / folder).glob(code)) for folder in folders), code
+
+
+AWAITED = {"docs/report.png"}  # drawn where lab/report.py is
+YOURS = {"lab/models/tiny.py", "lab/data/tensors.py"}
+WRITTEN = {"config.json", "report.json", "state.json", "history.jsonl", "log.txt"}
+
+
+def test_files_of_the_trees_are_there():
+    for page in (ROOT / "README.md", ROOT / "docs/design.md"):
+        [tree] = [body for body in blocks(page, "") if body.startswith("train.py ")]
+        paths = re.findall(r"^(\S+)", tree, re.MULTILINE)
+        assert len(paths) > 5
+        for path in paths:
+            assert (ROOT / path).exists(), path
+    everything = {path.name for path in [*ROOT.glob("*.py"), *(ROOT / "lab").glob("*.py")]}
+    missing = [name for name in everything if name.removesuffix(".py") not in tree]
+    assert missing in ([], ["__init__.py"])
+
+
+def test_commands_md_is_what_help_prints():
+    spec = importlib.util.spec_from_file_location("make", ROOT / "docs" / "make_commands.py")
+    make = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(make)
+    written = make.PAGE.read_text()
+    assert written == make.page(), "run: python docs/make_commands.py"
+    for name in SCRIPTS:
+        assert f"\n## {name}\n" in written
+
+
+def test_the_code_to_add_your_own_works(tmp_path, monkeypatch):
+    model, model_line, reader, reader_line, recipe = blocks(ROOT / "docs/extending.md", "python")
+    assert blocks(ROOT / "README.md", "python") == [model]
+    assert model_line.strip() in inline(ROOT / "README.md")
+
+    for name, code in {"lab.models.tiny": model, "lab.data.tensors": reader}.items():
+        module = types.ModuleType(name)
+        exec(code, vars(module))
+        monkeypatch.setitem(sys.modules, name, module)
+    for registry, line, place in (
+        (models.MODELS, model_line, models),
+        (data.DATASETS, reader_line, data),
+        (recipes.RECIPES, recipe, recipes),
+    ):
+        [(name, entry)] = eval("{" + line + "}", vars(place)).items()
+        monkeypatch.setitem(registry, name, entry)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    images = torch.randint(256, (40, 3, 16, 16), dtype=torch.uint8)
+    save_file({"images": images, "labels": torch.arange(40) % 2}, "tensors.safetensors")
+    words = "--model tiny --dataset tensors --data-dir . --recipe long --max-steps 2 --batch-size 8"
+    assert train.main([*words.split(), *ALONE]) == 0
+    config = json.loads(Path("runs/tiny-tensors/config.json").read_text())
+    assert (config["epochs"], config["ema"], config["image_size"]) == (40, 0.999, 16)
+    evaluate.main(["runs/tiny-tensors", *ALONE])
+    report = json.loads(Path("runs/tiny-tensors/evaluate-test/report.json").read_text())
+    assert (report["class_names"], report["num_samples"]) == (["cat", "dog"], 8)
+
+
+METRICS = ROOT / "docs" / "metrics.md"
+
+
+def rows(first: str) -> list[list[str]]:
+    """The rows of the tables of metrics.md whose first cell is `first`."""
+    found = re.findall(rf"^\| {first} \|(.*)\|$", prose(METRICS), re.MULTILINE)
+    return [[cell.strip() for cell in row.split("|")] for row in found]
+
+
+def test_the_example_of_metrics_is_what_lab_counts():
+    names = ["cat", "dog", "owl"]
+    [labels], [predictions] = (
+        [torch.tensor([names.index(cell) for cell in row]) for row in rows(first)]
+        for first in ("is", "predicted")
+    )
+    found = metrics.report(labels, predictions, torch.zeros(10).double(), names)
+    for name, counts, numbers in zip(
+        names, found["confusion_matrix"], found["per_class"], strict=True
+    ):
+        [cells] = rows(name)
+        assert [int(cell) for cell in cells[:3]] == counts
+        for cell, key in zip(cells[3:6], ("precision", "recall", "f1"), strict=True):
+            hits, of = map(int, re.match(r"(\d+)/(\d+)", cell).groups())
+            assert numbers[key] == pytest.approx(hits / max(1, of), abs=1e-12)
+        assert int(cells[6]) == numbers["support"]
+
+
+def test_the_session_of_metrics_prints_what_it_says():
+    session = "\n".join(blocks(METRICS, "python"))
+    example = doctest.DocTestParser().get_doctest(session, {}, METRICS.name, str(METRICS), 0)
+    assert len(example.examples) > 8
+    assert doctest.DocTestRunner().run(example).failed == 0
