@@ -32,11 +32,11 @@ NOT_RUN = {
     "--pretrained": "downloads weights; test_finetune.py has a stand-in for them",
 }
 # What makes a command of these scripts cheap, after its own words.
-ALONE = "--threads 1 --workers 0 --quiet".split()
-SHORT = "--recipe smoke --max-steps 2 --limit-train 40 --limit-eval 20".split()
+ALONE = ["--threads", "1", "--workers", "0", "--quiet"]
+SHORT = ["--recipe", "smoke", "--max-steps", "2", "--limit-train", "40", "--limit-eval", "20"]
+SMALL = ["--model", "lenet5", "--image-size", "32", "--batch-size", "8", "--accumulate", "1"]
 CHEAP = {
-    "train.py": [*SHORT, *ALONE, *"--model lenet5 --image-size 32 --epochs 6".split()]
-    + "--batch-size 8 --accumulate 1".split(),
+    "train.py": [*SHORT, *SMALL, *ALONE, "--epochs", "6"],
     "evaluate.py": ALONE,
     "predict.py": ALONE,
     "compare.py": [],
@@ -54,9 +54,10 @@ def parsed(script: str, words: list[str], monkeypatch) -> object:
         raise Parsed(config, parse_arguments(config, argv, **settings))
 
     module = importlib.import_module(SCRIPTS[script])
-    with monkeypatch.context() as patch, pytest.raises(Parsed) as caught:
+    with monkeypatch.context() as patch:
         patch.setattr(module, "parse_arguments", stop)
-        module.main(words)
+        with pytest.raises(Parsed) as caught:
+            module.main(words)
     config, given = caught.value.args
     made = recipes.resolve(given) if config is TrainConfig else config(**given)
     for options in made.trainings().values() if script == "compare.py" else ():
@@ -201,14 +202,12 @@ def test_links_and_files_are_there(page):
     for code in inline(page):
         if re.fullmatch(r"test_\w+", code):
             assert f"def {code}(" in tests, code
-        elif re.fullmatch(
-            r"[\w/.*-]+\.(py|md|yaml|sbatch|json|txt|svg)|(lab|docs)/[\w/.*-]+", code
-        ):
-            if code not in YOURS | WRITTEN:
-                folders = ("", "lab", "tests", "benchmarks", "accelerate_configs")
-                assert any(list((ROOT / folder).glob(code)) for folder in folders), code
+        elif re.fullmatch(FILE, code) and code not in YOURS | WRITTEN:
+            folders = ("", "lab", "tests", "benchmarks", "accelerate_configs")
+            assert any(list((ROOT / folder).glob(code)) for folder in folders), code
 
 
+FILE = r"[\w/.*-]+\.(py|md|yaml|sbatch|json|txt|svg)|(lab|docs)/[\w/.*-]+"
 AWAITED = {"docs/report.png"}  # drawn where lab/report.py is
 YOURS = {"lab/models/tiny.py", "lab/data/tensors.py"}
 WRITTEN = {"config.json", "report.json", "state.json", "history.jsonl", "log.txt"}
