@@ -292,8 +292,8 @@ def test_the_example_of_metrics_is_what_lab_counts():
         assert int(cells[6]) == numbers["support"]
 
 
-def test_the_session_of_metrics_prints_what_it_says():
-    session = "\n".join(blocks(METRICS, "python"))
-    example = doctest.DocTestParser().get_doctest(session, {}, METRICS.name, str(METRICS), 0)
+def test_the_python_of_metrics_prints_what_it_says():
+    text = "\n".join(blocks(METRICS, "python"))
+    example = doctest.DocTestParser().get_doctest(text, {}, METRICS.name, str(METRICS), 0)
     assert len(example.examples) > 8
     assert doctest.DocTestRunner().run(example).failed == 0
