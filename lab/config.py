@@ -8,7 +8,7 @@ from typing import Any
 from lab.errors import UserError
 
 SCHEDULES = ("constant", "step", "cosine", "one-cycle")
-OPTIMIZERS = ("sgd", "nesterov", "adamw")
+OPTIMIZERS = ("sgd", "nesterov", "adamw", "muon")
 AUGMENTATIONS = ("crop", "flip", "cutout")
 EVAL_BATCH_SIZE = 100  # one for train.py and evaluate.py, so that they give the same last digit
 TIMEOUT_SECONDS, MONTH = 600, 30 * 24 * 3600
@@ -73,13 +73,17 @@ class TrainConfig:
     lr: float = option(0.05, TRAINING,
         "peak learning rate", above=0.0, from_recipe=True)
     momentum: float = option(0.9, TRAINING,
-        "momentum of sgd and nesterov; first beta of adamw", low=0.0, high=0.9999, from_recipe=True)
+        "momentum of sgd and nesterov; first beta of adamw, which muon holds",
+        low=0.0, high=0.9999, from_recipe=True)
     weight_decay: float = option(5e-4, TRAINING,
-        "weight decay; decoupled for adamw", low=0.0, from_recipe=True)
+        "weight decay; decoupled for adamw and muon", low=0.0, from_recipe=True)
     decay_biases: bool = option(False, TRAINING,
         "decay biases and normalisation layers too", from_recipe=True)
     label_smoothing: float = option(0.0, TRAINING,
         "mass moved from the true class to all classes", low=0.0, high=0.99, from_recipe=True)
+    dropout: float = option(-1.0, TRAINING,
+        "share of activations that dropout layers drop; -1: the network's own",
+        low=-1.0, high=0.99, from_recipe=True)
     schedule: str = option("one-cycle", TRAINING,
         "course of the learning rate", choices=SCHEDULES, from_recipe=True)
     warmup_epochs: float = option(0.0, TRAINING,

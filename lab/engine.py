@@ -91,6 +91,10 @@ def prepare(accelerator: Accelerator, network: nn.Module, config: TrainConfig) -
         if accelerator.device.type != "cuda":
             raise UserError("--sync-bn needs GPUs", "Leave it out on other devices")
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    if config.dropout >= 0:
+        for module in network.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = config.dropout
     network = lay_out(network, config.model, accelerator.device)
     average = copy.deepcopy(network) if config.ema else None
     if config.compile:

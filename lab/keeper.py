@@ -18,16 +18,10 @@ from lab.checkpoint import Writer, copy_of
 from lab.data import Splits
 from lab.engine import Position, Trainer
 from lab.errors import UserError
+from lab.optim import slots
 from lab.rundir import RunDir
 from lab.states import FORMAT, POSITION, State, folders, require_room, write
 from lab.stopping import Stopper
-
-# What an optimizer keeps of each parameter, in its shape; AdamW a number, `step`, too.
-SLOTS = {
-    "sgd": ("momentum_buffer",),
-    "nesterov": ("momentum_buffer",),
-    "adamw": ("exp_avg", "exp_avg_sq"),
-}
 
 
 class Keeper:
@@ -180,15 +174,14 @@ def restore(trainer: Trainer, state: State) -> Position:
     fill(trainer.network, "network.")
     if trainer.average is not None:
         fill(trainer.average, "average.")
+    kept_of = slots(getattr(trainer.optimizer, "optimizer", trainer.optimizer))
     for name, parameter in trainer.network.named_parameters():
-        expected = dict.fromkeys(SLOTS[trainer.config.optimizer], parameter.shape)
-        if trainer.config.optimizer == "adamw":
-            expected["step"] = torch.Size()
+        expected = kept_of.get(parameter, {})
         keys = {slot: f"optimizer.{slot}.{name}" for slot in expected}
-        slots = {slot: tensors[key] for slot, key in keys.items() if key in tensors}
-        if slots:  # none before the first step that is not skipped
-            require_shapes(slots, expected)
-        for slot, tensor in slots.items():
+        found = {slot: tensors[key] for slot, key in keys.items() if key in tensors}
+        if found:  # none before the first step that is not skipped
+            require_shapes(found, expected)
+        for slot, tensor in found.items():
             # One of the parameter's shape has its memory format, too.
             like = tensor.shape == parameter.shape
             kept = torch.empty_like(parameter).copy_(tensor) if like else tensor.float()
@@ -212,6 +205,8 @@ def require_room_for(trainer: Trainer) -> None:
     """Nothing; raises `UserError` where the disk has no room for a state and the best weights."""
     if not trainer.accelerator.is_main_process:  # another machine's disk takes nothing
         return
-    copies = 2 + len(SLOTS[trainer.config.optimizer]) + (trainer.average is not None)
+    copies = 2 + (trainer.average is not None)
     size = copies * sum(t.nbytes for t in trainer.network.state_dict().values())
+    kept_of = slots(getattr(trainer.optimizer, "optimizer", trainer.optimizer))
+    size += sum(4 * shape.numel() for kept in kept_of.values() for shape in kept.values())
     require_room(Path(trainer.config.output_dir), size)

@@ -4,9 +4,10 @@ import math
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lab.config import TrainConfig
+from lab.muon import Muon, muon_parameters
 
 
 def build_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
@@ -21,8 +22,34 @@ def build_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.Opti
     settings: dict[str, Any] = {"lr": config.lr, "fused": True}
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, betas=(config.momentum, 0.999), **settings)
+    if config.optimizer == "muon":
+        groups = _split(groups, muon_parameters(network))
+        return Muon(groups, lr=config.lr, momentum=config.momentum)
     nesterov = config.optimizer == "nesterov" and config.momentum > 0
     return torch.optim.SGD(groups, momentum=config.momentum, nesterov=nesterov, **settings)
+
+
+def _split(groups: list[dict[str, Any]], chosen: set[Tensor]) -> list[dict[str, Any]]:
+    """The groups cut in two by whether Muon steps their parameters; empty ones are left out."""
+    cut = [
+        group | {"params": [p for p in group["params"] if (p in chosen) is muon], "muon": muon}
+        for group in groups
+        for muon in (False, True)
+    ]
+    return [group for group in cut if group["params"]]
+
+
+def slots(optimizer: torch.optim.Optimizer) -> dict[Tensor, dict[str, torch.Size]]:
+    """What the optimizer keeps of each parameter that it trains: slots and their shapes."""
+    adamw = isinstance(optimizer, torch.optim.AdamW)
+    found = {}
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if adamw and not group.get("muon"):
+                found[p] = {"exp_avg": p.shape, "exp_avg_sq": p.shape, "step": torch.Size()}
+            else:
+                found[p] = {"momentum_buffer": p.shape}
+    return found
 
 
 def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float:

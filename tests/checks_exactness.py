@@ -46,6 +46,7 @@ TRAININGS = {
     "options": "--optimizer nesterov --schedule cosine --warmup-epochs 0.5 --clip-norm 0.5 "
     "--ema 0.9 --label-smoothing 0.1",
     "adamw": "--optimizer adamw --lr 0.001",
+    "muon": "--optimizer muon --lr 0.001",
     "pictures": "--dataset folder --epochs 1 --max-steps 0 --loader resident",
     "pictures-streaming": "--dataset folder --epochs 1 --max-steps 0 --loader streaming "
     "--workers 2",

@@ -27,7 +27,7 @@ LEVELS = [
     },
     {"models", "data", "optim", "rundir"},
     {"metrics", "distributed", "tables", "commandline", "stopping"},
-    {"config", "memory"},
+    {"config", "memory", "muon"},
     {"errors"},
     {"console"},
 ]

@@ -7,13 +7,21 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from lab.config import TrainConfig
 from lab.data.augment import Preprocess
 from lab.data.loaders import Batch, Plan, ResidentLoader
 from lab.data.sources import Split
 from lab.distributed import build_accelerator
-from lab.engine import Position, prepare, train_one_epoch, train_step, update_average
+from lab.engine import (
+    Position,
+    prepare,
+    seed_dropout,
+    train_one_epoch,
+    train_step,
+    update_average,
+)
 from lab.models import build_model
 
 PLAIN = {
@@ -212,7 +220,10 @@ def spoiling(preprocess, bad):
     return spoiled
 
 
-@pytest.mark.parametrize("settings", [{}, {"ema": 0.9, "accumulate": 2}, {"optimizer": "adamw"}])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"ema": 0.9, "accumulate": 2}, {"optimizer": "adamw"}, {"optimizer": "muon"}],
+)
 def test_a_step_that_is_not_finite_is_skipped_whole(accelerator, settings):
     """What comes out is what training without that batch gives, but for the count."""
 
@@ -277,3 +288,13 @@ def test_p2_dropout_depends_on_the_step_and_the_seed_alone(accelerator):
     assert torch.equal(trained_weights(), first)
     assert not torch.equal(trained_weights(seed=43), first)
     assert not torch.equal(trained_weights(first_step=5), first)
+
+
+@pytest.mark.parametrize(("dropout", "expected"), [(-1.0, 0.5), (0.0, 0.0), (0.25, 0.25)])
+def test_dropout_is_the_networks_own_or_as_told(accelerator, dropout, expected):
+    network = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(4, 2))
+    trainer = prepare(accelerator, network, TrainConfig(dropout=dropout))
+    trainer.set_training()
+    seed_dropout(0, accelerator.device)
+    kept = trainer.model[1](torch.ones(100_000)).count_nonzero().item() / 100_000
+    assert kept == pytest.approx(1 - expected, abs=0.01)

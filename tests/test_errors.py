@@ -47,7 +47,7 @@ HELP = "See `python train.py --help`."
         ("--threads 1025", "--threads 1025 is too high. Give at most 1024."),
         ("--image-size 1000000", "--image-size 1000000 is too high. Give at most 4096."),
         (f"--split-seed {2**64}", f"--split-seed {2**64} is too high. Give at most 2147483647."),
-        ("--optimizer adam", "--optimizer has no adam. Choose from sgd, nesterov, adamw."),
+        ("--optimizer adam", "--optimizer has no adam. Choose from sgd, nesterov, adamw, muon."),
         (
             "--augment crop,rotate",
             "--augment has no rotate. Choose from crop, flip, cutout, or none.",

@@ -9,7 +9,9 @@ from torch import nn
 from torch.optim.lr_scheduler import StepLR
 
 from lab.config import TrainConfig
-from lab.optim import build_optimizer, learning_rate
+from lab.models import build_model
+from lab.muon import Muon, muon_parameters, orthogonalized
+from lab.optim import build_optimizer, learning_rate, slots
 from lab.recipes import resolve
 
 
@@ -134,3 +136,66 @@ def test_sgd_follows_its_formula(momentum):
         velocity = momentum * velocity + 1 + 0.01 * weight
         weight -= 0.1 * velocity
     assert layer.weight.item() == pytest.approx(weight, rel=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (5, 40), (40, 5), (1, 9)])
+def test_muons_update_is_nearly_orthogonal(shape):
+    """The singular vectors stay, and the singular values come near 1."""
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 1e-3
+    found = orthogonalized(matrix)
+    assert found.dtype == matrix.dtype
+    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+    values = left.T @ found @ right.T
+    assert values.diag().min() > 0.6
+    assert values.diag().max() < 1.3
+    assert (values - values.diag().diag()).abs().max() < 0.05  # bfloat16's
+    assert orthogonalized(torch.zeros(shape)).eq(0).all()
+
+
+def test_muon_steps_what_lies_between_the_first_layer_and_the_last():
+    network = build_model("alexnet", num_classes=10, channels=3, image_size=32)
+    names = {n for n, p in network.named_parameters() if p in muon_parameters(network)}
+    # The dense layers are too wide, at 2,048.
+    assert names == {f"features.{n}.weight" for n in (3, 6, 8, 10)}
+    optimizer = build_optimizer(network, TrainConfig(optimizer="muon", lr=0.1, momentum=0.8))
+    assert type(optimizer) is Muon
+    groups = optimizer.param_groups
+    assert [(g["muon"], g["weight_decay"]) for g in groups] == [
+        (False, 5e-4), (True, 5e-4), (False, 0.0)
+    ]  # fmt: skip
+    assert {id(p) for g in groups for p in g["params"]} == {id(p) for p in network.parameters()}
+    network.features[6].weight.requires_grad_(False)  # frozen
+    assert network.features[6].weight not in muon_parameters(network)
+
+
+def test_muon_follows_its_formula_and_adamw_steps_the_rest():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 6, 3), nn.Flatten(), nn.Linear(6, 2))
+    config = TrainConfig(optimizer="muon", lr=0.1, weight_decay=0.5, decay_biases=True)
+    optimizer = build_optimizer(network, config)
+    hidden, other = network[1].weight, network[0].weight
+    expected, buffer = hidden.detach().clone(), torch.zeros_like(hidden)
+    beside = nn.Parameter(other.detach().clone())
+    adamw = torch.optim.AdamW([beside], lr=0.1, betas=(0.9, 0.999), weight_decay=0.5)
+    for _ in range(3):
+        for p in network.parameters():
+            p.grad = torch.randn_like(p)
+        beside.grad = other.grad.clone()
+        buffer = 0.95 * buffer + 0.05 * hidden.grad
+        update = orthogonalized((0.05 * hidden.grad + 0.95 * buffer).flatten(1)).view_as(hidden)
+        expected = expected * (1 - 0.1 * 0.5) - 0.1 * 0.2 * 36**0.5 * update
+        optimizer.step()
+        adamw.step()
+    assert torch.allclose(hidden, expected, atol=1e-2)  # bfloat16's
+    assert torch.allclose(other, beside, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["sgd", "nesterov", "adamw", "muon"])
+def test_slots_are_what_the_optimizer_keeps(name):
+    network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 6, 3), nn.Flatten(), nn.Linear(6, 2))
+    optimizer = build_optimizer(network, TrainConfig(optimizer=name))
+    for p in network.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    found = {p: {k: v.shape for k, v in kept.items()} for p, kept in optimizer.state.items()}
+    assert found == slots(optimizer)

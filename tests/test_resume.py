@@ -15,6 +15,7 @@ VARIANTS = {
     "nesterov": [*LENET, "--optimizer", "nesterov", "--lr", "0.05", "--clip-norm", "1"],
     "average, accumulate": [*LENET, "--ema", "0.9", "--accumulate", "2"],
     "dropout, bfloat16": [*ALEXNET, "--mixed-precision", "bf16"],
+    "muon": [*LENET, "--optimizer", "muon"],
 }
 
 

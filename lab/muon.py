@@ -1,0 +1,76 @@
+"""Muon: orthogonal updates for the kernels of a network's hidden layers, AdamW for all else."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# A quintic whose iteration drives singular values in (0, 1] to about 1 (Jordan et al. 2024).
+QUINTIC = (3.4445, -4.7750, 2.0315)
+ITERATIONS = 5
+MOMENTUM = 0.95  # the paper's; `--momentum` is AdamW's
+# Wider matrices are AdamW's: the iteration's cost grows with the square of the smaller side, and
+# would outweigh the step on a CPU.
+WIDEST = 1024
+
+
+def muon_parameters(network: nn.Module) -> set[Tensor]:
+    """The weights of hidden layers that Muon is for: not the first layer's, not the last's."""
+    layers = [m for m in network.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    weights = [layer.weight for layer in layers[1:-1]]
+    return {w for w in weights if w.requires_grad and min(len(w), w[0].numel()) <= WIDEST}
+
+
+class Muon(torch.optim.AdamW):
+    """Momentum made orthogonal (Jordan et al. 2024, "Muon: An optimizer for hidden layers").
+
+    Groups with `muon` true are stepped so, others by AdamW. Kernels [O, I, H, W] count as matrices
+    [O, I H W]. Updates are scaled to the root mean square of AdamW's (Liu et al. 2025, "Muon is
+    scalable for LLM training", 2.2), so that one learning rate fits both.
+    """
+
+    def __init__(self, groups: Iterable[dict[str, Any]], *, lr: float, momentum: float):
+        super().__init__(groups, lr=lr, betas=(momentum, 0.999))
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
+        """One step on all parameters that have a gradient."""
+        groups = self.param_groups
+        self.param_groups = [group for group in groups if not group["muon"]]
+        try:
+            loss = super().step(closure)
+        finally:
+            self.param_groups = groups
+        for group in groups:
+            for parameter in group["params"] if group["muon"] else ():
+                if parameter.grad is not None:
+                    self._step_orthogonally(parameter, group["lr"], group["weight_decay"])
+        return loss
+
+    def _step_orthogonally(self, parameter: Tensor, lr: float, weight_decay: float) -> None:
+        assert parameter.grad is not None
+        state = self.state[parameter]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        buffer = state["momentum_buffer"].lerp_(parameter.grad, 1 - MOMENTUM)
+        update = parameter.grad.lerp(buffer, MOMENTUM)  # Nesterov's
+        matrix = orthogonalized(update.flatten(1))
+        scale = 0.2 * max(matrix.shape) ** 0.5
+        parameter.mul_(1 - lr * weight_decay)
+        parameter.add_(matrix.view(parameter.shape), alpha=-lr * scale)
+
+
+def orthogonalized(matrix: Tensor) -> Tensor:
+    """The nearest semi-orthogonal matrix to `matrix` [m, n], roughly: singular values 0.7 to 1.2.
+
+    By Newton-Schulz iterations in bfloat16, which every device multiplies fast or at least right.
+    """
+    a, b, c = QUINTIC
+    tall = len(matrix) > matrix.shape[1]
+    x = (matrix.T if tall else matrix).bfloat16()
+    x = x / x.norm().clamp(min=1e-7)  # so that no singular value is above 1
+    for _ in range(ITERATIONS):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.T if tall else x).to(matrix.dtype)
