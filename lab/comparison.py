@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import csv
-import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lab import console
 from lab.config import flag, option
 from lab.errors import UserError
+from lab.finished import Run, read_run
 from lab.models import find_model
-from lab.rundir import CONFIG, HISTORY, PREDICTIONS, REPORT, write_atomically, writing
-
-if TYPE_CHECKING:
-    import numpy as np
+from lab.rundir import write_atomically, writing
 
 RESAMPLES = 10_000
 TABLE, CSV, PICTURE = "comparison.md", "comparison.csv", "comparison.png"
@@ -87,25 +84,6 @@ class CompareConfig:
         return found
 
 
-@dataclass(frozen=True)
-class Run:
-    """What a finished run left."""
-
-    path: Path
-    config: dict[str, Any]
-    report: dict[str, Any]
-    history: list[dict[str, Any]]
-    labels: np.ndarray | None  # int64 [N]; None where the run has no predictions.csv
-    predictions: np.ndarray | None  # int64 [N]
-
-    @property
-    def test_set(self) -> tuple[Any, ...]:
-        """What tells test splits apart: runs are compared on the same one only."""
-        names = self.config.get("fingerprints", {}).get("test")
-        labels = None if self.labels is None else self.labels.tobytes()
-        return self.config["dataset"], self.config["split_seed"], names, labels
-
-
 def read_runs(paths: Sequence[str]) -> list[Run]:
     """The finished runs in folders; others are warned of. `UserError` where there is none."""
     runs, mistakes = [], []
@@ -119,29 +97,6 @@ def read_runs(paths: Sequence[str]) -> list[Run]:
     for mistake in mistakes:
         console.warn(f"left out: {mistake}")
     return runs
-
-
-def read_run(path: Path) -> Run:
-    """The run in a folder; raises `UserError` where it is none, or is not finished."""
-    import numpy as np
-
-    if not (path / CONFIG).is_file():
-        raise UserError(f"{path} is not a run's folder", "Name folders that train.py wrote")
-    if not (path / REPORT).is_file():
-        raise UserError(f"the run {path} is not finished", f"Finish it: train.py --resume {path}")
-    try:
-        config, report = (json.loads((path / name).read_bytes()) for name in (CONFIG, REPORT))
-        history = [json.loads(line) for line in (path / HISTORY).read_text().splitlines()]
-        labels = predictions = None
-        if (path / PREDICTIONS).is_file():
-            with open(path / PREDICTIONS, newline="") as file:
-                rows = [(int(r["label"]), int(r["prediction"])) for r in csv.DictReader(file)]
-            labels, predictions = np.array(rows, dtype=np.int64).T
-        run = Run(path, config, report, history, labels, predictions)
-        _row(run)
-        return run
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise UserError(f"the run {path} is damaged ({error!r})", "Train it again") from error
 
 
 def _row(run: Run) -> dict[str, Any]:
