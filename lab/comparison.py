@@ -18,6 +18,7 @@ from lab.rundir import write_atomically, writing
 
 RESAMPLES = 10_000
 TABLE, CSV, PICTURE = "comparison.md", "comparison.csv", "comparison.png"
+PAGE = "compare.html"
 WHICH, TRAIN, REPORTED = "what to compare", "what to train", "what to write"
 
 
@@ -43,7 +44,7 @@ class CompareConfig:
     threads: int | None = option(None, TRAIN, "CPU threads a process")
     output_dir: str = option("runs", TRAIN, "folder of run folders", metavar="DIR")
     output: str = option("comparison", REPORTED,
-        "folder for the table and the picture", metavar="DIR")
+        "folder for the table, the picture and the page", metavar="DIR")
     debug: bool = option(False, REPORTED, "show the traceback of an error")
     # fmt: on
 
@@ -154,6 +155,14 @@ def difference(run: Run, other: Run, seed: int = 0) -> tuple[float, float, float
     return float((counts[2] - counts[0]) / total), float(low), float(high)
 
 
+def by_classes(runs: Sequence[Run]) -> list[list[Run]]:
+    """The runs, those with the same classes together."""
+    groups: dict[tuple[str, ...], list[Run]] = {}
+    for run in runs:
+        groups.setdefault(tuple(run.report["class_names"]), []).append(run)
+    return list(groups.values())
+
+
 def by_class(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """A row a run: the accuracy of each class (its recall), by class name."""
     return [
@@ -191,12 +200,9 @@ def make(folder: Path) -> None:
 
 def write(folder: Path, runs: Sequence[Run], table: Sequence[dict[str, Any]]) -> None:
     """The table as Markdown and as CSV, the latter with each class's accuracy."""
-    classes: dict[tuple[str, ...], list[Run]] = {}
-    for run in runs:
-        classes.setdefault(tuple(run.report["class_names"]), []).append(run)
     parts = ["# Comparison\n", markdown(table), INTERVAL]
     parts += ["## Accuracy of each class\n"]
-    parts += [markdown(by_class(group)) for group in classes.values()]
+    parts += [markdown(by_class(group)) for group in by_classes(runs)]
     write_atomically(folder / TABLE, lambda p: p.write_text("\n".join(parts)))
 
     def write_csv(path: Path) -> None:
