@@ -203,10 +203,11 @@ def write(folder: Path, runs: Sequence[Run], table: Sequence[dict[str, Any]]) ->
     parts = ["# Comparison\n", markdown(table), INTERVAL]
     parts += ["## Accuracy of each class\n"]
     parts += [markdown(by_class(group)) for group in by_classes(runs)]
-    write_atomically(folder / TABLE, lambda p: p.write_text("\n".join(parts)))
+    content = "\n".join(parts).encode("utf-8", "replace")  # names of folders need not be UTF-8
+    write_atomically(folder / TABLE, lambda p: p.write_bytes(content))
 
     def write_csv(path: Path) -> None:
-        with open(path, "w", newline="") as file:
+        with open(path, "w", newline="", encoding="utf-8", errors="replace") as file:
             names = [name for name in table[0] if name != "to best"]
             writer = csv.writer(file)
             writer.writerow([*names, "to best", "low", "high", "class accuracies"])

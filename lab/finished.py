@@ -130,11 +130,11 @@ def read_run(path: Path) -> Run:
 
 
 @contextmanager
-def _damage(path: Path, *kinds: type[Exception]) -> Iterator[None]:
-    """Turns what a damaged file raises into a `UserError`."""
+def _damage(path: Path, kind: type[Exception] = ValueError) -> Iterator[None]:
+    """Turns what a damaged file raises, `kind` too, into a `UserError`."""
     try:
         yield
-    except (OSError, ValueError, LookupError, TypeError, *kinds) as error:
+    except (OSError, ValueError, LookupError, TypeError, kind) as error:
         raise UserError(f"the run {path} is damaged ({error!r})", "Train it again") from error
 
 

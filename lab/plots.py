@@ -11,6 +11,7 @@ import io
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F0E442")
 BLUE, ORANGE, GREEN, RED = COLOURS[0], COLOURS[1], COLOURS[2], COLOURS[4]
 INK = "#222222"
-STYLE = {
+STYLE: Any = {
     "figure.facecolor": "white", "savefig.facecolor": "white", "axes.facecolor": "white",
     "text.color": INK, "axes.edgecolor": "#888888", "axes.labelcolor": INK, "xtick.color": INK,
     "ytick.color": INK, "axes.spines.top": False, "axes.spines.right": False,
@@ -54,22 +55,24 @@ def draw(path: Path) -> None:
     """Draws the pictures of the run in a folder into its plots/; raises `UserError`."""
     run = read_run(path)
     drawings: dict[str, Callable[[], Figure]] = {
-        "curves": lambda: curves(run),
-        "confusion_matrix": lambda: confusion_matrix(run),
-        "per_class": lambda: per_class(run),
+        "curves": partial(curves, run),
+        "confusion_matrix": partial(confusion_matrix, run),
+        "per_class": partial(per_class, run),
     }
-    pictures = run.pictures()
-    if pictures is None or run.predictions is None:
-        console.warn(f"no mistakes and no batch: {path} has no {PICTURES} or no {PREDICTIONS}")
+    if (pictures := run.pictures()) is not None and run.predictions is not None:
+        drawings["mistakes"] = partial(mistakes, run, pictures)
+        drawings["batch"] = partial(batch, run, pictures)
     else:
-        drawings["mistakes"] = lambda: mistakes(run, pictures)
-        drawings["batch"] = lambda: batch(run, pictures)
+        console.warn(f"no mistakes and no batch: {path} has no {PICTURES} or no {PREDICTIONS}")
     folder = path / PLOTS
     with writing(folder):
         folder.mkdir(exist_ok=True)
     for name, figure in drawings.items():
-        content = png(figure)
-        write_atomically(folder / f"{name}.png", lambda p, content=content: p.write_bytes(content))
+        _write(folder / f"{name}.png", png(figure))
+
+
+def _write(path: Path, content: bytes) -> None:
+    write_atomically(path, lambda temporary: temporary.write_bytes(content))
 
 
 def png(figure: Callable[[], Figure]) -> bytes:
@@ -183,8 +186,8 @@ def per_class(run: Run) -> Figure:
     figure = _figure(8.5, 1.6 + max(6, len(shown)) * (0.3 if len(shown) <= 30 else 0.17))
     axes = figure.subplots()
     ys = range(len(shown))
-    ends = [[row[key] for row in shown] for key in ("precision", "recall")]
-    axes.hlines(ys, *ends, color="#bbbbbb", lw=2, zorder=1)
+    left, right = ([row[key] for row in shown] for key in ("precision", "recall"))
+    axes.hlines(ys, left, right, color="#bbbbbb", lw=2, zorder=1)
     for key, label, colour, marker in (
         ("precision", "precision", BLUE, ">"), ("recall", "recall", ORANGE, "<"),
         ("f1", "F1", INK, "o"),
@@ -284,11 +287,11 @@ def accuracy_against_cost(rows: Sequence[dict[str, Any]], path: Path) -> bool:
             axes.set(xlabel=label, ylabel="test accuracy", xscale="log")
             axes.margins(0.15)
             axes.grid()
-        figure.axes[0].legend(title="data set")
+        handles = figure.axes[0].get_legend_handles_labels()
+        figure.legend(*handles, title="data set", loc="outside right upper")
         return figure
 
-    content = png(draw)
-    write_atomically(path, lambda temporary: temporary.write_bytes(content))
+    _write(path, png(draw))
     return True
 
 

@@ -89,9 +89,7 @@ def write_comparison(folder: Path, runs: Sequence[Run], rows: Sequence[dict[str,
         "table": table,
         "interval": comparison.INTERVAL,
         "picture": _embedded(picture.read_bytes(), "png") if picture.is_file() else None,
-        "groups": [
-            (group[0].report["class_names"], list(map(_recalls, group))) for group in groups
-        ],
+        "groups": [(_names(group[0]), list(map(_recalls, group))) for group in groups],
     }
     _write_page(folder / comparison.PAGE, "comparison.html", about)
 
@@ -101,6 +99,10 @@ def _cell(name: str, value: Any) -> dict[str, Any]:
     number = value[0] if isinstance(value, tuple) else value
     number = number if isinstance(number, (int, float)) else None
     return {"text": comparison.text(name, value), "number": number}
+
+
+def _names(run: Run) -> list[str]:
+    return [name or "(no name)" for name in run.report["class_names"]]
 
 
 def _recalls(run: Run) -> tuple[str, list[float]]:
@@ -125,7 +127,7 @@ def _about(run: Run) -> dict[str, Any]:
     from lab.metrics import caveat
 
     config, report = run.config, run.report
-    names, matrix = report["class_names"], report["confusion_matrix"]
+    names, matrix = _names(run), report["confusion_matrix"]
     shown = _mistakes(run)
     return {
         "title": f"{config['model']} on {config['dataset']}",

@@ -15,7 +15,7 @@ SOURCES = SCRIPTS + sorted((ROOT / "lab").rglob("*.py"))
 LEVELS = [
     {"scripts"},
     {"keeper"},
-    {"states", "finetune"},
+    {"states", "finetune", "report"},
     {
         "engine",
         "evaluation",
@@ -25,6 +25,7 @@ LEVELS = [
         "plots",
         "recipes",
     },
+    {"pictures", "finished"},
     {"models", "data", "optim", "rundir"},
     {"metrics", "distributed", "tables", "commandline", "stopping"},
     {"config", "memory"},
@@ -44,6 +45,7 @@ OWNERS = {  # who alone imports a library
     },
     "rich": {"console"},
     "matplotlib": {"plots"},
+    "jinja2": {"report"},
 }
 
 

@@ -32,13 +32,13 @@
       const image = new Image();
       image.src = source;
       image.alt = `test sample ${index}`;
-      item.append(image, `#${index}, ${percent(confidence)} sure`);
+      item.append(image, `#${index}`, document.createElement("br"), `${percent(confidence)} sure`);
       list.append(item);
     }
     const heading = element("h3", text);
     const shown = found.length
       ? `${found.length} of ${count} pictures shown, the most confident first.`
-      : `The run kept none of these ${count} pictures.`;
+      : `No picture of these ${count} is kept.`;
     behind.replaceChildren(heading, element("p", shown));
     said.textContent = `${text}. ${shown}`;
     if (found.length) behind.append(list);
