@@ -16,6 +16,7 @@ LEVELS = [
     {"scripts"},
     {"keeper"},
     {"states", "finetune", "report"},
+    {"pictures"},
     {
         "engine",
         "evaluation",
@@ -25,7 +26,7 @@ LEVELS = [
         "plots",
         "recipes",
     },
-    {"pictures", "finished"},
+    {"finished"},
     {"models", "data", "optim", "rundir"},
     {"metrics", "distributed", "tables", "commandline", "stopping"},
     {"config", "memory"},
