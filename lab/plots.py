@@ -46,7 +46,7 @@ NAME = 18  # characters of a class name
 def main(argv: list[str] | None = None) -> None:
     """Draws a run's pictures; raises `UserError`."""
     about = (__doc__ or "").partition("\n\nEach")[0]
-    config = RunConfig(**parse_arguments(RunConfig, argv, prog="lab.plots", about=about))
+    config = RunConfig(**parse_arguments(RunConfig, argv, prog="-m lab.plots", about=about))
     draw(Path(config.run))
     console.print_line(f"written: {Path(config.run) / PLOTS}")
 

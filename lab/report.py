@@ -40,7 +40,9 @@ FACTS = ("device", "device_name", "world_size", "precision", "threads", "paramet
 
 def main(argv: list[str] | None = None) -> None:
     """Writes a run's page; raises `UserError`."""
-    config = RunConfig(**parse_arguments(RunConfig, argv, prog="lab.report", about=__doc__ or ""))
+    config = RunConfig(
+        **parse_arguments(RunConfig, argv, prog="-m lab.report", about=__doc__ or "")
+    )
     console.print_line(f"written: {write(Path(config.run))}")
 
 
