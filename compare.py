@@ -4,14 +4,15 @@
   python compare.py --train --models lenet5,alexnet --dataset digits --epochs 3
 
 --train trains the models one after another, or goes on with what of them was stopped, and then
-compares them. Writes comparison.md, comparison.csv and comparison.png to --output.
+compares them. Writes comparison.md, comparison.csv, comparison.png and compare.html, a page of them
+all, to --output.
 """
 
 import sys
 from pathlib import Path
 
 import train
-from lab import comparison, console, plots, tables
+from lab import comparison, console, plots, report, tables
 from lab.commandline import parse_arguments
 from lab.comparison import CompareConfig
 from lab.errors import run_script
@@ -35,6 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     comparison.make(folder)
     comparison.write(folder, runs, rows)
     plots.accuracy_against_cost(rows, folder / comparison.PICTURE)
+    report.write_comparison(folder, runs, rows)
     console.print_line(comparison.INTERVAL)
     console.print_line(f"written: {folder}")
     return 0

@@ -9,7 +9,8 @@
   accelerate launch --config_file accelerate_configs/multi_gpu.yaml train.py --model alexnet
 
 The run's folder, runs/MODEL-DATASET, gets config.json, history.jsonl, steps.jsonl,
-best.safetensors, report.json, predictions.csv, and in state/ what it takes to go on.
+best.safetensors, report.json, predictions.csv, report.html to look at and its plots/, and in
+state/ what it takes to go on.
 """
 
 import shlex
@@ -50,6 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     from lab.metrics import caveat, is_better
     from lab.models import build_model, find_model
     from lab.models.cost import cost
+    from lab.report import finish
     from lab.stopping import Stopper
 
     world = join_world(config.timeout_seconds, config.quiet)
@@ -184,6 +186,7 @@ def main(argv: list[str] | None = None) -> int:
     with together(accelerator):
         run.write_report(report)
         run.write_predictions(predictions.rows())
+    finish(run, config, splits, predictions)
     run.unlock()
     return 0
 

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import csv
-import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lab import console
 from lab.config import flag, option
 from lab.errors import UserError
+from lab.finished import Run, read_run
 from lab.models import find_model
-from lab.rundir import CONFIG, HISTORY, PREDICTIONS, REPORT, write_atomically, writing
-
-if TYPE_CHECKING:
-    import numpy as np
+from lab.rundir import write_atomically, writing
 
 RESAMPLES = 10_000
 TABLE, CSV, PICTURE = "comparison.md", "comparison.csv", "comparison.png"
+PAGE = "compare.html"
 WHICH, TRAIN, REPORTED = "what to compare", "what to train", "what to write"
 
 
@@ -46,7 +44,7 @@ class CompareConfig:
     threads: int | None = option(None, TRAIN, "CPU threads a process")
     output_dir: str = option("runs", TRAIN, "folder of run folders", metavar="DIR")
     output: str = option("comparison", REPORTED,
-        "folder for the table and the picture", metavar="DIR")
+        "folder for the table, the picture and the page", metavar="DIR")
     debug: bool = option(False, REPORTED, "show the traceback of an error")
     # fmt: on
 
@@ -87,25 +85,6 @@ class CompareConfig:
         return found
 
 
-@dataclass(frozen=True)
-class Run:
-    """What a finished run left."""
-
-    path: Path
-    config: dict[str, Any]
-    report: dict[str, Any]
-    history: list[dict[str, Any]]
-    labels: np.ndarray | None  # int64 [N]; None where the run has no predictions.csv
-    predictions: np.ndarray | None  # int64 [N]
-
-    @property
-    def test_set(self) -> tuple[Any, ...]:
-        """What tells test splits apart: runs are compared on the same one only."""
-        names = self.config.get("fingerprints", {}).get("test")
-        labels = None if self.labels is None else self.labels.tobytes()
-        return self.config["dataset"], self.config["split_seed"], names, labels
-
-
 def read_runs(paths: Sequence[str]) -> list[Run]:
     """The finished runs in folders; others are warned of. `UserError` where there is none."""
     runs, mistakes = [], []
@@ -119,29 +98,6 @@ def read_runs(paths: Sequence[str]) -> list[Run]:
     for mistake in mistakes:
         console.warn(f"left out: {mistake}")
     return runs
-
-
-def read_run(path: Path) -> Run:
-    """The run in a folder; raises `UserError` where it is none, or is not finished."""
-    import numpy as np
-
-    if not (path / CONFIG).is_file():
-        raise UserError(f"{path} is not a run's folder", "Name folders that train.py wrote")
-    if not (path / REPORT).is_file():
-        raise UserError(f"the run {path} is not finished", f"Finish it: train.py --resume {path}")
-    try:
-        config, report = (json.loads((path / name).read_bytes()) for name in (CONFIG, REPORT))
-        history = [json.loads(line) for line in (path / HISTORY).read_text().splitlines()]
-        labels = predictions = None
-        if (path / PREDICTIONS).is_file():
-            with open(path / PREDICTIONS, newline="") as file:
-                rows = [(int(r["label"]), int(r["prediction"])) for r in csv.DictReader(file)]
-            labels, predictions = np.array(rows, dtype=np.int64).T
-        run = Run(path, config, report, history, labels, predictions)
-        _row(run)
-        return run
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise UserError(f"the run {path} is damaged ({error!r})", "Train it again") from error
 
 
 def _row(run: Run) -> dict[str, Any]:
@@ -199,6 +155,14 @@ def difference(run: Run, other: Run, seed: int = 0) -> tuple[float, float, float
     return float((counts[2] - counts[0]) / total), float(low), float(high)
 
 
+def by_classes(runs: Sequence[Run]) -> list[list[Run]]:
+    """The runs, those with the same classes together."""
+    groups: dict[tuple[str, ...], list[Run]] = {}
+    for run in runs:
+        groups.setdefault(tuple(run.report["class_names"]), []).append(run)
+    return list(groups.values())
+
+
 def by_class(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """A row a run: the accuracy of each class (its recall), by class name."""
     return [
@@ -236,16 +200,14 @@ def make(folder: Path) -> None:
 
 def write(folder: Path, runs: Sequence[Run], table: Sequence[dict[str, Any]]) -> None:
     """The table as Markdown and as CSV, the latter with each class's accuracy."""
-    classes: dict[tuple[str, ...], list[Run]] = {}
-    for run in runs:
-        classes.setdefault(tuple(run.report["class_names"]), []).append(run)
     parts = ["# Comparison\n", markdown(table), INTERVAL]
     parts += ["## Accuracy of each class\n"]
-    parts += [markdown(by_class(group)) for group in classes.values()]
-    write_atomically(folder / TABLE, lambda p: p.write_text("\n".join(parts)))
+    parts += [markdown(by_class(group)) for group in by_classes(runs)]
+    content = "\n".join(parts).encode("utf-8", "replace")  # names of folders need not be UTF-8
+    write_atomically(folder / TABLE, lambda p: p.write_bytes(content))
 
     def write_csv(path: Path) -> None:
-        with open(path, "w", newline="") as file:
+        with open(path, "w", newline="", encoding="utf-8", errors="replace") as file:
             names = [name for name in table[0] if name != "to best"]
             writer = csv.writer(file)
             writer.writerow([*names, "to best", "low", "high", "class accuracies"])

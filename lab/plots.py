@@ -1,13 +1,267 @@
-"""Pictures of finished runs; the only importer of matplotlib."""
+"""Pictures of a finished run, drawn from its files; the only importer of matplotlib.
 
-from collections.abc import Sequence
+  python -m lab.plots runs/lenet5-mnist    draws RUN/plots/*.png again
+
+Each stands on an opaque white card, so that it can be read on a light page and on a dark one.
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lab.rundir import write_atomically
+from lab import console
+from lab.commandline import parse_arguments
+from lab.errors import run_script
+from lab.finished import Run, RunConfig, read_run
+from lab.rundir import PICTURES, PLOTS, PREDICTIONS, write_atomically, writing
 
-# Okabe and Ito's colours (2008), told apart by colour-blind readers too; a data set each.
+if TYPE_CHECKING:
+    import numpy as np
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's colours (2008), told apart by colour-blind readers too. Where two stand for one
+# thing each, their markers differ as well.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F0E442")
+BLUE, ORANGE, GREEN, RED = COLOURS[0], COLOURS[1], COLOURS[2], COLOURS[4]
+INK = "#222222"
+STYLE: Any = {
+    "figure.facecolor": "white", "savefig.facecolor": "white", "axes.facecolor": "white",
+    "text.color": INK, "axes.edgecolor": "#888888", "axes.labelcolor": INK, "xtick.color": INK,
+    "ytick.color": INK, "axes.spines.top": False, "axes.spines.right": False,
+    "axes.titlelocation": "left", "axes.titlesize": 11, "grid.alpha": 0.3, "font.size": 10,
+    "legend.frameon": False, "savefig.dpi": 150,
+}  # fmt: skip
+WRITTEN_OUT = 20  # classes whose cells have room for numbers
+LISTED = 100  # classes that have a line each
+NAME = 18  # characters of a class name
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Draws a run's pictures; raises `UserError`."""
+    about = (__doc__ or "").partition("\n\nEach")[0]
+    config = RunConfig(**parse_arguments(RunConfig, argv, prog="-m lab.plots", about=about))
+    draw(Path(config.run))
+    console.print_line(f"written: {Path(config.run) / PLOTS}")
+
+
+def draw(path: Path) -> None:
+    """Draws the pictures of the run in a folder into its plots/; raises `UserError`."""
+    run = read_run(path)
+    drawings: dict[str, Callable[[], Figure]] = {
+        "curves": partial(curves, run),
+        "confusion_matrix": partial(confusion_matrix, run),
+        "per_class": partial(per_class, run),
+    }
+    if (pictures := run.pictures()) is not None and run.predictions is not None:
+        drawings["mistakes"] = partial(mistakes, run, pictures)
+        drawings["batch"] = partial(batch, run, pictures)
+    else:
+        console.warn(f"no mistakes and no batch: {path} has no {PICTURES} or no {PREDICTIONS}")
+    folder = path / PLOTS
+    with writing(folder):
+        folder.mkdir(exist_ok=True)
+    for name, figure in drawings.items():
+        _write(folder / f"{name}.png", png(figure))
+
+
+def _write(path: Path, content: bytes) -> None:
+    write_atomically(path, lambda temporary: temporary.write_bytes(content))
+
+
+def png(figure: Callable[[], Figure]) -> bytes:
+    """The figure that a function makes, as a PNG file."""
+    from matplotlib import rc_context
+
+    file = io.BytesIO()
+    # A class name in a script that the font lacks is drawn as boxes, without a word on the console.
+    with rc_context(STYLE), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        figure().savefig(file, format="png")
+    return file.getvalue()
+
+
+def _figure(width: float, height: float) -> Figure:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def curves(run: Run) -> Figure:
+    """Loss and accuracy over epochs, the learning rate over steps; the best epoch is marked."""
+    figure = _figure(12, 3.6)
+    loss, accuracy, rate = figure.subplots(1, 3)
+    epochs = [row["epoch"] for row in run.history]
+    chosen_on = "test" if run.report["selected_on"] == "test" else "validation"
+    best = next((row for row in run.history if row["epoch"] == run.report["best_epoch"]), None)
+    for axes, key in ((loss, "loss"), (accuracy, "accuracy")):
+        few = len(epochs) <= 30
+        for part, label, colour, marker in (
+            ("train", "train", BLUE, "o"), ("val", chosen_on, RED, "s"),
+        ):  # fmt: skip
+            values = [row[f"{part}_{key}"] for row in run.history]
+            axes.plot(epochs, values, color=colour, marker=marker if few else "", ms=4, label=label)
+        if best:
+            axes.axvline(best["epoch"], color="#888888", ls="--", lw=1, zorder=0)
+            axes.plot(best["epoch"], best[f"val_{key}"], "*", ms=13, color=RED, mec=INK, mew=0.7,
+                      zorder=4, label=f"best epoch: {best['epoch']}")  # fmt: skip
+        axes.set(title=key, xlabel="epoch")
+        axes.locator_params(axis="x", integer=True)
+        axes.legend(fontsize=9)
+    steps = run.steps()
+    if steps:
+        xs, ys = [s["step"] for s in steps], [s["learning_rate"] for s in steps]
+    else:
+        xs, ys = epochs, [row["learning_rate"] for row in run.history]
+    rate.plot(xs, ys, color=GREEN, marker="" if len(xs) > 1 else "o")
+    rate.set(title="learning rate", xlabel="step" if steps else "epoch", ylim=(0, None))
+    for axes in figure.axes:
+        axes.grid()
+    return figure
+
+
+def confusion_matrix(run: Run) -> Figure:
+    """Shares of each true class, with counts; of many classes a list of the largest instead."""
+    import numpy as np
+    from matplotlib.colors import PowerNorm
+
+    matrix, names = np.array(run.report["confusion_matrix"]), run.report["class_names"]
+    num_classes = len(names)
+    share = matrix / matrix.sum(1, keepdims=True).clip(min=1)
+    numbers = num_classes <= WRITTEN_OUT
+    if numbers:
+        side = max(5.0, 0.62 * num_classes + 1.8)
+        figure = _figure(side + 0.6, side)
+        axes = figure.subplots()
+    else:
+        figure = _figure(16, 11)
+        axes, beside = figure.subplots(1, 2, width_ratios=(11, 5))
+        _list_confusions(beside, run, 25)
+    # The root makes small shares visible beside a full diagonal.
+    image = axes.imshow(share, cmap="Blues", norm=PowerNorm(0.5, 0, 1), interpolation="nearest")
+    every = -(-num_classes // LISTED)  # more classes than lines: every n-th is named
+    ticks = range(0, num_classes, every)
+    size = 9 if numbers else max(5.0, min(9.0, 500 / len(ticks) / 1.15))
+    labels = [short(names[k]) for k in ticks]
+    axes.set_xticks(ticks, labels, rotation=90, fontsize=size, parse_math=False)
+    axes.set_yticks(ticks, labels, fontsize=size, parse_math=False)
+    axes.set(xlabel="predicted class", ylabel="true class")
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+    axes.set_title(_title(run, "confusion matrix"), parse_math=False)
+    for i, j in zip(*np.nonzero(matrix), strict=True) if numbers else ():
+        colour = "white" if share[i, j] > 0.35 else INK
+        text = f"{matrix[i, j]:,}\n{100 * share[i, j]:.1f} %"
+        axes.text(j, i, text, ha="center", va="center", fontsize=7.5, color=colour)
+    bar = figure.colorbar(image, ax=axes, label="share of the true class", shrink=0.6)
+    bar.ax.set_yticks([0, 0.05, 0.25, 0.5, 1], ["0 %", "5 %", "25 %", "50 %", "100 %"])
+    bar.outline.set_visible(False)
+    return figure
+
+
+def _list_confusions(axes: Axes, run: Run, count: int) -> None:
+    """Writes the most frequent confusions into empty axes."""
+    axes.set_axis_off()
+    axes.set_title("most frequent confusions: true → predicted")
+    names = run.report["class_names"]
+    for line, (i, j, number, share) in enumerate(run.confusions(count)):
+        y = 1 - (line + 1) / (count + 1)
+        pair = f"{short(names[i])} → {short(names[j])}"
+        columns = ((0.12, f"{number:,}", "right"), (0.28, f"{100 * share:.1f} %", "right"),
+                   (0.32, pair, "left"))  # fmt: skip
+        for x, text, align in columns:
+            axes.text(x, y, text, ha=align, va="center", parse_math=False)
+
+
+def per_class(run: Run) -> Figure:
+    """Precision, recall and F1 of each class, a line each, the lowest F1 at the bottom."""
+    rows = sorted(run.report["per_class"], key=lambda row: row["f1"])
+    shown = rows[:LISTED]
+    figure = _figure(8.5, 1.6 + max(6, len(shown)) * (0.3 if len(shown) <= 30 else 0.17))
+    axes = figure.subplots()
+    ys = range(len(shown))
+    left, right = ([row[key] for row in shown] for key in ("precision", "recall"))
+    axes.hlines(ys, left, right, color="#bbbbbb", lw=2, zorder=1)
+    for key, label, colour, marker in (
+        ("precision", "precision", BLUE, ">"), ("recall", "recall", ORANGE, "<"),
+        ("f1", "F1", INK, "o"),
+    ):  # fmt: skip
+        values = [row[key] for row in shown]
+        axes.scatter(values, ys, color=colour, marker=marker, s=30, label=label, zorder=3)
+    labels = [f"{short(row['class'])} ({row['support']:,})" for row in shown]
+    size = 9 if len(shown) <= 30 else 7
+    axes.set_yticks(ys, labels, fontsize=size, parse_math=False)
+    axes.set_ylim(-0.7, len(shown) - 0.3)
+    low = min(min(row[key] for key in ("precision", "recall", "f1")) for row in shown)
+    # Where all are good, from 0 on none could be told from another; the axis says where it begins.
+    axes.set_xlim(max(0, low - 0.05) if low > 0.5 else -0.02, 1.02 if low <= 0.5 else 1.005)
+    axes.grid(axis="x")
+    axes.tick_params(axis="y", length=0)
+    which = f"the {LISTED} classes of lowest F1 of {len(rows)}" if len(rows) > LISTED else "classes"
+    axes.set_title(_title(run, f"{which} (samples), by F1"), parse_math=False)
+    axes.axvline(run.report["macro_f1"], color="#888888", ls="--", lw=1, zorder=0, label="macro-F1")
+    figure.legend(loc="outside lower center", ncols=4, fontsize=9)
+    return figure
+
+
+def mistakes(run: Run, pictures: dict[str, np.ndarray], count: int = 24) -> Figure:
+    """The most confident wrong predictions, with true and predicted class."""
+    assert run.predictions is not None
+    assert run.confidence is not None
+    index = pictures["mistakes_index"]
+    order = (-run.confidence[index]).argsort(kind="stable")[:count]
+    names, captions = run.report["class_names"], []
+    for label, i in zip(pictures["mistakes_labels"][order], index[order], strict=True):
+        predicted = short(names[run.predictions[i]], 12)
+        sure = f"{100 * run.confidence[i]:.1f} % sure"
+        captions.append(f"true: {short(names[label], 12)}\npredicted: {predicted}\n{sure}")
+    wrong = int((run.predictions != run.labels).sum())
+    title = f"{len(order)} most confident of {wrong:,} mistakes"
+    return _grid(pictures["mistakes"][order], captions, 6, _title(run, title))
+
+
+def batch(run: Run, pictures: dict[str, np.ndarray]) -> Figure:
+    """The first training batch as the network saw it."""
+    names = run.report["class_names"]
+    captions = [short(names[label], 17) for label in pictures["batch_labels"]]
+    how = str(run.config.get("augment", "none"))
+    title = f"of the first training batch, {len(captions)} pictures; augmentation: {how}"
+    return _grid(pictures["batch"], captions, 8, _title(run, title))
+
+
+def _grid(images: np.ndarray, captions: Sequence[str], columns: int, title: str) -> Figure:
+    """Pictures uint8 [n, C, H, W] in rows, each above its caption."""
+    lines = 1 + max([caption.count("\n") for caption in captions], default=0)
+    num_rows = max(1, -(-len(images) // columns))
+    wide, high = 1.12, 1.08 + 0.13 * lines  # of a place, in widths of a picture
+    figure = _figure(1.35 * columns * wide, 1.35 * num_rows * high + 0.4)
+    axes = figure.subplots()
+    for number, (image, caption) in enumerate(zip(images, captions, strict=True)):
+        x, y = number % columns * wide, -(number // columns) * high
+        pixels = image[0] if len(image) == 1 else image.transpose(1, 2, 0)
+        axes.imshow(pixels, cmap="gray", vmin=0, vmax=255, extent=(x, x + 1, y, y + 1),
+                    interpolation="nearest")  # fmt: skip
+        axes.text(x, y - 0.03, caption, va="top", fontsize=8, linespacing=1.1, parse_math=False)
+    axes.set(xlim=(0, columns * wide), ylim=(1 - num_rows * high, 1))
+    axes.set_axis_off()
+    axes.set_title(title, parse_math=False)
+    return figure
+
+
+def _title(run: Run, text: str) -> str:
+    return f"{run.config['model']} on {short(run.config['dataset'])}: {text}"
+
+
+def short(name: str, width: int = NAME) -> str:
+    """A class name, which may be a stranger's, for one line of at most `width` characters."""
+    name = "".join(c if c.isprintable() else "?" for c in name)
+    return (name if len(name) <= width else name[: width - 1] + "…") or "(no name)"
 
 
 def accuracy_against_cost(rows: Sequence[dict[str, Any]], path: Path) -> bool:
@@ -15,32 +269,31 @@ def accuracy_against_cost(rows: Sequence[dict[str, Any]], path: Path) -> bool:
 
     `rows` as `lab.comparison.rows` gives them.
     """
-    from matplotlib.figure import Figure
-
-    axes_of = {"multiply-adds": "multiply-adds of one image", "seconds": "seconds to train"}
-    shown = {key: [row for row in rows if row[key]] for key in axes_of}
-    if not any(shown.values()):
+    labels = {"multiply-adds": "multiply-adds of one image", "seconds": "seconds to train"}
+    if not any(row[key] for row in rows for key in labels):
         return False
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    datasets = sorted({row["data set"] for row in rows})
-    for axes, (key, label) in zip(figure.subplots(1, 2), axes_of.items(), strict=True):
-        for number, dataset in enumerate(datasets):
-            points = [row for row in shown[key] if row["data set"] == dataset]
-            colour = COLOURS[number % len(COLOURS)]
-            xs, ys = [row[key] for row in points], [row["accuracy"] for row in points]
-            axes.scatter(xs, ys, color=colour, label=dataset, zorder=3)
-            for row in points:
-                axes.annotate(
-                    row["model"],
-                    (row[key], row["accuracy"]),
-                    xytext=(5, 4),
-                    textcoords="offset points",
-                    fontsize=8,
-                )
-        axes.set(xlabel=label, ylabel="test accuracy", xscale="log")
-        axes.margins(0.15)
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.axes[0].legend(title="data set", frameon=False)
-    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=150, format="png"))
+
+    def draw() -> Figure:
+        figure = _figure(11, 4.5)
+        datasets = sorted({row["data set"] for row in rows})
+        for axes, (key, label) in zip(figure.subplots(1, 2), labels.items(), strict=True):
+            for number, dataset in enumerate(datasets):
+                points = [row for row in rows if row["data set"] == dataset and row[key]]
+                xs, ys = [row[key] for row in points], [row["accuracy"] for row in points]
+                axes.scatter(xs, ys, color=COLOURS[number % len(COLOURS)], label=dataset, zorder=3)
+                for x, y, row in zip(xs, ys, points, strict=True):
+                    axes.annotate(row["model"], (x, y), xytext=(5, 4), textcoords="offset points",
+                                  fontsize=8, parse_math=False)  # fmt: skip
+            axes.set(xlabel=label, ylabel="test accuracy", xscale="log")
+            axes.margins(0.15)
+            axes.grid()
+        handles = figure.axes[0].get_legend_handles_labels()
+        figure.legend(*handles, title="data set", loc="outside right upper")
+        return figure
+
+    _write(path, png(draw))
     return True
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))

@@ -20,6 +20,7 @@ from lab.errors import UserError
 
 CONFIG, HISTORY, STEPS = "config.json", "history.jsonl", "steps.jsonl"
 BEST, REPORT, PREDICTIONS = "best.safetensors", "report.json", "predictions.csv"
+PICTURES, PLOTS, PAGE = "pictures.safetensors", "plots", "report.html"
 STATES, LOCK = "state", ".lock"
 
 # Seconds to wait for the lock: workers of a killed training, which hold it too, end within five.
@@ -91,8 +92,10 @@ class RunDir:
         self._cut(HISTORY, lambda row: row["epoch"] < epoch)
         self._cut(STEPS, lambda row: row["step"] <= step)
         with writing(self.path):
-            for name in (REPORT, PREDICTIONS):
+            for name in (REPORT, PREDICTIONS, PICTURES, PAGE):
                 (self.path / name).unlink(missing_ok=True)
+            if (self.path / PLOTS).exists():
+                shutil.rmtree(self.path / PLOTS)
             for leftover in self.path.glob(".*.tmp"):  # of writers that were killed
                 leftover.unlink()
 

@@ -16,6 +16,12 @@ def _own_cache(tmp_path_factory):
     os.environ["LAB_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _undrawn():
+    """Leaves out what is drawn at the end of each training: a second, in launched processes too."""
+    os.environ["LAB_DRAW"] = "0"
+
+
 @pytest.fixture
 def fails(tmp_path, monkeypatch, capfd):
     """Calls a script that must fail as P7 says; its message, without `error: `."""
@@ -40,11 +46,13 @@ def fails(tmp_path, monkeypatch, capfd):
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
-    """The folder of a run of 12 steps, with states of steps 9 and 12; not to be changed."""
+    """The folder of a run of 12 steps, drawn, with states of steps 9 and 12; not to be changed."""
     from resuming import LENET, start  # imports PyTorch, which not every test file needs
 
     folder = tmp_path_factory.mktemp("finished")
-    start(folder, *LENET, "--save-every", "3")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("LAB_DRAW")
+        start(folder, *LENET, "--save-every", "3")
     return folder / "run"
 
 

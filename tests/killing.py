@@ -17,7 +17,9 @@ from typing import Any
 import psutil
 from worlds import World, python, start, torchrun
 
-SAME = ("best.safetensors", "report.json", "predictions.csv", "steps.jsonl")
+SAME = (
+    "best.safetensors", "report.json", "predictions.csv", "steps.jsonl", "pictures.safetensors",
+)  # fmt: skip
 CLOCK = ("train_seconds", "eval_seconds", "images_per_second")
 MOMENTS = ("step", "save", "evaluation", "start-up", "best", "end")
 LIMIT = 300  # seconds that a life of a training may take

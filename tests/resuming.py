@@ -7,6 +7,9 @@ import pytest
 import train
 from lab import keeper
 
+SAME = (
+    "best.safetensors", "report.json", "predictions.csv", "steps.jsonl", "pictures.safetensors",
+)  # fmt: skip
 CLOCK = ("train_seconds", "eval_seconds", "images_per_second")
 SMALL = [
     "--dataset", "digits", "--recipe", "smoke", "--threads", "1", "--quiet", "--log-every", "1",
@@ -53,6 +56,6 @@ def timeless(path):
 
 def same_end(a, b):
     """Nothing; AssertionError where two runs did not end alike."""
-    for name in ("best.safetensors", "report.json", "predictions.csv", "steps.jsonl"):
+    for name in SAME:
         assert (a / name).read_bytes() == (b / name).read_bytes(), name
     assert timeless(a / "history.jsonl") == timeless(b / "history.jsonl")

@@ -15,7 +15,8 @@ SOURCES = SCRIPTS + sorted((ROOT / "lab").rglob("*.py"))
 LEVELS = [
     {"scripts"},
     {"keeper"},
-    {"states", "finetune"},
+    {"states", "finetune", "report"},
+    {"pictures"},
     {
         "engine",
         "evaluation",
@@ -25,6 +26,7 @@ LEVELS = [
         "plots",
         "recipes",
     },
+    {"finished"},
     {"models", "data", "optim", "rundir"},
     {"metrics", "distributed", "tables", "commandline", "stopping"},
     {"config", "memory", "muon"},
@@ -44,6 +46,7 @@ OWNERS = {  # who alone imports a library
     },
     "rich": {"console"},
     "matplotlib": {"plots"},
+    "jinja2": {"report"},
 }
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 
 import numpy as np
@@ -11,8 +12,9 @@ from resuming import LENET, start
 
 import compare
 from lab import comparison
-from lab.comparison import CompareConfig, Run, difference, read_run
+from lab.comparison import CompareConfig, difference
 from lab.errors import UserError
+from lab.finished import Run, read_run
 from lab.models.cost import cost
 
 
@@ -92,6 +94,8 @@ def test_the_files_hold_the_table(trained, tmp_path, monkeypatch, capsys):
         assert f"| {float(row['accuracy']):.4f} |" in text
         assert row["class accuracies"].count("=") == 10
     assert float(rows[1]["low"]) <= float(rows[1]["to best"]) <= float(rows[1]["high"])
+    page = (tmp_path / "out" / "compare.html").read_text()
+    assert {f"{float(row['accuracy']):.4f}" for row in rows} <= set(re.findall(r"[\d.]+", page))
     with Image.open(tmp_path / "out" / "comparison.png") as picture:
         assert len(picture.convert("RGB").getcolors(10**6)) > 10  # something is drawn
 

@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from checks_exactness import BATCH_SIZES, SIZES, TRAININGS
 from PIL import Image
+from safetensors.torch import load_file
 from sklearn.metrics import accuracy_score, confusion_matrix, precision_recall_fscore_support
 from worlds import python, run, run_all, torchrun, world_by_hand
 
@@ -156,6 +158,22 @@ def test_p2_neither_accumulation_nor_the_loader_changes_the_curve(
         [s["loss"] for s in worlds[num_processes].steps(t)] for t in (training, same)
     )
     assert losses == pytest.approx(expected, rel=tolerance, abs=0)
+
+
+@pytest.mark.parametrize("num_processes", WORLDS)
+@pytest.mark.parametrize("training", ["plain", "pictures-streaming"])
+def test_p1_p2_the_pictures_kept_are_the_same_on_every_world(worlds, training, num_processes):
+    """The first batch as augmented, and mistakes; on both loaders."""
+    same = {"plain": "streaming"}.get(training, "pictures")
+    files = ((1, training), (num_processes, training), (num_processes, same))
+    first, *others = (
+        load_file(worlds[number].folder / name / "pictures.safetensors") for number, name in files
+    )
+    assert len(first["batch"]) == 61
+    assert len(first["mistakes"]) > 10
+    for other in others:
+        assert other.keys() == first.keys()
+        assert all(torch.equal(other[name], first[name]) for name in first)
 
 
 def test_p2_the_curves_are_worth_comparing(worlds):

@@ -1,0 +1,145 @@
+"""What a finished run left, read from its files; it imports no PyTorch."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lab.config import option
+from lab.errors import UserError
+from lab.rundir import CONFIG, HISTORY, PICTURES, PREDICTIONS, REPORT, STEPS
+
+if TYPE_CHECKING:
+    import numpy as np
+
+# What is drawn and told of a run, and its types in JSON.
+NUMBER = (int, float)
+SETTINGS = {"model": str, "dataset": str, "recipe": str, "split_seed": int, "versions": dict}
+NUMBERS = {"accuracy": NUMBER, "macro_f1": NUMBER, "loss": NUMBER, "num_samples": int,
+           "best_epoch": int, "selected_on": str, "per_class": list, "confusion_matrix": list,
+           "class_names": list}  # fmt: skip
+EPOCH = ("epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "learning_rate",
+         "train_seconds", "eval_seconds", "images_per_second")  # fmt: skip
+CLASS = {"class": str, "precision": NUMBER, "recall": NUMBER, "f1": NUMBER, "support": int}
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The settings of what is made from a finished run's files."""
+
+    run: str = option("", "what to read", "the folder of a finished run", positional=True)
+    debug: bool = option(False, "what to write", "show the traceback of an error")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a finished run left."""
+
+    path: Path
+    config: dict[str, Any]
+    report: dict[str, Any]
+    history: list[dict[str, Any]]
+    labels: np.ndarray | None  # int64 [N]; None where the run has no predictions.csv
+    predictions: np.ndarray | None  # int64 [N]
+    confidence: np.ndarray | None = None  # float64 [N]
+
+    @property
+    def test_set(self) -> tuple[Any, ...]:
+        """What tells test splits apart: runs are compared on the same one only."""
+        names = self.config.get("fingerprints", {}).get("test")
+        labels = None if self.labels is None else self.labels.tobytes()
+        return self.config["dataset"], self.config["split_seed"], names, labels
+
+    def steps(self) -> list[dict[str, Any]]:
+        """The rows of steps.jsonl; none where there is no such file."""
+        path = self.path / STEPS
+        with _damage(self.path):
+            lines = path.read_text().splitlines() if path.is_file() else []
+            rows = [json.loads(line) for line in lines]
+            for row in rows:
+                _require(row, {"step": int, "learning_rate": NUMBER})
+        return rows
+
+    def confusions(self, count: int) -> list[tuple[int, int, int, float]]:
+        """(true class, predicted class, samples, their share of the true class), largest first."""
+        matrix = self.report["confusion_matrix"]
+        cells = [(i, j, n) for i, row in enumerate(matrix) for j, n in enumerate(row)]
+        errors = sorted((c for c in cells if c[0] != c[1] and c[2]), key=lambda c: -c[2])
+        return [(i, j, n, n / sum(matrix[i])) for i, j, n in errors[:count]]
+
+    def pictures(self) -> dict[str, np.ndarray] | None:
+        """The tensors of `lab.pictures.keep`; None where the run has none."""
+        from safetensors import SafetensorError
+        from safetensors.numpy import load_file
+
+        path = self.path / PICTURES
+        if not path.is_file():
+            return None
+        with _damage(self.path, SafetensorError):
+            found = load_file(path)
+            num_classes = len(self.report["class_names"])
+            for kind in ("batch", "mistakes"):
+                images, labels = found[kind], found[f"{kind}_labels"]
+                fits = images.ndim == 4 and images.shape[1] in (1, 3) and images.dtype == "uint8"
+                if not fits or labels.shape != images.shape[:1]:
+                    raise ValueError(f"{kind} are no pictures")
+                if len(labels) and not 0 <= labels.min() <= labels.max() < num_classes:
+                    raise ValueError(f"a label of {kind} is no class")
+            if found["mistakes_index"].shape != found["mistakes_labels"].shape:
+                raise ValueError("a mistake has no index")
+        return found
+
+
+def read_run(path: Path) -> Run:
+    """The run in a folder; raises `UserError` where it is none, is not finished, or damaged."""
+    import numpy as np
+
+    if not (path / CONFIG).is_file():
+        raise UserError(f"{path} is not a run's folder", "Name folders that train.py wrote")
+    if not (path / REPORT).is_file():
+        raise UserError(f"the run {path} is not finished", f"Finish it: train.py --resume {path}")
+    with _damage(path):
+        config, report = (json.loads((path / name).read_bytes()) for name in (CONFIG, REPORT))
+        history = [json.loads(line) for line in (path / HISTORY).read_text().splitlines()]
+        _require(config, SETTINGS)
+        _require(report, NUMBERS)
+        num_classes = len(report["class_names"])
+        for row in report["per_class"]:
+            _require(row, CLASS)
+        matrix = np.array(report["confusion_matrix"], dtype=np.int64)
+        if len(report["per_class"]) != num_classes or matrix.shape != (num_classes,) * 2:
+            raise ValueError("the numbers of the classes do not fit the classes")
+        for row in history or [None]:
+            _require(row, dict.fromkeys(EPOCH, NUMBER))
+        labels = predictions = confidence = None
+        if (path / PREDICTIONS).is_file():
+            with open(path / PREDICTIONS, newline="") as file:
+                names = ("label", "prediction", "confidence")
+                rows = [tuple(float(row[name]) for name in names) for row in csv.DictReader(file)]
+            labels, predictions, confidence = np.array(rows).T
+            labels, predictions = labels.astype(np.int64), predictions.astype(np.int64)
+            for classes in (labels, predictions):
+                if not 0 <= classes.min() <= classes.max() < num_classes:
+                    raise ValueError("a prediction is no class")
+        return Run(path, config, report, history, labels, predictions, confidence)
+
+
+@contextmanager
+def _damage(path: Path, kind: type[Exception] = ValueError) -> Iterator[None]:
+    """Turns what a damaged file raises, `kind` too, into a `UserError`."""
+    try:
+        yield
+    except (OSError, ValueError, LookupError, TypeError, kind) as error:
+        raise UserError(f"the run {path} is damaged ({error!r})", "Train it again") from error
+
+
+def _require(group: Any, types: dict[str, Any]) -> None:
+    """Nothing; raises ValueError where `group` is no dict that has these."""
+    for name, kind in types.items():
+        if not isinstance(group, dict) or not isinstance(group.get(name), kind):
+            raise ValueError(f"no {name} in {str(group)[:40]}")

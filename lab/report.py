@@ -1,0 +1,214 @@
+"""A page for each finished run, and one for several: no network, and no file but itself.
+
+python -m lab.report runs/lenet5-mnist    writes RUN/report.html again
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import io
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+from lab import comparison, console, plots
+from lab.commandline import parse_arguments
+from lab.config import OUTPUT, TrainConfig
+from lab.errors import UserError, run_script
+from lab.finished import Run, RunConfig, read_run
+from lab.recipes import resolve
+from lab.rundir import PAGE, PLOTS, RunDir, write_atomically
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from lab.data import Splits
+    from lab.evaluation import Predictions
+
+SWITCH = "LAB_DRAW"  # "0" in the environment: nothing is drawn at the end of a training
+IN_FULL = 120  # classes whose confusion matrix the page holds
+CONFUSIONS = 20  # that are listed
+PICTURE_BYTES = 1_900_000  # of the text that embeds mistakes; a page stays below 3 MB
+EXACT_SIDE = 32  # pixels; larger pictures are embedded as JPEG, at a quarter of the size
+FACTS = ("device", "device_name", "world_size", "precision", "threads", "parameters",
+         "multiply_adds", "commit")  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Writes a run's page; raises `UserError`."""
+    config = RunConfig(
+        **parse_arguments(RunConfig, argv, prog="-m lab.report", about=__doc__ or "")
+    )
+    console.print_line(f"written: {write(Path(config.run))}")
+
+
+def finish(run: RunDir, config: TrainConfig, splits: Splits, predictions: Predictions) -> None:
+    """Keeps a run's pictures, draws them and writes its page, on the main process.
+
+    The run is complete without them: whatever goes wrong is a warning.
+    """
+    from lab import pictures
+
+    if not run.writes:
+        return
+    try:
+        pictures.keep(run, config, splits, predictions)
+        if os.environ.get(SWITCH) != "0":
+            plots.draw(run.path)
+            console.say(f"page: {write(run.path)}")
+    except Exception as error:
+        console.warn(f"the run has no pictures or no page: {error}")
+
+
+def write(path: Path) -> Path:
+    """Writes the page of the run in a folder, and returns its path; raises `UserError`."""
+    run = read_run(path)
+    _write_page(path / PAGE, "report.html", _about(run))
+    return path / PAGE
+
+
+def write_comparison(folder: Path, runs: Sequence[Run], rows: Sequence[dict[str, Any]]) -> None:
+    """Writes comparison.html, of `comparison.rows`; it links to the pages of the runs."""
+    table = []
+    for row in rows:
+        page = Path(row["run"]) / PAGE
+        relative = Path(os.path.relpath(page, folder)).as_posix()
+        table.append(
+            {
+                "run": row["run"],
+                "link": quote(os.fsencode(relative)) if page.is_file() else None,
+                "cells": [_cell(name, row[name]) for name in row if name != "run"],
+            }
+        )
+    groups = comparison.by_classes(runs)
+    picture = folder / comparison.PICTURE
+    about = {
+        "heads": [name for name in rows[0] if name != "run"],
+        "table": table,
+        "interval": comparison.INTERVAL,
+        "picture": _embedded(picture.read_bytes(), "png") if picture.is_file() else None,
+        "groups": [(_names(group[0]), list(map(_recalls, group))) for group in groups],
+    }
+    _write_page(folder / comparison.PAGE, "comparison.html", about)
+
+
+def _cell(name: str, value: Any) -> dict[str, Any]:
+    """The text of a cell, and the number that it is sorted by."""
+    number = value[0] if isinstance(value, tuple) else value
+    number = number if isinstance(number, (int, float)) else None
+    return {"text": comparison.text(name, value), "number": number}
+
+
+def _names(run: Run) -> list[str]:
+    return [name or "(no name)" for name in run.report["class_names"]]
+
+
+def _recalls(run: Run) -> tuple[str, list[float]]:
+    return str(run.path), [row["recall"] for row in run.report["per_class"]]
+
+
+def _write_page(path: Path, template: str, about: dict[str, Any]) -> None:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    # Class names and paths may be a stranger's: all that is filled in is escaped.
+    environment = Environment(
+        loader=PackageLoader("lab"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    text = environment.get_template(template).render(about)
+    content = text.encode("utf-8", "replace")  # names of folders need not be UTF-8
+    write_atomically(path, lambda temporary: temporary.write_bytes(content))
+
+
+def _about(run: Run) -> dict[str, Any]:
+    """What the template of a run's page is filled with."""
+    from lab.metrics import caveat
+
+    config, report = run.config, run.report
+    names, matrix = _names(run), report["confusion_matrix"]
+    shown = _mistakes(run)
+    return {
+        "title": f"{config['model']} on {config['dataset']}",
+        "path": str(run.path),
+        "report": report,
+        "caveat": caveat("test", report["selected_on"]),
+        "history": run.history,
+        "time": f"{sum(r['train_seconds'] + r['eval_seconds'] for r in run.history) / 60:.1f} min",
+        "curves": _embedded(plots.png(lambda: plots.curves(run)), "png"),
+        "plots": [f"{PLOTS}/{p.name}" for p in sorted((run.path / PLOTS).glob("*.png"))],
+        "settings": settings(config),
+        "recipe": config["recipe"],
+        "facts": [(name.replace("_", " "), config[name]) for name in FACTS if config.get(name)],
+        "versions": config["versions"],
+        "names": names,
+        "matrix": matrix if len(names) <= IN_FULL else None,
+        "confusions": run.confusions(CONFUSIONS),
+        "num_mistakes": report["num_samples"] - sum(row[i] for i, row in enumerate(matrix)),
+        "num_pictures": len(shown),
+        "data": {
+            "names": names,
+            "totals": [sum(row) for row in matrix],
+            "pictures": shown,
+        },
+    }
+
+
+def settings(config: dict[str, Any]) -> list[tuple[str, Any, Any, bool]]:
+    """(setting, the run's, the recipe's, whether these differ), but for where files are put."""
+    try:
+        given = {name: config[name] for name in ("model", "dataset", "recipe")}
+        recipe = dataclasses.asdict(resolve(given))
+    except UserError:  # of a version that knew more
+        recipe = {}
+    rows = []
+    for field in dataclasses.fields(TrainConfig):
+        if field.metadata["group"] != OUTPUT and field.name in config:
+            value = config[field.name]
+            usual = recipe.get(field.name, value)
+            rows.append((field.name, value, usual, value != usual))
+    return rows
+
+
+def _mistakes(run: Run) -> list[tuple[int, int, int, float, str]]:
+    """(true class, predicted class, index, confidence, picture) of what the run kept, to the limit.
+
+    The most telling come first: see `lab.pictures.chosen`.
+    """
+    pictures = run.pictures()
+    if pictures is None or run.predictions is None or run.confidence is None:
+        return []
+    found, size = [], 0
+    columns = (pictures[name] for name in ("mistakes_labels", "mistakes_index", "mistakes"))
+    for label, index, image in zip(*columns, strict=True):
+        picture = _thumbnail(image)
+        size += len(picture)
+        if size > PICTURE_BYTES:
+            break
+        i, confidence = int(index), float(run.confidence[index])
+        found.append((int(label), int(run.predictions[index]), i, round(confidence, 4), picture))
+    return found
+
+
+def _thumbnail(image: np.ndarray) -> str:
+    """uint8 [C, H, W] as a data URI."""
+    from PIL import Image
+
+    file = io.BytesIO()
+    picture = Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0))
+    if max(picture.size) <= EXACT_SIDE:
+        picture.save(file, "PNG")
+        return _embedded(file.getvalue(), "png")
+    picture.save(file, "JPEG", quality=90)
+    return _embedded(file.getvalue(), "jpeg")
+
+
+def _embedded(content: bytes, kind: str) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))

@@ -1,0 +1,74 @@
+"""Finished runs made by hand, in no time: predictions of chance, through the code that writes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from lab import pictures, recipes
+from lab.data import Splits
+from lab.data.sources import Split
+from lab.evaluation import Predictions
+from lab.rundir import RunDir
+
+HOSTILE = (
+    "<script>alert(1)</script>", "</script><img src=x onerror=alert(2)>", "$\\frac{", '"\'`&amp;',
+    "new\nline\x1b[31m", "\udcff not UTF-8", "{{ 7 * 7 }}", "猫", "a long name " * 20, "",
+)  # fmt: skip
+
+
+def splits(names: Sequence[str], num_test: int, size: int = 16, channels: int = 3) -> Splits:
+    """Pictures of noise; the test split has `num_test` samples, the training split 80."""
+    noise = torch.Generator().manual_seed(0)
+
+    def split(count: int) -> Split:
+        shape = (count, channels, size, size)
+        images = torch.randint(0, 256, shape, generator=noise, dtype=torch.uint8)
+        return Split(images, torch.arange(count) % len(names), tuple(names))
+
+    train, test = split(80), split(num_test)
+    return Splits(train, test, test, (0.5,) * channels, (0.25,) * channels, "validation", {})
+
+
+def predicted(split: Split, right: float = 0.6) -> Predictions:
+    """Predictions of which about the share `right` is true, the rest of any class."""
+    random, num_classes = torch.Generator().manual_seed(1), len(split.class_names)
+    size = len(split.labels)
+    said = torch.randint(0, num_classes, (size,), generator=random)
+    said = torch.where(torch.rand(size, generator=random) < right, split.labels, said)
+    confidence, losses = torch.rand(2, size, generator=random, dtype=torch.float64)
+    return Predictions(split.labels, said, confidence, losses, split.class_names)
+
+
+def make_run(
+    path: Path, names: Sequence[str] = HOSTILE, num_test: int = 500, size: int = 16, **settings
+) -> Path:
+    """A finished run on these classes; its folder."""
+    given = {"model": "lenet5", "dataset": "shapes", "image_size": size, **settings}
+    config = recipes.resolve(given)
+    data = splits(names, num_test, size)
+    predictions = predicted(data.test)
+    path.mkdir(parents=True)
+    run = RunDir(path)
+    place = {"device": "cpu", "device_name": "<b>a processor</b>", "world_size": 2,
+             "precision": "float32", "parameters": 61_706, "multiply_adds": None}  # fmt: skip
+    run.begin(asdict(config) | place)
+    for epoch in (1, 2, 3):
+        run.add_epoch(
+            {
+                "epoch": epoch, "train_loss": 1 / epoch, "train_accuracy": 1 - 0.5 / epoch,
+                "val_loss": 1.1 / epoch, "val_accuracy": 0.9 - 0.4 / epoch, "val_macro_f1": 0.5,
+                "learning_rate": 0.1 / epoch, "train_seconds": 1.5, "eval_seconds": 0.5,
+                "images_per_second": 1000.0,
+            }
+        )  # fmt: skip
+        run.add_steps({"step": 10 * epoch, "epoch": epoch, "loss": 1, "learning_rate": 0.1 / epoch})
+    run.write_report(
+        {"split": "test", **predictions.report(), "best_epoch": 3, "selected_on": "validation"}
+    )
+    run.write_predictions(predictions.rows())
+    pictures.keep(run, config, data, predictions)
+    return path

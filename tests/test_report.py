@@ -1,0 +1,234 @@
+"""The pictures and the page of a finished run, from its files alone."""
+
+import html
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from handmade import HOSTILE, make_run, predicted, splits
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from lab import pictures, plots, recipes, report
+from lab.data.augment import STEPS, random_bits
+from lab.errors import UserError, run_script
+from lab.finished import read_run
+from lab.rundir import RunDir
+
+PLOTS = {"curves.png", "confusion_matrix.png", "per_class.png", "mistakes.png", "batch.png"}
+LIMIT = 3_000_000  # bytes of a page
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory):
+    """A drawn run whose classes have hostile names."""
+    path = make_run(tmp_path_factory.mktemp("made") / "hostile", augment="crop,cutout")
+    plots.draw(path)
+    report.write(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def hundred(tmp_path_factory):
+    """A drawn run of 100 classes with 2,000 mistakes of noise, which nothing compresses."""
+    names = [f"class number {k}" for k in range(100)]
+    path = make_run(tmp_path_factory.mktemp("made") / "hundred", names, num_test=5000, size=40)
+    plots.draw(path)
+    report.write(path)
+    return path
+
+
+def embedded(path):
+    """The JSON that a page holds."""
+    [text] = re.findall(r'<script type="application/json" id="data">(.*?)</script>',
+                        path.read_text(), re.DOTALL)  # fmt: skip
+    return json.loads(text)
+
+
+def test_a_training_leaves_its_pictures_and_its_page(finished):
+    assert {p.name for p in (finished / "plots").iterdir()} == PLOTS
+    assert "<h1>lenet5 on digits</h1>" in (finished / "report.html").read_text()
+    assert len(load_file(finished / "pictures.safetensors")["batch"]) == 32
+
+
+def test_what_was_deleted_is_drawn_again(hostile, tmp_path, capsys):
+    path = shutil.copytree(hostile, tmp_path / "run")
+    shutil.rmtree(path / "plots")
+    (path / "report.html").unlink()
+    plots.main([str(path)])
+    report.main([str(path)])
+    assert capsys.readouterr().out == f"written: {path}/plots\nwritten: {path}/report.html\n"
+    for name in PLOTS:
+        assert (path / "plots" / name).read_bytes() == (hostile / "plots" / name).read_bytes()
+    drawn = (path / "report.html").read_text().replace(str(path), str(hostile))
+    assert drawn == (hostile / "report.html").read_text()
+
+
+@pytest.mark.parametrize("run", ["hostile", "hundred"])
+def test_every_picture_shows_something_on_an_opaque_white_card(run, request):
+    for name in PLOTS:
+        with Image.open(request.getfixturevalue(run) / "plots" / name) as picture:
+            assert picture.convert("RGBA").getpixel((0, 0)) == (255, 255, 255, 255)
+            assert max(picture.size) < 4000
+            assert len(picture.convert("RGB").reduce(4).getcolors(10**6)) > 20
+
+
+@pytest.mark.parametrize("run", ["hostile", "hundred"])
+def test_a_page_is_small_and_needs_nothing_else(run, request):
+    page = request.getfixturevalue(run) / "report.html"
+    assert page.stat().st_size < LIMIT
+    text = page.read_text()
+    links = re.findall(r'(?:src|href)="([^"]*)"', text)
+    assert {link.partition(":")[0] for link in links} == {"data"} | {f"plots/{n}" for n in PLOTS}
+    assert "default-src 'none'" in text
+
+
+def test_p4_hostile_names_stay_text(hostile):
+    text = (hostile / "report.html").read_text()
+    assert text.count("<script") == text.count("</script>") == 2  # the page's own
+    assert "<img src=x" not in text
+    assert "<b>" not in text
+    assert "{{" in html.unescape(text)  # a name, which no template has filled in
+    names = [name.replace("\udcff", "?") or "(no name)" for name in HOSTILE]
+    assert [name.replace("\udcff", "?") for name in embedded(hostile / "report.html")["names"]] == (
+        names
+    )
+
+
+@pytest.mark.parametrize("run", ["hostile", "hundred"])
+def test_the_page_has_the_run_s_numbers(run, request):
+    path = request.getfixturevalue(run)
+    found, text = read_run(path), (path / "report.html").read_text()
+    numbers = found.report
+    for key in ("accuracy", "macro_f1", "loss"):
+        assert f"<dd>{numbers[key]:.4f}</dd>" in text
+    cells = re.findall(r'<button data-cell="(\d+),(\d+)">([\d,]+)</button>', text)
+    matrix = numbers["confusion_matrix"]
+    expected = {(i, j): n for i, row in enumerate(matrix) for j, n in enumerate(row) if n}
+    expected = {cell: n for cell, n in expected.items() if cell[0] != cell[1]}
+    assert {(int(i), int(j)): int(n.replace(",", "")) for i, j, n in cells} == expected
+    shown = embedded(path / "report.html")["pictures"]
+    assert len(shown) > 100
+    for label, prediction, index, confidence, _ in shown:
+        assert (found.labels[index], found.predictions[index]) == (label, prediction)
+        assert found.confidence[index] == pytest.approx(confidence, abs=1e-4)
+
+
+def test_what_differs_from_the_recipe_is_marked(hostile):
+    rows = report.settings(read_run(hostile).config)
+    marked = {name: (own, usual) for name, own, usual, differs in rows if differs}
+    assert marked == {"augment": ("crop,cutout", "flip"), "image_size": (16, 32)}
+    assert "name" not in {name for name, *_ in rows}
+
+
+def test_p6_a_page_says_what_the_epoch_was_chosen_on(hostile, tmp_path):
+    path = shutil.copytree(hostile, tmp_path / "run")
+    numbers = json.loads((path / "report.json").read_text()) | {"selected_on": "test"}
+    (path / "report.json").write_text(json.dumps(numbers))
+    assert "an optimistic number" in report.write(path).read_text()
+    assert "an optimistic number" not in (hostile / "report.html").read_text()
+
+
+def test_a_thousand_classes_are_listed_instead(tmp_path):
+    path = make_run(tmp_path / "run", [str(k) for k in range(1000)], num_test=2000)
+    text = report.write(path).read_text()
+    assert len(text) < LIMIT
+    assert 'id="matrix"' not in text
+    assert text.count("data-cell=") == report.CONFUSIONS
+
+
+def test_p2_the_batch_is_what_the_network_sees():
+    config = recipes.resolve({"dataset": "shapes", "augment": "crop,flip,cutout", "batch_size": 50})
+    data = splits("ab", num_test=2)
+    index = pictures.first_batch(config, data)
+    assert len(index) == 50
+    bits = random_bits(config.seed, 1, 80, "cpu")[index]
+    expected = data.train.images[index]
+    for name in ("crop", "flip", "cutout"):
+        expected = STEPS[name](expected, bits)
+    assert torch.equal(pictures.seen_by_the_network(config, data, index), expected)
+
+
+def test_the_mistakes_kept_are_the_most_confident_and_of_every_cell():
+    found = predicted(splits([str(k) for k in range(30)], num_test=6000, size=1).test)
+    wrong = (found.labels != found.predictions).nonzero().flatten().tolist()
+    kept = pictures.chosen(found, 1200).tolist()
+    assert len(set(kept)) == len(kept) == 1200
+    assert set(kept) <= set(wrong)
+    by_confidence = sorted(wrong, key=lambda i: -found.confidence[i])
+    assert kept[:24] == by_confidence[:24]
+
+    pairs = list(zip(found.labels.tolist(), found.predictions.tolist(), strict=True))
+    of_cell = {pairs[i]: [] for i in wrong}
+    for i in by_confidence:
+        of_cell[pairs[i]].append(i)
+    for members in of_cell.values():
+        mine = sorted(set(members) & set(kept), key=members.index)
+        assert mine
+        assert mine == members[: len(mine)]
+
+
+def test_large_pictures_are_kept_small_and_a_run_without_mistakes_is_drawn(tmp_path):
+    path = make_run(tmp_path / "run", "ab", num_test=60, size=100)
+    assert load_file(path / "pictures.safetensors")["batch"].shape == (64, 3, 64, 64)
+    data, run = splits("ab", num_test=60, size=100), RunDir(path)
+    config = recipes.resolve({"dataset": "shapes"})
+    perfect = predicted(data.test, right=1.1)
+    run.write_report({"split": "test", **perfect.report(), "best_epoch": 3, "selected_on": "test"})
+    run.write_predictions(perfect.rows())
+    pictures.keep(run, config, data, perfect)
+    plots.draw(path)
+    assert "There are pictures of 0 of the 0 mistakes" in report.write(path).read_text()
+
+
+@pytest.mark.parametrize("main", [plots.main, report.main], ids=["plots", "report"])
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("config.json", "is not a run's folder. Name folders that train.py wrote."),
+        ("report.json", "is not finished. Finish it: train.py --resume "),
+        ("history.jsonl", "is damaged (FileNotFoundError"),
+    ],
+)
+def test_p7_a_missing_file_is_one_line(hostile, tmp_path, capsys, main, name, message):
+    path = shutil.copytree(hostile, tmp_path / "run")
+    (path / name).unlink()
+    assert run_script(lambda: main([str(path)])) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert message in line
+
+
+@pytest.mark.parametrize("name", ["pictures.safetensors", "predictions.csv"])
+def test_without_pictures_the_rest_is_drawn(hostile, tmp_path, capsys, name):
+    path = shutil.copytree(hostile, tmp_path / "run", ignore=shutil.ignore_patterns("plots", name))
+    plots.draw(path)
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: no mistakes and no batch")
+    assert {p.name for p in (path / "plots").iterdir()} == PLOTS - {"mistakes.png", "batch.png"}
+    assert embedded(report.write(path))["pictures"] == []
+
+
+@pytest.mark.parametrize(
+    "damage", [{"batch": torch.zeros(1)}, {"mistakes_labels": torch.full((175,), 10)}, {}]
+)
+def test_p7_damaged_pictures_are_named(hostile, tmp_path, damage):
+    path = shutil.copytree(hostile, tmp_path / "run")
+    file = path / "pictures.safetensors"
+    save_file(load_file(file) | damage, file)
+    if not damage:
+        file.write_bytes(file.read_bytes()[:-1])
+    for make in (plots.draw, report.write):
+        with pytest.raises(UserError, match=r"run is damaged"):
+            make(path)
+
+
+def test_a_run_that_cannot_be_drawn_is_finished_with_a_warning(tmp_path, capsys, monkeypatch):
+    run, data = RunDir(make_run(tmp_path / "run")), splits("ab", num_test=9)
+    monkeypatch.delenv("LAB_DRAW")
+    monkeypatch.setattr(plots, "curves", lambda run: 1 / 0)
+    report.finish(run, recipes.resolve({}), data, predicted(data.test))
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: the run has no pictures or no page: ")
