@@ -31,6 +31,9 @@ SHARE = {torch.float32: 1000 * 2**-23, torch.float16: 20 * 2**-10}
 class Packed(nn.Module):
     """A network with its normalisation before it, and softmax after it if that is asked for."""
 
+    scale: Tensor  # [C, 1, 1]
+    shift: Tensor
+
     def __init__(self, network: nn.Module, info: dict[str, Any], dtype: torch.dtype, softmax: bool):
         super().__init__()
         plain = Preprocess(info["mean"], info["std"], (), "cpu")

@@ -14,11 +14,13 @@ SOURCES = SCRIPTS + sorted((ROOT / "lab").rglob("*.py"))
 # Imports point down: a part may import from any level below its own.
 LEVELS = [
     {"scripts"},
+    {"api"},
     {"keeper"},
     {"states", "finetune"},
     {
         "engine",
         "evaluation",
+        "export",
         "prediction",
         "checkpoint",
         "comparison",
@@ -34,6 +36,7 @@ LEVELS = [
 OWNERS = {  # who alone imports a library
     "accelerate": {
         "scripts",
+        "api",
         "distributed",
         "engine",
         "evaluation",
