@@ -176,6 +176,22 @@ def test_p7_a_missing_extra_is_named(fails, finished, monkeypatch):
     )
 
 
+def test_p7_a_network_too_large_for_onnx_is_refused(fails, finished, monkeypatch):
+    monkeypatch.setattr(exporting, "ONNX_BYTES", 1000)
+    message = fails(export, finished)
+    assert message.startswith("an ONNX file holds 2 GB, and these weights take 0.0. Give --half")
+
+
+def test_p7_a_network_that_cannot_be_exported_is_named(fails, finished, monkeypatch):
+    def branches(network, images):
+        return images.float() if images.sum() > 0 else images
+
+    monkeypatch.setattr(exporting.Packed, "forward", branches)
+    message = fails(export, finished, "--format", "torch-export")
+    assert message.startswith("lenet5 cannot be exported (")
+    assert message.endswith("). Try the other --format, or leave --dynamic-batch or --half out.")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
