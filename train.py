@@ -18,17 +18,23 @@ import sys
 import time
 from dataclasses import asdict
 from functools import partial
+from typing import Any
 
 from lab import console, recipes
 from lab.commandline import parse_arguments
 from lab.config import EVAL_BATCH_SIZE, TrainConfig
 from lab.errors import run_script
+from lab.rundir import RunDir
 
 
 def main(argv: list[str] | None = None) -> int:
     """Trains as the command line `argv` says; the exit code. Raises `UserError`."""
+    return train(parse_arguments(TrainConfig, argv, prog="train.py", about=__doc__))[0]
+
+
+def train(given: dict[str, Any]) -> tuple[int, RunDir]:
+    """Trains with the settings that were `given`: (exit code, the run). Raises `UserError`."""
     began = time.monotonic()
-    given = parse_arguments(TrainConfig, argv, prog="train.py", about=__doc__)
     config = recipes.resolve(given)
 
     # PyTorch takes seconds to import: --help and a mistyped option are answered before.
@@ -168,7 +174,7 @@ def main(argv: list[str] | None = None) -> int:
             # The test split is read here, once, by the weights as their file holds them.
             best_weights.load(accelerator, trainer.evaluated)
     if kept.reason:
-        return kept.goodbye()
+        return kept.goodbye(), run
     predictions = predict_all(accelerator, trainer.evaluated, test_loader)
     report = {
         "split": "test",
@@ -188,7 +194,7 @@ def main(argv: list[str] | None = None) -> int:
         run.write_predictions(predictions.rows())
     finish(run, config, splits, predictions)
     run.unlock()
-    return 0
+    return 0, run
 
 
 def overview(config, splits, place: str) -> dict[str, str]:

@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import types
 import typing
+from collections.abc import Mapping
 from typing import Any
 
 from lab.config import MACHINE, flag
@@ -49,9 +50,8 @@ def parse_arguments(config: type, argv: list[str] | None, *, prog: str, about: s
         text = m["text"] + (" [recipe]" if m.get("from_recipe") else _default_text(f.default))
         settings = {"help": text.replace("%", "%%")}
         if kind is bool:
-            # What a recipe, or the run that is resumed, turned on can be turned off.
-            both_ways = m.get("from_recipe") or m["group"] == MACHINE
-            settings["action"] = argparse.BooleanOptionalAction if both_ways else "store_true"
+            both_ways = argparse.BooleanOptionalAction
+            settings["action"] = both_ways if _both_ways(f) else "store_true"
         else:
             # Choices are checked by check_fields: argparse words it by the version of Python.
             choices = "{" + ",".join(m["choices"]) + "}" if "choices" in m else None
@@ -61,6 +61,35 @@ def parse_arguments(config: type, argv: list[str] | None, *, prog: str, about: s
             }
         group.add_argument(flag(f.name), **settings)
     return vars(parser.parse_args(argv))
+
+
+def words_of(config: type, settings: Mapping[str, Any]) -> list[str]:
+    """The command line that says the same as settings by name; None is one that is not given.
+
+    Raises `UserError` for a name that is no setting, and for a switch that is not True or False.
+    """
+    words, fields = [], {f.name: f for f in dataclasses.fields(config)}
+    for name, value in settings.items():
+        if name not in fields:
+            close = difflib.get_close_matches(name, fields, 1)
+            hint = f"Did you mean {close[0]}?" if close else f"Known: {', '.join(fields)}"
+            raise UserError(f"there is no setting {name}", hint)
+        if value is None:
+            continue
+        if not isinstance(fields[name].default, bool):
+            words.append(f"{flag(name)}={value}")
+        elif not isinstance(value, bool):
+            raise UserError(f"{name} is {value!r}", "Give True or False")
+        elif value:
+            words.append(flag(name))
+        elif _both_ways(fields[name]):
+            words.append(flag(name).replace("--", "--no-", 1))
+    return words
+
+
+def _both_ways(f: dataclasses.Field) -> bool:
+    """Whether a switch has a --no- form: what a recipe, or the run that is resumed, turned on."""
+    return bool(f.metadata.get("from_recipe")) or f.metadata["group"] == MACHINE
 
 
 def _default_text(default: Any) -> str:

@@ -215,7 +215,8 @@ def out() -> Console:
     utf8 = (sys.stdout.encoding or "").lower().startswith("utf")
     if sys.stdout.isatty() and utf8 and os.environ.get("TERM") not in ("dumb", "unknown"):
         return Console(force_terminal=True)
-    return Console(force_terminal=False, color_system=None, width=UNLIMITED)
+    # In a notebook too: what rich displays there is lost where a process was forked off it.
+    return Console(force_terminal=False, force_jupyter=False, color_system=None, width=UNLIMITED)
 
 
 def literal(value: object, style: str = "") -> Text:

@@ -1,6 +1,7 @@
 """Where a run takes place: the Accelerator, precision and threads; what processes must agree on."""
 
 import math
+import multiprocessing
 import os
 import platform
 from collections.abc import Iterator
@@ -168,7 +169,11 @@ def default_threads() -> int:
     """CPU threads of a process: what the user's OMP_NUM_THREADS says, else its share of the cores.
 
     Launchers set OMP_NUM_THREADS=1 on their own: a 1 under a launcher is not the user's word.
+    A process that notebook_launcher forked has one: had the notebook computed with more, they are
+    not in the copy, which would wait for them for ever.
     """
+    if type(multiprocessing.current_process()).__name__ == "ForkProcess":
+        return 1
     launched = {"LOCAL_WORLD_SIZE", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys()
     chosen = os.environ.get("OMP_NUM_THREADS", "")
     if chosen.isdigit() and int(chosen) > (1 if launched else 0):

@@ -45,10 +45,7 @@ def run_script(main: Callable[[], int | None]) -> int:
         console.error("interrupted")
         code = 130
     except Exception as error:
-        lost = _lost_a_process(error)
-        mistake = lost or _waited_in_vain(error) or _out_of_memory(error) or _one_value(error)
-        if isinstance(error, UserError):
-            mistake = error
+        mistake, lost = mistake_of(error), _lost_a_process(error)
         if mistake and mistake.lone:
             # The launcher's SIGTERM ends the wait, whatever the script has made of that signal.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -70,6 +67,18 @@ def run_script(main: Callable[[], int | None]) -> int:
         sys.stderr.flush()
         os._exit(code)
     return code
+
+
+def mistake_of(error: Exception) -> UserError | None:
+    """What of `error` a user can mend; None where that is not known."""
+    if isinstance(error, UserError):
+        return error
+    return (
+        _lost_a_process(error)
+        or _waited_in_vain(error)
+        or _out_of_memory(error)
+        or _one_value(error)
+    )
 
 
 def _out_of_memory(error: Exception) -> UserError | None:

@@ -14,12 +14,14 @@ SOURCES = SCRIPTS + sorted((ROOT / "lab").rglob("*.py"))
 # Imports point down: a part may import from any level below its own.
 LEVELS = [
     {"scripts"},
+    {"api"},
     {"keeper"},
     {"states", "finetune", "report"},
     {"pictures"},
     {
         "engine",
         "evaluation",
+        "export",
         "prediction",
         "checkpoint",
         "comparison",
@@ -36,6 +38,7 @@ LEVELS = [
 OWNERS = {  # who alone imports a library
     "accelerate": {
         "scripts",
+        "api",
         "distributed",
         "engine",
         "evaluation",

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pickletools
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -246,3 +247,13 @@ def test_p7_a_write_that_failed_in_the_background_is_told(tmp_path, splits):
     best.save(make_network(about), about, ROW)
     with pytest.raises(UserError, match="cannot write"):
         best.writer.wait()
+
+
+def test_p5_modules_that_ask_for_their_version_are_loaded(splits, tmp_path):
+    """torchvision's MNASNet, whose layers differ between two of them."""
+    config = replace(CONFIG, model="torchvision:mnasnet0_5")
+    about = checkpoint.about_run(config, splits, "no") | {"best_epoch": 1}
+    network, loaded = (build_model(**about["model"]) for _ in range(2))
+    checkpoint.write_weights(tmp_path / "w", checkpoint.copy_of(network), about)
+    checkpoint.load_weights(tmp_path / "w", loaded)
+    assert checkpoint.checksum(loaded.state_dict()) == checkpoint.checksum(network.state_dict())

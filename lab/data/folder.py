@@ -95,11 +95,16 @@ def decode(path: str, size: int) -> Tensor:
         raise UserError(
             f"cannot read the picture {path} ({reason})", "Replace or delete that file"
         ) from error
-    if image.shape[1:] == (size, size):
-        return image
+    return square(image, size)
+
+
+def square(images: Tensor, size: int) -> Tensor:
+    """The central squares [..., C, size, size] of uint8 [..., C, H, W]."""
+    if images.shape[-2:] == (size, size):
+        return images
     # Cut before it is resized: a strip of 1 x 5000 pixels would first become a huge one.
-    image = F.center_crop(image, [min(image.shape[1:])])
-    return F.resize(image, [size, size], antialias=True)
+    images = F.center_crop(images, [min(images.shape[-2:])])
+    return F.resize(images, [size, size], antialias=True)
 
 
 def _decode_jpeg(content: bytes) -> Tensor | None:
@@ -119,10 +124,15 @@ def _decode_jpeg(content: bytes) -> Tensor | None:
 
 def _decode_with_pillow(content: bytes) -> Tensor:
     with Image.open(io.BytesIO(content)) as file:
-        image: Image.Image = ImageOps.exif_transpose(file)
-        if image.mode.startswith("I"):  # 16 bits: scaled, as a conversion to RGB would clip
-            image = image.convert("I").point(lambda v: v / 256, "L")
-        return F.pil_to_tensor(image.convert("RGB"))
+        return pixels(file)
+
+
+def pixels(image: Image.Image) -> Tensor:
+    """A Pillow image of any mode as uint8 [3, H, W], turned as its EXIF data says."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16 bits: scaled, as a conversion to RGB would clip
+        image = image.convert("I").point(lambda v: v / 256, "L")
+    return F.pil_to_tensor(image.convert("RGB"))
 
 
 def read_folder(config: DataConfig) -> Parts:

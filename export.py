@@ -1,0 +1,111 @@
+"""Exports saved weights as one file that runs without lab, and checks it against the network.
+
+  python export.py runs/lenet5-mnist                     best.onnx beside the weights
+  python export.py best.safetensors --dynamic-batch --softmax --output model.onnx
+  python export.py best.safetensors --format torch-export
+
+ONNX takes `pip install 'lab[onnx]'`. The file takes images uint8 [N, C, H, W], 0 to 255, cut and
+resized, and normalises them itself; N is 1 without --dynamic-batch. It returns float32 [N, K].
+Class names, image size and the like are in it, as JSON:
+
+    import json
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession("best.onnx")
+    about = json.loads(session.get_modelmeta().custom_metadata_map["lab"])
+    [logits] = session.run(None, {"images": images})
+    names = [about["class_names"][k] for k in logits.argmax(1)]
+
+    import json
+    import torch
+
+    extra = {"lab.json": ""}
+    network = torch.export.load("best.pt2", extra_files=extra).module()
+    about = json.loads(extra["lab.json"])
+    logits = network(images)
+    names = [about["class_names"][k] for k in logits.argmax(1)]
+
+Neither file holds a pickle. But torch.export.load unpickles what a file tells it to: give it none
+of a stranger's. PyTorch says that its next versions may not read a .pt2; keep the weights.
+"""
+
+import copy
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from lab import console
+from lab.commandline import parse_arguments
+from lab.config import MACHINE, REPORT, WEIGHTS, check_fields, option
+from lab.errors import UserError, run_script
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """The settings of an export."""
+
+    # fmt: off
+    weights: str = option("", WEIGHTS,
+        "a run's folder or a .safetensors file that train.py wrote", positional=True)
+    format: str = option("onnx", REPORT,
+        "onnx, or a program of torch.export (.pt2)", choices=("onnx", "torch-export"))
+    dynamic_batch: bool = option(False, REPORT, "take any number of images, not one")
+    half: bool = option(False, REPORT,
+        "float16 weights and arithmetic, for GPUs: half the size. On an x86 CPU, ONNX Runtime may "
+        "crash as it loads a transformer of them; ORT_ENABLE_EXTENDED avoids it")
+    softmax: bool = option(False, REPORT, "return probabilities, not logits")
+    output: str = option("", REPORT,
+        "the file; else beside the weights, as .onnx or .pt2", metavar="FILE")
+    threads: int = option(0, MACHINE, "CPU threads; 0: by cores", low=0, high=1024)
+    debug: bool = option(False, REPORT, "show the traceback of an error")
+    # fmt: on
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Exports as the command line `argv` says; raises `UserError`."""
+    config = ExportConfig(**parse_arguments(ExportConfig, argv, prog="export.py", about=__doc__))
+
+    # PyTorch takes seconds to import: --help and a mistyped option are answered before.
+    import torch
+
+    from lab import checkpoint, export
+    from lab.data.augment import Preprocess
+    from lab.distributed import default_threads
+    from lab.models import build_model
+
+    path = checkpoint.find_weights(config.weights)
+    info = checkpoint.read_info(path)
+    output = (
+        Path(config.output) if config.output else path.with_suffix(export.SUFFIXES[config.format])
+    )
+    export.require_writable(output, path)
+    torch.set_num_threads(config.threads or default_threads())
+    network = build_model(**info["model"])
+    checkpoint.load_weights(path, network)
+    about = export.describe(
+        info, dynamic_batch=config.dynamic_batch, half=config.half, softmax=config.softmax
+    )
+    with console.working(f"exporting {info['model']['name']}"):
+        content = export.pack(copy.deepcopy(network), info, config.format, about)
+        difference, bound = export.largest_difference(
+            export.load(content, config.format, config.half),
+            about,
+            network,
+            Preprocess(info["mean"], info["std"], (), "cpu"),
+            batch_sizes=(1, 2, 3, 8) if config.dynamic_batch else (1,) * 4,
+        )
+    if difference > bound:
+        raise UserError(
+            f"the exported file is off by {difference:.1e}, more than {bound:.1e}: it is not kept",
+            "Leave --half out" if config.half else "Try the other --format",
+        )
+    export.write(output, content)
+    console.print_line(f"largest difference to the network: {difference:.1e} (bound: {bound:.1e})")
+    console.print_line(f"written: {output}, {len(content) / 1e6:,.1f} MB")
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))

@@ -1,0 +1,209 @@
+"""export.py: one file that computes what evaluation does, says what it is, and holds no pickle."""
+
+import io
+import json
+import re
+import textwrap
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+
+import export
+from lab import checkpoint
+from lab import export as exporting
+from lab.data import DataConfig, load_split
+from lab.data.augment import Preprocess
+from lab.models import build_model
+
+MISSING = "the extra `onnx` is not installed"
+onnx = pytest.importorskip("onnx", reason=MISSING)
+pytest.importorskip("onnxscript", reason=MISSING)
+pytest.importorskip("onnxruntime", reason=MISSING)
+
+FORMATS = {"onnx": "best.onnx", "torch-export": "best.pt2"}
+
+
+def call(*words):
+    export.main([str(word) for word in (*words, "--threads", "1")])
+
+
+@pytest.fixture(scope="module")
+def digits(finished):
+    """(test images uint8 [N, 1, 32, 32], the run's predictions int64 [N])."""
+    info = checkpoint.read_info(finished / "best.safetensors")
+    images = load_split(DataConfig(**info["data"]), "test", 1e9, 1)[0].images
+    rows = np.loadtxt(finished / "predictions.csv", delimiter=",", skiprows=1)
+    return images, rows[:, 2].astype(int)
+
+
+@pytest.fixture(scope="module")
+def exported(finished, tmp_path_factory):
+    """The folder of best.onnx and best.pt2, for any number of images."""
+    folder = tmp_path_factory.mktemp("exported")
+    for kind, name in FORMATS.items():
+        call(finished, "--format", kind, "--dynamic-batch", "--output", folder / name)
+    return folder
+
+
+def snippets():
+    """The code of `export.py --help`, by the library that it loads a file with."""
+    blocks = re.findall(r"(?:^    .*\n|^\n)+", export.__doc__, re.MULTILINE)
+    code = [textwrap.dedent(block).strip() for block in blocks if "import json" in block]
+    [text] = code
+    first, second = (f"import json\n{part}" for part in text.split("import json\n")[1:])
+    return {"onnx": first, "torch-export": second}
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_the_code_of_the_help_repeats_the_runs_predictions(exported, digits, monkeypatch, kind):
+    monkeypatch.chdir(exported)
+    images, expected = digits
+    known = {"images": images.numpy() if kind == "onnx" else images}
+    exec(snippets()[kind], known)
+    assert known["names"] == [str(label) for label in expected]
+    about = known["about"]
+    assert about["class_names"] == list("0123456789")
+    assert about["input"] == {"name": "images", "dtype": "uint8", "shape": ["batch", 1, 32, 32]}
+    assert about["output"] == {"name": "logits", "dtype": "float32", "shape": ["batch", 10]}
+    assert about["mean"]
+    assert about["weights_sha256"]
+
+
+def test_the_graph_is_of_plain_operators_and_its_batch_has_a_name(exported):
+    model = onnx.load(exported / "best.onnx")
+    onnx.checker.check_model(model, full_check=True)
+    operators = [node.op_type for node in model.graph.node]
+    assert operators.count("AveragePool") == 2
+    assert operators.count("Conv") == 3
+    assert not {"Shape", "Slice", "Squeeze"} & set(operators)
+    [shape] = [i.type.tensor_type.shape for i in model.graph.input]
+    assert [d.dim_param or d.dim_value for d in shape.dim] == ["batch", 1, 32, 32]
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_one_image_of_probabilities_in_half_precision(finished, digits, tmp_path, capsys, kind):
+    path = tmp_path / "model"
+    call(finished, "--format", kind, "--half", "--softmax", "--output", path)
+    content = path.read_bytes()
+    run = exporting.load(content, kind, half=True)
+    found = torch.cat([run(digits[0][i : i + 1]) for i in range(20)])
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.sum(1), torch.ones(20))
+    assert found.argmax(1).tolist() == list(digits[1][:20])
+    whole = {"onnx": 300_000, "torch-export": 360_000}[kind]  # of float32
+    assert len(content) < 0.75 * whole
+    with pytest.raises(Exception, match=r"(?i)expected|invalid"):  # of either library
+        run(digits[0][:2])
+    [difference, bound] = re.search(
+        r"network: (\S+) \(bound: (\S+)\)", capsys.readouterr().out
+    ).groups()
+    assert 0 < float(difference) < float(bound) < 0.1
+
+
+@pytest.mark.parametrize("name", FORMATS.values())
+def test_p4_no_pickle_and_no_path_of_this_machine_is_in_the_file(exported, name):
+    content = (exported / name).read_bytes()
+    for trace in (b"site-packages", b"forward(", str(export.__file__).encode()):
+        assert trace not in content
+    if name.endswith(".onnx"):
+        return
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        entries = {n.split("/", 1)[1]: archive.read(n) for n in archive.namelist()}
+    for entry, data in entries.items():
+        if entry.startswith("data/weights/weight_"):
+            continue  # bytes of numbers: see the configuration below
+        assert not data.startswith((b"PK", b"\x80")), entry
+    assert entries["data/sample_inputs/model.pt"] == b""
+    for part in ("weights", "constants"):
+        config = json.loads(entries[f"data/{part}/model_{part}_config.json"])["config"]
+        assert not any(one["use_pickle"] for one in config.values())
+
+
+@pytest.mark.parametrize(
+    ("model", "size"), [("vit", 32), ("googlenet", 16), ("torchvision:squeezenet1_1", 32)]
+)
+def test_other_networks(model, size):
+    """googlenet has auxiliary classifiers, vit a token that is repeated for each image."""
+    arguments = {"name": model, "num_classes": 3, "channels": 3, "image_size": size}
+    info = {"model": arguments, "class_names": list("abc"), "mean": [0.4, 0.5, 0.6],
+            "std": [0.2, 0.3, 0.2], "best_epoch": 1}  # fmt: skip
+    torch.manual_seed(0)
+    network = build_model(**arguments).eval()
+    for parameter in network.parameters():
+        if len(parameter) == 3:  # heads may begin with zeros
+            torch.nn.init.normal_(parameter)
+    about = exporting.describe(info, dynamic_batch=True, half=False, softmax=False)
+    content = exporting.pack(network, info, "torch-export", about)
+    run = exporting.load(content, "torch-export", half=False)
+    plain = Preprocess(info["mean"], info["std"], (), "cpu")
+    difference, bound = exporting.largest_difference(run, about, network, plain, (1, 3))
+    assert difference < bound
+
+
+@pytest.mark.parametrize("half", [[], ["--half"]])
+def test_a_file_that_computes_something_else_is_not_kept(fails, finished, monkeypatch, half):
+    pack = exporting.pack
+
+    def without_mean(network, info, kind, about):
+        return pack(network, info | {"mean": [0.0]}, kind, about)
+
+    monkeypatch.setattr(exporting, "pack", without_mean)
+    words = (finished, "--format", "torch-export", "--output", "x.pt2", *half)
+    message = fails(export, *words)
+    assert re.match(r"the exported file is off by \S+, more than \S+: it is not kept\. ", message)
+    assert message.endswith("Leave --half out." if half else "Try the other --format.")
+
+
+def test_an_output_that_is_no_number_is_infinitely_far_off():
+    about = {"input": {"shape": [1, 1, 4, 4]}, "output": {"name": "logits"},
+             "arithmetic": "float32"}  # fmt: skip
+    network = torch.nn.Flatten()
+    plain = Preprocess([0.0], [1.0], (), "cpu")
+    wrong = [lambda x: network(plain(x)) * float("nan"), lambda x: network(plain(x))[:, :3]]
+    for run in wrong:
+        assert exporting.largest_difference(run, about, network, plain, (1,))[0] == float("inf")
+    right = exporting.largest_difference(lambda x: network(plain(x)), about, network, plain, (1,))
+    assert right[0] == 0 < right[1]
+
+
+def test_p7_a_missing_extra_is_named(fails, finished, monkeypatch):
+    monkeypatch.setattr(exporting, "find_spec", lambda name: None if "run" in name else name)
+    assert fails(export, finished) == (
+        "--format onnx needs onnxruntime. Install with `pip install 'lab[onnx]'`; "
+        "in a checkout, `pip install -e '.[onnx]'`."
+    )
+
+
+def test_p7_a_network_too_large_for_onnx_is_refused(fails, finished, monkeypatch):
+    monkeypatch.setattr(exporting, "ONNX_BYTES", 1000)
+    message = fails(export, finished)
+    assert message.startswith("an ONNX file holds 2 GB, and these weights take 0.0. Give --half")
+
+
+def test_p7_a_network_that_cannot_be_exported_is_named(fails, finished, monkeypatch):
+    def branches(network, images):
+        return images.float() if images.sum() > 0 else images
+
+    monkeypatch.setattr(exporting.Packed, "forward", branches)
+    message = fails(export, finished, "--format", "torch-export")
+    assert message.startswith("lenet5 cannot be exported (")
+    assert message.endswith("). Try the other --format, or leave --dynamic-batch or --half out.")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("gone", "there is no file gone. Give a run's folder or its best.safetensors."),
+        ("RUN --format tflite", "--format has no tflite. Choose from onnx, torch-export."),
+        ("RUN --output a/b", "--output a/b is no file in an existing folder. Give another name."),
+        (
+            "RUN/best.safetensors --output RUN/best.safetensors",
+            "--output RUN/best.safetensors is the weights' own file. Give another name.",
+        ),
+    ],
+)
+def test_p7_export_refuses(fails, finished, words, message):
+    run = str(finished)
+    assert fails(export, *words.replace("RUN", run).split()) == message.replace("RUN", run)
