@@ -7,8 +7,9 @@ import types
 import typing
 from typing import Any
 
-from lab.config import MACHINE, flag
+from lab.config import MACHINE
 from lab.errors import UserError
+from lab.options import flag
 
 
 class _Parser(argparse.ArgumentParser):

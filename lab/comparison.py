@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lab import console
-from lab.config import flag, option
 from lab.errors import UserError
 from lab.models import find_model
+from lab.options import flag, option
 from lab.rundir import CONFIG, HISTORY, PREDICTIONS, REPORT, write_atomically, writing
 
 if TYPE_CHECKING:

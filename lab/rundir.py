@@ -20,6 +20,7 @@ from lab.errors import UserError
 
 CONFIG, HISTORY, STEPS = "config.json", "history.jsonl", "steps.jsonl"
 BEST, REPORT, PREDICTIONS = "best.safetensors", "report.json", "predictions.csv"
+CARD, PLOTS, TRACKED = "README.md", "plots", "trackers.json"
 STATES, LOCK = "state", ".lock"
 
 # Seconds to wait for the lock: workers of a killed training, which hold it too, end within five.
@@ -42,6 +43,11 @@ class RunDir:
     def states(self) -> Path:
         """The folder of the states to resume from."""
         return self.path / STATES
+
+    @property
+    def pictures(self) -> list[Path]:
+        """The pictures that were drawn of it."""
+        return sorted((self.path / PLOTS).glob("*.png"))
 
     def lock(self) -> None:
         """Keeps other trainings out of the folder while this process lives.
@@ -91,7 +97,7 @@ class RunDir:
         self._cut(HISTORY, lambda row: row["epoch"] < epoch)
         self._cut(STEPS, lambda row: row["step"] <= step)
         with writing(self.path):
-            for name in (REPORT, PREDICTIONS):
+            for name in (REPORT, PREDICTIONS, CARD):
                 (self.path / name).unlink(missing_ok=True)
             for leftover in self.path.glob(".*.tmp"):  # of writers that were killed
                 leftover.unlink()

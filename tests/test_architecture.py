@@ -15,7 +15,7 @@ SOURCES = SCRIPTS + sorted((ROOT / "lab").rglob("*.py"))
 LEVELS = [
     {"scripts"},
     {"keeper"},
-    {"states", "finetune"},
+    {"states", "finetune", "card"},
     {
         "engine",
         "evaluation",
@@ -24,10 +24,13 @@ LEVELS = [
         "comparison",
         "plots",
         "recipes",
+        "tracking",
+        "hub",
     },
     {"models", "data", "optim", "rundir"},
-    {"metrics", "distributed", "tables", "commandline", "stopping"},
+    {"metrics", "distributed", "tables", "commandline", "stopping", "markdown"},
     {"config", "memory"},
+    {"options"},
     {"errors"},
     {"console"},
 ]
@@ -41,7 +44,9 @@ OWNERS = {  # who alone imports a library
         "checkpoint",
         "states",
         "keeper",
+        "tracking",
     },
+    "huggingface_hub": {"card", "hub"},
     "rich": {"console"},
     "matplotlib": {"plots"},
 }
