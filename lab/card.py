@@ -139,7 +139,7 @@ def _body(
         )
         for row in report["per_class"]
     )
-    minutes = sum(row["train_seconds"] + row["eval_seconds"] for row in history) / 60
+    seconds = sum(row["train_seconds"] + row["eval_seconds"] for row in history)
     place = f"{settings['world_size']} x {settings['device']}, {settings['precision']}"
     shown = {name: getattr(config, name) for name in SHOWN if getattr(config, name) != ""}
     shown |= {"versions": ", ".join(f"{k} {v}" for k, v in settings["versions"].items())}
@@ -150,8 +150,9 @@ def _body(
         f"Pictures are taken at {config.image_size} x {config.image_size} pixels"
         + (f"; {settings['parameters']:,} parameters." if "parameters" in settings else "."),
         "## Results",
-        f"The test split, {num_samples:,} samples, each counted exactly once: {right:,} are "
-        "classified correctly.",
+        ("A part of the test" if config.limit_eval else "The test")
+        + f" split, {num_samples:,} samples, each counted exactly once: {right:,} are classified "
+        "correctly.",
         table(("split", "accuracy", "macro-F1", "loss"), [("test", *numbers)]),
         _selection(config, report, len(history)),
         table(("class", "precision", "recall", "F1", "samples"), classes),
@@ -159,8 +160,8 @@ def _body(
         "## Training",
         _origin(config),
         code(command(config), "sh"),
-        f"It took {minutes:.1f} minutes on {escaped(place)}. On the same device, number of "
-        "processes and threads and versions, a CPU gives the same weights to the last bit.",
+        f"It took {seconds:,.0f} seconds on {escaped(place)}. Other devices and versions give "
+        "other last digits.",
         table(("setting", "value"), ((escaped(k), escaped(v)) for k, v in shown.items())),
         "## Use",
         f"{BEST} alone is enough: it says which network, classes and preprocessing it takes.",
@@ -185,11 +186,7 @@ def _selection(config: TrainConfig, report: Mapping[str, Any], num_epochs: int) 
             f"**{chosen}this same test split (the protocol of the recipe "
             f"{escaped(config.recipe)}): these numbers are optimistic.**"
         )
-    cut = f"{chosen}the validation split; the test split was read once, at the end."
-    part = (
-        "The test split was cut to its first samples by --limit-eval." if config.limit_eval else ""
-    )
-    return f"{cut} {part}".strip()
+    return f"{chosen}the validation split; the test split was read once, at the end."
 
 
 def _origin(config: TrainConfig) -> str:

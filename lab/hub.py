@@ -38,7 +38,7 @@ def require_login(name: str, needed: bool = True) -> None:
         raise UserError(
             f"{name} is no name of a repository ({error})", "Give NAME, or ORGANISATION/NAME"
         ) from error
-    if constants.is_offline_mode():
+    if constants.HF_HUB_OFFLINE:
         raise UserError("HF_HUB_OFFLINE keeps the Hub away", f"Unset it to upload to {name}")
     if not get_token():
         raise UserError(

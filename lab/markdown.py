@@ -8,13 +8,13 @@ from collections.abc import Iterable, Sequence
 def escaped(value: object) -> str:
     """A value as Markdown that shows it literally, on one line, in a table's cell, too.
 
-    Every ASCII punctuation character but the hyphen has a backslash before it, which CommonMark
-    takes away again; control characters, those that turn the direction of writing, and halves of
-    pairs become question marks.
+    Every ASCII punctuation character but hyphen and comma has a backslash before it, which
+    CommonMark takes away again. Control characters, those that turn the direction of writing, and
+    halves of pairs become question marks.
     """
-    text = "".join("?" if unicodedata.category(c)[0] == "C" else c for c in str(value))
-    text = " ".join(text.split())
-    return re.sub(r"([!-,./:-@\[-`{-~])", r"\\\1", text)
+    text = " ".join(str(value).split())
+    text = "".join("?" if unicodedata.category(c)[0] == "C" else c for c in text)
+    return re.sub(r"([!-+./:-@\[-`{-~])", r"\\\1", text)
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
