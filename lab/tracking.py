@@ -71,7 +71,7 @@ class Tracking:
         return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:
-        if kind:
+        if kind and issubclass(kind, Exception):  # a second Ctrl-C waits for nobody
             self.finish()
 
     def step(self, row: Mapping[str, Any]) -> None:
