@@ -36,8 +36,9 @@ from pathlib import Path
 
 from lab import console
 from lab.commandline import parse_arguments
-from lab.config import MACHINE, REPORT, WEIGHTS, check_fields, option
+from lab.config import MACHINE, REPORT, WEIGHTS
 from lab.errors import UserError, run_script
+from lab.options import check_fields, option
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@
   accelerate launch --config_file accelerate_configs/multi_gpu.yaml train.py --model alexnet
 
 The run's folder, runs/MODEL-DATASET, gets config.json, history.jsonl, steps.jsonl,
-best.safetensors, report.json, predictions.csv, report.html to look at and its plots/, and in
-state/ what it takes to go on.
+best.safetensors, report.json, predictions.csv, report.html to look at and its plots/, README.md
+(a model card), and in state/ what it takes to go on.
 """
 
 import shlex
@@ -40,7 +40,7 @@ def train(given: dict[str, Any]) -> tuple[int, RunDir]:
     # PyTorch takes seconds to import: --help and a mistyped option are answered before.
     import torch
 
-    from lab import checkpoint, finetune, keeper, rundir, states
+    from lab import card, checkpoint, finetune, hub, keeper, rundir, states, tracking
     from lab.data import DataConfig, load_splits
     from lab.data.augment import Preprocess
     from lab.data.loaders import build_loader
@@ -66,6 +66,9 @@ def train(given: dict[str, Any]) -> tuple[int, RunDir]:
     state = states.share(state)  # None: a new run
     if state:
         config = state.config(given)
+    with together(world):  # what would be missed only once the run is begun, or at its end
+        tracking.require_packages(config, needed=world.is_main_process)
+        hub.require_login(config.push_to_hub, needed=world.is_main_process)
 
     accelerator = build_accelerator(
         mixed_precision=config.mixed_precision,
@@ -115,12 +118,20 @@ def train(given: dict[str, Any]) -> tuple[int, RunDir]:
             keeper.require_room_for(trainer)
             run = rundir.start(config, writes=accelerator.is_main_process)
             run.begin(settings)
+        told = settings | {"selected_on": splits.selected_on}
+        tracked = tracking.Tracking(run, told, position.step)
+
+    def on_log(row: dict) -> None:
+        run.add_steps(row)
+        tracked.step(row)
+
     console.settings(
         f"{config.model} on {config.dataset}", overview(config, splits, place_line(accelerator))
     )
 
     with (
         Stopper(accelerator, began, config.max_hours, position.step) as stopper,
+        tracked,
         checkpoint.Writer() as writer,
         keeper.Keeper(run, writer, stopper, trainer, splits, position.step) as kept,
     ):
@@ -134,7 +145,7 @@ def train(given: dict[str, Any]) -> tuple[int, RunDir]:
                     train_loader,
                     position,
                     progress.update,
-                    run.add_steps,
+                    on_log,
                     partial(kept.after_step, best),
                 )
             if trained is None:
@@ -160,6 +171,7 @@ def train(given: dict[str, Any]) -> tuple[int, RunDir]:
                 best = row
                 best_weights.save(trainer.evaluated, about, row)
             run.add_epoch(row)
+            tracked.epoch(row, position.step)
             console.epoch_row(row, improved, splits.selected_on)
             if kept.after_epoch(position):
                 break
@@ -174,6 +186,7 @@ def train(given: dict[str, Any]) -> tuple[int, RunDir]:
             # The test split is read here, once, by the weights as their file holds them.
             best_weights.load(accelerator, trainer.evaluated)
     if kept.reason:
+        tracked.finish()
         return kept.goodbye(), run
     predictions = predict_all(accelerator, trainer.evaluated, test_loader)
     report = {
@@ -193,6 +206,10 @@ def train(given: dict[str, Any]) -> tuple[int, RunDir]:
         run.write_report(report)
         run.write_predictions(predictions.rows())
     finish(run, config, splits, predictions)
+    with together(accelerator):
+        card.write(run)
+    tracked.finish(report, position.step)
+    hub.upload(run, config.push_to_hub)
     run.unlock()
     return 0, run
 

@@ -8,8 +8,9 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from lab.config import MACHINE, flag
+from lab.config import MACHINE
 from lab.errors import UserError
+from lab.options import flag
 
 
 class _Parser(argparse.ArgumentParser):

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from lab import console
-from lab.config import flag, option
 from lab.errors import UserError
 from lab.finished import Run, read_run
 from lab.models import find_model
+from lab.options import flag, option
 from lab.rundir import write_atomically, writing
 
 RESAMPLES = 10_000

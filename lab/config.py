@@ -1,26 +1,17 @@
 """Every setting of a run: its unit, default, bounds and command-line flag."""
 
-import dataclasses
-import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from lab.errors import UserError
+from lab.options import check_fields, listed, option
 
 SCHEDULES = ("constant", "step", "cosine", "one-cycle")
 OPTIMIZERS = ("sgd", "nesterov", "adamw", "muon")
 AUGMENTATIONS = ("crop", "flip", "cutout")
+TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")  # each an extra of pyproject.toml, too
 EVAL_BATCH_SIZE = 100  # one for train.py and evaluate.py, so that they give the same last digit
 TIMEOUT_SECONDS, MONTH = 600, 30 * 24 * 3600
-
-
-def option(default: Any, group: str, text: str, **metadata: Any) -> Any:
-    """A dataclass field that is also a command-line flag: its `--help` group and text, its bounds.
-
-    `metadata`: `choices`, `low` and `high` (inclusive bounds), `above` (exclusive lower bound),
-    `from_recipe` (the recipe sets it), `metavar`.
-    """
-    return field(default=default, metadata={"group": group, "text": text, **metadata})
 
 
 TASK, TRAINING, MACHINE, OUTPUT = "what to train", "how to train", "where to run", "what to keep"
@@ -99,7 +90,8 @@ class TrainConfig:
         "decay a step of an average of the weights, which is then evaluated and kept; 0: off",
         low=0.0, high=0.999999, from_recipe=True)
     augment: str = option("none", TRAINING,
-        "`none`, or a list with commas of crop, flip, cutout", from_recipe=True)
+        "`none`, or a list with commas of crop, flip, cutout",
+        each_of=AUGMENTATIONS, from_recipe=True)
     init: str = option("default", TRAINING,
         "initial weights: PyTorch's default, or Kaiming normal",
         choices=("default", "kaiming"), from_recipe=True)
@@ -164,6 +156,12 @@ class TrainConfig:
         "replace an existing run of that --name")
     log_every: int = option(10, OUTPUT,
         "steps between lines of steps.jsonl", low=1, metavar="N")
+    tracker: str = option("", OUTPUT,
+        f"log to these, too, a list with commas of {', '.join(TRACKERS)}",
+        each_of=TRACKERS, metavar="LIST")
+    push_to_hub: str = option("", OUTPUT,
+        "upload the finished run to this repository of Hugging Face, made private where it is new",
+        metavar="NAME")
     quiet: bool = option(False, OUTPUT,
         "print the result only")
     debug: bool = option(False, OUTPUT,
@@ -172,14 +170,6 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        unknown = set(self.augmentations) - set(AUGMENTATIONS)
-        if unknown:
-            raise UserError(
-                f"--augment has no {', '.join(sorted(unknown))}",
-                f"Choose from {', '.join(AUGMENTATIONS)}, or none",
-            )
-        if len(set(self.augmentations)) < len(self.augmentations):
-            raise UserError(f"--augment {self.augment} repeats a name", "Name each once")
         if self.warmup_epochs >= self.epochs:
             raise UserError(
                 f"--warmup-epochs {self.warmup_epochs:g} fills all of --epochs {self.epochs}",
@@ -203,7 +193,7 @@ class TrainConfig:
     @property
     def augmentations(self) -> tuple[str, ...]:
         """The names in `augment`, in order."""
-        return tuple(n for n in self.augment.replace(" ", "").split(",") if n not in ("", "none"))
+        return listed(self.augment)
 
 
 WEIGHTS, REPORT = "what to evaluate", "what to write"
@@ -270,28 +260,3 @@ class EvalConfig:
             "limit_train" if self.split == "train" else "limit_eval": limit,
         }
         return {name: value for name, value in given.items() if value is not None}
-
-
-def flag(name: str) -> str:
-    """The command-line flag of a field: `--batch-size` of `batch_size`."""
-    return "--" + name.replace("_", "-")
-
-
-def check_fields(config: Any) -> None:
-    """Nothing; raises `UserError` for the first field outside its choices or bounds."""
-    for f in dataclasses.fields(config):
-        value, m = getattr(config, f.name), f.metadata
-        if value is None:
-            continue
-        if "choices" in m and value not in m["choices"]:
-            raise UserError(
-                f"{flag(f.name)} has no {value}", f"Choose from {', '.join(m['choices'])}"
-            )
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"{flag(f.name)} is {value}", "Give a finite number")
-        if "low" in m and value < m["low"]:
-            raise UserError(f"{flag(f.name)} {value} is too low", f"Give at least {m['low']}")
-        if "above" in m and value <= m["above"]:
-            raise UserError(f"{flag(f.name)} {value} is too low", f"Give more than {m['above']:g}")
-        if "high" in m and value > m["high"]:
-            raise UserError(f"{flag(f.name)} {value} is too high", f"Give at most {m['high']}")

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lab.config import option
 from lab.errors import UserError
+from lab.options import option
 from lab.rundir import CONFIG, HISTORY, PICTURES, PREDICTIONS, REPORT, STEPS
 
 if TYPE_CHECKING:

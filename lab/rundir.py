@@ -21,6 +21,7 @@ from lab.errors import UserError
 CONFIG, HISTORY, STEPS = "config.json", "history.jsonl", "steps.jsonl"
 BEST, REPORT, PREDICTIONS = "best.safetensors", "report.json", "predictions.csv"
 PICTURES, PLOTS, PAGE = "pictures.safetensors", "plots", "report.html"
+CARD, TRACKED = "README.md", "trackers.json"
 STATES, LOCK = "state", ".lock"
 
 # Seconds to wait for the lock: workers of a killed training, which hold it too, end within five.
@@ -43,6 +44,11 @@ class RunDir:
     def states(self) -> Path:
         """The folder of the states to resume from."""
         return self.path / STATES
+
+    @property
+    def pictures(self) -> list[Path]:
+        """The pictures that were drawn of it."""
+        return sorted((self.path / PLOTS).glob("*.png"))
 
     def lock(self) -> None:
         """Keeps other trainings out of the folder while this process lives.
@@ -92,7 +98,7 @@ class RunDir:
         self._cut(HISTORY, lambda row: row["epoch"] < epoch)
         self._cut(STEPS, lambda row: row["step"] <= step)
         with writing(self.path):
-            for name in (REPORT, PREDICTIONS, PICTURES, PAGE):
+            for name in (REPORT, PREDICTIONS, PICTURES, PAGE, CARD):
                 (self.path / name).unlink(missing_ok=True)
             if (self.path / PLOTS).exists():
                 shutil.rmtree(self.path / PLOTS)

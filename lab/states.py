@@ -25,10 +25,11 @@ from torch import Tensor
 
 from lab import console
 from lab.checkpoint import read_info, read_tensors, require_types
-from lab.config import TIMEOUT_SECONDS, TrainConfig, flag
+from lab.config import TIMEOUT_SECONDS, TrainConfig
 from lab.data import Splits
 from lab.engine import Position
 from lab.errors import UserError
+from lab.options import flag
 from lab.rundir import STATES, RunDir, sync, write_atomically, writing
 
 TENSORS, ABOUT = "tensors.safetensors", "state.json"
@@ -65,7 +66,7 @@ RESUMABLE = (
     "epochs", "max_steps", "patience", "max_hours", "on_nonfinite", "data_dir",
     "accumulate", "mixed_precision", "sync_bn", "deterministic", "compile",  # another device's
     "loader", "workers", "threads", "timeout_seconds", "save_every", "keep_states", "output_dir",
-    "name", "resume", "log_every", "quiet", "debug",
+    "name", "resume", "log_every", "tracker", "push_to_hub", "quiet", "debug",
 )  # fmt: skip
 
 
@@ -93,6 +94,7 @@ class State:
                 )
         changed = {name: value for name, value in given.items() if name in RESUMABLE}
         place = {"output_dir": str(self.run.path.parent), "name": self.run.path.name, "resume": ""}
+        place["push_to_hub"] = given.get("push_to_hub", "")  # never because a file says so
         place["timeout_seconds"] = given.get("timeout_seconds", TIMEOUT_SECONDS)  # of this world
         config = TrainConfig(**stored | changed | place)
         if config.epochs < self.about["position"]["epoch"]:

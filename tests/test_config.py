@@ -9,9 +9,10 @@ import typing
 import pytest
 
 from lab.commandline import parse_arguments
-from lab.config import EvalConfig, TrainConfig, flag
+from lab.config import EvalConfig, TrainConfig
 from lab.data import DATASETS
 from lab.models import MODELS
+from lab.options import flag
 from lab.recipes import RECIPES, resolve
 
 FIELDS = {
@@ -20,6 +21,7 @@ FIELDS = {
 # Another valid value than the default of each field where adding one to it gives none.
 OTHER = {
     "augment": "crop,flip",
+    "tracker": "tensorboard,mlflow",
     "recipe": "notebook",
     "model": "alexnet",
     "dataset": "digits",
@@ -216,6 +218,7 @@ PUBLISHED = {
     "batch_size": 128,
     "max_steps": 0,
     "accumulate": 1,
+    "dropout": -1,
     "optimizer": "sgd",
     "lr": 0.01,
     "momentum": 0.9,

@@ -19,7 +19,7 @@ from lab.evaluation import Predictions, predict_all
 
 RUN_FILES = {
     "config.json", "history.jsonl", "steps.jsonl", "best.safetensors", "report.json",
-    "predictions.csv", "pictures.safetensors", "state",
+    "predictions.csv", "pictures.safetensors", "README.md", "state",
 }  # fmt: skip
 HISTORY = [
     "epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "val_macro_f1",

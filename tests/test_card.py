@@ -1,0 +1,162 @@
+"""The model card: metadata that the Hub takes, the run's exact numbers; names steer nothing."""
+
+import json
+import re
+import shlex
+from html import unescape
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
+from PIL import Image
+
+from lab import card
+from lab.commandline import parse_arguments
+from lab.config import TrainConfig
+from lab.errors import UserError
+from lab.markdown import code, escaped
+from lab.recipes import resolve
+
+EVIL = (
+    "a|b", "<script>x</script>", "[x](http://x.yz)", "---\nlicense: mit\n---", "*`_~", "\u202ex",
+    "\udc80", "# h", "é 猫", "$x$",
+)  # fmt: skip
+
+
+def change(path, **values):
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+def test_every_run_has_a_card_with_valid_metadata_and_the_exact_numbers(finished):
+    content, report = (finished / "README.md").read_text(), read(finished / "report.json")
+    assert content == card.card(finished)  # from the files alone, the same again
+    found = ModelCard(content)
+    results = {(r.metric_type, r.metric_name): r for r in found.data.eval_results}
+    assert results["accuracy", None].metric_value == report["accuracy"]
+    assert results["f1", "macro-F1"].metric_value == report["macro_f1"]
+    assert {(r.dataset_name, r.dataset_split) for r in results.values()} == {("digits", "test")}
+    data = found.data.to_dict()
+    assert data["pipeline_tag"] == "image-classification"
+    assert {"lenet5", "pytorch"} <= set(data["tags"])
+    assert "license" not in data
+    assert "datasets" not in data  # the bundled digits are none of the Hub's
+    for row in report["per_class"]:
+        numbers = [f"{row[key]:.4f}" for key in ("precision", "recall", "f1")]
+        assert " | ".join(["", row["class"], *numbers, f"{row['support']} |"]).strip() in content
+    right = sum(row[k] for k, row in enumerate(report["confusion_matrix"]))
+    assert f"A part of the test split, 100 samples, each counted exactly once: {right}" in content
+    assert "on the validation split; the test split was read once" in content
+    assert "optimistic" not in content
+    assert "confusion_matrix.png" not in content
+    assert str(finished.parent) not in content
+
+
+def test_a_data_set_of_the_hub_is_named_as_there(copied):
+    change(copied / "config.json", dataset="cifar10")
+    data = ModelCard(card.card(copied)).data
+    assert data.datasets == ["uoft-cs/cifar10"]
+    assert data.eval_results[0].dataset_type == "uoft-cs/cifar10"
+
+
+def test_p6_a_card_says_what_the_epoch_was_chosen_on(copied):
+    change(copied / "report.json", selected_on="test")
+    change(copied / "config.json", recipe="notebook")
+    text = card.card(copied)
+    assert "on this same test split (the protocol of the recipe notebook)" in text
+    assert "these numbers are optimistic.**" in text
+    assert "read once" not in text
+
+
+def test_the_matrix_is_shown_where_it_was_drawn(copied):
+    (copied / "plots").mkdir()
+    Image.new("RGB", (4, 4)).save(copied / "plots" / "confusion_matrix.png")
+    assert "](plots/confusion_matrix.png)" in card.card(copied)
+
+
+def test_names_steer_neither_yaml_nor_markdown(copied):
+    report = read(copied / "report.json")
+    for row, name in zip(report["per_class"], EVIL, strict=True):
+        row["class"] = name
+    change(copied / "report.json", per_class=report["per_class"], class_names=list(EVIL))
+    path = copied.rename(copied.with_name("---\nlicense: 'x'\n---\n# [r](s)"))
+    card.main([str(path)])
+    text = (path / "README.md").read_text(encoding="utf-8")
+    found = ModelCard(text)
+    assert found.data.model_name == path.name
+    assert found.data.license is None
+    html = MarkdownIt("commonmark").enable("table").render(found.text)
+    assert "<a " not in html
+    assert "<script" not in html
+    assert "\u202e" not in html
+    assert html.count("<h1>") == 1
+    assert "<h1>--- license: 'x' --- # [r](s)</h1>" in html
+    cells = re.findall(r"<tr>\s*<td>(.*)</td>(?:\s*<td .*>[0-9.]+</td>){4}\s*</tr>", html)
+    shown = [unescape(cell) for cell in cells]
+    assert shown == [*EVIL[:3], "--- license: mit ---", EVIL[4], "?x", "?", *EVIL[7:]]
+
+
+def test_escaped_markdown_shows_the_value():
+    assert escaped("a_b*c <i>\n`x`") == r"a\_b\*c \<i\> \`x\`"
+    assert escaped("cat-dog, 2") == "cat-dog, 2"
+    assert code("``` x", "sh") == "````sh\n``` x\n````"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--dataset digits",
+        "--dataset digits --recipe smoke --limit-train 100 --epochs 7 --seed 3 --max-steps 0",
+        "--model alexnet --recipe notebook --no-decay-biases --augment none --lr 0.002 --compile",
+        "--model efficientnet --pretrained --freeze backbone --image-size 64 --warmup-epochs 2.5",
+        "--model torchvision:resnet18 --dataset folder --data-dir /home/me/cats --name x --quiet",
+        "--model vit --init-from /home/me/runs/vit --tracker wandb --push-to-hub x --threads 2",
+    ],
+)
+def test_the_command_of_a_card_gives_the_same_settings(words):
+    config = resolve(parse_arguments(TrainConfig, shlex.split(words), prog="x", about="x"))
+    text = card.command(config)
+    assert "/home/me" not in text
+    python, script, *again = shlex.split(text)
+    assert (python, script) == ("python", "train.py")
+    found = resolve(parse_arguments(TrainConfig, again, prog="x", about="x"))
+    left_out = set(card.ELSEWHERE) - {"model", "dataset", "recipe"}
+    for name in TrainConfig.__dataclass_fields__.keys() - left_out:
+        assert getattr(found, name) == getattr(config, name), name
+    assert bool(found.init_from) == bool(config.init_from)
+
+
+def test_a_card_goes_where_a_run_goes_on(copied):
+    from lab.rundir import RunDir
+
+    RunDir(copied).go_on(read(copied / "config.json"), 3, 9)
+    assert not (copied / "README.md").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("report.json", None, "is not a finished run: it has no report.json"),
+        ("report.json", "{}", "is damaged"),
+        ("report.json", "[1]", "is damaged"),
+        ("config.json", '{"lr": "x"}', "is damaged"),
+        ("history.jsonl", "x\n", "is damaged"),
+    ],
+)
+def test_p7_what_is_no_finished_run_gets_no_card(copied, name, content, message):
+    (copied / name).unlink()
+    if content is not None:
+        (copied / name).write_text(content)
+    (copied / "README.md").write_text("before")
+    with pytest.raises(UserError, match=message):
+        card.main([str(copied)])
+    assert (copied / "README.md").read_text() == "before"
+
+
+def test_metadata_stands_alone_as_yaml(finished):
+    _, metadata, _ = (finished / "README.md").read_text().split("---\n", 2)
+    assert yaml.safe_load(metadata)["model-index"][0]["name"] == "run"

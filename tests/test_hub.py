@@ -1,0 +1,154 @@
+"""Uploads: through huggingface_hub's own client, to a server of this machine that stands in."""
+
+import base64
+import json
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+
+import pytest
+from huggingface_hub import constants
+from PIL import Image
+from resuming import LENET, start
+
+import train
+from lab import hub
+from lab.errors import UserError, run_script
+from lab.rundir import RunDir
+
+
+class Handler(BaseHTTPRequestHandler):
+    """What of the Hub's interface an upload meets."""
+
+    def do_POST(self):
+        server = self.server
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.headers["Authorization"] != "Bearer hf_right":
+            return self.answer(401, {"error": "Invalid username or password."})
+        if self.path == "/api/repos/create":
+            server.created.append(json.loads(body))
+            return self.answer(200, {"url": f"{server.url}/me/{server.created[-1]['name']}"})
+        if self.path.endswith("/preupload/main"):
+            files = json.loads(body)["files"]
+            modes = [
+                {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files
+            ]
+            return self.answer(200, {"files": modes})
+        if self.path == "/api/validate-yaml":  # the Hub looks at the card before it takes it
+            server.checked.append(json.loads(body)["content"])
+            return self.answer(200, {"warnings": [], "errors": []})
+        assert self.path == "/api/models/me/digits/commit/main"
+        for line in body.splitlines():
+            entry = json.loads(line)
+            if entry["key"] == "file":
+                value = entry["value"]
+                server.files[value["path"]] = base64.b64decode(value["content"])
+        self.answer(200, {"commitUrl": f"{server.url}/me/digits/commit/0", "commitOid": "0"})
+
+    def answer(self, status, content):
+        text = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch, tmp_path):
+    """The stand-in, with the login that it takes; it has `created` and `files`."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.url = f"http://127.0.0.1:{server.server_port}"
+    server.created, server.checked, server.files = [], [], {}
+    thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    monkeypatch.setenv("HF_TOKEN", "hf_right")
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+UPLOADED = {"best.safetensors", "config.json", "report.json", "README.md"}
+
+
+def test_a_run_is_uploaded_without_states_and_predictions(copied, server, capsys):
+    (copied / "plots").mkdir()
+    Image.new("RGB", (4, 4)).save(copied / "plots" / "confusion_matrix.png")
+    (copied / "plots" / "notes.txt").write_text("mine")
+    hub.main([str(copied), "digits"])
+    # Clients of before huggingface_hub 2 say it in the other way.
+    [created] = server.created
+    assert created.get("visibility") == "private" or created.get("private") is True
+    assert created["name"] == "digits"
+    assert server.files.keys() == UPLOADED | {"plots/confusion_matrix.png"}
+    for name, content in server.files.items():
+        assert content == (copied / name).read_bytes(), name
+    assert server.checked == [(copied / "README.md").read_text()]
+    assert capsys.readouterr().out == f"uploaded: {server.url}/me/digits\n"
+
+
+def test_a_training_ends_with_its_upload(tmp_path, server, capsys):
+    words = [*LENET, "--epochs", "1", "--push-to-hub", "digits"]
+    assert run_script(lambda: start(tmp_path, *words)) == 0
+    assert server.files.keys() == UPLOADED
+    assert server.files["report.json"] == (tmp_path / "run" / "report.json").read_bytes()
+    assert capsys.readouterr().err == ""
+
+
+def test_an_upload_that_fails_is_a_warning_with_the_command_to_try_again(
+    copied, server, monkeypatch, capfd
+):
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    hub.upload(RunDir(copied), "digits")
+    error = capfd.readouterr().err
+    assert error.startswith(f"warning: {copied} could not be uploaded (")
+    assert error.endswith(f"Try again: python -m lab.hub {copied} digits.\n")
+    assert error.count("\n") == 1
+    assert server.files == {}
+    # By that command it is an error.
+    with pytest.raises(UserError, match="could not be uploaded"):
+        hub.main([str(copied), "digits"])
+
+
+def test_only_the_main_process_uploads(copied, server):
+    hub.upload(RunDir(copied, writes=False), "digits")
+    hub.upload(RunDir(copied), "")
+    assert server.created == []
+
+
+def test_a_run_that_is_not_finished_is_not_uploaded(copied, server):
+    (copied / "report.json").unlink()
+    with pytest.raises(UserError, match=r"has no report\.json"):
+        hub.main([str(copied), "digits"])
+    with pytest.raises(UserError, match="there is no run"):
+        hub.main([str(copied / "other"), "digits"])
+    assert server.created == []
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "message"),
+    [
+        ("digits", "no token", "there is no login to upload to digits with. Run hf auth login, "
+                               "or set HF_TOKEN."),
+        ("digits", "offline", "HF_HUB_OFFLINE keeps the Hub away. Unset it to upload to digits."),
+        ("a/b/c", "", "a/b/c is no name of a repository"),
+    ],
+)  # fmt: skip
+def test_p7_what_would_fail_at_the_end_is_told_at_the_start(
+    fails, server, monkeypatch, name, setting, message
+):
+    if setting == "no token":
+        monkeypatch.delenv("HF_TOKEN")
+        monkeypatch.delenv("HUGGING_FACE_HUB_TOKEN", raising=False)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", setting == "offline")
+    words = ["--dataset", "digits", "--threads", "1", "--push-to-hub", name]
+    assert fails(train, *words).startswith(message)
+    assert server.created == []
