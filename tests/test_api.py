@@ -3,6 +3,7 @@
 import csv
 import json
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -169,3 +170,16 @@ def test_what_the_package_offers_is_there():
     assert all(callable(getattr(lab, name)) for name in lab.__all__)
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         lab.nothing  # noqa: B018
+
+
+def test_the_code_in_readme_works(tmp_path, monkeypatch, images, capsys):
+    readme = (Path(lab.__file__).parents[1] / "README.md").read_text()
+    code = readme.split("```python\n", 1)[1].split("```", 1)[0]
+    assert code.startswith("import lab")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "PICTURES").mkdir()
+    for i, image in enumerate(images):
+        Image.fromarray(image[0].numpy()).save(tmp_path / "PICTURES" / f"{i}.png")
+    exec(code.replace("epochs=3", "epochs=1, **SMALL"), {"SMALL": {"threads": 1, "quiet": True}})
+    printed = capsys.readouterr().out
+    assert "tensor([[" in printed
