@@ -26,7 +26,7 @@ LEVELS = [
         "recipes",
     },
     {"models", "data", "optim", "rundir"},
-    {"metrics", "distributed", "tables", "commandline", "stopping"},
+    {"metrics", "distributed", "tables", "commandline", "stopping", "tta"},
     {"config", "memory"},
     {"errors"},
     {"console"},

@@ -20,6 +20,7 @@ FIELDS = {
 # Another valid value than the default of each field where adding one to it gives none.
 OTHER = {
     "augment": "crop,flip",
+    "mix_alpha": 0.5,
     "recipe": "notebook",
     "model": "alexnet",
     "dataset": "digits",
@@ -227,6 +228,7 @@ PUBLISHED = {
     "lr_gamma": 0.5,
     "clip_norm": 0.0,
     "ema": 0.0,
+    "mix_alpha": 1.0,
     "init": "default",
     "select_by": "accuracy",
     "seed": 42,
