@@ -3,6 +3,7 @@
   python evaluate.py runs/lenet5-mnist                   the test split of what it was trained on
   python evaluate.py best.safetensors --split val        another split, from the file alone
   python evaluate.py best.safetensors --dataset folder --data-dir PICTURES --split all
+  python evaluate.py runs/alexnet-cifar10 --tta flip     ... and with mirror images, reported apart
   accelerate launch --config_file accelerate_configs/multi_gpu.yaml evaluate.py runs/lenet5-mnist
 
 Writes report.json and predictions.csv. The numbers do not depend on the number of processes.
@@ -56,9 +57,11 @@ def main(argv: list[str] | None = None) -> None:
         checkpoint.require_same_classes(path, about, split)
         plain = Preprocess(about["mean"], about["std"], (), accelerator.device)
         loader = build_loader(split, plain, batch_size=config.batch_size, seed=None, **place)
-        output = rundir.evaluation_dir(
-            path, config.split, config.output, accelerator.is_main_process
-        )
+        writes = accelerator.is_main_process
+        outputs = {  # the plain result comes first, whatever else is asked for
+            tta: rundir.evaluation_dir(path, config.split, config.output, writes, tta)
+            for tta in dict.fromkeys(("none", config.tta))
+        }
     if config.same_samples and fingerprint != about["fingerprints"].get(config.split):
         console.warn(
             f"the {config.split} split has changed since the training (files added, removed or "
@@ -72,24 +75,30 @@ def main(argv: list[str] | None = None) -> None:
         },
     )
     network = lay_out(network, model, accelerator.device)
-    predictions = predict_all(accelerator, network, loader)
-    report = {
-        "split": config.split,
-        **predictions.report(),
-        "best_epoch": about["best_epoch"],
-        "selected_on": about["selected_on"],
-    }
-    tables.class_table(report)
-    tables.confusion_matrix(report)
-    console.report(
-        report,
-        title=f"{model} on {data.dataset}",
-        files={"weights": str(path), "report": str(output.path)},
-        note=caveat(config.split, None if config.other_data else about["selected_on"]),
-    )
-    with together(accelerator):
-        output.write_report(report)
-        output.write_predictions(predictions.rows())
+    for tta, output in outputs.items():
+        predictions = predict_all(accelerator, network, loader, tta)
+        report = {
+            "split": config.split,
+            **predictions.report(),
+            "best_epoch": about["best_epoch"],
+            "selected_on": about["selected_on"],
+        }
+        title = f"{model} on {data.dataset}"
+        if tta == "none":
+            tables.class_table(report)
+            tables.confusion_matrix(report)
+        else:
+            report["tta"] = tta
+            title += f", apart: mean over each picture and its mirror image (--tta {tta})"
+        console.report(
+            report,
+            title=title,
+            files={"weights": str(path), "report": str(output.path)},
+            note=caveat(config.split, None if config.other_data else about["selected_on"]),
+        )
+        with together(accelerator):
+            output.write_report(report)
+            output.write_predictions(predictions.rows())
     accelerator.end_training()
 
 

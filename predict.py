@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from lab import console, tables
 from lab.commandline import parse_arguments
-from lab.config import MACHINE, REPORT, WEIGHTS
+from lab.config import MACHINE, REPORT, TTA, WEIGHTS
 from lab.errors import UserError, run_script
 from lab.options import check_fields, option
 
@@ -31,6 +31,8 @@ class PredictConfig:
     json: str = option("", REPORT,
         "a JSON object a line, into this file; - is standard output", metavar="FILE")
     csv: str = option("", REPORT, "the same as CSV", metavar="FILE")
+    tta: str = option("none", WEIGHTS,
+        "flip: the mean softmax of each picture and its mirror image", choices=TTA)
     batch_size: int = option(100, MACHINE, "pictures a forward pass", low=1)
     device: str = option("auto", MACHINE,
         "auto: an accelerator where there is one", choices=("auto", "cpu"))
@@ -82,6 +84,7 @@ def main(argv: list[str] | None = None) -> int:
             batch_size=config.batch_size,
             num_workers=place["num_workers"],
             top_k=config.top_k,
+            tta=config.tta,
             on_batch=progress.update,
         )
     failed = [one for one in found if one.error]

@@ -87,7 +87,9 @@ def train(given: dict[str, Any]) -> tuple[int, RunDir]:
             splits = load_splits(DataConfig.of(config), place["memory"], torch.get_num_threads())
         if state:
             state.require_same_data(splits)
-        augment = Preprocess(splits.mean, splits.std, config.augmentations, accelerator.device)
+        augment = Preprocess(
+            splits.mean, splits.std, config.augmentations, accelerator.device, config.mix_alpha
+        )
         plain = Preprocess(splits.mean, splits.std, (), accelerator.device)
         train_loader = build_loader(
             splits.train, augment, batch_size=config.batch_size, seed=config.seed, **place

@@ -8,7 +8,8 @@ from lab.options import check_fields, listed, option
 
 SCHEDULES = ("constant", "step", "cosine", "one-cycle")
 OPTIMIZERS = ("sgd", "nesterov", "adamw", "muon")
-AUGMENTATIONS = ("crop", "flip", "cutout")
+AUGMENTATIONS = ("crop", "flip", "cutout", "random-augment", "mixup", "cutmix")
+TTA = ("none", "flip")
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")  # each an extra of pyproject.toml, too
 EVAL_BATCH_SIZE = 100  # one for train.py and evaluate.py, so that they give the same last digit
 TIMEOUT_SECONDS, MONTH = 600, 30 * 24 * 3600
@@ -90,8 +91,11 @@ class TrainConfig:
         "decay a step of an average of the weights, which is then evaluated and kept; 0: off",
         low=0.0, high=0.999999, from_recipe=True)
     augment: str = option("none", TRAINING,
-        "`none`, or a list with commas of crop, flip, cutout",
+        "`none`, or a list with commas of crop, flip, cutout, random-augment, mixup, cutmix",
         each_of=AUGMENTATIONS, from_recipe=True)
+    mix_alpha: float = option(1.0, TRAINING,
+        "mixup and cutmix, of which a batch takes one: its share is drawn from Beta(A, A)",
+        above=0.0, high=100.0, metavar="A", from_recipe=True)
     init: str = option("default", TRAINING,
         "initial weights: PyTorch's default, or Kaiming normal",
         choices=("default", "kaiming"), from_recipe=True)
@@ -215,6 +219,8 @@ class EvalConfig:
         "where it lies; if not given, where it lay in training", metavar="DIR")
     limit_eval: int | None = option(None, WEIGHTS,
         "evaluate this many samples; 0: all; if not given, as in training", low=0, metavar="N")
+    tta: str = option("none", WEIGHTS,
+        "flip: also with each picture's mirror image, reported apart", choices=TTA)
     batch_size: int = option(EVAL_BATCH_SIZE, MACHINE,
         "samples a forward pass; changes no count", low=1)
     mixed_precision: str = option("auto", MACHINE,

@@ -46,6 +46,7 @@ class Trained:
     """What an epoch of training gave; means are over its samples, of all processes."""
 
     # As trained on: label smoothing, augmentation and dropout included; not auxiliary classifiers.
+    # Of mixed pictures, the accuracy is that of the label with the larger share.
     loss: float
     accuracy: float
     learning_rate: float  # of the last step
@@ -172,7 +173,8 @@ def train_one_epoch(
 def train_step(trainer: Trainer, batch: Batch) -> Tensor | None:
     """One optimizer step; this process's [sum of losses, number of hits], float32 on the device.
 
-    Both are of the logits alone; auxiliary classifiers add to what is minimised.
+    A mixed picture's loss is that of its two labels by their shares, and the label with the larger
+    one is to hit. Both are of the logits alone; auxiliary classifiers add to what is minimised.
 
     With `on_nonfinite` "skip", None where a gradient was not finite: nothing was changed then.
 
@@ -190,17 +192,20 @@ def train_step(trainer: Trainer, batch: Batch) -> Tensor | None:
     for i in range(num_parts):
         part = shard(len(batch.labels), i, num_parts)
         images, labels = batch.images[part], batch.labels[part]
+        partners = None if batch.partners is None else batch.partners[part]
         last = i == num_parts - 1
         with nullcontext() if last else accelerator.no_sync(trainer.model):
             outputs = trainer.model(images)
             logits, *auxiliary = outputs if isinstance(outputs, tuple) else (outputs,)
-            loss = loss_sum(logits, labels, config)
+            loss = loss_sum(logits, labels, partners, batch.share, config)
             total = loss
             for other in auxiliary:
                 weight = cast(float, trainer.network.auxiliary_weight)
-                total = total + weight * loss_sum(other, labels, config)
+                loss_of_other = loss_sum(other, labels, partners, batch.share, config)
+                total = total + weight * loss_of_other
             accelerator.backward(total * scale)
-        sums = sums + torch.stack((loss.detach(), (logits.argmax(1) == labels).sum()))
+        wanted = labels if partners is None or batch.share >= 0.5 else partners
+        sums = sums + torch.stack((loss.detach(), (logits.argmax(1) == wanted).sum()))
     if skips and not accelerator.scaler:
         # Of all processes together, so that they agree; reading it waits for the device.
         gradients = [p.grad for p in trainer.network.parameters() if p.grad is not None]
@@ -224,10 +229,18 @@ def _undo(trainer: Trainer, buffers: list[Tensor]) -> None:
         buffer.copy_(before)
 
 
-def loss_sum(logits: Tensor, labels: Tensor, config: TrainConfig) -> Tensor:
-    """The sum of the samples' cross-entropies."""
-    smoothing = config.label_smoothing
-    return F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
+def loss_sum(
+    logits: Tensor, labels: Tensor, partners: Tensor | None, share: float, config: TrainConfig
+) -> Tensor:
+    """The sum of the samples' cross-entropies; of mixed ones, that of both labels by `share`."""
+
+    def with_labels(labels: Tensor) -> Tensor:
+        smoothing = config.label_smoothing
+        return F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
+
+    if partners is None:
+        return with_labels(labels)
+    return share * with_labels(labels) + (1 - share) * with_labels(partners)
 
 
 def seed_dropout(seed: int, device: torch.device) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lab.data.loaders import Loader
 from lab.metrics import report
+from lab.tta import outputs
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,12 @@ class Predictions:
 
 
 @torch.no_grad()
-def predict_all(accelerator: Accelerator, network: nn.Module, loader: Loader) -> Predictions:
+def predict_all(
+    accelerator: Accelerator, network: nn.Module, loader: Loader, tta: str = "none"
+) -> Predictions:
     """The predictions for a whole split, gathered across processes by the samples' index.
 
+    `tta` "flip": of each picture and its mirror image together (`lab.tta`).
     `network` is the plain one: processes may have different numbers of batches, and
     DistributedDataParallel's forward would wait for its peers. A sample that was not seen, or seen
     twice, raises AssertionError.
@@ -50,7 +54,7 @@ def predict_all(accelerator: Accelerator, network: nn.Module, loader: Loader) ->
     table = torch.zeros(5, loader.plan.num_samples, device=accelerator.device)
     with accelerator.autocast():  # around all batches: weights are converted once
         for batch in loader.batches():
-            logits = network(batch.images).float()
+            logits = outputs(network, batch.images, tta)
             losses = F.cross_entropy(logits, batch.labels, reduction="none")
             confidence, predictions = logits.softmax(1).max(1)
             columns = (torch.ones_like(losses), batch.labels, predictions, confidence, losses)

@@ -23,6 +23,7 @@ from lab.data.folder import decode, pictures
 from lab.data.loaders import begin_worker, shard
 from lab.errors import UserError
 from lab.rundir import write_atomically
+from lab.tta import outputs
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,7 @@ def classify(
     batch_size: int,
     num_workers: int,
     top_k: int,
+    tta: str = "none",
     on_batch: Callable[[int, float], None] = lambda *_: None,
 ) -> list[Classified]:
     """One entry a path, in their order, the same on every process.
@@ -115,7 +117,7 @@ def classify(
             seen += len(positions) + len(errors)
             if positions:
                 images = preprocess(images.to(device, non_blocking=True))
-                top = network(images).float().softmax(1).topk(top_k)
+                top = outputs(network, images, tta).softmax(1).topk(top_k)
                 rows = torch.stack((top.values, top.indices.float()), 1)
                 table[torch.tensor(positions, device=device)] = rows
             on_batch(seen, seen / (time.perf_counter() - start))

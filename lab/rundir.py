@@ -173,9 +173,16 @@ def start(config: TrainConfig, writes: bool) -> RunDir:
     return run
 
 
-def evaluation_dir(weights: Path, split: str, output: str, writes: bool) -> RunDir:
-    """The folder of an evaluation's files: `output`, or evaluate-SPLIT beside the weights."""
+def evaluation_dir(
+    weights: Path, split: str, output: str, writes: bool, tta: str = "none"
+) -> RunDir:
+    """The folder of an evaluation's files: `output`, or evaluate-SPLIT beside the weights.
+
+    With test-time augmentation it is one beside that, whose name ends in -tta-`tta`.
+    """
     path = Path(output) if output else weights.parent / f"evaluate-{split}"
+    if tta != "none":
+        path = Path(f"{os.path.abspath(path) if output else path}-tta-{tta}")
     if writes:
         with writing(path):
             path.mkdir(parents=True, exist_ok=True)

@@ -32,7 +32,7 @@ LEVELS = [
     },
     {"finished"},
     {"models", "data", "optim", "rundir"},
-    {"metrics", "distributed", "tables", "commandline", "stopping", "markdown"},
+    {"metrics", "distributed", "tables", "commandline", "stopping", "markdown", "tta"},
     {"config", "memory", "muon"},
     {"options"},
     {"errors"},

@@ -22,6 +22,7 @@ FIELDS = {
 OTHER = {
     "augment": "crop,flip",
     "tracker": "tensorboard,mlflow",
+    "mix_alpha": 0.5,
     "recipe": "notebook",
     "model": "alexnet",
     "dataset": "digits",
@@ -230,6 +231,7 @@ PUBLISHED = {
     "lr_gamma": 0.5,
     "clip_norm": 0.0,
     "ema": 0.0,
+    "mix_alpha": 1.0,
     "init": "default",
     "select_by": "accuracy",
     "seed": 42,

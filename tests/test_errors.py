@@ -50,8 +50,10 @@ HELP = "See `python train.py --help`."
         ("--optimizer adam", "--optimizer has no adam. Choose from sgd, nesterov, adamw, muon."),
         (
             "--augment crop,rotate",
-            "--augment has no rotate. Choose from crop, flip, cutout, or none.",
+            "--augment has no rotate. "
+            "Choose from crop, flip, cutout, random-augment, mixup, cutmix, or none.",
         ),
+        ("--augment mixup --mix-alpha 0", "--mix-alpha 0.0 is too low. Give more than 0."),
         ("--name a/b", "--name a/b is a path. Give the folder with --output-dir."),
         ("--name ..", "--name .. is a path. Give the folder with --output-dir."),
         ("--image-size 27", "lenet5 cannot take images of 27 pixels. Give 28 or more."),

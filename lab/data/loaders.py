@@ -29,6 +29,10 @@ class Batch:
     labels: Tensor  # int64 [n]
     index: Tensor  # int64 [n], positions in the split
     num_global: int  # samples of the batch over all processes
+    # Where batches are mixed: the labels of the samples mixed in, int64 [n], and the share of each
+    # sample's own.
+    partners: Tensor | None = None
+    share: float = 1.0
 
 
 def permutation(num_samples: int, seed: int, epoch: int) -> Tensor:
@@ -47,6 +51,9 @@ def fold(*numbers: int) -> int:
 def shard(num_items: int, rank: int, world_size: int) -> slice:
     """A process's part of `num_items`: consecutive, sizes differing by at most one, none padded."""
     return slice(-(-num_items * rank // world_size), -(-num_items * (rank + 1) // world_size))
+
+
+Cut = tuple[int, int, int]  # start and stop in an epoch's order, samples of the global batch
 
 
 @dataclass(frozen=True)
@@ -75,8 +82,8 @@ class Plan:
             return torch.arange(self.num_samples)
         return permutation(self.num_samples, self.seed, epoch)
 
-    def cuts(self, first: int = 0) -> Iterator[tuple[int, int, int]]:
-        """(start, stop, num_global) in `order` of this process's batches, from batch `first`."""
+    def cuts(self, first: int = 0) -> Iterator[Cut]:
+        """This process's part of each batch, from batch `first` on."""
         batches = range(first, self.num_batches)
         if self.seed is None:
             batches = range(self.num_batches)[shard(self.num_batches, self.rank, self.world_size)]
@@ -88,6 +95,18 @@ class Plan:
                 part = shard(num_global, self.rank, self.world_size)
             yield start + part.start, start + part.stop, num_global
 
+    def positions(self, order: Tensor, cut: Cut, mixes: bool) -> Tensor:
+        """Positions in the split of a cut's samples, int64 [n].
+
+        Where they are to be mixed, int64 [n + 1], or [0] of none: the sample that the first is
+        mixed with comes before it, as it does in the global batch, whose first has its last.
+        """
+        start, stop, num_global = cut
+        if start == stop or not mixes:
+            return order[start:stop]
+        before = start - 1 if start % self.batch_size else start + num_global - 1
+        return torch.cat((order[before : before + 1], order[start:stop]))
+
 
 class ResidentLoader:
     """Batches cut from a split that lies on the device: no workers, no per-sample Python."""
@@ -98,16 +117,17 @@ class ResidentLoader:
         self.class_names = split.class_names
         self.images = split.images.to(device)
         self.labels = split.labels.to(device)
+        self.mixer = preprocess.mixer if plan.seed is not None else None
 
     def batches(self, epoch: int = 0, first: int = 0) -> Iterator[Batch]:
         """This process's part of each batch of an epoch, from batch `first` on."""
         order = self.plan.order(epoch).to(self.device)
         bits = _epoch_bits(self.plan, self.preprocess, epoch, self.device)
-        for start, stop, num_global in self.plan.cuts(first):
-            index = order[start:stop]
+        for cut in self.plan.cuts(first):
+            index = self.plan.positions(order, cut, self.mixer is not None)
             images = self.images.index_select(0, index)  # indexing's result, in less time
             images = self.preprocess(images, None if bits is None else bits[index])
-            yield Batch(images, self.labels[index], index, num_global)
+            yield _finished(self, images, index, epoch, cut)
 
 
 class StreamingLoader:
@@ -128,7 +148,8 @@ class StreamingLoader:
         self.plan, self.preprocess, self.device = plan, preprocess, device
         self.class_names = split.class_names
         self.labels = split.labels.to(device)
-        self.sampler = _BatchSampler(plan)
+        self.mixer = preprocess.mixer if plan.seed is not None else None
+        self.sampler = _BatchSampler(plan, self.mixer is not None)
         self.reader = DataLoader(
             BatchDataset(split.images),
             sampler=self.sampler,
@@ -145,15 +166,13 @@ class StreamingLoader:
         self.sampler.epoch, self.sampler.first = epoch, first
         bits = _epoch_bits(self.plan, self.preprocess, epoch, self.device)
         order = self.plan.order(epoch).to(self.device)
-        for (start, stop, num_global), images in zip(
-            self.plan.cuts(first), self.reader, strict=True
-        ):
+        for cut, images in zip(self.plan.cuts(first), self.reader, strict=True):
             if isinstance(images, UserError):  # no other process reads this picture
                 raise UserError(images.what, images.hint, lone=True)
-            index = order[start:stop]
+            index = self.plan.positions(order, cut, self.mixer is not None)
             images = images.to(self.device, non_blocking=True)
             images = self.preprocess(images, None if bits is None else bits[index])
-            yield Batch(images, self.labels[index], index, num_global)
+            yield _finished(self, images, index, epoch, cut)
 
 
 Loader = ResidentLoader | StreamingLoader
@@ -165,6 +184,17 @@ def _epoch_bits(
     if plan.seed is None or not preprocess.augment:
         return None
     return random_bits(plan.seed, epoch, plan.num_samples, device)
+
+
+def _finished(loader: Loader, images: Tensor, index: Tensor, epoch: int, cut: Cut) -> Batch:
+    """The Batch of images [n, C, H, W] and their positions, mixed where the loader mixes."""
+    start, _, num_global = cut
+    labels, plan = loader.labels[index], loader.plan
+    if loader.mixer is None or plan.seed is None:
+        return Batch(images, labels, index, num_global)
+    height, width = images.shape[2:]
+    mix = loader.mixer.draw(plan.seed, epoch, start // plan.batch_size, height, width)
+    return Batch(mix(images), labels[1:], index[1:], num_global, labels[:-1], mix.share)
 
 
 class BatchDataset(torch.utils.data.Dataset):
@@ -181,13 +211,13 @@ class BatchDataset(torch.utils.data.Dataset):
 
 
 class _BatchSampler(torch.utils.data.Sampler):
-    def __init__(self, plan: Plan):
-        self.plan, self.epoch, self.first = plan, 0, 0
+    def __init__(self, plan: Plan, mixes: bool):
+        self.plan, self.mixes, self.epoch, self.first = plan, mixes, 0, 0
 
     def __iter__(self) -> Iterator[Tensor]:
         order = self.plan.order(self.epoch)
-        for start, stop, _ in self.plan.cuts(self.first):
-            yield order[start:stop]
+        for cut in self.plan.cuts(self.first):
+            yield self.plan.positions(order, cut, self.mixes)
 
 
 def begin_worker(worker: int) -> None:
