@@ -49,6 +49,14 @@ TRAININGS = {
     "pictures": "--dataset folder --epochs 1 --max-steps 0 --loader resident",
     "pictures-streaming": "--dataset folder --epochs 1 --max-steps 0 --loader streaming "
     "--workers 2",
+    "mixed": "--augment crop,random-augment,mixup,cutmix --label-smoothing 0.1 --max-steps 30",
+    "mixed-accumulate": "--augment crop,random-augment,mixup,cutmix --label-smoothing 0.1 "
+    "--max-steps 30 --accumulate 3",
+    "mixed-empty": "--augment mixup,cutmix --limit-train 62 --epochs 5",
+    "pictures-mixed": "--dataset folder --epochs 1 --augment flip,random-augment,mixup,cutmix "
+    "--max-steps 8 --loader resident",
+    "pictures-mixed-streaming": "--dataset folder --epochs 1 --max-steps 8 --workers 2 "
+    "--augment flip,random-augment,mixup,cutmix --loader streaming",
     "hook-bf16": "--comm-hook bf16",
     "hook-powersgd": "--comm-hook powersgd",
     "dropout": "--model alexnet --dataset shapes --num-samples 50 --limit-eval 10 --epochs 1 "
@@ -84,14 +92,17 @@ def evaluations(accelerator: Accelerator, pictures: Path) -> dict:
                 split = (decoded if kind == "resident" else files).take(torch.arange(size))
                 place = loader_place(accelerator, kind, workers=2)
                 loader = build_loader(split, preprocess, batch_size=batch_size, seed=None, **place)
-                found = predict_all(accelerator, network, loader)
-                results[f"{size} samples, batches of {batch_size}, {kind}"] = {
-                    "true_labels": split.labels.tolist(),
-                    "labels": found.labels.tolist(),
-                    "predictions": found.predictions.tolist(),
-                    "losses": found.losses.tolist(),
-                    "report": found.report(),
-                }
+                for tta, name in (("none", kind), ("flip", f"{kind}, mirrored")):
+                    if tta == "flip" and size != 101:
+                        continue
+                    found = predict_all(accelerator, network, loader, tta)
+                    results[f"{size} samples, batches of {batch_size}, {name}"] = {
+                        "true_labels": split.labels.tolist(),
+                        "labels": found.labels.tolist(),
+                        "predictions": found.predictions.tolist(),
+                        "losses": found.losses.tolist(),
+                        "report": found.report(),
+                    }
     return results
 
 

@@ -19,6 +19,7 @@ EVALUATIONS = [
     for batch_size in BATCH_SIZES
     for kind in ("resident", "streaming")
 ]
+EVALUATIONS += [f"{case}, mirrored" for case in EVALUATIONS if case.startswith("101 ")]
 DETERMINISTIC = [
     name for name in TRAININGS if name not in ("dropout", "hook-bf16", "hook-powersgd")
 ]
@@ -147,6 +148,8 @@ def test_p2_one_curve_on_every_world(worlds, training, num_processes):
         ("accumulate-empty", "empty-shards", 1e-4),
         ("streaming", "plain", 0),
         ("pictures-streaming", "pictures", 0),
+        ("mixed-accumulate", "mixed", 1e-4),
+        ("pictures-mixed-streaming", "pictures-mixed", 0),
     ],
 )
 def test_p2_neither_accumulation_nor_the_loader_changes_the_curve(

@@ -50,7 +50,9 @@ def test_a_step_never_waits_for_the_gpu(model, precision, settings):
 
 
 @gpu
-@pytest.mark.parametrize("augment", ["crop", "flip", "cutout", "crop,flip,cutout"])
+@pytest.mark.parametrize(
+    "augment", ["crop", "flip", "cutout", "random-augment", "crop,flip,cutout"]
+)
 def test_p2_bits_and_augmentation_are_the_cpus_to_the_last_bit(augment):
     images = large_digits()[0]
     found = []

@@ -51,11 +51,14 @@ def read_csv(path):
         return list(csv.DictReader(file))
 
 
-def test_predictions_are_those_of_evaluate(trained, tmp_path):
+@pytest.mark.parametrize(("tta", "folder"), [("none", "e"), ("flip", "e-tta-flip")])
+def test_predictions_are_those_of_evaluate(trained, tmp_path, tta, folder):
     run_folder, pictures = trained
-    assert call(run_folder, pictures, "--csv", tmp_path / "out.csv", "--top-k", 1) == 0
-    evaluate.main([str(run_folder), "--quiet", "--threads", "1", "--output", str(tmp_path)])
-    expected = read_csv(tmp_path / "predictions.csv")
+    words = ("--csv", tmp_path / "out.csv", "--top-k", 1, "--tta", tta)
+    assert call(run_folder, pictures, *words) == 0
+    words = ("--quiet", "--threads", "1", "--output", str(tmp_path / "e"), "--tta", tta)
+    evaluate.main([str(run_folder), *words])
+    expected = read_csv(tmp_path / folder / "predictions.csv")
     found = read_csv(tmp_path / "out.csv")
     assert [row["class1"] for row in found] == [CLASSES[int(r["prediction"])] for r in expected]
     assert [row["confidence1"] for row in found] == [row["confidence"] for row in expected]

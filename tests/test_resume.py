@@ -14,6 +14,7 @@ from lab import rundir, states
 VARIANTS = {
     "nesterov": [*LENET, "--optimizer", "nesterov", "--lr", "0.05", "--clip-norm", "1"],
     "average, accumulate": [*LENET, "--ema", "0.9", "--accumulate", "2"],
+    "mixed": [*LENET, "--augment", "crop,random-augment,mixup,cutmix"],
     "dropout, bfloat16": [*ALEXNET, "--mixed-precision", "bf16"],
 }
 
