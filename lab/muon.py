@@ -27,7 +27,9 @@ class Muon(torch.optim.AdamW):
 
     Groups with `muon` true are stepped so, others by AdamW. Kernels [O, I, H, W] count as matrices
     [O, I H W]. Updates are scaled to the root mean square of AdamW's (Liu et al. 2025, "Muon is
-    scalable for LLM training", 2.2), so that one learning rate fits both.
+    scalable for LLM training", 2.2), so that one learning rate fits both. The
+    iterations' bfloat16 magnifies what processes round apart: curves on 1, 2 and 3 processes agree
+    to 1e-4 over tens of steps, not to the last hit.
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]], *, lr: float, momentum: float):

@@ -9,7 +9,6 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
-from PIL import Image
 
 from lab import card
 from lab.commandline import parse_arguments
@@ -52,7 +51,7 @@ def test_every_run_has_a_card_with_valid_metadata_and_the_exact_numbers(finished
     assert f"A part of the test split, 100 samples, each counted exactly once: {right}" in content
     assert "on the validation split; the test split was read once" in content
     assert "optimistic" not in content
-    assert "confusion_matrix.png" not in content
+    assert "](plots/confusion_matrix.png)" in content
     assert str(finished.parent) not in content
 
 
@@ -73,9 +72,9 @@ def test_p6_a_card_says_what_the_epoch_was_chosen_on(copied):
 
 
 def test_the_matrix_is_shown_where_it_was_drawn(copied):
-    (copied / "plots").mkdir()
-    Image.new("RGB", (4, 4)).save(copied / "plots" / "confusion_matrix.png")
     assert "](plots/confusion_matrix.png)" in card.card(copied)
+    (copied / "plots" / "confusion_matrix.png").unlink()
+    assert "confusion_matrix.png" not in card.card(copied)
 
 
 def test_names_steer_neither_yaml_nor_markdown(copied):

@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
-from PIL import Image
 from resuming import LENET, cut_off, read_lines, resume, start
 
 import train
-from lab import tracking
+from lab import report, tracking
 from lab.config import TRACKERS
 from lab.rundir import RunDir
 from lab.tracking import Tracking
@@ -77,9 +76,7 @@ def test_a_killed_and_resumed_run_has_one_log_with_nothing_twice(tmp_path, monke
         time.sleep(0.05)
     assert [step for step, _ in before] == list(range(1, 10))
 
-    plots = run / "plots"
-    plots.mkdir()
-    Image.new("RGB", (8, 6), "red").save(plots / "confusion_matrix.png")
+    monkeypatch.setenv(report.SWITCH, "1")
     resume(run)
     found = numbers(run / "tensorboard")
     for name in ("loss", "learning_rate"):
@@ -90,9 +87,9 @@ def test_a_killed_and_resumed_run_has_one_log_with_nothing_twice(tmp_path, monke
     for name in EPOCH:
         rows = [(4 * row["epoch"], pytest.approx(row[name])) for row in history]
         assert found[f"epochs/{name}"] == rows
-    report = json.loads((run / "report.json").read_text())
+    scores = json.loads((run / "report.json").read_text())
     for name in ("accuracy", "macro_f1", "loss", "num_samples"):
-        assert found[f"test/{name}"] == [(12, pytest.approx(report[name]))]
+        assert found[f"test/{name}"] == [(12, pytest.approx(scores[name]))]
     assert found["plots/confusion_matrix"] == [12]
     # Settings are told once.
     assert len(list((run / "tensorboard").glob("*/hparams.yml"))) == 1
