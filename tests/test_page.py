@@ -106,6 +106,8 @@ def test_the_keyboard_does_the_same(opened):
     page.keyboard.press("ArrowDown")
     below = next(cell for cell in others if cell[0] > i and cell[1] == j)
     page.keyboard.press("Enter")
+    pressed = page.locator('#matrix button[aria-pressed="true"]')
+    assert pressed.get_attribute("data-cell") == "{},{}".format(*below)
     assert f": {below[2]} (" in behind(page)[0]
     outline = page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
     assert outline == "solid"  # the focus is seen
