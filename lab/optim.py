@@ -41,11 +41,10 @@ def _split(groups: list[dict[str, Any]], chosen: set[Tensor]) -> list[dict[str, 
 
 def slots(optimizer: torch.optim.Optimizer) -> dict[Tensor, dict[str, torch.Size]]:
     """What the optimizer keeps of each parameter that it trains: slots and their shapes."""
-    adamw = isinstance(optimizer, torch.optim.AdamW)
     found = {}
     for group in optimizer.param_groups:
         for p in group["params"]:
-            if adamw and not group.get("muon"):
+            if "betas" in group and not group.get("muon"):
                 found[p] = {"exp_avg": p.shape, "exp_avg_sq": p.shape, "step": torch.Size()}
             else:
                 found[p] = {"momentum_buffer": p.shape}

@@ -159,6 +159,7 @@ def test_muon_steps_what_lies_between_the_first_layer_and_the_last():
     assert names == {f"features.{n}.weight" for n in (3, 6, 8, 10)}
     optimizer = build_optimizer(network, TrainConfig(optimizer="muon", lr=0.1, momentum=0.8))
     assert type(optimizer) is Muon
+    assert all(group["fused"] for group in optimizer.param_groups)
     groups = optimizer.param_groups
     assert [(g["muon"], g["weight_decay"]) for g in groups] == [
         (False, 5e-4), (True, 5e-4), (False, 0.0)
