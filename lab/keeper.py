@@ -168,13 +168,15 @@ def restore(trainer: Trainer, state: State) -> Position:
 
     def fill(module: nn.Module, kind: str) -> None:
         found = {k.removeprefix(kind): v for k, v in tensors.items() if k.startswith(kind)}
-        require_shapes(found, {k: v.shape for k, v in module.state_dict().items()})
-        module.load_state_dict(found)
+        own = module.state_dict()
+        require_shapes(found, {k: v.shape for k, v in own.items()})
+        own.update(found)  # which keeps the modules' versions: MNASNet's asks for its own
+        module.load_state_dict(own)
 
     fill(trainer.network, "network.")
     if trainer.average is not None:
         fill(trainer.average, "average.")
-    kept_of = slots(getattr(trainer.optimizer, "optimizer", trainer.optimizer))
+    kept_of = slots(trainer.optimizer)
     for name, parameter in trainer.network.named_parameters():
         expected = kept_of.get(parameter, {})
         keys = {slot: f"optimizer.{slot}.{name}" for slot in expected}
@@ -207,6 +209,6 @@ def require_room_for(trainer: Trainer) -> None:
         return
     copies = 2 + (trainer.average is not None)
     size = copies * sum(t.nbytes for t in trainer.network.state_dict().values())
-    kept_of = slots(getattr(trainer.optimizer, "optimizer", trainer.optimizer))
+    kept_of = slots(trainer.optimizer)
     size += sum(4 * shape.numel() for kept in kept_of.values() for shape in kept.values())
     require_room(Path(trainer.config.output_dir), size)

@@ -224,3 +224,11 @@ def test_p7_a_loss_that_is_not_finite_on_one_process(tmp_path):
     assert [row["skipped_steps"] for row in history] == [0, 1, 0]
     logged = read_lines(tmp_path / "skipped" / "steps.jsonl")
     assert [row["step"] for row in logged if row["loss"] is None] == [6]
+
+
+def test_p3_modules_that_ask_for_their_version_are_resumed(tmp_path):
+    """torchvision's MNASNet, whose layers differ between two of them."""
+    words = ["--model", "torchvision:mnasnet0_5", "--image-size", "32", "--epochs", "1"]
+    start(tmp_path, *LENET, *words)
+    resume(tmp_path / "run", "--epochs", "2")
+    assert [row["epoch"] for row in read_lines(tmp_path / "run" / "history.jsonl")] == [1, 2]
