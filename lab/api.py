@@ -20,14 +20,13 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from PIL import Image
 from torch import Tensor, nn
-from torchvision.transforms.v2 import functional as F
 
 import lab
 from lab import checkpoint, rundir
 from lab.commandline import parse_arguments, words_of
 from lab.config import EVAL_BATCH_SIZE, TrainConfig
 from lab.data.augment import Preprocess
-from lab.data.folder import decode, pixels, square
+from lab.data.folder import decode, grey, pixels, square
 from lab.distributed import choose_precision
 from lab.engine import lay_out
 from lab.errors import UserError, mistake_of
@@ -200,5 +199,5 @@ def _batches(
                 [decode(p, size) if isinstance(p, str) else square(pixels(p), size) for p in part]
             )
         if images.shape[1] > channels:
-            images = F.rgb_to_grayscale(images)
+            images = grey(images)
         yield images.expand(-1, channels, -1, -1)

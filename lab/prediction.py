@@ -16,10 +16,9 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms.v2 import functional as F
 
 from lab.data.augment import Preprocess
-from lab.data.folder import decode, pictures
+from lab.data.folder import decode, grey, pictures
 from lab.data.loaders import begin_worker, shard
 from lab.errors import UserError
 from lab.rundir import write_atomically
@@ -72,7 +71,7 @@ class _Pictures(Dataset):
         if not images:
             return torch.empty(0, self.channels, self.size, self.size).byte(), positions, errors
         stacked = torch.stack(images)
-        return F.rgb_to_grayscale(stacked) if self.channels == 1 else stacked, positions, errors
+        return grey(stacked) if self.channels == 1 else stacked, positions, errors
 
 
 @torch.no_grad()

@@ -107,6 +107,14 @@ def square(images: Tensor, size: int) -> Tensor:
     return F.resize(images, [size, size], antialias=True)
 
 
+def grey(images: Tensor) -> Tensor:
+    """uint8 [..., 1, H, W] of uint8 [..., 3, H, W]; what is grey already keeps its values.
+
+    torchvision's weights add up to 0.9999, and of uint8 it cuts the fraction off: 255 became 254.
+    """
+    return F.rgb_to_grayscale(images.float()).round().byte()
+
+
 def _decode_jpeg(content: bytes) -> Tensor | None:
     """A JPEG by torchvision, faster than by Pillow; None for what it cannot read.
 
