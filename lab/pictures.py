@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lab.data import Splits
 from lab.data.augment import Preprocess, random_bits
-from lab.data.loaders import permutation
+from lab.data.loaders import Plan
 from lab.data.sources import Split
 from lab.rundir import PICTURES, RunDir, write_atomically
 
@@ -38,10 +38,10 @@ def keep(run: RunDir, config: TrainConfig, splits: Splits, predictions: Predicti
     """
     if not run.writes:
         return
-    batch = first_batch(config, splits)
+    images, batch = first_batch(config, splits)
     mistakes = chosen(predictions, _most(splits.test))
     tensors = {
-        "batch": seen_by_the_network(config, splits, batch),
+        "batch": images,
         "batch_labels": splits.train.labels[batch],
         "batch_index": batch,
         "mistakes": shrink(splits.test.images[mistakes]),
@@ -52,22 +52,24 @@ def keep(run: RunDir, config: TrainConfig, splits: Splits, predictions: Predicti
     write_atomically(run.path / PICTURES, lambda path: path.write_bytes(content))
 
 
-def first_batch(config: TrainConfig, splits: Splits) -> Tensor:
-    """Positions in the training split of the first pictures of the first epoch, int64 [n]."""
-    order = permutation(len(splits.train.labels), config.seed, epoch=1)
-    return order[: min(BATCH, config.batch_size)]
+def first_batch(config: TrainConfig, splits: Splits) -> tuple[Tensor, Tensor]:
+    """The first pictures of the first epoch as the network sees them, augmented and mixed.
 
-
-def seen_by_the_network(config: TrainConfig, splits: Splits, index: Tensor) -> Tensor:
-    """Pictures of the training split as epoch 1 augments them, uint8 [n, C, H, W].
-
-    They are normalised as for the network, and what that does to colours is then undone.
+    (uint8 [n, C, H, W], their positions in the training split, int64 [n]). They are normalised as
+    for the network, and what that does to colours is then undone.
     """
-    preprocess = Preprocess(splits.mean, splits.std, config.augmentations, "cpu")
-    bits = random_bits(config.seed, 1, len(splits.train.labels), "cpu")[index]
+    num_samples = len(splits.train.labels)
+    preprocess = Preprocess(splits.mean, splits.std, config.augmentations, "cpu", config.mix_alpha)
+    plan = Plan(num_samples, config.batch_size, config.seed, rank=0, world_size=1)
+    _, stop, num_global = next(plan.cuts())
+    mixer = preprocess.mixer
+    index = plan.positions(plan.order(1), (0, min(stop, BATCH), num_global), mixer is not None)
+    bits = random_bits(config.seed, 1, num_samples, "cpu")[index]
     images = preprocess(splits.train.images[index], bits)
+    if mixer is not None:
+        images, index = mixer.draw(config.seed, 1, 0, *images.shape[2:])(images), index[1:]
     pixels = (images - preprocess.shift) / preprocess.scale
-    return shrink(pixels.round().clamp(0, 255).byte())
+    return shrink(pixels.round().clamp(0, 255).byte()), index
 
 
 def chosen(predictions: Predictions, most: int) -> Tensor:

@@ -12,7 +12,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from lab import pictures, plots, recipes, report
-from lab.data.augment import STEPS, random_bits
+from lab.data.augment import STEPS, Preprocess, random_bits
+from lab.data.loaders import Plan, ResidentLoader
 from lab.errors import UserError, run_script
 from lab.finished import read_run
 from lab.rundir import RunDir
@@ -142,13 +143,28 @@ def test_a_thousand_classes_are_listed_instead(tmp_path):
 def test_p2_the_batch_is_what_the_network_sees():
     config = recipes.resolve({"dataset": "shapes", "augment": "crop,flip,cutout", "batch_size": 50})
     data = splits("ab", num_test=2)
-    index = pictures.first_batch(config, data)
+    images, index = pictures.first_batch(config, data)
     assert len(index) == 50
     bits = random_bits(config.seed, 1, 80, "cpu")[index]
     expected = data.train.images[index]
     for name in ("crop", "flip", "cutout"):
         expected = STEPS[name](expected, bits)
-    assert torch.equal(pictures.seen_by_the_network(config, data, index), expected)
+    assert torch.equal(images, expected)
+
+
+@pytest.mark.parametrize("mixes", ["flip,mixup", "cutmix"])
+def test_p2_a_mixed_batch_is_the_loaders(mixes):
+    words = {"dataset": "shapes", "augment": mixes, "batch_size": 70}
+    config, data = recipes.resolve(words), splits("ab", num_test=2)
+    plain = Preprocess(data.mean, data.std, config.augmentations, "cpu", config.mix_alpha)
+    plan = Plan(len(data.train.labels), 70, config.seed, rank=0, world_size=1)
+    loader = ResidentLoader(data.train, plan, plain, torch.device("cpu"))
+    batch = next(iter(loader.batches(1)))
+    assert batch.partners is not None
+    images, index = pictures.first_batch(config, data)
+    assert torch.equal(index, batch.index[:64])
+    seen = ((batch.images[:64] - plain.shift) / plain.scale).round()
+    assert torch.equal(images.float(), seen)
 
 
 def test_the_mistakes_kept_are_the_most_confident_and_of_every_cell():
