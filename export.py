@@ -4,7 +4,7 @@
   python export.py best.safetensors --dynamic-batch --softmax --output model.onnx
   python export.py best.safetensors --format torch-export
 
-ONNX takes `pip install 'lab[onnx]'`. The file takes images uint8 [N, C, H, W], 0 to 255, cut and
+ONNX takes `pip install -e '.[onnx]'`. The file takes images uint8 [N, C, H, W], 0 to 255, cut and
 resized, and normalises them itself; N is 1 without --dynamic-batch. It returns float32 [N, K].
 Class names, image size and the like are in it, as JSON:
 

@@ -40,8 +40,8 @@ ON_THE_HUB = {
 }
 # What of the settings a reader wants to know, and what of them a command has to name.
 SHOWN = ("recipe", "epochs", "max_steps", "batch_size", "optimizer", "lr", "schedule",
-         "weight_decay", "label_smoothing", "clip_norm", "ema", "augment", "init", "freeze",
-         "select_by", "seed")  # fmt: skip
+         "weight_decay", "dropout", "label_smoothing", "clip_norm", "ema", "augment", "init",
+         "freeze", "select_by", "seed")  # fmt: skip
 ELSEWHERE = ("model", "dataset", "recipe", "data_dir", "init_from", "workers", "threads", "loader",
              "timeout_seconds", "max_hours", "resume", "save_every", "keep_states", "output_dir",
              "name", "overwrite", "log_every", "tracker", "push_to_hub", "quiet",

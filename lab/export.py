@@ -148,7 +148,7 @@ def require_extra() -> None:
     if missing:
         raise UserError(
             f"--format onnx needs {', '.join(missing)}",
-            "Install with `pip install 'lab[onnx]'`; in a checkout, `pip install -e '.[onnx]'`",
+            "Run pip install -e '.[onnx]' in lab's checkout",
         )
 
 

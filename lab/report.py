@@ -72,7 +72,7 @@ def write(path: Path) -> Path:
 
 
 def write_comparison(folder: Path, runs: Sequence[Run], rows: Sequence[dict[str, Any]]) -> None:
-    """Writes comparison.html, of `comparison.rows`; it links to the pages of the runs."""
+    """Writes compare.html, of `comparison.rows`; it links to the pages of the runs."""
     table = []
     for row in rows:
         page = Path(row["run"]) / PAGE

@@ -37,7 +37,8 @@ def require_packages(config: TrainConfig, needed: bool) -> None:
     for name in listed(config.tracker) if needed else ():
         if find_spec(name) is None:
             raise UserError(
-                f"--tracker {name} needs the package {name}", f"Run pip install 'lab[{name}]'"
+                f"--tracker {name} needs the package {name}",
+                f"Run pip install -e '.[{name}]' in lab's checkout",
             )
 
 

@@ -171,8 +171,7 @@ def test_an_output_that_is_no_number_is_infinitely_far_off():
 def test_p7_a_missing_extra_is_named(fails, finished, monkeypatch):
     monkeypatch.setattr(exporting, "find_spec", lambda name: None if "run" in name else name)
     assert fails(export, finished) == (
-        "--format onnx needs onnxruntime. Install with `pip install 'lab[onnx]'`; "
-        "in a checkout, `pip install -e '.[onnx]'`."
+        "--format onnx needs onnxruntime. Run pip install -e '.[onnx]' in lab's checkout."
     )
 
 

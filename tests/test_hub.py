@@ -7,7 +7,7 @@ from threading import Thread
 
 import pytest
 from huggingface_hub import constants
-from resuming import LENET, start
+from resuming import LENET, resume, start
 
 import train
 from lab import hub
@@ -100,6 +100,15 @@ def test_a_training_ends_with_its_upload(tmp_path, server, capsys):
     assert server.files.keys() == UPLOADED
     assert server.files["report.json"] == (tmp_path / "run" / "report.json").read_bytes()
     assert capsys.readouterr().err == ""
+
+
+def test_a_resumed_run_is_uploaded_only_where_it_is_told_again(tmp_path, server):
+    start(tmp_path, *LENET, "--epochs", "1", "--push-to-hub", "digits")
+    server.files.clear()
+    resume(tmp_path / "run", "--epochs", "2")  # a stranger's run must send nothing
+    assert not server.files
+    resume(tmp_path / "run", "--epochs", "3", "--push-to-hub", "digits")
+    assert server.files.keys() == UPLOADED
 
 
 def test_an_upload_that_fails_is_a_warning_with_the_command_to_try_again(

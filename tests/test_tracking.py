@@ -200,7 +200,8 @@ def test_every_name_is_one_of_accelerates_and_has_an_extra():
         ("tensorbord", "--tracker has no tensorbord. Choose from tensorboard, wandb, mlflow, "
                        "trackio, or none."),
         ("wandb,wandb", "--tracker wandb,wandb repeats a name. Name each once."),
-        ("mlflow", "--tracker mlflow needs the package mlflow. Run pip install 'lab[mlflow]'."),
+        ("mlflow", "--tracker mlflow needs the package mlflow. "
+                   "Run pip install -e '.[mlflow]' in lab's checkout."),
     ],
 )  # fmt: skip
 def test_p7_a_tracker_that_is_not_there(fails, monkeypatch, tracker, message):
