@@ -2,11 +2,12 @@
 
   python benchmarks/choices.py               both networks, about four minutes on 2 CPU cores
   python benchmarks/choices.py --compile     with torch.compile too, which needs a C++ compiler
+  python benchmarks/choices.py --parts muon  one part of it
 
 Whole training steps of 128 images that lie ready. All variants of a network are built once and
 timed in turn in one process. `auto` marks what `--mixed-precision auto` and `lay_out` choose. Then,
 in processes of their own: `auto`, which keeps freed memory, without that, and with PyTorch's
-average pooling.
+average pooling. Last, Muon's iterations on the kernels of AlexNet in both precisions.
 """
 
 import argparse
@@ -75,10 +76,35 @@ def step_timer(
     return run
 
 
+def muon_timer(bfloat16: bool, threads: int):
+    """A function that orthogonalises what Muon steps of AlexNet, and returns how often a second."""
+    import torch
+
+    from lab import muon
+    from lab.models import build_model
+
+    network = build_model("alexnet", num_classes=10, channels=3, image_size=32)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    matrices = [w.detach().flatten(1).to(device) for w in muon.muon_parameters(network)]
+
+    def run() -> dict:
+        torch.set_num_threads(threads)
+        muon.multiplies_bfloat16 = lambda device_type: bfloat16
+        start = time.perf_counter()
+        for matrix in matrices:
+            muon.orthogonalized(matrix)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return {"updates_per_second": 1 / (time.perf_counter() - start)}
+
+    run()
+    return run
+
+
 def run_one(model: str, variant: str) -> dict:
     """Images a second of what lab chooses, in this process, but for the `variant`."""
     from lab.distributed import choose_precision, num_cores
-    from lab.memory import keep_freed_memory
+    from lab.hardware import keep_freed_memory
     from lab.models import MODELS
 
     if variant != "freed memory given back":
@@ -90,12 +116,12 @@ def run_one(model: str, variant: str) -> dict:
     return run()
 
 
-def table(results: dict[str, list], chosen: str) -> str:
+def table(results: dict[str, list], chosen: str, field: str = "images_per_second") -> str:
     """Speeds as Markdown, and their ratios to the `chosen` contender's."""
-    lines = ["\n| | images/s | / auto |", "| --- | --- | --- |"]
+    lines = [f"\n| | {field.replace('_per_second', '/s')} | / auto |", "| --- | --- | --- |"]
     for name, rows in results.items():
-        against = spread(ratios(results, name, chosen, "images_per_second"))
-        speed = spread([row["images_per_second"] for row in rows], ",.0f")
+        against = spread(ratios(results, name, chosen, field))
+        speed = spread([row[field] for row in rows], ",.4g")
         lines.append(f"| {name} | {speed} | {against} |")
     return "\n".join(lines)
 
@@ -107,6 +133,8 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--compile", action="store_true", help="measure torch.compile too")
+    parts = [*STEPS, "muon"]
+    parser.add_argument("--parts", type=lambda words: words.split(","), default=parts)
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -117,14 +145,14 @@ def main() -> None:
     import torch
 
     from lab.distributed import choose_precision, num_cores
-    from lab.memory import keep_freed_memory
+    from lab.hardware import keep_freed_memory, multiplies_bfloat16
     from lab.models import MODELS
 
     keep_freed_memory()
     device_type = "cuda" if torch.cuda.is_available() else "cpu"
     threads = sorted({1, num_cores()}) if device_type == "cpu" else [1]
     output = {}
-    for model in STEPS:
+    for model in [name for name in STEPS if name in args.parts]:
         large = MODELS[model].large
         auto = (choose_precision("auto", device_type, large), large, threads[-1], False)
         variants = itertools.product(
@@ -149,6 +177,14 @@ def main() -> None:
             results = in_turn(contenders, args.rounds, show="images_per_second")
             print(table(results, "auto"))
             output[f"{model}, in processes of their own"] = results
+    if "muon" in args.parts:
+        native = multiplies_bfloat16(device_type)
+        names = {bf16: "bfloat16" if bf16 else "float32" for bf16 in (False, True)}
+        names[native] += " (auto)"
+        timers = {name: muon_timer(bf16, threads[-1]) for bf16, name in names.items()}
+        results = in_turn(timers, args.rounds, show="updates_per_second")
+        print(table(results, names[native], "updates_per_second"))
+        output["muon"] = results
     write_json(args.json, {"results": output})
 
 

@@ -23,7 +23,7 @@ from accelerate.utils import (
 from lab import console
 from lab.config import TIMEOUT_SECONDS
 from lab.errors import UserError
-from lab.memory import keep_freed_memory
+from lab.hardware import keep_freed_memory, multiplies_bfloat16
 
 COMM_HOOKS = {
     "none": DDPCommunicationHookType.NO,
@@ -143,16 +143,6 @@ def choose_precision(
             "Give --mixed-precision bf16 or no",
         )
     return requested
-
-
-def multiplies_bfloat16(device_type: str) -> bool:
-    """Whether the device has bfloat16 arithmetic; emulated, it is slower than float32."""
-    if device_type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device_type == "cpu":
-        features = torch.cpu.get_capabilities()
-        return bool(features.get("avx512_bf16") or features.get("amx_bf16"))
-    return False
 
 
 def local_world_size() -> int:

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lab.hardware import multiplies_bfloat16
+
 # A quintic whose iteration drives singular values in (0, 1] to about 1 (Jordan et al. 2024).
 QUINTIC = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
@@ -29,8 +31,8 @@ class Muon(torch.optim.AdamW):
     [O, I H W]. Updates are scaled to the root mean square of AdamW's (Liu et al. 2025, "Muon is
     scalable for LLM training", 2.2), so that one learning rate fits both.
 
-    The iterations' bfloat16 magnifies what processes round apart: curves on 1, 2 and 3 processes
-    agree to 1e-4 over tens of steps, not to the last hit.
+    The iterations magnify what processes round apart, most in bfloat16: curves on 1, 2 and 3
+    processes agree to 1e-4 over tens of steps, not to the last hit.
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]], *, lr: float, momentum: float):
@@ -69,11 +71,13 @@ class Muon(torch.optim.AdamW):
 def orthogonalized(matrix: Tensor) -> Tensor:
     """The nearest semi-orthogonal matrix to `matrix` [m, n], roughly: singular values 0.7 to 1.2.
 
-    By Newton-Schulz iterations in bfloat16, which every device multiplies fast or at least right.
+    By Newton-Schulz iterations in bfloat16; in float32 where that would be emulated, and take 26
+    times as long (benchmarks/RESULTS.md).
     """
     a, b, c = QUINTIC
     tall = len(matrix) > matrix.shape[1]
-    x = (matrix.T if tall else matrix).bfloat16()
+    dtype = torch.bfloat16 if multiplies_bfloat16(matrix.device.type) else torch.float32
+    x = (matrix.T if tall else matrix).to(dtype)
     x = x / x.norm().clamp(min=1e-7)  # so that no singular value is above 1
     for _ in range(ITERATIONS):
         gram = x @ x.T

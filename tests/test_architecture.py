@@ -33,8 +33,8 @@ LEVELS = [
     {"finished"},
     {"models", "data", "optim", "rundir"},
     {"metrics", "distributed", "tables", "commandline", "stopping", "markdown", "tta"},
-    {"config", "memory", "muon"},
-    {"options"},
+    {"config", "muon"},
+    {"options", "hardware"},
     {"errors"},
     {"console"},
 ]

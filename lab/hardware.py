@@ -1,8 +1,22 @@
-"""How this process deals with the memory that its tensors leave."""
+"""What the hardware multiplies fast, and how this process deals with its memory."""
 
 import ctypes
 import os
 import sys
+from functools import cache
+
+import torch
+
+
+@cache
+def multiplies_bfloat16(device_type: str) -> bool:
+    """Whether the device has bfloat16 arithmetic; emulated, it is slower than float32."""
+    if device_type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device_type == "cpu":
+        features = torch.cpu.get_capabilities()
+        return bool(features.get("avx512_bf16") or features.get("amx_bf16"))
+    return False
 
 
 def keep_freed_memory() -> None:
