@@ -252,10 +252,55 @@ def lightning(case: Case) -> Contender:
     return train, evaluate
 
 
+def timm(case: Case) -> Contender:
+    """timm's loader, uint8 from the workers to its prefetcher, before a loop without `.item()`."""
+    from timm.data import create_loader
+
+    grey = case.dataset == "mnist"
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    network = case.usual_network().to(device)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
+    settings = {
+        "input_size": (1 if grey else 3, 32, 32),
+        "batch_size": BATCH_SIZE,
+        "mean": (0.1307,) if grey else (0.4914, 0.4822, 0.4465),
+        "std": (0.3081,) if grey else (0.2470, 0.2435, 0.2616),
+        "num_workers": WORKERS,
+        "device": device,
+        "color_jitter": None,
+    }
+    train_set, test_set = case.sets()
+    train_set.transform = test_set.transform = None  # create_loader sets its own
+    loader = create_loader(train_set, is_training=True, no_aug=grey, **settings)
+    test_loader = create_loader(test_set, crop_pct=1.0, **settings)
+
+    def train(num_steps: int | None) -> int:
+        network.train()
+        total = 0
+        for images, labels in islice(loader, num_steps):
+            optimizer.zero_grad()
+            F.cross_entropy(network(images), labels).backward()
+            optimizer.step()
+            total += len(labels)
+        return total
+
+    def evaluate() -> float:
+        network.eval()
+        correct, total = torch.zeros((), dtype=torch.long, device=device), 0
+        with torch.inference_mode():
+            for images, labels in test_loader:
+                correct += (network(images).argmax(1) == labels).sum()
+                total += len(labels)
+        return correct.item() / total
+
+    return train, evaluate
+
+
 CONTENDERS = {
     "notebook": notebook,
     "accelerate": accelerate,
     "lightning": lightning,
+    "timm": timm,
     "lab": lab,
     "floor": floor,
 }

@@ -1,12 +1,12 @@
 """Speed of training and evaluation, side by side: notebook, Accelerate loop, lab, and the floor.
 
   python benchmarks/train_speed.py --mnist DATA --photographs DATA/cifar10-jpg
-  python benchmarks/train_speed.py --mnist DATA --contenders notebook,lab,lightning --rounds 5
+  python benchmarks/train_speed.py --mnist DATA --contenders notebook,lab,lightning,timm --rounds 5
 
 DATA is a --data-dir as for train.py; the photographs lie in train/CLASS and test/CLASS. About three
 minutes a round on 2 CPU cores. Contenders run in turn, each in a process of its own, so that
 ratios hold on a noisy machine; of every figure the median over the rounds is given, with the
-smallest and the largest. `lightning` needs `pip install lightning`.
+smallest and the largest. `lightning` and `timm` need the package of that name.
 """
 
 import argparse
