@@ -5,16 +5,17 @@ PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
 SOAK_ARGS ?=
+RESULTS_ARGS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test soak check format clean
+.PHONY: help demo test soak results-gpu check format clean
 
 help: ## list these targets
-	@sed -n 's/^\([a-z]*\):.*## /\1|/p' Makefile | \
-		while IFS='|' read -r name text; do printf '  make %-8s %s\n' "$$name" "$$text"; done
+	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | \
+		while IFS='|' read -r name text; do printf '  make %-11s %s\n' "$$name" "$$text"; done
 
 demo: $(VENV)/.runtime ## train LeNet-5 on the bundled digits, then evaluate it
 	$(BIN)/python train.py --model lenet5 --dataset digits --name demo --overwrite
@@ -25,6 +26,9 @@ test: $(VENV)/.dev ## run the tests (PYTEST_ARGS="-k metrics -x" narrows them)
 
 soak: $(VENV)/.dev ## kill trainings at random and compare their ends, 10 minutes (SOAK_ARGS="--kills 200")
 	$(BIN)/python benchmarks/soak.py $(SOAK_ARGS)
+
+results-gpu: $(VENV)/.runtime ## train README's rows on one GPU, nine minutes a call (RESULTS_ARGS="--list")
+	$(BIN)/python results/make.py $(RESULTS_ARGS)
 
 check: $(VENV)/.dev ## formatting, lint, types and spelling
 	$(BIN)/ruff format --check .

@@ -1,0 +1,59 @@
+"""results/make.py: every row parses; rows are trained in pieces, and once."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from lab import recipes
+from lab.commandline import parse_arguments
+from lab.config import TrainConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+spec = importlib.util.spec_from_file_location("make_results", ROOT / "results" / "make.py")
+make = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(make)
+
+
+@pytest.mark.parametrize("photographs", ["", "data/my pictures"])
+@pytest.mark.parametrize("short", [False, True])
+def test_rows_are_settings_of_train(photographs, short):
+    for name, options in make.rows(photographs, "data", short).items():
+        config = recipes.resolve(parse_arguments(TrainConfig, options, prog="", about=""))
+        assert name.removeprefix("short-").startswith(config.model)
+        if short:
+            assert (config.epochs, config.limit_train) == (3, 5000)
+        if config.dataset == "folder":
+            assert config.data_dir == photographs
+
+
+def test_rows_are_trained_in_pieces_and_once(tmp_path, monkeypatch, capsys):
+    options = ["--dataset", "digits", "--epochs", "30", "--threads", "1", "--limit-train", "200"]
+    monkeypatch.setattr(make, "rows", lambda *_: {"first": options, "second": options})
+    monkeypatch.chdir(tmp_path)
+    kept, runs = tmp_path / "kept", tmp_path / "runs"
+    words = ["--output", str(kept), "--runs", str(runs)]
+
+    assert make.main([*words, "--minutes", "0"]) == 0
+    assert "left, for the next calls: first, second" in capsys.readouterr().out
+    assert not runs.exists()
+
+    # A piece too short for all epochs is stopped, and another goes on with it.
+    assert make.train("first", options, runs, kept, seconds=0.01) == 0
+    assert not (kept / "first").exists()
+    stopped = len((runs / "first" / "history.jsonl").read_text().splitlines())
+    assert stopped < 30
+    assert make.main([*words, "--only", "first"]) == 0
+    history = (kept / "first" / "history.jsonl").read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in history] == list(range(1, 31))
+    assert {file.name for file in (kept / "first").iterdir()} == {*make.KEPT, "log.txt"}
+    assert (kept / "first" / "log.txt").read_text().count("$ python train.py ") == 2
+
+    before = (runs / "first.log").read_text()
+    monkeypatch.setattr(make, "train", lambda *_: pytest.fail("trained again"))
+    assert make.main([*words, "--only", "first"]) == 0
+    assert (runs / "first.log").read_text() == before
+    assert (runs / "comparison" / "comparison.md").exists()
+    with pytest.raises(SystemExit):
+        make.main([*words, "--only", "third"])
