@@ -5,9 +5,10 @@
   python benchmarks/choices.py --parts muon  one part of it
 
 Whole training steps of 128 images that lie ready. All variants of a network are built once and
-timed in turn in one process. `auto` marks what `--mixed-precision auto` and `lay_out` choose. Then,
-in processes of their own: `auto`, which keeps freed memory, without that, and with PyTorch's
-average pooling. Last, Muon's iterations on the kernels of AlexNet in both precisions.
+timed in turn in one process; bfloat16 only where the device multiplies it. `auto` marks what
+`--mixed-precision auto` and `lay_out` choose; that is what is compiled. Then, in processes of their
+own: `auto`, which keeps freed memory, without that, and with PyTorch's average pooling. Last,
+Muon's iterations on the kernels of AlexNet in both precisions.
 """
 
 import argparse
@@ -155,9 +156,9 @@ def main() -> None:
     for model in [name for name in STEPS if name in args.parts]:
         large = MODELS[model].large
         auto = (choose_precision("auto", device_type, large), large, threads[-1], False)
-        variants = itertools.product(
-            ("no", "bf16"), (False, True), threads, (False, True) if args.compile else (False,)
-        )
+        precisions = ("no", "bf16") if multiplies_bfloat16(device_type) else ("no",)
+        variants = [*itertools.product(precisions, (False, True), threads, (False,))]
+        variants += [(*auto[:3], True)] * args.compile
         contenders = {}
         for variant in variants:
             precision, channels_last, count, compiled = variant

@@ -1,0 +1,116 @@
+"""What each network costs: latency of one image, speed of training and evaluation, memory.
+
+  python benchmarks/networks.py                        all but the largest, about 20 minutes
+  python benchmarks/networks.py --models lenet5,alexnet --rounds 5 --threads 1
+
+Images of 32 pixels with 3 channels, 10 classes, in the precision and layout that lab chooses; the
+recipe's optimizer. Networks run in turn, each in a process of its own; of every figure the median
+over the rounds is given, with the smallest and the largest. Memory is what the process took at most
+beyond what it had after its imports: weights, gradients, optimizer and the activations of a batch.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import time
+from functools import partial
+
+from common import child, in_turn, spread, write_json
+
+MODELS = (
+    "lenet5,alexnet,googlenet,densenet,densenet121,mobilenet,mobilenet-v3-small,efficientnet,"
+    "vit-tiny,vit-small,vit-hybrid"
+)
+BATCH_SIZE, STEPS, SINGLE = 64, 2, 10
+
+
+def run_one(model: str, threads: int) -> dict:
+    """The figures of one network, measured in this process."""
+    import torch
+
+    from lab.data.loaders import Batch
+    from lab.distributed import build_accelerator
+    from lab.engine import prepare, train_step
+    from lab.models import build_model, find_model
+    from lab.recipes import resolve
+
+    spec = find_model(model)
+    config = resolve({"model": model, "dataset": "cifar10"})
+    accelerator = build_accelerator(
+        large_model=spec.large, cpu_bf16=spec.cpu_bf16, threads=threads, quiet=True
+    )
+    device = accelerator.device
+    idle = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    torch.manual_seed(0)
+    network = build_model(model, num_classes=10, channels=3, image_size=32, init=config.init)
+    trainer = prepare(accelerator, network, config)
+    images = torch.randn(BATCH_SIZE, 3, 32, 32, device=device)
+    labels = torch.randint(10, (BATCH_SIZE,), device=device)
+    batch = Batch(images, labels, labels, BATCH_SIZE)
+
+    def wait() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    trainer.set_training()
+    train_step(trainer, batch)
+    start = wait()
+    for _ in range(STEPS):
+        train_step(trainer, batch)
+    training = STEPS * BATCH_SIZE / (wait() - start)
+    memory = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - idle) / 1024
+    if device.type == "cuda":
+        memory = torch.cuda.max_memory_allocated() / 2**20
+
+    network.eval()
+    with torch.inference_mode(), accelerator.autocast():
+        network(images)
+        start = wait()
+        network(images)
+        evaluation = BATCH_SIZE / (wait() - start)
+        times = []
+        for _ in range(SINGLE + 3):
+            start = wait()
+            network(images[:1])
+            times.append(wait() - start)
+    return {
+        "latency_ms": 1000 * statistics.median(times[3:]),
+        "train_images_per_second": training,
+        "eval_images_per_second": evaluation,
+        "memory_mb": memory,
+        "precision": accelerator.mixed_precision,
+    }
+
+
+def main() -> None:
+    """Runs what the command line says."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--models", default=MODELS, help="a list with commas")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=0, help="0: as train.py")
+    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        print(json.dumps(run_one(args.one, args.threads)))
+        return
+    contenders = {
+        name: partial(child, __file__, "--one", name, "--threads", args.threads)
+        for name in args.models.split(",")
+    }
+    results = in_turn(contenders, args.rounds, show="train_images_per_second")
+    print("\n| | latency of one image, ms | training, images/s | evaluation, images/s | MB |")
+    print("| --- | --- | --- | --- | --- |")
+    for name, rows in results.items():
+        keys = ("latency_ms", "train_images_per_second", "eval_images_per_second", "memory_mb")
+        cells = [spread([row[key] for row in rows], ",.4g") for key in keys]
+        print(f"| {name} | {' | '.join(cells)} |")
+    write_json(args.json, {"results": results})
+
+
+if __name__ == "__main__":
+    main()
