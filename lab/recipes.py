@@ -54,7 +54,7 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
         "lenet5": dict(
             batch_size=64, optimizer="nesterov", lr=0.1, weight_decay=5e-4, warmup_epochs=1
         ),
-        "lenet5/mnist": dict(epochs=5),
+        "lenet5/mnist": dict(epochs=5, optimizer="muon", lr=2e-3, weight_decay=0.1),
         "alexnet": dict(
             optimizer="muon",
             lr=2e-3,
