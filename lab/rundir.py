@@ -282,7 +282,10 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """The commit that the code is at, with "+changes" where files differ; None outside git."""
+    """The commit that the code is at, with "+changes" where files differ; None outside git.
+
+    results/ is no code: rows that are added to it change nothing of those that follow.
+    """
     folder = Path(__file__).resolve().parent
 
     def git(*words: str) -> str:
@@ -290,7 +293,8 @@ def commit() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        changes = git("status", "--porcelain", "--untracked-files=no", "--", str(folder.parent))
+        code = [str(folder.parent), f":(exclude){folder.parent / 'results'}"]
+        changes = git("status", "--porcelain", "--untracked-files=no", "--", *code)
         return git("rev-parse", "HEAD") + ("+changes" if changes else "")
     except (OSError, subprocess.CalledProcessError):
         return None
