@@ -73,6 +73,18 @@ class Case:
         return build_model(self.model, num_classes=10, channels=channels, image_size=32)
 
 
+def measure(network: nn.Module, loader: DataLoader) -> float:
+    """The accuracy, as the notebooks measure it."""
+    network.eval()
+    correct, total = 0, 0
+    with torch.no_grad():
+        for images, labels in loader:
+            outputs = network(images)
+            correct += (outputs.argmax(1) == labels).sum().item()
+            total += labels.size(0)
+    return correct / total
+
+
 def notebook(case: Case) -> Contender:
     """The notebooks' loop: per-sample transforms, worker processes, `.item()` in every step."""
     train_set, test_set = case.sets()
@@ -95,17 +107,7 @@ def notebook(case: Case) -> Contender:
             total += labels.size(0)
         return total
 
-    def evaluate() -> float:
-        network.eval()
-        correct, total = 0, 0
-        with torch.no_grad():
-            for images, labels in test_loader:
-                outputs = network(images)
-                correct += (outputs.argmax(1) == labels).sum().item()
-                total += labels.size(0)
-        return correct / total
-
-    return train, evaluate
+    return train, lambda: measure(network, test_loader)
 
 
 def accelerate(case: Case) -> Contender:
@@ -284,16 +286,7 @@ def timm(case: Case) -> Contender:
             total += len(labels)
         return total
 
-    def evaluate() -> float:
-        network.eval()
-        correct, total = torch.zeros((), dtype=torch.long, device=device), 0
-        with torch.inference_mode():
-            for images, labels in test_loader:
-                correct += (network(images).argmax(1) == labels).sum()
-                total += len(labels)
-        return correct.item() / total
-
-    return train, evaluate
+    return train, lambda: measure(network, test_loader)
 
 
 CONTENDERS = {
