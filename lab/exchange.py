@@ -8,6 +8,7 @@ import mmap
 import os
 import uuid
 from contextlib import ExitStack, suppress
+from itertools import pairwise
 
 import psutil
 import torch
@@ -32,57 +33,77 @@ def share_gradients(model: nn.Module) -> bool:
     parameters = [p for p in model.parameters() if p.requires_grad]
     if any(p.device.type != "cpu" or p.dtype != torch.float32 for p in parameters):
         return False
-    num_columns = -(-sum(p.numel() for p in parameters) // ALIGNED) * ALIGNED
-    memory = _map_together(4 * (dist.get_world_size() + 1) * num_columns)
+    num_gradients = sum(p.numel() for p in parameters)
+    memory = _map_together(4 * dist.get_world_size() * -(-num_gradients // ALIGNED) * ALIGNED)
     if memory is None:
         return False
-    model.register_comm_hook(_Exchange(memory), _Exchange.average)
+    model.register_comm_hook(_Exchange(memory, num_gradients), _Exchange.average)
     return True
 
 
 class _Exchange:
     """The state of DistributedDataParallel's hook: a reduce-scatter, then an all-gather.
 
-    A process writes each bucket of its gradients into its row. Once all have written the last one,
-    each adds up its share of the columns, in the order of the processes, whatever the buckets are:
-    so that all have the same bits, those of any other run. Once all have, the means are read.
+    The gradients of a step are columns, of which each process owns a share, and has a row. It
+    writes its gradients there for the other owners; once all have written all, it adds up its own
+    columns in the order of the processes, whoever owns them, so that neither the buckets nor the
+    owner change a bit, and leaves the means in its row; once all have, it reads the others'.
 
-    Two barriers a step are enough. A row is written again only after the second one, and the means
-    only after the next step's first, which a process enters when it has read them.
+    Two barriers a step are enough. What one process writes for another is written again only after
+    the second, when it has been read; a mean only after the next first, which a process enters
+    when it has read them all.
     """
 
-    def __init__(self, memory: mmap.mmap):
+    def __init__(self, memory: mmap.mmap, num_columns: int):
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        table = torch.frombuffer(memory, dtype=torch.float32).view(self.world_size + 1, -1)
-        self.rows, self.means = table[:-1], table[-1]
-        self.filled = 0  # columns, by the buckets of this step
-        self.waiting: list[tuple[Future[Tensor], Tensor]] = []
+        self.rows = torch.frombuffer(memory, dtype=torch.float32).view(self.world_size, -1)
+        self.bounds = [num_columns * i // self.world_size for i in range(self.world_size + 1)]
+        self._begin()
+
+    def _begin(self) -> None:
+        self.num_columns = 0  # of the step's buckets so far
+        self.pieces: list[tuple[int, Tensor, slice]] = []  # owner, part of a bucket, its columns
+        self.buckets: list[tuple[Future[Tensor], Tensor]] = []
 
     def average(self, bucket: dist.GradBucket) -> Future[Tensor]:
-        """The bucket's mean over processes; there once the step's last bucket is."""
+        """The bucket with the mean over processes; there once the step's last bucket is."""
         if bucket.index() == 0:
-            self.filled, self.waiting = 0, []
-        gradients, future = bucket.buffer(), Future[Tensor]()
-        columns = slice(self.filled, self.filled + len(gradients))
-        self.filled = columns.stop
-        torch.mul(gradients, 1 / self.world_size, out=self.rows[self.rank, columns])
-        self.waiting.append((future, self.means[columns]))
+            self._begin()
+        gradients, first = bucket.buffer(), self.num_columns
+        self.num_columns += len(gradients)
+        for owner, (start, stop) in enumerate(pairwise(self.bounds)):
+            columns = slice(max(start, first), min(stop, self.num_columns))
+            if columns.start < columns.stop:
+                piece = gradients[columns.start - first : columns.stop - first]
+                self.pieces.append((owner, piece, columns))
+                if owner != self.rank:
+                    self.rows[self.rank, columns].copy_(piece)
+        future: Future[Tensor] = Future()
+        self.buckets.append((future, gradients))
         if bucket.is_last():
             dist.barrier()
             self._add_up()
             dist.barrier()
-            for promised, mean in self.waiting:
-                promised.set_result(mean)  # which DistributedDataParallel copies
+            for owner, piece, columns in self.pieces:
+                if owner != self.rank:
+                    piece.copy_(self.rows[owner, columns])
+            for promised, mean in self.buckets:
+                promised.set_result(mean)
         return future
 
     def _add_up(self) -> None:
-        """Writes this process's share of the means."""
-        rows = self.rows[:, : self.filled].tensor_split(self.world_size, dim=1)[self.rank]
-        means = self.means[: self.filled].tensor_split(self.world_size)[self.rank]
-        for parts, mean in zip(rows.split(CHUNK, dim=1), means.split(CHUNK), strict=True):
-            torch.add(parts[0], parts[1], out=mean)
-            for part in parts[2:]:
-                mean.add_(part)
+        for owner, piece, columns in self.pieces:
+            if owner != self.rank:
+                continue
+            for own, parts in zip(
+                piece.split(CHUNK), self.rows[:, columns].split(CHUNK, dim=1), strict=True
+            ):
+                mean = parts[self.rank]
+                summands = [own if i == self.rank else part for i, part in enumerate(parts)]
+                torch.add(summands[0], summands[1], out=mean)
+                for summand in summands[2:]:
+                    mean.add_(summand)
+                own.copy_(mean.mul_(1 / self.world_size))
 
 
 def _map_together(num_bytes: int) -> mmap.mmap | None:
