@@ -7,7 +7,7 @@ import pytest
 from worlds import python, run, start, torchrun, world_by_hand
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory is shared on Linux only")
-TRAIN = [
+TRAIN = ["--recipe", "smoke", "--dataset", "digits", "--threads", 1, "--timeout-seconds", 20]
     "--recipe",
     "smoke",
     "--dataset",
