@@ -8,18 +8,6 @@ from worlds import python, run, start, torchrun, world_by_hand
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory is shared on Linux only")
 TRAIN = ["--recipe", "smoke", "--dataset", "digits", "--threads", 1, "--timeout-seconds", 20]
-    "--recipe",
-    "smoke",
-    "--dataset",
-    "digits",
-    "--threads",
-    "1",
-    "--quiet",
-    "--log-every",
-    "1",
-    "--timeout-seconds",
-    "20",
-]
 
 
 @pytest.fixture(scope="module", params=[2, 3])
