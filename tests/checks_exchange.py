@@ -76,6 +76,7 @@ def mapped() -> int:
 
 def main() -> None:
     dist.init_process_group("gloo")
+    exchange.SMALL = 200_000  # the frozen network's are a few more
     rank, found = dist.get_rank(), {}
     for name, options in {
         "plain": {},
