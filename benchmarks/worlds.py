@@ -14,28 +14,33 @@ from functools import partial
 from common import child, in_turn, ratios, spread, write_json
 
 BATCH_SIZE, STEPS = 128, 20
-WORLDS = {  # processes, --comm-hook
+WORLDS = {  # processes, --comm-hook or how else gradients are exchanged
     "1 process": (1, "none"),
     "2 processes": (2, "none"),
+    "2 processes, gloo": (2, "gloo"),  # its sockets, as between hosts
     "2 processes, bf16 hook": (2, "bf16"),
     "2 processes, no exchange": (2, "off"),  # each for itself: what there is to gain
 }
 
 
-def run_one(comm_hook: str) -> dict | None:
+def run_one(exchange: str) -> dict | None:
     """Images a second of all processes together, on the main process."""
     import torch
 
+    from lab import engine
     from lab.data.loaders import Batch, shard
     from lab.distributed import build_accelerator
     from lab.engine import prepare, train_step
     from lab.models import build_model
     from lab.recipes import resolve
 
-    config = resolve({"model": "alexnet", "dataset": "folder", "recipe": "notebook"})
-    accelerator = build_accelerator(
-        large_model=True, comm_hook="none" if comm_hook == "off" else comm_hook
+    comm_hook = "none" if exchange in ("gloo", "off") else exchange
+    config = resolve(
+        {"model": "alexnet", "dataset": "folder", "recipe": "notebook", "comm_hook": comm_hook}
     )
+    if exchange == "gloo":
+        engine.share_gradients = lambda model: False
+    accelerator = build_accelerator(large_model=True, comm_hook=comm_hook)
     torch.manual_seed(0)
     network = build_model("alexnet", num_classes=10, channels=3, image_size=32)
     trainer = prepare(accelerator, network, config)
@@ -43,7 +48,7 @@ def run_one(comm_hook: str) -> dict | None:
     images = torch.randn(BATCH_SIZE, 3, 32, 32)[part].to(accelerator.device)
     labels = torch.randint(10, (BATCH_SIZE,))[part].to(accelerator.device)
     batch = Batch(images, labels, labels, BATCH_SIZE)
-    if comm_hook == "off":
+    if exchange == "off":
         trainer.model = trainer.network
     trainer.model.train()
     for _ in range(3):

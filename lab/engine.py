@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lab.config import TrainConfig
 from lab.data.loaders import Batch, Loader, fold, shard
 from lab.errors import UserError
+from lab.exchange import share_gradients
 from lab.models import find_model
 from lab.optim import build_optimizer, learning_rate
 
@@ -107,6 +108,8 @@ def prepare(accelerator: Accelerator, network: nn.Module, config: TrainConfig) -
         network.compile(mode="reduce-overhead" if graphs else None)
     optimizer = build_optimizer(network, config)
     model = accelerator.prepare(network)
+    if config.comm_hook == "none":
+        share_gradients(model)
     if accelerator.scaler:  # of fp16's gradients; else its wrapper's steps are only slower
         optimizer = accelerator.prepare(optimizer)
     return Trainer(accelerator, config, network, model, optimizer, average)

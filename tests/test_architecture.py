@@ -32,7 +32,7 @@ LEVELS = [
     },
     {"finished"},
     {"models", "data", "optim", "rundir"},
-    {"metrics", "distributed", "tables", "commandline", "stopping", "markdown", "tta"},
+    {"metrics", "distributed", "tables", "commandline", "stopping", "markdown", "tta", "exchange"},
     {"config", "muon"},
     {"options", "hardware"},
     {"errors"},
