@@ -26,10 +26,10 @@ def share_gradients(model: nn.Module) -> bool:
     """Whether the processes average `model`'s gradients in shared memory from now on.
 
     If not, PyTorch does it as ever: where the model is not a DistributedDataParallel of float32
-    parameters on a CPU, or has few of them, and where one process could not map the memory, as on
-    another host. All processes call it, and get the same answer.
+    parameters on a CPU, or has few of them, where a process is alone, and where one could not map
+    the memory, as on another host. All processes call it, and get the same answer.
     """
-    if not isinstance(model, DistributedDataParallel):
+    if not isinstance(model, DistributedDataParallel) or dist.get_world_size() == 1:
         return False
     parameters = [p for p in model.parameters() if p.requires_grad]
     if any(p.device.type != "cpu" or p.dtype != torch.float32 for p in parameters):
