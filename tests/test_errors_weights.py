@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from mistakes import FULL, make_picture, matches
+from mistakes import NO_FOLDER, make_picture, matches
+from safetensors.torch import save
 
 import evaluate
 from lab import checkpoint, recipes
@@ -63,7 +64,7 @@ def with_metadata(content: bytes, metadata: dict | None) -> bytes:
             "w takes images with 1 channels, the data's have 3. "
             "Give data like that it was trained on.",
         ),
-        ("w --output w", f"cannot write w (File exists). {FULL}"),
+        ("w --output w", f"cannot write w (File exists). {NO_FOLDER}"),
     ],
 )
 def test_p7_evaluate_refuses(fails, tmp_path, trained, words, message):
@@ -102,9 +103,9 @@ def zipped(content: bytes) -> bytes:
         lambda content: content[: len(content) // 2],
         lambda content: content[:-1],
         lambda content: content + b"\0",
-        lambda content: np.random.default_rng(0).bytes(1000),
-        lambda content: pickle.dumps({"state_dict": [1.0] * 100}),
-        zipped,
+        lambda content: b"x" * 10 + content[10:],
+        lambda content: content[:8] + b"x" * 10 + content[18:],
+        lambda content: content[:24] + b"x" * 10 + content[34:],
     ],
 )
 def test_p7_a_damaged_weights_file_is_named(fails, tmp_path, trained, damage):
@@ -115,9 +116,27 @@ def test_p7_a_damaged_weights_file_is_named(fails, tmp_path, trained, damage):
 
 
 @pytest.mark.parametrize(
+    "make",
+    [
+        lambda content: b"# Readme, longer than the header of a file, " * 9,
+        lambda content: np.random.default_rng(0).bytes(1000),
+        lambda content: pickle.dumps({"state_dict": [1.0] * 100}),
+        lambda content: save({"weight": torch.zeros(3)}, {"format": "pt"}),
+        lambda content: with_metadata(content, None),
+        zipped,
+    ],
+)
+def test_p7_another_kind_of_file_is_not_called_damaged(fails, tmp_path, trained, make):
+    os.chdir(tmp_path)
+    (tmp_path / "w").write_bytes(make(trained[1]))
+    assert fails(evaluate, "w", "--quiet") == (
+        "w is no weights file of train.py. Give a run's folder or its best.safetensors."
+    )
+
+
+@pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (None, "no format"),
         ("{", "*"),
         ("[1]", "no format"),
         ('"x"', "no format"),
