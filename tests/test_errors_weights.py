@@ -16,8 +16,11 @@ from safetensors.torch import save
 
 import evaluate
 from lab import checkpoint, recipes
+from lab.config import EvalConfig
 from lab.data import DATASETS, DataConfig, load_splits
+from lab.errors import UserError
 from lab.models import build_model
+from lab.rundir import RunDir
 
 FOREIGN = "Give a file that train.py wrote."
 
@@ -208,3 +211,26 @@ def test_p7_weights_of_another_architecture(fails, tmp_path, trained, tensors, r
         f"w holds the weights of another architecture: {reason}. "
         "Give the weights of the network that its metadata names."
     )
+
+
+def test_p7_no_report_is_told_or_left_where_predictions_cannot_be_written(
+    fails, tmp_path, trained, monkeypatch
+):
+    def refuse(run, rows):
+        raise UserError("the disk is full", "Free some")
+
+    (tmp_path / "w").write_bytes(trained[1])
+    monkeypatch.setattr(RunDir, "write_predictions", refuse)
+    assert fails(evaluate, "w", "--quiet", leaves=("evaluate-test",)) == (
+        "the disk is full. Free some."
+    )
+    assert list((tmp_path / "evaluate-test").iterdir()) == []
+
+
+def test_a_part_of_a_split_has_a_folder_of_its_own():
+    trained = {"limit_train": 320, "limit_eval": 100}
+    parts = {("test", None): "test", ("test", 100): "test", ("test", 50): "test-50",
+             ("test", 0): "test-all", ("train", 100): "train-100", ("train", 320): "train",
+             ("all", 0): "all", ("all", 100): "all-100"}  # fmt: skip
+    for (split, limit), name in parts.items():
+        assert EvalConfig(weights="w", split=split, limit_eval=limit).part(trained) == name

@@ -51,12 +51,20 @@ def test_the_same_settings_may_be_given_again(copied, finished):
             "old holds no state to go on from. Start a new run, of another --name.",
         ),
         (
+            "--resume runs",
+            "runs holds no state to go on from. "
+            "Give --resume one of its runs: runs/a, runs/b, runs/c.",
+        ),
+        (
             "--resume auto --name old --output-dir .",
             "old holds no state to go on from. Start a new run, of another --name.",
         ),
     ],
 )
 def test_p7_there_is_nothing_to_resume(fails, tmp_path, words, message):
+    for name in "dcba":
+        (tmp_path / "runs" / name / "state" / "step-00000001").mkdir(parents=True)
+    (tmp_path / "runs" / "another").mkdir()
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "best.safetensors").write_bytes(b"weights of a version without states")
     assert fails(train, *SMALL, *words.split()) == message
