@@ -268,5 +268,5 @@ def test_few_steps_from_random_weights_are_warned_of(capsys):
 
     words = "warning: only 297 steps in all: too few to learn much from random weights. Give "
     assert told(99, model="lenet5") == words + "a smaller --batch-size or more --epochs.\n"
-    assert told(99, model="resnet18").startswith(words + "--pretrained, a smaller --batch-size")
+    assert told(99, model="mobilenet").startswith(words + "--pretrained, a smaller --batch-size")
     assert told(100) == told(99, max_steps=9) == told(99, init_from="w") == ""
