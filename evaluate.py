@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
         loader = build_loader(split, plain, batch_size=config.batch_size, seed=None, **place)
         writes = accelerator.is_main_process
         outputs = {  # the plain result comes first, whatever else is asked for
-            tta: rundir.evaluation_dir(path, config.split, config.output, writes, tta)
+            tta: rundir.evaluation_dir(path, config.part(about["data"]), config.output, writes, tta)
             for tta in dict.fromkeys(("none", config.tta))
         }
     if config.same_samples and fingerprint != about["fingerprints"].get(config.split):
@@ -84,21 +84,21 @@ def main(argv: list[str] | None = None) -> None:
             "selected_on": about["selected_on"],
         }
         title = f"{model} on {data.dataset}"
+        if tta != "none":
+            report["tta"] = tta
+            title += f", apart: mean over each picture and its mirror image (--tta {tta})"
+        with together(accelerator):  # the report last: where it is, all is
+            output.write_predictions(predictions.rows())
+            output.write_report(report)
         if tta == "none":
             tables.class_table(report)
             tables.confusion_matrix(report)
-        else:
-            report["tta"] = tta
-            title += f", apart: mean over each picture and its mirror image (--tta {tta})"
         console.report(
             report,
             title=title,
             files={"weights": str(path), "report": str(output.path)},
             note=caveat(config.split, None if config.other_data else about["selected_on"]),
         )
-        with together(accelerator):
-            output.write_report(report)
-            output.write_predictions(predictions.rows())
     accelerator.end_training()
 
 

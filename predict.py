@@ -10,10 +10,12 @@ A picture that cannot be read is named, and the others are classified; the exit 
 
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 from lab import console, tables
 from lab.commandline import parse_arguments
 from lab.config import MACHINE, REPORT, TTA, WEIGHTS
+from lab.disk import require_place
 from lab.errors import UserError, run_script
 from lab.options import check_fields, option
 
@@ -59,6 +61,10 @@ def main(argv: list[str] | None = None) -> int:
     from lab.engine import lay_out
     from lab.models import build_model
 
+    files = {file: flag for flag, file in (("--json", config.json), ("--csv", config.csv)) if file}
+    for file, flag in files.items():
+        if file != "-":
+            require_place(flag, Path(file))
     path = checkpoint.find_weights(config.weights)
     about = checkpoint.read_info(path)
     model = about["model"]["name"]
@@ -95,6 +101,9 @@ def main(argv: list[str] | None = None) -> int:
             prediction.write_text(config.json, "".join(prediction.json_lines(found)))
         if config.csv:
             prediction.write_text(config.csv, prediction.csv_text(found, config.top_k))
+        if "-" not in files:  # standard output is the answer's alone
+            for file in files:
+                console.say(f"written: {file}")
         if not (config.json or config.csv or config.quiet):
             tables.predictions([(one.path, one.classes) for one in found if one.classes])
     accelerator.end_training()

@@ -106,6 +106,7 @@ def train(given: dict[str, Any]) -> tuple[int, RunDir]:
         network = build_model(**about["model"], init=config.init)
         if not state:  # which holds the weights to go on from
             finetune.start_from(network, about["model"], config)
+            finetune.warn_of_few_steps(config, train_loader.plan.num_batches)
         finetune.freeze(network, about["model"], config.freeze)
     trainer = prepare(accelerator, network, config)
     position, best = Position(), {}
@@ -197,6 +198,9 @@ def train(given: dict[str, Any]) -> tuple[int, RunDir]:
         "best_epoch": best["epoch"],
         "selected_on": splits.selected_on,
     }
+    with together(accelerator):  # the report last: where it is, the run is finished
+        run.write_predictions(predictions.rows())
+        run.write_report(report)
     console.report(
         report,
         title=f"{config.model} on {config.dataset}",
@@ -204,9 +208,6 @@ def train(given: dict[str, Any]) -> tuple[int, RunDir]:
         command=f"python evaluate.py {shlex.quote(str(run.path))}",
         note=caveat("test", splits.selected_on),
     )
-    with together(accelerator):
-        run.write_report(report)
-        run.write_predictions(predictions.rows())
     finish(run, config, splits, predictions)
     with together(accelerator):
         card.write(run)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import lab
 from lab import checkpoint, rundir
-from lab.commandline import parse_arguments, words_of
+from lab.commandline import as_keywords, parse_arguments, words_of
 from lab.config import EVAL_BATCH_SIZE, TrainConfig
 from lab.data.augment import Preprocess
 from lab.data.folder import decode, grey, pixels, square
@@ -82,9 +82,11 @@ def train(config: TrainConfig | Mapping[str, Any] | None = None, /, **settings: 
         _, run = _script().train(checked)
     except Exception as error:
         mistake = mistake_of(error)
-        if mistake is None or mistake is error:
+        if mistake is None:
             raise
-        raise mistake from error
+        what, hint = (as_keywords(TrainConfig, text) for text in (mistake.what, mistake.hint))
+        cause = None if mistake is error else error
+        raise UserError(what, hint, mistake.lone) from cause
     report = run.path / rundir.REPORT
     result = TrainedRun(run.path, json.loads(report.read_text()) if report.exists() else None)
     if PartialState().num_processes > 1:  # one of them knows the folder

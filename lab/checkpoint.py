@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -29,6 +30,7 @@ from lab.rundir import BEST, RunDir, versions, write_atomically
 # and the same weights would not give the same bytes.
 KEY = "lab"
 FORMAT = 1
+START = 32  # bytes in which a file of ours says twice what it is: __metadata__ and KEY
 
 # What the scripts read of it, and its types in JSON.
 ABOUT = {
@@ -172,8 +174,10 @@ def read_info(path: Path) -> dict[str, Any]:
             metadata = file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise _damaged(path, error) from error
+    if KEY not in metadata:
+        raise _foreign(path)
     try:
-        info = json.loads(metadata.get(KEY, "{}"))
+        info = json.loads(metadata[KEY])
         require_types(info, {"format": int})
         if info["format"] == FORMAT:
             _require_usable(info)
@@ -275,5 +279,17 @@ def require_same_classes(path: Path, about: dict[str, Any], split: Split) -> Non
         )
 
 
+def _foreign(path: Path) -> UserError:
+    return UserError(
+        f"{path} is no weights file of train.py", "Give a run's folder or its best.safetensors"
+    )
+
+
 def _damaged(path: Path, error: Exception) -> UserError:
+    """That a file of ours is not whole any more; or that it never was one of ours."""
+    with suppress(OSError), open(path, "rb") as file:
+        start = file.read(START)
+        # Where one of the two was hit, the other is left; an empty file may have been anything.
+        if len(start) > 8 and b"__metadata__" not in start and f'"{KEY}":'.encode() not in start:
+            return _foreign(path)
     return UserError(f"{path} is damaged ({error})", "Train again, or give another file")

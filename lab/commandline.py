@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -18,7 +19,8 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(message, f"See `python {self.prog} --help`")
 
     def parse_args(self, args=None, namespace=None):
-        parsed, unknown = self.parse_known_args(args, namespace)
+        # Intermixed: options may stand between what has a place.
+        parsed, unknown = self.parse_known_intermixed_args(args, namespace)
         if unknown:
             word = unknown[0].split("=")[0]
             close = difflib.get_close_matches(word, self._option_string_actions, 1)
@@ -61,7 +63,11 @@ def parse_arguments(config: type, argv: list[str] | None, *, prog: str, about: s
                 "metavar": choices or m.get("metavar") or kind.__name__.upper(),
             }
         group.add_argument(flag(f.name), **settings)
-    return vars(parser.parse_args(argv))
+    given = vars(parser.parse_args(argv))
+    for f in dataclasses.fields(config):
+        if f.metadata.get("filled") and given.get(f.name) == "":  # of an unset variable, as a rule
+            raise UserError(f"{flag(f.name)} is empty", "Name it, or leave the option out")
+    return given
 
 
 def words_of(config: type, settings: Mapping[str, Any]) -> list[str]:
@@ -75,7 +81,7 @@ def words_of(config: type, settings: Mapping[str, Any]) -> list[str]:
             close = difflib.get_close_matches(name, fields, 1)
             hint = f"Did you mean {close[0]}?" if close else f"Known: {', '.join(fields)}"
             raise UserError(f"there is no setting {name}", hint)
-        if value is None:
+        if value is None or (value == "" and fields[name].metadata.get("filled")):
             continue
         if not isinstance(fields[name].default, bool):
             words.append(f"{flag(name)}={value}")
@@ -86,6 +92,20 @@ def words_of(config: type, settings: Mapping[str, Any]) -> list[str]:
         elif _both_ways(fields[name]):
             words.append(flag(name).replace("--", "--no-", 1))
     return words
+
+
+def as_keywords(config: type, text: str) -> str:
+    """A message for the caller of Python: its flags as `overwrite=True` or `batch_size`."""
+    fields = {flag(f.name): f for f in dataclasses.fields(config)}
+
+    def keyword(found: re.Match[str]) -> str:
+        if found[0] not in fields:
+            return found[0]
+        f = fields[found[0]]
+        return f"{f.name}=True" if isinstance(f.default, bool) else f.name
+
+    # After a script's name it is a command, and stays one.
+    return re.sub(r"(?<!\.py )--[a-z][a-z-]*", keyword, text)
 
 
 def _both_ways(f: dataclasses.Field) -> bool:

@@ -1,5 +1,6 @@
 """Every setting of a run: its unit, default, bounds and command-line flag."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -155,7 +156,7 @@ class TrainConfig:
     output_dir: str = option("runs", OUTPUT,
         "folder of run folders", metavar="DIR")
     name: str = option("", OUTPUT,
-        "the run's folder in it; if not given MODEL-DATASET, then -2, -3 ...")
+        "the run's folder in it; if not given MODEL-DATASET, then -2, -3 ...", filled=True)
     overwrite: bool = option(False, OUTPUT,
         "replace an existing run of that --name")
     log_every: int = option(10, OUTPUT,
@@ -235,7 +236,8 @@ class EvalConfig:
         "how long a process waits for the others before it takes them for lost",
         low=1, high=MONTH, metavar="N")
     output: str = option("", REPORT,
-        "folder for report.json and predictions.csv; else evaluate-SPLIT beside the weights",
+        "folder for report.json and predictions.csv; else evaluate-SPLIT beside the weights, or "
+        "evaluate-SPLIT-N with --limit-eval N",
         metavar="DIR")
     quiet: bool = option(False, REPORT,
         "print the result only")
@@ -255,6 +257,16 @@ class EvalConfig:
     def same_samples(self) -> bool:
         """Whether the split has to hold the very samples that it held in training."""
         return not self.other_data and self.limit_eval is None and self.split != "all"
+
+    def part(self, trained: Mapping[str, Any]) -> str:
+        """What is evaluated, as a name: the split, and how many of it where that was asked for.
+
+        `trained` holds the settings of the training's data, which took `limit_eval` of its own.
+        """
+        usual = trained["limit_train" if self.split == "train" else "limit_eval"]
+        if self.limit_eval in (None, 0 if self.split == "all" else usual):
+            return self.split
+        return f"{self.split}-{self.limit_eval or 'all'}"
 
     def data_overrides(self) -> dict[str, Any]:
         """The settings of the data that were given, and so replace those of the training."""

@@ -281,5 +281,6 @@ def _require_finite(accelerator: Accelerator, loss: float, position: Position) -
     raise UserError(
         f"the loss is {loss} at step {min(step, position.step)}{where} "
         f"(learning rate {position.learning_rate:g})",
-        "Lower --lr or give --clip-norm 1 in a new run, or go on with --on-nonfinite skip",
+        "Lower --lr or give --clip-norm 1 in a new run; --on-nonfinite skip, in a new run or one "
+        "that goes on, leaves such steps out",
     )

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lab.data.augment import Preprocess
+from lab.disk import require_place
 from lab.errors import UserError
 from lab.rundir import versions, write_atomically
 
@@ -224,5 +225,4 @@ def require_writable(output: Path, weights: Path) -> None:
     """Nothing; raises `UserError` where the file would replace the weights, or has no folder."""
     if output.exists() and output.samefile(weights):
         raise UserError(f"--output {output} is the weights' own file", "Give another name")
-    if output.is_dir() or not output.parent.is_dir():
-        raise UserError(f"--output {output} is no file in an existing folder", "Give another name")
+    require_place("--output", output)

@@ -9,6 +9,8 @@ from lab.config import TrainConfig
 from lab.errors import UserError
 from lab.models import find_model, head_names
 
+FEW_STEPS = 300
+
 
 def start_from(network: nn.Module, model: dict[str, Any], config: TrainConfig) -> None:
     """Fills the network with the weights that `config` names, if any, and says so.
@@ -27,6 +29,20 @@ def start_from(network: nn.Module, model: dict[str, Any], config: TrainConfig) -
         fresh = _take_file(network, model, config.init_from)
         head = f"new head: {', '.join(fresh)}" if fresh else "its head too"
         console.say(f"weights of {config.init_from}; {head}")
+
+
+def warn_of_few_steps(config: TrainConfig, num_batches: int) -> None:
+    """Warns where a new run of epochs of `num_batches` will end before random weights learn much.
+
+    One that was told when to stop, with `max_steps`, is a trial, and known to be one.
+    """
+    steps = config.epochs * num_batches
+    if steps < FEW_STEPS and not (config.max_steps or config.pretrained or config.init_from):
+        pretrained = "--pretrained, " if find_model(config.model).weights else ""
+        console.warn(
+            f"only {steps} steps in all: too few to learn much from random weights. "
+            f"Give {pretrained}a smaller --batch-size or more --epochs."
+        )
 
 
 def _take_file(network: nn.Module, model: dict[str, Any], path_given: str) -> list[str]:

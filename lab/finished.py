@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -58,7 +59,7 @@ class Run:
     def steps(self) -> list[dict[str, Any]]:
         """The rows of steps.jsonl; none where there is no such file."""
         path = self.path / STEPS
-        with _damage(self.path):
+        with _reading(path):
             lines = path.read_text().splitlines() if path.is_file() else []
             rows = [json.loads(line) for line in lines]
             for row in rows:
@@ -80,7 +81,7 @@ class Run:
         path = self.path / PICTURES
         if not path.is_file():
             return None
-        with _damage(self.path, SafetensorError):
+        with _reading(path, SafetensorError):
             found = load_file(path)
             num_classes = len(self.report["class_names"])
             for kind in ("batch", "mistakes"):
@@ -103,10 +104,11 @@ def read_run(path: Path) -> Run:
         raise UserError(f"{path} is not a run's folder", "Name folders that train.py wrote")
     if not (path / REPORT).is_file():
         raise UserError(f"the run {path} is not finished", f"Finish it: train.py --resume {path}")
-    with _damage(path):
-        config, report = (json.loads((path / name).read_bytes()) for name in (CONFIG, REPORT))
-        history = [json.loads(line) for line in (path / HISTORY).read_text().splitlines()]
+    with _reading(path / CONFIG) as file:
+        config = json.loads(file.read_bytes())
         _require(config, SETTINGS)
+    with _reading(path / REPORT) as file:
+        report = json.loads(file.read_bytes())
         _require(report, NUMBERS)
         num_classes = len(report["class_names"])
         for row in report["per_class"]:
@@ -114,28 +116,37 @@ def read_run(path: Path) -> Run:
         matrix = np.array(report["confusion_matrix"], dtype=np.int64)
         if len(report["per_class"]) != num_classes or matrix.shape != (num_classes,) * 2:
             raise ValueError("the numbers of the classes do not fit the classes")
+    with _reading(path / HISTORY) as file:
+        history = [json.loads(line) for line in file.read_text().splitlines()]
         for row in history or [None]:
             _require(row, dict.fromkeys(EPOCH, NUMBER))
-        labels = predictions = confidence = None
-        if (path / PREDICTIONS).is_file():
-            with open(path / PREDICTIONS, newline="") as file:
-                names = ("label", "prediction", "confidence")
-                rows = [tuple(float(row[name]) for name in names) for row in csv.DictReader(file)]
+    labels = predictions = confidence = None
+    if (path / PREDICTIONS).is_file():
+        with _reading(path / PREDICTIONS) as file, open(file, newline="") as lines:
+            names = ("label", "prediction", "confidence")
+            rows = [tuple(float(row[name]) for name in names) for row in csv.DictReader(lines)]
             labels, predictions, confidence = np.array(rows).T
             labels, predictions = labels.astype(np.int64), predictions.astype(np.int64)
             for classes in (labels, predictions):
                 if not 0 <= classes.min() <= classes.max() < num_classes:
                     raise ValueError("a prediction is no class")
-        return Run(path, config, report, history, labels, predictions, confidence)
+    return Run(path, config, report, history, labels, predictions, confidence)
 
 
 @contextmanager
-def _damage(path: Path, kind: type[Exception] = ValueError) -> Iterator[None]:
-    """Turns what a damaged file raises, `kind` too, into a `UserError`."""
+def _reading(file: Path, kind: type[Exception] = ValueError) -> Iterator[Path]:
+    """The file; turns what it raises where it is damaged, `kind` too, into a `UserError`."""
     try:
-        yield
+        yield file
     except (OSError, ValueError, LookupError, TypeError, kind) as error:
-        raise UserError(f"the run {path} is damaged ({error!r})", "Train it again") from error
+        said = error.strerror if isinstance(error, OSError) else str(error) or repr(error)
+        run = shlex.quote(str(file.parent))
+        hint = "Copy it back from where it is whole: only a training makes it"
+        if file.name in (REPORT, PREDICTIONS):
+            hint = f"Make it again: evaluate.py {run} --output {run}"
+        elif file.name in (PICTURES, STEPS):
+            hint = "Delete it: the rest can do without"
+        raise UserError(f"the run {file.parent} is damaged: {file.name} ({said})", hint) from error
 
 
 def _require(group: Any, types: dict[str, Any]) -> None:

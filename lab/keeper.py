@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from lab import console
 from lab.checkpoint import Writer, copy_of
 from lab.data import Splits
+from lab.disk import require_room
 from lab.engine import Position, Trainer
 from lab.errors import UserError
 from lab.optim import slots
 from lab.rundir import RunDir
-from lab.states import FORMAT, POSITION, State, folders, require_room, write
+from lab.states import FORMAT, POSITION, State, folders, write
 from lab.stopping import Stopper
 
 

@@ -12,7 +12,8 @@ def option(default: Any, group: str, text: str, **metadata: Any) -> Any:
     """A dataclass field that is also a command-line flag: its `--help` group and text, its bounds.
 
     `metadata`: `choices`, `each_of` (choices of a list with commas), `low` and `high` (inclusive
-    bounds), `above` (exclusive lower bound), `from_recipe` (the recipe sets it), `metavar`.
+    bounds), `above` (exclusive lower bound), `from_recipe` (the recipe sets it), `filled` (not
+    given as an empty text), `metavar`.
     """
     return field(default=default, metadata={"group": group, "text": text, **metadata})
 

@@ -16,6 +16,7 @@ from filelock import FileLock, Timeout
 
 import lab
 from lab.config import TrainConfig
+from lab.disk import refused
 from lab.errors import UserError
 
 CONFIG, HISTORY, STEPS = "config.json", "history.jsonl", "steps.jsonl"
@@ -174,13 +175,13 @@ def start(config: TrainConfig, writes: bool) -> RunDir:
 
 
 def evaluation_dir(
-    weights: Path, split: str, output: str, writes: bool, tta: str = "none"
+    weights: Path, part: str, output: str, writes: bool, tta: str = "none"
 ) -> RunDir:
-    """The folder of an evaluation's files: `output`, or evaluate-SPLIT beside the weights.
+    """The folder of an evaluation's files: `output`, or evaluate-`part` beside the weights.
 
     With test-time augmentation it is one beside that, whose name ends in -tta-`tta`.
     """
-    path = Path(output) if output else weights.parent / f"evaluate-{split}"
+    path = Path(output) if output else weights.parent / f"evaluate-{part}"
     if tta != "none":
         path = Path(f"{os.path.abspath(path) if output else path}-tta-{tta}")
     if writes:
@@ -238,10 +239,7 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(
-            f"cannot write {path} ({error.strerror or error})",
-            "Free some space, or name another folder",
-        ) from error
+        raise refused(path, error) from error
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:

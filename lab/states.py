@@ -140,8 +140,12 @@ def find(config: TrainConfig, reads: bool) -> State | None:
     if not folders(run):
         if auto and not run.best.exists():
             return None
+        inside = sorted({str(state.parents[1]) for state in run.path.glob(f"*/{STATES}/step-*")})
         raise UserError(
-            f"{run.path} holds no state to go on from", "Start a new run, or --overwrite this one"
+            f"{run.path} holds no state to go on from",
+            f"Give --resume one of its runs: {', '.join(inside[:3])}"
+            if inside
+            else "Start a new run, of another --name",
         )
     run.lock()
     return _newest(run)
@@ -283,15 +287,3 @@ def write(folder: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> No
                 sync(folder.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-
-
-def require_room(path: Path, size: int) -> None:
-    """Nothing; raises `UserError` where the disk has fewer than `size` bytes free."""
-    while not os.path.exists(path):  # Path.exists raises for a name that is too long
-        path = path.parent
-    free = shutil.disk_usage(path).free
-    if free < size:
-        raise UserError(
-            f"a state takes {size / 1e6:,.0f} MB, and {path} has {free / 1e6:,.0f} MB left",
-            "Free some space, or name another --output-dir",
-        )

@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image
 
 FULL = "Free some space, or name another folder."
+NO_FOLDER = "Name a folder, not a file."
 
 
 def tree(folder: Path) -> dict[str, object]:

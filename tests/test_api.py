@@ -13,7 +13,7 @@ from PIL import Image
 import lab
 import predict
 from lab import api, checkpoint
-from lab.commandline import words_of
+from lab.commandline import as_keywords, words_of
 from lab.config import TrainConfig
 from lab.data import DataConfig, load_split
 from lab.errors import UserError
@@ -130,8 +130,8 @@ def config_of(run):
         ({"epoch": 3}, "there is no setting epoch. Did you mean epochs?"),
         ({"help": True}, "there is no setting help. Known: model, "),
         ({"quiet": "no"}, "quiet is 'no'. Give True or False."),
-        ({"epochs": "many"}, "argument --epochs: invalid int value: 'many'. See"),
-        ({"epochs": 0}, "--epochs 0 is too low. Give at least 1."),
+        ({"epochs": "many"}, "argument epochs: invalid int value: 'many'. See"),
+        ({"epochs": 0}, "epochs 0 is too low. Give at least 1."),
         ({"model": "lenet"}, "there is no model lenet. Known: "),
         ({"dataset": "folder", "data_dir": "gone"}, "there is no folder gone. "),
     ],
@@ -163,6 +163,17 @@ def test_p7_a_package_without_its_checkout_says_so(monkeypatch, tmp_path):
 def test_switches_can_be_turned_off_where_something_may_have_turned_them_on():
     settings = {"deterministic": False, "overwrite": False, "quiet": True, "name": None, "lr": 0.1}
     assert words_of(TrainConfig, settings) == ["--no-deterministic", "--quiet", "--lr=0.1"]
+
+
+def test_messages_speak_of_what_python_is_given():
+    for text, expected in {
+        "Give another --name, or --overwrite to replace it": "Give another name, or overwrite=True "
+        "to replace it",
+        "--batch-size 0 is too low": "batch_size 0 is too low",
+        "Finish it: train.py --resume runs/x": "Finish it: train.py --resume runs/x",
+        "See `python train.py --help`": "See `python train.py --help`",
+    }.items():
+        assert as_keywords(TrainConfig, text) == expected
 
 
 def test_what_the_package_offers_is_there():

@@ -23,6 +23,7 @@ from lab.errors import run_script
 
 WORDS = ["--dataset", "digits", "--recipe", "smoke", "--quiet", "--threads", "1"]
 KINDS = ["halved", "emptied", "random", "flipped", "deleted", "pickle", "torch.save"]
+FOREIGN = KINDS[2], *KINDS[5:]
 MARKER = "marker"
 
 
@@ -130,12 +131,13 @@ def test_p7_damaged_best_weights_are_told_at_once(run, capfd, kind):
     damage(run / "best.safetensors", kind)
     code, _, [error] = ends(capfd, evaluate, run, "--quiet")
     assert code == 2
-    told = "run holds no best" if kind == "deleted" else "run/best.safetensors is damaged ("
+    what = "no weights file of train.py. " if kind in FOREIGN else "damaged ("
+    told = "run holds no best" if kind == "deleted" else f"run/best.safetensors is {what}"
     assert error.startswith(f"error: {told}")
     code, warnings, errors = ends(capfd, train, "--resume", run, "--quiet", "--max-steps", 15)
     assert (code, errors) == (0, [])
     [warning] = warnings
-    assert warning.startswith("warning: run/best.safetensors is damaged (")
+    assert warning.startswith(f"warning: run/best.safetensors is {what}")
     assert warning.endswith("The best epoch is chosen anew.")
     assert ends(capfd, evaluate, run, "--quiet") == (0, [], [])
 

@@ -1,5 +1,7 @@
 """P7: what a user can get wrong ends in one `error: WHAT. HINT.`, code 2, and touches no file."""
 
+import errno
+import os
 import pickle
 import resource
 import sys
@@ -8,16 +10,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from mistakes import FULL, tree
+from mistakes import FULL, NO_FOLDER, tree
 from worlds import python, run
 
 import train
+from export import ExportConfig
 from lab import recipes
+from lab.commandline import parse_arguments
+from lab.comparison import CompareConfig
+from lab.config import EvalConfig
 from lab.data import DATASETS
+from lab.disk import size
 from lab.distributed import build_accelerator
 from lab.errors import UserError, run_script
 from lab.models import MODELS
-from lab.rundir import RunDir, create, write_atomically
+from lab.rundir import RunDir, create, write_atomically, writing
+from predict import PredictConfig
 
 DIGITS = ("--dataset", "digits", "--recipe", "smoke", "--quiet")
 HELP = "See `python train.py --help`."
@@ -54,6 +62,7 @@ HELP = "See `python train.py --help`."
             "Choose from crop, flip, cutout, random-augment, mixup, cutmix, or none.",
         ),
         ("--augment mixup --mix-alpha 0", "--mix-alpha 0.0 is too low. Give more than 0."),
+        ("--name=", "--name is empty. Name it, or leave the option out."),
         ("--name a/b", "--name a/b is a path. Give the folder with --output-dir."),
         ("--name ..", "--name .. is a path. Give the folder with --output-dir."),
         ("--image-size 27", "lenet5 cannot take images of 27 pixels. Give 28 or more."),
@@ -65,21 +74,24 @@ HELP = "See `python train.py --help`."
         ("--sync-bn", "--sync-bn needs GPUs. Leave it out on other devices."),
         (
             "--output-dir file",
-            f"cannot write file/lenet5-digits (Not a directory). {FULL}",
+            f"cannot write file/lenet5-digits (Not a directory). {NO_FOLDER}",
         ),
         (
             "--output-dir file/runs --name x",
-            f"cannot write file/runs/x (Not a directory). {FULL}",
+            f"cannot write file/runs/x (Not a directory). {NO_FOLDER}",
         ),
         (
             "--output-dir /proc/runs",
-            "a state takes 1 MB, and /proc has 0 MB left. "
+            "a state takes 987.3 kB, and /proc has 0 bytes left. "
             "Free some space, or name another --output-dir.",
         ),
-        ("--output-dir dangling", f"cannot write dangling/lenet5-digits (File exists). {FULL}"),
+        (
+            "--output-dir dangling",
+            f"cannot write dangling/lenet5-digits (File exists). {NO_FOLDER}",
+        ),
         (
             f"--name {'n' * 300}",
-            f"cannot write runs/{'n' * 300} (File name too long). {FULL}",
+            f"cannot write runs/{'n' * 300} (File name too long). Give a shorter name.",
         ),
         (
             "--name taken",
@@ -110,6 +122,32 @@ def test_p7_train_refuses(fails, tmp_path, words, message):
     assert fails(train, *DIGITS, *words.split()) == message
 
 
+@pytest.mark.parametrize(
+    ("config", "words", "expected"),
+    [
+        (
+            PredictConfig,
+            "RUN --top-k 1 X Y",
+            {"weights": "RUN", "top_k": 1, "pictures": ["X", "Y"]},
+        ),
+        (PredictConfig, "--quiet RUN X --csv f Y", {"pictures": ["X", "Y"], "csv": "f"}),
+        (PredictConfig, "RUN --top-k 1 -", {"pictures": ["-"]}),
+        (CompareConfig, "A --output o B", {"runs": ["A", "B"], "output": "o"}),
+        (EvalConfig, "--split val RUN --quiet", {"weights": "RUN", "split": "val", "quiet": True}),
+        (ExportConfig, "--half RUN --format onnx", {"weights": "RUN", "half": True}),
+    ],
+)
+def test_an_option_may_stand_anywhere(config, words, expected):
+    found = parse_arguments(config, words.split(), prog="x.py", about="")
+    assert {name: found.get(name) for name in expected} == expected
+
+
+def test_p7_an_unknown_option_is_named_wherever_it_stands():
+    for words in ("--topk 1 RUN X", "RUN --topk 1 X", "RUN X --topk=1"):
+        with pytest.raises(UserError, match=r"no option --topk\. Did you mean --top-k\?"):
+            parse_arguments(PredictConfig, words.split(), prog="predict.py", about="")
+
+
 def test_p7_a_traceback_comes_with_debug_alone(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["train.py", "--model", "x", "--debug"])
     assert run_script(train.main) == 2
@@ -134,7 +172,34 @@ def test_p7_asking_for_too_much_memory_is_a_users_mistake(capsys):
     )
 
 
-# A full disk
+# What a disk refuses
+
+MAY_NOT = "Name a folder that you may write to."
+
+
+@pytest.mark.parametrize(
+    ("number", "hint"),
+    [
+        (errno.ENOSPC, FULL),
+        (errno.EDQUOT, FULL),
+        (errno.EACCES, MAY_NOT),
+        (errno.EPERM, MAY_NOT),
+        (errno.EROFS, MAY_NOT),
+        (errno.EISDIR, "Name a file, not a folder."),
+        (errno.ENOENT, "Make its folder first, or name another."),
+    ],
+)
+def test_p7_the_hint_is_of_the_system_s_reason(number, hint):
+    with pytest.raises(UserError) as caught, writing(Path("x")):
+        raise OSError(number, os.strerror(number))
+    assert str(caught.value) == f"cannot write x ({os.strerror(number)}). {hint}"
+
+
+def test_sizes_are_told_in_units_that_fit():
+    sizes = (0, 999, 1000, 61_706, 999_949, 999_950, 999_950_000, 2_500_000_000_000)
+    assert [size(number) for number in sizes] == [
+        "0 bytes", "999 bytes", "1.0 kB", "61.7 kB", "999.9 kB", "1.0 MB", "1.0 GB", "2,500.0 GB",
+    ]  # fmt: skip
 
 
 @contextmanager

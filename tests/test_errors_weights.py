@@ -11,12 +11,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from mistakes import FULL, make_picture, matches
+from mistakes import NO_FOLDER, make_picture, matches
+from safetensors.torch import save
 
 import evaluate
 from lab import checkpoint, recipes
+from lab.config import EvalConfig
 from lab.data import DATASETS, DataConfig, load_splits
+from lab.errors import UserError
 from lab.models import build_model
+from lab.rundir import RunDir
 
 FOREIGN = "Give a file that train.py wrote."
 
@@ -63,7 +67,7 @@ def with_metadata(content: bytes, metadata: dict | None) -> bytes:
             "w takes images with 1 channels, the data's have 3. "
             "Give data like that it was trained on.",
         ),
-        ("w --output w", f"cannot write w (File exists). {FULL}"),
+        ("w --output w", f"cannot write w (File exists). {NO_FOLDER}"),
     ],
 )
 def test_p7_evaluate_refuses(fails, tmp_path, trained, words, message):
@@ -102,9 +106,9 @@ def zipped(content: bytes) -> bytes:
         lambda content: content[: len(content) // 2],
         lambda content: content[:-1],
         lambda content: content + b"\0",
-        lambda content: np.random.default_rng(0).bytes(1000),
-        lambda content: pickle.dumps({"state_dict": [1.0] * 100}),
-        zipped,
+        lambda content: b"x" * 10 + content[10:],
+        lambda content: content[:8] + b"x" * 10 + content[18:],
+        lambda content: content[:24] + b"x" * 10 + content[34:],
     ],
 )
 def test_p7_a_damaged_weights_file_is_named(fails, tmp_path, trained, damage):
@@ -115,9 +119,27 @@ def test_p7_a_damaged_weights_file_is_named(fails, tmp_path, trained, damage):
 
 
 @pytest.mark.parametrize(
+    "make",
+    [
+        lambda content: b"# Readme, longer than the header of a file, " * 9,
+        lambda content: np.random.default_rng(0).bytes(1000),
+        lambda content: pickle.dumps({"state_dict": [1.0] * 100}),
+        lambda content: save({"weight": torch.zeros(3)}, {"format": "pt"}),
+        lambda content: with_metadata(content, None),
+        zipped,
+    ],
+)
+def test_p7_another_kind_of_file_is_not_called_damaged(fails, tmp_path, trained, make):
+    os.chdir(tmp_path)
+    (tmp_path / "w").write_bytes(make(trained[1]))
+    assert fails(evaluate, "w", "--quiet") == (
+        "w is no weights file of train.py. Give a run's folder or its best.safetensors."
+    )
+
+
+@pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (None, "no format"),
         ("{", "*"),
         ("[1]", "no format"),
         ('"x"', "no format"),
@@ -189,3 +211,26 @@ def test_p7_weights_of_another_architecture(fails, tmp_path, trained, tensors, r
         f"w holds the weights of another architecture: {reason}. "
         "Give the weights of the network that its metadata names."
     )
+
+
+def test_p7_no_report_is_told_or_left_where_predictions_cannot_be_written(
+    fails, tmp_path, trained, monkeypatch
+):
+    def refuse(run, rows):
+        raise UserError("the disk is full", "Free some")
+
+    (tmp_path / "w").write_bytes(trained[1])
+    monkeypatch.setattr(RunDir, "write_predictions", refuse)
+    assert fails(evaluate, "w", "--quiet", leaves=("evaluate-test",)) == (
+        "the disk is full. Free some."
+    )
+    assert list((tmp_path / "evaluate-test").iterdir()) == []
+
+
+def test_a_part_of_a_split_has_a_folder_of_its_own():
+    trained = {"limit_train": 320, "limit_eval": 100}
+    parts = {("test", None): "test", ("test", 100): "test", ("test", 50): "test-50",
+             ("test", 0): "test-all", ("train", 100): "train-100", ("train", 320): "train",
+             ("all", 0): "all", ("all", 100): "all-100"}  # fmt: skip
+    for (split, limit), name in parts.items():
+        assert EvalConfig(weights="w", split=split, limit_eval=limit).part(trained) == name

@@ -196,7 +196,7 @@ def test_p7_a_network_that_cannot_be_exported_is_named(fails, finished, monkeypa
     [
         ("gone", "there is no file gone. Give a run's folder or its best.safetensors."),
         ("RUN --format tflite", "--format has no tflite. Choose from onnx, torch-export."),
-        ("RUN --output a/b", "--output a/b is no file in an existing folder. Give another name."),
+        ("RUN --output a/b", "--output a/b: there is no folder a. Make it first."),
         (
             "RUN/best.safetensors --output RUN/best.safetensors",
             "--output RUN/best.safetensors is the weights' own file. Give another name.",

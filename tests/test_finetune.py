@@ -258,3 +258,15 @@ def test_p3_a_frozen_run_resumes_to_the_same_bits_without_its_first_weights(
     same_end(tmp_path / "run", tmp_path / "whole")
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["freeze"] == "backbone"
+
+
+def test_few_steps_from_random_weights_are_warned_of(capsys):
+    def told(num_batches, **given):
+        config = resolve({"dataset": "digits", "epochs": 3, **given})
+        finetune.warn_of_few_steps(config, num_batches)
+        return capsys.readouterr().err
+
+    words = "warning: only 297 steps in all: too few to learn much from random weights. Give "
+    assert told(99, model="lenet5") == words + "a smaller --batch-size or more --epochs.\n"
+    assert told(99, model="mobilenet").startswith(words + "--pretrained, a smaller --batch-size")
+    assert told(100) == told(99, max_steps=9) == told(99, init_from="w") == ""

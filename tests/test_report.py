@@ -205,7 +205,7 @@ def test_large_pictures_are_kept_small_and_a_run_without_mistakes_is_drawn(tmp_p
     [
         ("config.json", "is not a run's folder. Name folders that train.py wrote."),
         ("report.json", "is not finished. Finish it: train.py --resume "),
-        ("history.jsonl", "is damaged (FileNotFoundError"),
+        ("history.jsonl", "is damaged: history.jsonl (No such file or directory). Copy it back"),
     ],
 )
 def test_p7_a_missing_file_is_one_line(hostile, tmp_path, capsys, main, name, message):

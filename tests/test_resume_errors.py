@@ -8,7 +8,7 @@ import pytest
 from resuming import LENET, SMALL, resume, same_end, start
 
 import train
-from lab import errors, keeper, rundir, states
+from lab import disk, errors, keeper, rundir, states
 from lab.errors import UserError
 
 
@@ -48,15 +48,23 @@ def test_the_same_settings_may_be_given_again(copied, finished):
         ),
         (
             "--resume old",
-            "old holds no state to go on from. Start a new run, or --overwrite this one.",
+            "old holds no state to go on from. Start a new run, of another --name.",
+        ),
+        (
+            "--resume runs",
+            "runs holds no state to go on from. "
+            "Give --resume one of its runs: runs/a, runs/b, runs/c.",
         ),
         (
             "--resume auto --name old --output-dir .",
-            "old holds no state to go on from. Start a new run, or --overwrite this one.",
+            "old holds no state to go on from. Start a new run, of another --name.",
         ),
     ],
 )
 def test_p7_there_is_nothing_to_resume(fails, tmp_path, words, message):
+    for name in "dcba":
+        (tmp_path / "runs" / name / "state" / "step-00000001").mkdir(parents=True)
+    (tmp_path / "runs" / "another").mkdir()
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "best.safetensors").write_bytes(b"weights of a version without states")
     assert fails(train, *SMALL, *words.split()) == message
@@ -100,14 +108,14 @@ def test_p7_two_trainings_do_not_write_into_one_folder(fails, monkeypatch, copie
 
 def test_p7_a_full_disk_is_seen_before_training(fails, monkeypatch):
     monkeypatch.setattr(
-        states.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 500_000)
+        disk.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 500_000)
     )
     message = fails(train, *SMALL, "--name", "x")
-    assert message.startswith("a state takes 1 MB, and . has 0 MB left. Free some space")
+    assert message.startswith("a state takes 987.3 kB, and . has 500.0 kB left. Free some space")
 
 
 def test_a_full_disk_later_loses_that_state_alone(tmp_path, monkeypatch, finished, capsys):
-    require_room = states.require_room
+    require_room = disk.require_room
     calls = []
 
     def full_once(path, size):

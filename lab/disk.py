@@ -1,0 +1,55 @@
+"""What a disk refuses: what then helps, by the number of the system's error, and what has room."""
+
+import errno
+import os
+import shutil
+from pathlib import Path
+
+from lab.errors import UserError
+
+SPACE = "Free some space, or name another folder"
+_NO_FOLDER, _FORBIDDEN = "Name a folder, not a file", "Name a folder that you may write to"
+HINTS = {
+    errno.ENOTDIR: _NO_FOLDER,
+    errno.EEXIST: _NO_FOLDER,
+    errno.EISDIR: "Name a file, not a folder",
+    errno.EACCES: _FORBIDDEN,
+    errno.EPERM: _FORBIDDEN,
+    errno.EROFS: _FORBIDDEN,
+    errno.ENOENT: "Make its folder first, or name another",
+    errno.ENAMETOOLONG: "Give a shorter name",
+}
+
+
+def refused(path: Path, error: OSError) -> UserError:
+    """The mistake of naming `path`, which the operating system does not write for this `error`."""
+    hint = HINTS.get(error.errno or 0, SPACE)
+    return UserError(f"cannot write {path} ({error.strerror or error})", hint)
+
+
+def require_place(flag: str, path: Path) -> None:
+    """Nothing; raises `UserError` where no file can be put: in no folder, in place of one."""
+    if os.path.isdir(path):  # Path.is_dir raises for a name that is too long
+        raise UserError(f"{flag} {path} is a folder", "Name a file")
+    if not os.path.isdir(path.parent):
+        raise UserError(f"{flag} {path}: there is no folder {path.parent}", "Make it first")
+
+
+def require_room(path: Path, num_bytes: int) -> None:
+    """Nothing; raises `UserError` where the disk has fewer than `num_bytes` free."""
+    while not os.path.exists(path):  # Path.exists raises for a name that is too long
+        path = path.parent
+    free = shutil.disk_usage(path).free
+    if free < num_bytes:
+        raise UserError(
+            f"a state takes {size(num_bytes)}, and {path} has {size(free)} left",
+            "Free some space, or name another --output-dir",
+        )
+
+
+def size(num_bytes: int) -> str:
+    """A size for people: 512 bytes, 61.7 kB, 1.5 GB."""
+    if num_bytes < 1000:
+        return f"{num_bytes} bytes"
+    power = 1 if num_bytes < 999_950 else 2 if num_bytes < 999_950_000 else 3
+    return f"{num_bytes / 1000**power:,.1f} {('kB', 'MB', 'GB')[power - 1]}"
