@@ -97,6 +97,8 @@ def new_figure(width: float, height: float) -> Figure:
 
 def curves(run: Run) -> Figure:
     """Loss and accuracy over epochs, the learning rate over steps; the best epoch is marked."""
+    from matplotlib.ticker import MaxNLocator
+
     figure = new_figure(12, 3.6)
     loss, accuracy, rate = figure.subplots(1, 3)
     epochs = [row["epoch"] for row in run.history]
@@ -113,8 +115,7 @@ def curves(run: Run) -> Figure:
             axes.axvline(best["epoch"], color="#888888", ls="--", lw=1, zorder=0)
             axes.plot(best["epoch"], best[f"val_{key}"], "*", ms=13, color=RED, mec=INK, mew=0.7,
                       zorder=4, label=f"best epoch: {best['epoch']}")  # fmt: skip
-        axes.set(title=key, xlabel="epoch")
-        axes.locator_params(axis="x", integer=True)
+        axes.set(title=key)
         axes.legend(fontsize=9)
     steps = run.steps()
     if steps:
@@ -122,8 +123,13 @@ def curves(run: Run) -> Figure:
     else:
         xs, ys = epochs, [row["learning_rate"] for row in run.history]
     rate.plot(xs, ys, color=GREEN, marker="" if len(xs) > 1 else "o")
-    rate.set(title="learning rate", xlabel="step" if steps else "epoch", ylim=(0, None))
+    rate.set(title="learning rate", ylim=(0, None))
     for axes in figure.axes:
+        axes.set_xlabel("step" if axes is rate and steps else "epoch")
+        at = xs if axes is rate else epochs
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        if len(at) == 1:
+            axes.set_xlim(at[0] - 0.5, at[0] + 0.5)
         axes.grid()
     return figure
 
@@ -233,7 +239,7 @@ def batch(run: Run, pictures: dict[str, np.ndarray]) -> Figure:
     names = run.report["class_names"]
     captions = [short(names[label], 17) for label in pictures["batch_labels"]]
     how = str(run.config.get("augment", "none"))
-    title = f"of the first training batch, {len(captions)} pictures; augmentation: {how}"
+    title = f"{len(captions)} pictures of the first training batch; augmentation: {how}"
     return _grid(pictures["batch"], captions, 8, _title(run, title))
 
 
@@ -261,9 +267,14 @@ def _title(run: Run, text: str) -> str:
 
 
 def short(name: str, width: int = NAME) -> str:
-    """A class name, which may be a stranger's, for one line of at most `width` characters."""
+    """A class name, which may be a stranger's, for one line of at most `width` characters.
+
+    It is cut in the middle: names of many classes often differ at their ends.
+    """
     name = "".join(c if c.isprintable() else "?" for c in name)
-    return (name if len(name) <= width else name[: width - 1] + "…") or "(no name)"
+    if len(name) > width:
+        name = name[: width // 2] + "…" + name[len(name) - (width - 1) // 2 :]
+    return name or "(no name)"
 
 
 if __name__ == "__main__":
