@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import train
-from lab import comparison, console, plots, report, tables
+from lab import comparison, console, report, scatter, tables
 from lab.commandline import parse_arguments
 from lab.comparison import CompareConfig
 from lab.errors import run_script
@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     tables.runs([{name: comparison.text(name, row[name]) for name in row} for row in rows])
     comparison.make(folder)
     comparison.write(folder, runs, rows)
-    plots.accuracy_against_cost(rows, folder / comparison.PICTURE)
+    scatter.accuracy_against_cost(rows, folder / comparison.PICTURE)
     report.write_comparison(folder, runs, rows)
     console.print_line(comparison.INTERVAL)
     console.print_line(f"written: {folder}")

@@ -224,7 +224,7 @@ def overview(config, splits, place: str) -> dict[str, str]:
     )
     return {
         "samples": f"{num_train} train, {num_val} {splits.selected_on}, {num_test} test",
-        "recipe": f"{config.recipe}: {config.epochs} epochs"
+        "recipe": f"{config.recipe}: {config.epochs} epoch{'s' if config.epochs > 1 else ''}"
         + (f", at most {config.max_steps} steps" if config.max_steps else "")
         + f", batches of {config.batch_size}, "
         f"{config.optimizer}, lr {config.lr:g} {config.schedule}, augment {config.augment}",

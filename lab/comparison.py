@@ -12,6 +12,7 @@ from typing import Any
 from lab import console
 from lab.errors import UserError
 from lab.finished import Run, read_run
+from lab.markdown import table
 from lab.models import find_model
 from lab.options import flag, option
 from lab.rundir import write_atomically, writing
@@ -106,15 +107,16 @@ def _row(run: Run) -> dict[str, Any]:
     return {
         "run": str(run.path),
         "model": config["model"],
-        "data set": config["dataset"],
+        "data set": run.dataset,
+        "accuracy": float(report["accuracy"]),
+        "macro-F1": float(report["macro_f1"]),
+        "to best": None,
+        "chosen on": report["selected_on"],
         "parameters": config.get("parameters"),
         "multiply-adds": config.get("multiply_adds"),
         "epochs": len(history),
         "images/s": statistics.median(row["images_per_second"] for row in history),
         "seconds": sum(row["train_seconds"] + row["eval_seconds"] for row in history),
-        "accuracy": float(report["accuracy"]),
-        "macro-F1": float(report["macro_f1"]),
-        "chosen on": report["selected_on"],
     }
 
 
@@ -124,15 +126,15 @@ def rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
     "to best" is (difference, low, high): of its accuracy to that of the best run on the same
     test split, with the 95 % interval; None for the best one, and without predictions.csv.
     """
-    table = []
-    for run in sorted(runs, key=lambda r: (r.config["dataset"], -r.report["accuracy"])):
+    found = []
+    for run in sorted(runs, key=lambda r: (r.dataset, -r.report["accuracy"])):
         best = max(
             (other for other in runs if other.test_set == run.test_set),
             key=lambda other: other.report["accuracy"],
         )
         comparable = best is not run and run.predictions is not None
-        table.append(_row(run) | {"to best": difference(run, best) if comparable else None})
-    return table
+        found.append(_row(run) | {"to best": difference(run, best) if comparable else None})
+    return found
 
 
 def difference(run: Run, other: Run, seed: int = 0) -> tuple[float, float, float]:
@@ -163,14 +165,6 @@ def by_classes(runs: Sequence[Run]) -> list[list[Run]]:
     return list(groups.values())
 
 
-def by_class(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """A row a run: the accuracy of each class (its recall), by class name."""
-    return [
-        {"run": str(run.path)} | {row["class"]: row["recall"] for row in run.report["per_class"]}
-        for run in runs
-    ]
-
-
 def text(name: str, value: Any) -> str:
     """A cell of the table, for people."""
     if value is None:
@@ -182,14 +176,25 @@ def text(name: str, value: Any) -> str:
     return f"{value:{form}}"
 
 
-def markdown(table: Sequence[dict[str, Any]]) -> str:
-    """Rows as a Markdown table; all have the columns of the first."""
-    heads = list(table[0])
-    lines = ["| " + " | ".join(heads) + " |", "| " + " | ".join("---" for _ in heads) + " |"]
-    for row in table:
-        cells = (text(name, row.get(name)).replace("|", "\\|") for name in heads)
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+def brief(count: int) -> str:
+    """A count to three digits, with k, M, G or T for its thousands: 14.9 M."""
+    for power, unit in (12, " T"), (9, " G"), (6, " M"), (3, " k"):
+        if count >= 0.9995 * 10**power:  # which is rounded up to it
+            return f"{count / 10**power:#.3g}".rstrip(".") + unit
+    return str(count)
+
+
+def _recalls(runs: Sequence[Run]) -> list[list[str]]:
+    """A head, then a row a class of the recall that each run, a column, has of it."""
+    classes = zip(*(run.report["per_class"] for run in runs), strict=True)
+    rows = [[row[0]["class"], *(f"{r['recall']:.4f}" for r in row)] for row in classes]
+    return [["class", *(str(run.path) for run in runs)], *rows]
+
+
+def _markdown(rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table of a head and rows."""
+    heads, *others = ([" ".join(c.split()).replace("|", "\\|") for c in row] for row in rows)
+    return table(heads, others) + "\n"
 
 
 def make(folder: Path) -> None:
@@ -198,28 +203,31 @@ def make(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
 
 
-def write(folder: Path, runs: Sequence[Run], table: Sequence[dict[str, Any]]) -> None:
-    """The table as Markdown and as CSV, the latter with each class's accuracy."""
-    parts = ["# Comparison\n", markdown(table), INTERVAL]
-    parts += ["## Accuracy of each class\n"]
-    parts += [markdown(by_class(group)) for group in by_classes(runs)]
+def write(folder: Path, runs: Sequence[Run], rows: Sequence[dict[str, Any]]) -> None:
+    """The table as Markdown and as CSV, the latter with each class's recall."""
+    cells = [list(rows[0]), *([text(name, row[name]) for name in row] for row in rows)]
+    parts = ["# Comparison\n", _markdown(cells), INTERVAL, f"## {RECALLS}\n"]
+    parts += [_markdown(_recalls(group)) for group in by_classes(runs)]
     content = "\n".join(parts).encode("utf-8", "replace")  # names of folders need not be UTF-8
     write_atomically(folder / TABLE, lambda p: p.write_bytes(content))
 
     def write_csv(path: Path) -> None:
         with open(path, "w", newline="", encoding="utf-8", errors="replace") as file:
-            names = [name for name in table[0] if name != "to best"]
-            writer = csv.writer(file)
-            writer.writerow([*names, "to best", "low", "high", "class accuracies"])
-            for row in table:
+            names = list(rows[0])
+            after = names.index("to best") + 1
+            names[after:after] = ["low", "high"]
+            writer = csv.DictWriter(file, [*names, "class accuracies"])
+            writer.writeheader()
+            for row in rows:
                 run = next(run for run in runs if str(run.path) == row["run"])
                 recalls = ";".join(f"{r['class']}={r['recall']}" for r in run.report["per_class"])
-                bounds = row["to best"] or ("", "", "")
-                writer.writerow([*(row[name] for name in names), *bounds, recalls])
+                bounds = zip(("to best", "low", "high"), row["to best"] or ("",) * 3, strict=True)
+                writer.writerow(row | dict(bounds) | {"class accuracies": recalls})
 
     write_atomically(folder / CSV, write_csv)
 
 
+RECALLS = "Recall of each class (its own accuracy)"
 INTERVAL = """\
 "to best" is the difference in accuracy to the best run on the same test split, with the 95 %
 interval of a paired bootstrap over its samples. An interval that holds 0 says that the difference

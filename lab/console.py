@@ -146,7 +146,7 @@ def epoch_row(row: Mapping[str, Any], best: bool, selected_on: str) -> None:
         f"{split} F1".rjust(6): _decimals(row.get("val_macro_f1")),
         "     lr": _formatted(row.get("learning_rate"), ".2g"),
         "  img/s": _formatted(row.get("images_per_second"), ",.0f"),
-        "  time": _duration(seconds),
+        "  time": duration(seconds),
     }
     gap = "  " if out().width >= sum(len(name) + 2 for name in columns) else " "
     if not _header_printed:
@@ -291,7 +291,7 @@ def _decimals(value: float | None) -> str:
     return _formatted(value, ".4f" if value is None or abs(value) < 1000 else ".1e")
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """A duration in at most six characters: 12.3s, 4m05s, 2h07m."""
     if seconds < 59.95:
         return f"{seconds:.1f}s"

@@ -50,6 +50,15 @@ class Run:
     confidence: np.ndarray | None = None  # float64 [N]
 
     @property
+    def dataset(self) -> str:
+        """The data set's name for people: `folder (pics)` of pictures in a folder pics."""
+        name = str(self.config["dataset"])
+        if name != "folder":
+            return name
+        place = str(self.config.get("data_dir"))
+        return f"{name} ({Path(place).name or place})"
+
+    @property
     def test_set(self) -> tuple[Any, ...]:
         """What tells test splits apart: runs are compared on the same one only."""
         names = self.config.get("fingerprints", {}).get("test")

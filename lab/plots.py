@@ -1,4 +1,4 @@
-"""Pictures of a finished run, drawn from its files; the only importer of matplotlib.
+"""Pictures of a finished run, drawn from its files; matplotlib is imported here and in `scatter`.
 
   python -m lab.plots runs/lenet5-mnist    draws RUN/plots/*.png again
 
@@ -68,10 +68,11 @@ def draw(path: Path) -> None:
     with writing(folder):
         folder.mkdir(exist_ok=True)
     for name, figure in drawings.items():
-        _write(folder / f"{name}.png", png(figure))
+        write_picture(folder / f"{name}.png", png(figure))
 
 
-def _write(path: Path, content: bytes) -> None:
+def write_picture(path: Path, content: bytes) -> None:
+    """Writes a picture whole, or not at all."""
     write_atomically(path, lambda temporary: temporary.write_bytes(content))
 
 
@@ -87,7 +88,8 @@ def png(figure: Callable[[], Figure]) -> bytes:
     return file.getvalue()
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure, in inches."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
@@ -95,7 +97,9 @@ def _figure(width: float, height: float) -> Figure:
 
 def curves(run: Run) -> Figure:
     """Loss and accuracy over epochs, the learning rate over steps; the best epoch is marked."""
-    figure = _figure(12, 3.6)
+    from matplotlib.ticker import MaxNLocator
+
+    figure = new_figure(12, 3.6)
     loss, accuracy, rate = figure.subplots(1, 3)
     epochs = [row["epoch"] for row in run.history]
     chosen_on = "test" if run.report["selected_on"] == "test" else "validation"
@@ -111,8 +115,7 @@ def curves(run: Run) -> Figure:
             axes.axvline(best["epoch"], color="#888888", ls="--", lw=1, zorder=0)
             axes.plot(best["epoch"], best[f"val_{key}"], "*", ms=13, color=RED, mec=INK, mew=0.7,
                       zorder=4, label=f"best epoch: {best['epoch']}")  # fmt: skip
-        axes.set(title=key, xlabel="epoch")
-        axes.locator_params(axis="x", integer=True)
+        axes.set(title=key)
         axes.legend(fontsize=9)
     steps = run.steps()
     if steps:
@@ -120,8 +123,13 @@ def curves(run: Run) -> Figure:
     else:
         xs, ys = epochs, [row["learning_rate"] for row in run.history]
     rate.plot(xs, ys, color=GREEN, marker="" if len(xs) > 1 else "o")
-    rate.set(title="learning rate", xlabel="step" if steps else "epoch", ylim=(0, None))
+    rate.set(title="learning rate", ylim=(0, None))
     for axes in figure.axes:
+        axes.set_xlabel("step" if axes is rate and steps else "epoch")
+        at = xs if axes is rate else epochs
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        if len(at) == 1:
+            axes.set_xlim(at[0] - 0.5, at[0] + 0.5)
         axes.grid()
     return figure
 
@@ -137,10 +145,10 @@ def confusion_matrix(run: Run) -> Figure:
     numbers = num_classes <= WRITTEN_OUT
     if numbers:
         side = max(5.0, 0.62 * num_classes + 1.8)
-        figure = _figure(side + 0.6, side)
+        figure = new_figure(side + 0.6, side)
         axes = figure.subplots()
     else:
-        figure = _figure(16, 11)
+        figure = new_figure(16, 11)
         axes, beside = figure.subplots(1, 2, width_ratios=(11, 5))
         _list_confusions(beside, run, 25)
     # The root makes small shares visible beside a full diagonal.
@@ -183,7 +191,7 @@ def per_class(run: Run) -> Figure:
     """Precision, recall and F1 of each class, a line each, the lowest F1 at the bottom."""
     rows = sorted(run.report["per_class"], key=lambda row: row["f1"])
     shown = rows[:LISTED]
-    figure = _figure(8.5, 1.6 + max(6, len(shown)) * (0.3 if len(shown) <= 30 else 0.17))
+    figure = new_figure(8.5, 1.6 + max(6, len(shown)) * (0.3 if len(shown) <= 30 else 0.17))
     axes = figure.subplots()
     ys = range(len(shown))
     left, right = ([row[key] for row in shown] for key in ("precision", "recall"))
@@ -231,7 +239,7 @@ def batch(run: Run, pictures: dict[str, np.ndarray]) -> Figure:
     names = run.report["class_names"]
     captions = [short(names[label], 17) for label in pictures["batch_labels"]]
     how = str(run.config.get("augment", "none"))
-    title = f"of the first training batch, {len(captions)} pictures; augmentation: {how}"
+    title = f"{len(captions)} pictures of the first training batch; augmentation: {how}"
     return _grid(pictures["batch"], captions, 8, _title(run, title))
 
 
@@ -240,7 +248,7 @@ def _grid(images: np.ndarray, captions: Sequence[str], columns: int, title: str)
     lines = 1 + max([caption.count("\n") for caption in captions], default=0)
     num_rows = max(1, -(-len(images) // columns))
     wide, high = 1.12, 1.08 + 0.13 * lines  # of a place, in widths of a picture
-    figure = _figure(1.35 * columns * wide, 1.35 * num_rows * high + 0.4)
+    figure = new_figure(1.35 * columns * wide, 1.35 * num_rows * high + 0.4)
     axes = figure.subplots()
     for number, (image, caption) in enumerate(zip(images, captions, strict=True)):
         x, y = number % columns * wide, -(number // columns) * high
@@ -259,40 +267,14 @@ def _title(run: Run, text: str) -> str:
 
 
 def short(name: str, width: int = NAME) -> str:
-    """A class name, which may be a stranger's, for one line of at most `width` characters."""
-    name = "".join(c if c.isprintable() else "?" for c in name)
-    return (name if len(name) <= width else name[: width - 1] + "…") or "(no name)"
+    """A class name, which may be a stranger's, for one line of at most `width` characters.
 
-
-def accuracy_against_cost(rows: Sequence[dict[str, Any]], path: Path) -> bool:
-    """Draws test accuracy over multiply-adds and over training time; whether there was anything to.
-
-    `rows` as `lab.comparison.rows` gives them.
+    It is cut in the middle: names of many classes often differ at their ends.
     """
-    labels = {"multiply-adds": "multiply-adds of one image", "seconds": "seconds to train"}
-    if not any(row[key] for row in rows for key in labels):
-        return False
-
-    def draw() -> Figure:
-        figure = _figure(11, 4.5)
-        datasets = sorted({row["data set"] for row in rows})
-        for axes, (key, label) in zip(figure.subplots(1, 2), labels.items(), strict=True):
-            for number, dataset in enumerate(datasets):
-                points = [row for row in rows if row["data set"] == dataset and row[key]]
-                xs, ys = [row[key] for row in points], [row["accuracy"] for row in points]
-                axes.scatter(xs, ys, color=COLOURS[number % len(COLOURS)], label=dataset, zorder=3)
-                for x, y, row in zip(xs, ys, points, strict=True):
-                    axes.annotate(row["model"], (x, y), xytext=(5, 4), textcoords="offset points",
-                                  fontsize=8, parse_math=False)  # fmt: skip
-            axes.set(xlabel=label, ylabel="test accuracy", xscale="log")
-            axes.margins(0.15)
-            axes.grid()
-        handles = figure.axes[0].get_legend_handles_labels()
-        figure.legend(*handles, title="data set", loc="outside right upper")
-        return figure
-
-    _write(path, png(draw))
-    return True
+    name = "".join(c if c.isprintable() else "?" for c in name)
+    if len(name) > width:
+        name = name[: width // 2] + "…" + name[len(name) - (width - 1) // 2 :]
+    return name or "(no name)"
 
 
 if __name__ == "__main__":

@@ -30,12 +30,16 @@ if TYPE_CHECKING:
     from lab.evaluation import Predictions
 
 SWITCH = "LAB_DRAW"  # "0" in the environment: nothing is drawn at the end of a training
+HEAD = 24  # characters of a run's name above a column
+PHONE = 11  # characters of a class name on a narrow screen
 IN_FULL = 120  # classes whose confusion matrix the page holds
 CONFUSIONS = 20  # that are listed
 PICTURE_BYTES = 1_900_000  # of the text that embeds mistakes; a page stays below 3 MB
 EXACT_SIDE = 32  # pixels; larger pictures are embedded as JPEG, at a quarter of the size
 FACTS = ("device", "device_name", "world_size", "precision", "threads", "parameters",
          "multiply_adds", "commit")  # fmt: skip
+NAMED = ("model", "data set", "chosen on")  # columns of a comparison that hold no numbers
+COUNTS = ("parameters", "multiply-adds")  # and those whose numbers are long
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -81,34 +85,45 @@ def write_comparison(folder: Path, runs: Sequence[Run], rows: Sequence[dict[str,
             {
                 "run": row["run"],
                 "link": quote(os.fsencode(relative)) if page.is_file() else None,
-                "cells": [_cell(name, row[name]) for name in row if name != "run"],
+                "cells": [_cell(name, value) for name, value in row.items() if name != "run"],
             }
         )
     groups = comparison.by_classes(runs)
     picture = folder / comparison.PICTURE
     about = {
-        "heads": [name for name in rows[0] if name != "run"],
+        "heads": [(name, name in NAMED) for name in rows[0] if name != "run"],
         "table": table,
         "interval": comparison.INTERVAL,
         "picture": _embedded(picture.read_bytes(), "png") if picture.is_file() else None,
+        "recalls": comparison.RECALLS,
         "groups": [(_names(group[0]), list(map(_recalls, group))) for group in groups],
     }
     _write_page(folder / comparison.PAGE, "comparison.html", about)
 
 
 def _cell(name: str, value: Any) -> dict[str, Any]:
-    """The text of a cell, and the number that it is sorted by."""
+    """The text of a cell, what stands small below it, the number to sort by, all its digits."""
+    exact = text = comparison.text(name, value)
     number = value[0] if isinstance(value, tuple) else value
-    number = number if isinstance(number, (int, float)) else None
-    return {"text": comparison.text(name, value), "number": number}
+    if name in COUNTS and value is not None:
+        text = comparison.brief(value)
+    text, _, below = text.partition(" [") if name == "to best" else (text, "", "")
+    return {
+        "text": text,
+        "below": "[" + below if below else "",
+        "title": exact if text != exact and not below else "",
+        "number": number if isinstance(number, (int, float)) else None,
+        "named": name in NAMED,
+    }
 
 
 def _names(run: Run) -> list[str]:
     return [name or "(no name)" for name in run.report["class_names"]]
 
 
-def _recalls(run: Run) -> tuple[str, list[float]]:
-    return str(run.path), [row["recall"] for row in run.report["per_class"]]
+def _recalls(run: Run) -> tuple[str, str, list[float]]:
+    name = str(run.path)
+    return name, plots.short(name, HEAD), [row["recall"] for row in run.report["per_class"]]
 
 
 def _write_page(path: Path, template: str, about: dict[str, Any]) -> None:
@@ -137,7 +152,7 @@ def _about(run: Run) -> dict[str, Any]:
         "report": report,
         "caveat": caveat("test", report["selected_on"]),
         "history": run.history,
-        "time": f"{sum(r['train_seconds'] + r['eval_seconds'] for r in run.history) / 60:.1f} min",
+        "time": console.duration(sum(r["train_seconds"] + r["eval_seconds"] for r in run.history)),
         "curves": _embedded(plots.png(lambda: plots.curves(run)), "png"),
         "plots": [f"{PLOTS}/{p.name}" for p in sorted((run.path / PLOTS).glob("*.png"))],
         "settings": settings(config),
@@ -145,6 +160,7 @@ def _about(run: Run) -> dict[str, Any]:
         "facts": [(name.replace("_", " "), config[name]) for name in FACTS if config.get(name)],
         "versions": config["versions"],
         "names": names,
+        "labels": [(plots.short(name), plots.short(name, PHONE)) for name in names],
         "matrix": matrix if len(names) <= IN_FULL else None,
         "confusions": run.confusions(CONFUSIONS),
         "num_mistakes": report["num_samples"] - sum(row[i] for i, row in enumerate(matrix)),
@@ -158,7 +174,10 @@ def _about(run: Run) -> dict[str, Any]:
 
 
 def settings(config: dict[str, Any]) -> list[tuple[str, Any, Any, bool]]:
-    """(setting, the run's, the recipe's, whether these differ), but for where files are put."""
+    """(setting, the run's, the recipe's, whether these differ), but for where files are put.
+
+    None is the recipe's where recipes leave the setting alone.
+    """
     try:
         given = {name: config[name] for name in ("model", "dataset", "recipe")}
         recipe = dataclasses.asdict(resolve(given))
@@ -168,8 +187,9 @@ def settings(config: dict[str, Any]) -> list[tuple[str, Any, Any, bool]]:
     for field in dataclasses.fields(TrainConfig):
         if field.metadata["group"] != OUTPUT and field.name in config:
             value = config[field.name]
-            usual = recipe.get(field.name, value)
-            rows.append((field.name, value, usual, value != usual))
+            of_recipe = field.metadata.get("from_recipe", False)
+            usual = recipe.get(field.name, value) if of_recipe else None
+            rows.append((field.name, value, usual, of_recipe and value != usual))
     return rows
 
 

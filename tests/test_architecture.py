@@ -16,7 +16,7 @@ LEVELS = [
     {"scripts"},
     {"api"},
     {"keeper"},
-    {"states", "finetune", "report", "card"},
+    {"states", "finetune", "report", "card", "scatter"},
     {"pictures"},
     {
         "engine",
@@ -53,7 +53,7 @@ OWNERS = {  # who alone imports a library
     },
     "huggingface_hub": {"card", "hub"},
     "rich": {"console"},
-    "matplotlib": {"plots"},
+    "matplotlib": {"plots", "scatter"},
     "jinja2": {"report"},
 }
 

@@ -7,6 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
+from handmade import make_run as make_finished
 from PIL import Image
 from resuming import LENET, start
 
@@ -98,6 +99,31 @@ def test_the_files_hold_the_table(trained, tmp_path, monkeypatch, capsys):
     assert {f"{float(row['accuracy']):.4f}" for row in rows} <= set(re.findall(r"[\d.]+", page))
     with Image.open(tmp_path / "out" / "comparison.png") as picture:
         assert len(picture.convert("RGB").getcolors(10**6)) > 10  # something is drawn
+
+
+def test_folders_and_their_classes_are_told_apart(tmp_path):
+    """100 classes are as many rows; two folders of pictures are two data sets."""
+    hundred = [f"class {k}" for k in range(100)]
+    folders = {"a": ["cat", "dog|wolf"], "b": hundred}
+    for name, names in folders.items():
+        make_finished(tmp_path / name, names, dataset="folder", data_dir=f"data/pics {name}/")
+    runs = [read_run(tmp_path / name) for name in folders]
+    rows = comparison.rows(runs)
+    assert [row["data set"] for row in rows] == ["folder (pics a)", "folder (pics b)"]
+    comparison.write(tmp_path, runs, rows)
+    text = (tmp_path / "comparison.md").read_text()
+    assert f"## {comparison.RECALLS}\n" in text
+    for run in runs:
+        for row in run.report["per_class"]:
+            name = row["class"].replace("|", "\\|")
+            assert f"\n| {name} | {row['recall']:.4f} |\n" in text
+    assert max(map(len, text.splitlines())) < 500
+
+
+def test_counts_are_brief():
+    counts = {0: "0", 999: "999", 1000: "1.00 k", 61_706: "61.7 k", 416_520: "417 k",
+              999_499: "999 k", 999_500: "1.00 M", 14_859_082: "14.9 M"}  # fmt: skip
+    assert {count: comparison.brief(count) for count in counts} == counts
 
 
 def test_it_trains_what_is_named_and_goes_on_with_it(tmp_path, monkeypatch, capsys):

@@ -148,6 +148,29 @@ def test_no_page_scrolls_sideways(opened, name, width):
         assert page.evaluate("(m => m.scrollWidth > m.clientWidth)(matrix.parentElement)")
 
 
+def test_what_counts_is_in_sight_and_what_is_not_says_so(opened):
+    page = opened("comparison")
+    box = page.locator(".scroll").first
+
+    def ends(selector):
+        """The left and right ends of what a selector finds, in pixels of the window."""
+        found = page.locator(selector).first.bounding_box()
+        return found["x"], found["x"] + found["width"]
+
+    page.set_viewport_size({"width": 1200, "height": 800})
+    for head in ("accuracy", "macro-F1", "to best", "chosen on"):
+        assert ends(f".runs th:has-text('{head}')")[1] <= ends(".scroll")[1]
+    page.set_viewport_size({"width": 390, "height": 800})
+    hint = box.locator(".hint")
+    playwright.expect(hint).to_be_visible()
+    box.evaluate("b => b.scrollLeft = b.scrollWidth")
+    assert ends(".runs tbody th")[0] == pytest.approx(ends(".scroll")[0], abs=1)  # the run's name
+    page.set_viewport_size({"width": 1200, "height": 800})
+    few = "all => all.forEach(cell => cell.remove())"
+    page.locator(".runs :is(th, td):nth-child(n + 7)").evaluate_all(few)
+    playwright.expect(hint).to_be_hidden()
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_text_can_be_read_on_its_background(opened, scheme):
     """A contrast of 4.5, as WCAG 2.1 asks for, of the colours that text has."""

@@ -1,5 +1,6 @@
 """The pictures and the page of a finished run, from its files alone."""
 
+import dataclasses
 import html
 import json
 import re
@@ -120,8 +121,29 @@ def test_the_page_has_the_run_s_numbers(run, request):
 def test_what_differs_from_the_recipe_is_marked(hostile):
     rows = report.settings(read_run(hostile).config)
     marked = {name: (own, usual) for name, own, usual, differs in rows if differs}
-    assert marked == {"augment": ("crop,cutout", "flip"), "image_size": (16, 32)}
+    assert marked == {"augment": ("crop,cutout", "flip")}
+    # Of no recipe, and so none to differ from, whatever they are.
+    assert {usual for name, _, usual, _ in rows if name in ("image_size", "threads")} == {None}
     assert "name" not in {name for name, *_ in rows}
+
+
+def test_long_names_are_cut_where_they_do_not_differ():
+    names = [f"class number {k:03}" for k in range(100)]
+    for width in (9, 11, 12, 15):
+        assert len({plots.short(name, width) for name in names}) == 100
+        assert {len(plots.short(name, width)) for name in names} == {width}
+    assert plots.short("class number 007", 12) == "class …r 007"
+    assert [plots.short("cat", width) for width in (3, 2, 1)] == ["cat", "c…", "…"]
+
+
+@pytest.mark.parametrize("num_epochs", [1, 2])
+def test_epochs_are_whole_numbers(hostile, num_epochs):
+    run = read_run(hostile)
+    figure = plots.curves(dataclasses.replace(run, history=run.history[:num_epochs]))
+    for axes in figure.axes[:2]:
+        low, high = axes.get_xlim()
+        at = [x for x in axes.get_xticks() if low <= x <= high]
+        assert at == {1: [1], 2: [1, 2]}[num_epochs]
 
 
 def test_p6_a_page_says_what_the_epoch_was_chosen_on(hostile, tmp_path):

@@ -12,6 +12,7 @@ for (const table of document.querySelectorAll("table.sortable")) {
       };
       const compare = (a, b) => {
         const [x, y] = [key(a), key(b)];
+        if (typeof x !== typeof y) return typeof x === "number" ? -1 : 1; // numbers before words
         return typeof x === "number" ? x - y : x.localeCompare(y, undefined, { numeric: true });
       };
       const body = table.tBodies[0];
