@@ -68,7 +68,7 @@ class _Exchange:
         self.pieces: list[tuple[int, Tensor, slice]] = []  # owner, part of a bucket, its columns
         self.buckets: list[tuple[Future[Tensor], Tensor]] = []
 
-    def average(self, bucket: dist.GradBucket) -> Future[Tensor]:
+    def average(self, bucket: dist.GradBucket) -> Future[Tensor]:  # type: ignore[name-defined]
         """The bucket with the mean over processes; there once the step's last bucket is."""
         if bucket.index() == 0:
             self._begin()
