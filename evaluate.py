@@ -98,7 +98,7 @@ def main(argv: list[str] | None = None) -> None:
         )
         with together(accelerator):
             output.write_report(report)
-            output.write_predictions(predictions.rows())
+            output.write_predictions(predictions.rows(), split.files())
     accelerator.end_training()
 
 

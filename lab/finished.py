@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,6 +48,7 @@ class Run:
     labels: np.ndarray | None  # int64 [N]; None where the run has no predictions.csv
     predictions: np.ndarray | None  # int64 [N]
     confidence: np.ndarray | None = None  # float64 [N]
+    files: list[str] | None = None  # [N], below the data folder; None where samples have none
 
     @property
     def test_set(self) -> tuple[Any, ...]:
@@ -116,17 +118,23 @@ def read_run(path: Path) -> Run:
             raise ValueError("the numbers of the classes do not fit the classes")
         for row in history or [None]:
             _require(row, dict.fromkeys(EPOCH, NUMBER))
-        labels = predictions = confidence = None
+        labels = predictions = confidence = files = None
         if (path / PREDICTIONS).is_file():
-            with open(path / PREDICTIONS, newline="") as file:
-                names = ("label", "prediction", "confidence")
-                rows = [tuple(float(row[name]) for name in names) for row in csv.DictReader(file)]
+            # A file's name need not be UTF-8.
+            text = (path / PREDICTIONS).read_bytes().decode("utf-8", "surrogateescape")
+            lines = list(csv.DictReader(io.StringIO(text, newline="")))
+            names = ("label", "prediction", "confidence")
+            rows = [tuple(float(line[name]) for name in names) for line in lines]
             labels, predictions, confidence = np.array(rows).T
+            if "file" in lines[0]:
+                files = [line["file"] for line in lines]
+                if None in files:
+                    raise ValueError("a prediction has no file")
             labels, predictions = labels.astype(np.int64), predictions.astype(np.int64)
             for classes in (labels, predictions):
                 if not 0 <= classes.min() <= classes.max() < num_classes:
                     raise ValueError("a prediction is no class")
-        return Run(path, config, report, history, labels, predictions, confidence)
+        return Run(path, config, report, history, labels, predictions, confidence, files)
 
 
 @contextmanager

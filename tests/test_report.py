@@ -112,7 +112,8 @@ def test_the_page_has_the_run_s_numbers(run, request):
     assert {(int(i), int(j)): int(n.replace(",", "")) for i, j, n in cells} == expected
     shown = embedded(path / "report.html")["pictures"]
     assert len(shown) > 100
-    for label, prediction, index, confidence, _ in shown:
+    for label, prediction, name, confidence, _ in shown:
+        index = int(name.removeprefix("#"))
         assert (found.labels[index], found.predictions[index]) == (label, prediction)
         assert found.confidence[index] == pytest.approx(confidence, abs=1e-4)
 

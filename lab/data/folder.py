@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -164,7 +164,12 @@ def read_folder(config: DataConfig) -> Parts:
             f"{train_root} holds {len(class_names) or 'no'} class folder{'s'[: not class_names]}",
             "Two or more are needed, each with the pictures of one class",
         )
-    parts = {"train": _list_split(train_root, class_names, config.image_size)}
+
+    def list_split(folder: Path) -> Split:
+        split = _list_split(folder, class_names, config.image_size)
+        return replace(split, root=str(root))
+
+    parts = {"train": list_split(train_root)}
     if train_root != root:
         for name, folders in (("val", VALIDATION), ("test", ("test",))):
             found = [root / folder for folder in folders if (root / folder).is_dir()]
@@ -173,7 +178,7 @@ def read_folder(config: DataConfig) -> Parts:
                     f"{root} has both {found[0].name} and {found[1].name}", "Keep one of them"
                 )
             if found:
-                parts[name] = _list_split(found[0], class_names, config.image_size)
+                parts[name] = list_split(found[0])
     return Parts(**parts)
 
 
@@ -208,7 +213,8 @@ def _list_split(root: Path, class_names: tuple[str, ...], size: int) -> Split:
             )
         paths += found
         labels += [label] * len(found)
-    return Split(ImageFiles(tuple(paths), size), torch.tensor(labels), class_names)
+    files = ImageFiles(tuple(paths), size)
+    return Split(files, torch.tensor(labels), class_names, files.paths)
 
 
 def pictures(root: Path) -> Iterator[str]:

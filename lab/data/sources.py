@@ -45,12 +45,21 @@ class Split:
     images: Images  # uint8 [N, C, H, W], in memory or in files
     labels: Tensor  # int64 [N]
     class_names: tuple[str, ...]
+    paths: tuple[str, ...] | None = None  # of the samples' files, decoded or not; None without
+    root: str = ""  # the data folder that they lie in
+
+    def files(self) -> list[str] | None:
+        """The paths below the data folder, POSIX; None where samples come from no files."""
+        if self.paths is None:
+            return None
+        return [Path(path).relative_to(self.root).as_posix() for path in self.paths]
 
     def take(self, index: Tensor) -> Split:
         """The samples at `index`, int64 [M], in that order."""
         images = self.images
         taken = images[index] if isinstance(images, Tensor) else images.take(index)
-        return replace(self, images=taken, labels=self.labels[index])
+        paths = self.paths and tuple(self.paths[i] for i in index.tolist())
+        return replace(self, images=taken, labels=self.labels[index], paths=paths)
 
 
 @dataclass(frozen=True)
