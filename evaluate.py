@@ -98,7 +98,7 @@ def main(argv: list[str] | None = None) -> None:
         )
         with together(accelerator):
             output.write_report(report)
-            output.write_predictions(predictions.rows(), split.files())
+            output.write_predictions(predictions.csv(split.files()))
     accelerator.end_training()
 
 

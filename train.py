@@ -206,7 +206,7 @@ def train(given: dict[str, Any]) -> tuple[int, RunDir]:
     )
     with together(accelerator):
         run.write_report(report)
-        run.write_predictions(predictions.rows(), splits.test.files())
+        run.write_predictions(predictions.csv(splits.test.files()))
     finish(run, config, splits, predictions)
     with together(accelerator):
         card.write(run)

@@ -220,16 +220,11 @@ def mistakes(run: Run, pictures: dict[str, np.ndarray], count: int = 24) -> Figu
     for label, i in zip(pictures["mistakes_labels"][order], index[order], strict=True):
         predicted = short(names[run.predictions[i]], 12)
         sure = f"{100 * run.confidence[i]:.1f} % sure"
-        file = f"\n{_file(run.files[i])}" if run.files else ""
+        file = f"\n{short(PurePosixPath(run.files[i]).name[::-1])[::-1]}" if run.files else ""
         captions.append(f"true: {short(names[label], 12)}\npredicted: {predicted}\n{sure}{file}")
     wrong = int((run.predictions != run.labels).sum())
     title = f"{len(order)} most confident of {wrong:,} mistakes"
     return _grid(pictures["mistakes"][order], captions, 6, _title(run, title))
-
-
-def _file(path: str) -> str:
-    """The end of a file's name, which tells it from its like."""
-    return short(PurePosixPath(path).name[::-1])[::-1]
 
 
 def batch(run: Run, pictures: dict[str, np.ndarray]) -> Figure:

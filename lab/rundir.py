@@ -1,17 +1,14 @@
 """The one place that knows the names of a run's files, and how they are written."""
 
-import csv
 import errno
-import io
 import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
-from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -117,24 +114,10 @@ class RunDir:
         """report.json: the numbers of `lab.metrics.report` and what they were measured on."""
         self._write_json(REPORT, report)
 
-    def write_predictions(
-        self, rows: Iterable[tuple[int, int, int, float]], files: Sequence[str] | None = None
-    ) -> None:
-        """predictions.csv: index, label, prediction, confidence; in the order of `rows`.
-
-        And the samples' `files`, where they come from some, each in the bytes of its name.
-        """
-        if not self.writes:
-            return
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        names = [] if files is None else ["file"]
-        writer.writerow(["index", "label", "prediction", "confidence", *names])
-        last = repeat(()) if files is None else zip(files, strict=True)
-        for (*numbers, confidence), file in zip(rows, last, strict=files is not None):
-            writer.writerow([*numbers, f"{confidence:.6f}", *file])
-        content = text.getvalue().encode("utf-8", "surrogateescape")
-        write_atomically(self.path / PREDICTIONS, lambda path: path.write_bytes(content))
+    def write_predictions(self, content: bytes) -> None:
+        """predictions.csv, as `lab.evaluation.Predictions.csv` makes it."""
+        if self.writes:
+            write_atomically(self.path / PREDICTIONS, lambda path: path.write_bytes(content))
 
     def add_epoch(self, *rows: Mapping[str, Any]) -> None:
         """Lines of history.jsonl."""

@@ -194,7 +194,7 @@ def test_large_pictures_are_kept_small_and_a_run_without_mistakes_is_drawn(tmp_p
     config = recipes.resolve({"dataset": "shapes"})
     perfect = predicted(data.test, right=1.1)
     run.write_report({"split": "test", **perfect.report(), "best_epoch": 3, "selected_on": "test"})
-    run.write_predictions(perfect.rows())
+    run.write_predictions(perfect.csv())
     pictures.keep(run, config, data, perfect)
     plots.draw(path)
     assert "There are pictures of 0 of the 0 mistakes" in report.write(path).read_text()

@@ -6,22 +6,19 @@ Downloads are torchvision's; one process a host does them, the others wait at a 
 from __future__ import annotations
 
 import gzip
-import hashlib
 import http.client
-import os
 import socket
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from filelock import FileLock
 from torch import Tensor
 
-from lab.data import cache, toy
+from lab.data import toy
+from lab.data.cache import turn_to_download
 from lab.errors import UserError
 
 if TYPE_CHECKING:
@@ -264,7 +261,7 @@ def _download(name: str, data_dir: str, missing: Callable[[], bool]) -> None:
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(30)  # seconds; torchvision sets none, and would wait for ever
     try:
-        with _turn_to_download(name, Path(data_dir)):
+        with turn_to_download(name, Path(data_dir)):
             if missing():
                 getattr(datasets, name)(data_dir, download=True)
     except (OSError, RuntimeError, http.client.HTTPException) as error:
@@ -276,35 +273,3 @@ def _download(name: str, data_dir: str, missing: Callable[[], bool]) -> None:
         ) from error
     finally:
         socket.setdefaulttimeout(timeout)
-
-
-@contextmanager
-def _turn_to_download(name: str, root: Path) -> Iterator[None]:
-    """Makes the folder and locks it; what was made is gone again where the download fails.
-
-    The lock in the folder is for other hosts and users. Whoever deletes such a file and its folder
-    leaves those who wait for it without: so this host's processes come one by one through another
-    lock, which stays where it is, in the user's cache folder.
-    """
-    digest = hashlib.blake2b(os.fsencode(root.resolve() / name), digest_size=16).hexdigest()
-    turns = cache.folder().with_name("downloads") / f"{digest}.lock"
-    with ExitStack() as held:
-        with suppress(OSError):  # not to be written: the folder's own lock has to do
-            turns.parent.mkdir(parents=True, exist_ok=True)
-            held.enter_context(FileLock(turns))
-        lock = root / f".{name}.lock"
-        folders = (root / name / "raw", root / name, root, *root.parents)  # torchvision's first
-        made = [path for path in folders if not path.exists()]
-        locked_before = lock.exists()
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-            with FileLock(lock):
-                yield
-        except BaseException:
-            with suppress(OSError):
-                if not locked_before:
-                    lock.unlink(missing_ok=True)
-                for path in made:
-                    if path.exists():
-                        path.rmdir()  # fails, and so do the others, where it is not empty
-            raise
