@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as F
 
+from lab import console
 from lab.data.cache import cached
 from lab.data.loaders import BatchDataset, begin_worker
 from lab.data.sources import Parts, Split
@@ -165,8 +166,10 @@ def read_folder(config: DataConfig) -> Parts:
             "Two or more are needed, each with the pictures of one class",
         )
 
+    others: list[str] = []
+
     def list_split(folder: Path) -> Split:
-        split = _list_split(folder, class_names, config.image_size)
+        split = _list_split(folder, class_names, config.image_size, others)
         return replace(split, root=str(root))
 
     parts = {"train": list_split(train_root)}
@@ -179,6 +182,11 @@ def read_folder(config: DataConfig) -> Parts:
                 )
             if found:
                 parts[name] = list_split(found[0])
+    if others:
+        console.warn(
+            f"{len(others)} of the files in class folders are left out, as {min(others)}: "
+            f"not {', '.join(SUFFIXES)}"
+        )
     return Parts(**parts)
 
 
@@ -191,7 +199,7 @@ def _class_folders(root: Path) -> list[str]:
         ) from error
 
 
-def _list_split(root: Path, class_names: tuple[str, ...], size: int) -> Split:
+def _list_split(root: Path, class_names: tuple[str, ...], size: int, others: list[str]) -> Split:
     found_names = set(_class_folders(root))
     for problem, names in (
         ("has classes that are not trained on", found_names - set(class_names)),
@@ -205,7 +213,7 @@ def _list_split(root: Path, class_names: tuple[str, ...], size: int) -> Split:
     paths: list[str] = []
     labels: list[int] = []
     for label, name in enumerate(class_names):
-        found = sorted(pictures(root / name))
+        found = sorted(pictures(root / name, others))
         if not found:
             raise UserError(
                 f"the class folder {root / name} holds no pictures",
@@ -217,8 +225,11 @@ def _list_split(root: Path, class_names: tuple[str, ...], size: int) -> Split:
     return Split(files, torch.tensor(labels), class_names, files.paths)
 
 
-def pictures(root: Path) -> Iterator[str]:
-    """The paths of the pictures at any depth below a folder; hidden ones are passed over."""
+def pictures(root: Path, others: list[str] | None = None) -> Iterator[str]:
+    """The paths of the pictures at any depth below a folder; hidden ones are passed over.
+
+    Files of other types are added to `others`, but for those that file managers leave.
+    """
     seen = set()
     for folder, folders, files in os.walk(root, followlinks=True):
         if (real := os.path.realpath(folder)) in seen:  # a link back up would list all again
@@ -228,5 +239,9 @@ def pictures(root: Path) -> Iterator[str]:
         # Editors keep copies of pictures in hidden folders. In place: os.walk then skips them.
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in files:
-            if name.lower().endswith(SUFFIXES) and not name.startswith("."):
+            if name.startswith("."):
+                continue
+            if name.lower().endswith(SUFFIXES):
                 yield os.path.join(folder, name)
+            elif others is not None and name.lower() not in ("thumbs.db", "desktop.ini"):
+                others.append(os.path.join(folder, name))
