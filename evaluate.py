@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
             report["tta"] = tta
             title += f", apart: mean over each picture and its mirror image (--tta {tta})"
         with together(accelerator):  # the report last: where it is, all is
-            output.write_predictions(predictions.rows())
+            output.write_predictions(predictions.csv(split.files()))
             output.write_report(report)
         if tta == "none":
             tables.class_table(report)

@@ -199,7 +199,7 @@ def train(given: dict[str, Any]) -> tuple[int, RunDir]:
         "selected_on": splits.selected_on,
     }
     with together(accelerator):  # the report last: where it is, the run is finished
-        run.write_predictions(predictions.rows())
+        run.write_predictions(predictions.csv(splits.test.files()))
         run.write_report(report)
     console.report(
         report,

@@ -1,6 +1,8 @@
 """predict_all: what a network says of every sample of a split, each seen once (promise P1)."""
 
-from collections.abc import Iterator
+import csv
+import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,10 +26,20 @@ class Predictions:
     losses: Tensor  # float64 [N], cross-entropy
     class_names: tuple[str, ...]
 
-    def rows(self) -> Iterator[tuple[int, int, int, float]]:
-        """(index, label, prediction, confidence) of each sample."""
-        columns = (self.labels, self.predictions, self.confidence)
-        return zip(range(len(self.labels)), *(c.tolist() for c in columns), strict=True)
+    def csv(self, files: Sequence[str] | None = None) -> bytes:
+        """A line a sample: index, label, prediction, confidence.
+
+        And its file, of `files` [N], in the bytes of its name, where samples come from files.
+        """
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        names = [] if files is None else ["file"]
+        writer.writerow(["index", "label", "prediction", "confidence", *names])
+        confidence = [f"{value:.6f}" for value in self.confidence.tolist()]
+        columns = [self.labels.tolist(), self.predictions.tolist(), confidence]
+        columns += [] if files is None else [files]
+        writer.writerows(zip(range(len(self.labels)), *columns, strict=True))
+        return text.getvalue().encode("utf-8", "surrogateescape")
 
     def report(self) -> dict:
         """The numbers of report.json, but for what they were measured on."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import shlex
 from collections.abc import Iterator
@@ -48,6 +49,7 @@ class Run:
     labels: np.ndarray | None  # int64 [N]; None where the run has no predictions.csv
     predictions: np.ndarray | None  # int64 [N]
     confidence: np.ndarray | None = None  # float64 [N]
+    files: list[str] | None = None  # [N], below the data folder; None where samples have none
 
     @property
     def dataset(self) -> str:
@@ -129,17 +131,24 @@ def read_run(path: Path) -> Run:
         history = [json.loads(line) for line in file.read_text().splitlines()]
         for row in history or [None]:
             _require(row, dict.fromkeys(EPOCH, NUMBER))
-    labels = predictions = confidence = None
+    labels = predictions = confidence = files = None
     if (path / PREDICTIONS).is_file():
-        with _reading(path / PREDICTIONS) as file, open(file, newline="") as lines:
+        with _reading(path / PREDICTIONS) as file:
+            # A picture's name need not be UTF-8.
+            text = file.read_bytes().decode("utf-8", "surrogateescape")
+            lines = list(csv.DictReader(io.StringIO(text, newline="")))
             names = ("label", "prediction", "confidence")
-            rows = [tuple(float(row[name]) for name in names) for row in csv.DictReader(lines)]
+            rows = [tuple(float(line[name]) for name in names) for line in lines]
             labels, predictions, confidence = np.array(rows).T
+            if "file" in lines[0]:
+                files = [line["file"] for line in lines]
+                if None in files:
+                    raise ValueError("a prediction has no file")
             labels, predictions = labels.astype(np.int64), predictions.astype(np.int64)
             for classes in (labels, predictions):
                 if not 0 <= classes.min() <= classes.max() < num_classes:
                     raise ValueError("a prediction is no class")
-    return Run(path, config, report, history, labels, predictions, confidence)
+    return Run(path, config, report, history, labels, predictions, confidence, files)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from lab import console
@@ -228,7 +228,8 @@ def mistakes(run: Run, pictures: dict[str, np.ndarray], count: int = 24) -> Figu
     for label, i in zip(pictures["mistakes_labels"][order], index[order], strict=True):
         predicted = short(names[run.predictions[i]], 12)
         sure = f"{100 * run.confidence[i]:.1f} % sure"
-        captions.append(f"true: {short(names[label], 12)}\npredicted: {predicted}\n{sure}")
+        file = f"\n{short(PurePosixPath(run.files[i]).name[::-1])[::-1]}" if run.files else ""
+        captions.append(f"true: {short(names[label], 12)}\npredicted: {predicted}\n{sure}{file}")
     wrong = int((run.predictions != run.labels).sum())
     title = f"{len(order)} most confident of {wrong:,} mistakes"
     return _grid(pictures["mistakes"][order], captions, 6, _title(run, title))

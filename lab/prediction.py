@@ -155,4 +155,5 @@ def write_text(target: str, text: str) -> None:
     if target == "-":
         sys.stdout.write(text)
     else:
-        write_atomically(Path(target), lambda path: path.write_text(text))
+        content = text.encode("utf-8", "surrogateescape")  # a path in the bytes that it has
+        write_atomically(Path(target), lambda path: path.write_bytes(content))

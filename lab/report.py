@@ -193,10 +193,11 @@ def settings(config: dict[str, Any]) -> list[tuple[str, Any, Any, bool]]:
     return rows
 
 
-def _mistakes(run: Run) -> list[tuple[int, int, int, float, str]]:
-    """(true class, predicted class, index, confidence, picture) of what the run kept, to the limit.
+def _mistakes(run: Run) -> list[tuple[int, int, str, float, str]]:
+    """(true class, predicted class, name, confidence, picture) of what the run kept, to the limit.
 
-    The most telling come first: see `lab.pictures.chosen`.
+    The name is the picture's file, or #INDEX. The most telling come first: see
+    `lab.pictures.chosen`.
     """
     pictures = run.pictures()
     if pictures is None or run.predictions is None or run.confidence is None:
@@ -205,11 +206,12 @@ def _mistakes(run: Run) -> list[tuple[int, int, int, float, str]]:
     columns = (pictures[name] for name in ("mistakes_labels", "mistakes_index", "mistakes"))
     for label, index, image in zip(*columns, strict=True):
         picture = _thumbnail(image)
-        size += len(picture)
+        name = run.files[index] if run.files else f"#{index}"
+        size += len(picture) + len(name)
         if size > PICTURE_BYTES:
             break
-        i, confidence = int(index), float(run.confidence[index])
-        found.append((int(label), int(run.predictions[index]), i, round(confidence, 4), picture))
+        prediction, confidence = int(run.predictions[index]), float(run.confidence[index])
+        found.append((int(label), prediction, name, round(confidence, 4), picture))
     return found
 
 

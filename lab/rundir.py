@@ -115,12 +115,10 @@ class RunDir:
         """report.json: the numbers of `lab.metrics.report` and what they were measured on."""
         self._write_json(REPORT, report)
 
-    def write_predictions(self, rows: Iterator[tuple[int, int, int, float]]) -> None:
-        """predictions.csv: index, label, prediction, confidence; in the order of `rows`."""
+    def write_predictions(self, content: bytes) -> None:
+        """predictions.csv, as `lab.evaluation.Predictions.csv` makes it."""
         if self.writes:
-            lines = ("{},{},{},{:.6f}\n".format(*row) for row in rows)
-            text = "index,label,prediction,confidence\n" + "".join(lines)
-            write_atomically(self.path / PREDICTIONS, lambda path: path.write_text(text))
+            write_atomically(self.path / PREDICTIONS, lambda path: path.write_bytes(content))
 
     def add_epoch(self, *rows: Mapping[str, Any]) -> None:
         """Lines of history.jsonl."""

@@ -69,6 +69,6 @@ def make_run(
     run.write_report(
         {"split": "test", **predictions.report(), "best_epoch": 3, "selected_on": "validation"}
     )
-    run.write_predictions(predictions.rows())
+    run.write_predictions(predictions.csv())
     pictures.keep(run, config, data, predictions)
     return path

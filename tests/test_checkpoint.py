@@ -170,7 +170,7 @@ def test_only_the_main_process_writes(tmp_path, splits):
     save_best(run, make_network(about), about, ROW)
     run.begin({})
     run.write_report({})
-    run.write_predictions(iter([(0, 1, 1, 0.5)]))
+    run.write_predictions(b"index,label,prediction,confidence\n0,1,1,0.500000\n")
     run.add_epoch({})
     run.add_steps([{}])
     assert list(tmp_path.iterdir()) == []

@@ -251,12 +251,13 @@ def test_the_code_to_add_your_own_works(tmp_path, monkeypatch):
     ):
         [(name, entry)] = eval("{" + line + "}", vars(place)).items()
         monkeypatch.setitem(registry, name, entry)
-
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     images = torch.randint(256, (40, 3, 16, 16), dtype=torch.uint8)
-    save_file({"images": images, "labels": torch.arange(40) % 2}, "tensors.safetensors")
     words = "--model tiny --dataset tensors --data-dir . --recipe long --max-steps 2 --batch-size 8"
+    with pytest.raises(ValueError, match=r"^there is no file tensors\.safetensors\. Give"):
+        train.main([*words.split(), *ALONE])
+    save_file({"images": images, "labels": torch.arange(40) % 2}, "tensors.safetensors")
     assert train.main([*words.split(), *ALONE]) == 0
     config = json.loads(Path("runs/tiny-tensors/config.json").read_text())
     assert (config["epochs"], config["ema"], config["image_size"]) == (40, 0.999, 16)

@@ -110,6 +110,18 @@ def test_sizes_and_formats_may_be_mixed(tmp_path):
     assert torch.equal(images.take(index).decode_all(1), decoded[index])
 
 
+def test_files_of_other_types_are_told_of_once(tmp_path, capsys):
+    write(tmp_path, "train/a/0.png", "train/b/0.png", "test/a/0.png", "test/b/0.png")
+    for name in ("train/b/x/1.gif", "test/a/notes.txt", "train/a/.DS_Store", "test/b/Thumbs.db"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    read_folder(config(tmp_path))
+    assert capsys.readouterr().err == (
+        f"warning: 2 of the files in class folders are left out, as {tmp_path}/test/a/notes.txt: "
+        "not .jpg, .jpeg, .png, .webp, .bmp\n"
+    )
+
+
 # Pictures
 
 

@@ -113,7 +113,8 @@ def test_the_page_has_the_run_s_numbers(run, request):
     assert {(int(i), int(j)): int(n.replace(",", "")) for i, j, n in cells} == expected
     shown = embedded(path / "report.html")["pictures"]
     assert len(shown) > 100
-    for label, prediction, index, confidence, _ in shown:
+    for label, prediction, name, confidence, _ in shown:
+        index = int(name.removeprefix("#"))
         assert (found.labels[index], found.predictions[index]) == (label, prediction)
         assert found.confidence[index] == pytest.approx(confidence, abs=1e-4)
 
@@ -215,7 +216,7 @@ def test_large_pictures_are_kept_small_and_a_run_without_mistakes_is_drawn(tmp_p
     config = recipes.resolve({"dataset": "shapes"})
     perfect = predicted(data.test, right=1.1)
     run.write_report({"split": "test", **perfect.report(), "best_epoch": 3, "selected_on": "test"})
-    run.write_predictions(perfect.rows())
+    run.write_predictions(perfect.csv())
     pictures.keep(run, config, data, perfect)
     plots.draw(path)
     assert "There are pictures of 0 of the 0 mistakes" in report.write(path).read_text()

@@ -1,4 +1,7 @@
-"""Decoded pictures kept on disk, so that a folder is decoded once and read by all processes."""
+"""Decoded pictures kept on disk, so that a folder is decoded once and read by all processes.
+
+And the turns that they take to download a data set.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,8 @@ import hashlib
 import math
 import os
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -107,3 +110,35 @@ def _key(files: ImageFiles) -> str:
         line = f"\n{os.path.join(here, path)} {stat.st_size} {stat.st_mtime_ns}"
         key.update(os.fsencode(line))
     return key.hexdigest()
+
+
+@contextmanager
+def turn_to_download(name: str, root: Path) -> Iterator[None]:
+    """Makes the folder and locks it; what was made is gone again where the download fails.
+
+    The lock in the folder is for other hosts and users. Whoever deletes such a file and its folder
+    leaves those who wait for it without: so this host's processes come one by one through another
+    lock, which stays where it is, in the user's cache folder.
+    """
+    digest = hashlib.blake2b(os.fsencode(root.resolve() / name), digest_size=16).hexdigest()
+    turns = folder().with_name("downloads") / f"{digest}.lock"
+    with ExitStack() as held:
+        with suppress(OSError):  # not to be written: the folder's own lock has to do
+            turns.parent.mkdir(parents=True, exist_ok=True)
+            held.enter_context(FileLock(turns))
+        lock = root / f".{name}.lock"
+        folders = (root / name / "raw", root / name, root, *root.parents)  # torchvision's first
+        made = [path for path in folders if not path.exists()]
+        locked_before = lock.exists()
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            with FileLock(lock):
+                yield
+        except BaseException:
+            with suppress(OSError):
+                if not locked_before:
+                    lock.unlink(missing_ok=True)
+                for path in made:
+                    if path.exists():
+                        path.rmdir()  # fails, and so do the others, where it is not empty
+            raise

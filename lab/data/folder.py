@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as F
 
+from lab import console
 from lab.data.cache import cached
 from lab.data.loaders import BatchDataset, begin_worker
 from lab.data.sources import Parts, Split
@@ -164,7 +165,14 @@ def read_folder(config: DataConfig) -> Parts:
             f"{train_root} holds {len(class_names) or 'no'} class folder{'s'[: not class_names]}",
             "Two or more are needed, each with the pictures of one class",
         )
-    parts = {"train": _list_split(train_root, class_names, config.image_size)}
+
+    others: list[str] = []
+
+    def list_split(folder: Path) -> Split:
+        split = _list_split(folder, class_names, config.image_size, others)
+        return replace(split, root=str(root))
+
+    parts = {"train": list_split(train_root)}
     if train_root != root:
         for name, folders in (("val", VALIDATION), ("test", ("test",))):
             found = [root / folder for folder in folders if (root / folder).is_dir()]
@@ -173,7 +181,12 @@ def read_folder(config: DataConfig) -> Parts:
                     f"{root} has both {found[0].name} and {found[1].name}", "Keep one of them"
                 )
             if found:
-                parts[name] = _list_split(found[0], class_names, config.image_size)
+                parts[name] = list_split(found[0])
+    if others:
+        console.warn(
+            f"{len(others)} of the files in class folders are left out, as {min(others)}: "
+            f"not {', '.join(SUFFIXES)}"
+        )
     return Parts(**parts)
 
 
@@ -186,7 +199,7 @@ def _class_folders(root: Path) -> list[str]:
         ) from error
 
 
-def _list_split(root: Path, class_names: tuple[str, ...], size: int) -> Split:
+def _list_split(root: Path, class_names: tuple[str, ...], size: int, others: list[str]) -> Split:
     found_names = set(_class_folders(root))
     for problem, names in (
         ("has classes that are not trained on", found_names - set(class_names)),
@@ -200,7 +213,7 @@ def _list_split(root: Path, class_names: tuple[str, ...], size: int) -> Split:
     paths: list[str] = []
     labels: list[int] = []
     for label, name in enumerate(class_names):
-        found = sorted(pictures(root / name))
+        found = sorted(pictures(root / name, others))
         if not found:
             raise UserError(
                 f"the class folder {root / name} holds no pictures",
@@ -208,11 +221,15 @@ def _list_split(root: Path, class_names: tuple[str, ...], size: int) -> Split:
             )
         paths += found
         labels += [label] * len(found)
-    return Split(ImageFiles(tuple(paths), size), torch.tensor(labels), class_names)
+    files = ImageFiles(tuple(paths), size)
+    return Split(files, torch.tensor(labels), class_names, files.paths)
 
 
-def pictures(root: Path) -> Iterator[str]:
-    """The paths of the pictures at any depth below a folder; hidden ones are passed over."""
+def pictures(root: Path, others: list[str] | None = None) -> Iterator[str]:
+    """The paths of the pictures at any depth below a folder; hidden ones are passed over.
+
+    Files of other types are added to `others`, but for those that file managers leave.
+    """
     seen = set()
     for folder, folders, files in os.walk(root, followlinks=True):
         if (real := os.path.realpath(folder)) in seen:  # a link back up would list all again
@@ -222,5 +239,9 @@ def pictures(root: Path) -> Iterator[str]:
         # Editors keep copies of pictures in hidden folders. In place: os.walk then skips them.
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in files:
-            if name.lower().endswith(SUFFIXES) and not name.startswith("."):
+            if name.startswith("."):
+                continue
+            if name.lower().endswith(SUFFIXES):
                 yield os.path.join(folder, name)
+            elif others is not None and name.lower() not in ("thumbs.db", "desktop.ini"):
+                others.append(os.path.join(folder, name))

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lab.data import toy
+from lab.data.cache import turn_to_download
 from lab.errors import UserError
 
 if TYPE_CHECKING:
@@ -45,12 +46,21 @@ class Split:
     images: Images  # uint8 [N, C, H, W], in memory or in files
     labels: Tensor  # int64 [N]
     class_names: tuple[str, ...]
+    paths: tuple[str, ...] | None = None  # of the samples' files, decoded or not; None without
+    root: str = ""  # the data folder that they lie in
+
+    def files(self) -> list[str] | None:
+        """The paths below the data folder, POSIX; None where samples come from no files."""
+        if self.paths is None:
+            return None
+        return [Path(path).relative_to(self.root).as_posix() for path in self.paths]
 
     def take(self, index: Tensor) -> Split:
         """The samples at `index`, int64 [M], in that order."""
         images = self.images
         taken = images[index] if isinstance(images, Tensor) else images.take(index)
-        return replace(self, images=taken, labels=self.labels[index])
+        paths = self.paths and tuple(self.paths[i] for i in index.tolist())
+        return replace(self, images=taken, labels=self.labels[index], paths=paths)
 
 
 @dataclass(frozen=True)
@@ -246,14 +256,12 @@ def _read_cifar(name: str, data_dir: str) -> Parts:
 
 def _download(name: str, data_dir: str, missing: Callable[[], bool]) -> None:
     """Lets torchvision download a data set, once a host however many processes ask."""
-    from filelock import FileLock
     from torchvision import datasets
 
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(30)  # seconds; torchvision sets none, and would wait for ever
     try:
-        Path(data_dir).mkdir(parents=True, exist_ok=True)
-        with FileLock(Path(data_dir) / f".{name}.lock"):
+        with turn_to_download(name, Path(data_dir)):
             if missing():
                 getattr(datasets, name)(data_dir, download=True)
     except (OSError, RuntimeError, http.client.HTTPException) as error:

@@ -27,12 +27,12 @@
     const found = data.pictures.filter((p) => p[0] === truth && p[1] === predicted);
     found.sort((a, b) => b[3] - a[3]);
     const list = document.createElement("ul");
-    for (const [, , index, confidence, source] of found) {
+    for (const [, , name, confidence, source] of found) {
       const item = document.createElement("li");
       const image = new Image();
       image.src = source;
-      image.alt = `test sample ${index}`;
-      item.append(image, `#${index}`, document.createElement("br"), `${percent(confidence)} sure`);
+      image.alt = `test sample ${name}`;
+      item.append(image, name, document.createElement("br"), `${percent(confidence)} sure`);
       list.append(item);
     }
     const heading = element("h3", text);

@@ -1,0 +1,126 @@
+"""predictions.csv, page and picture name the file of each sample, whatever was cut and limited."""
+
+import csv
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from resuming import start
+from worlds import run, torchrun
+
+import evaluate
+import predict
+from lab import plots, report
+from lab.finished import read_run
+
+CLASSES = ("cat", "dog")
+PART = {"cat": "", "dog": "deep/er"}  # below the class folder
+ODD = ('a, b "c"', "new\nline", "café", "caf\udce9", "<b>")  # the fourth is no UTF-8
+SHORT = ["--recipe", "smoke", "--max-steps", "2", "--threads", "1", "--quiet"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """(a run that was trained on a folder in one piece, that folder).
+
+    Each picture's name begins with its class; they are noise, so that some are mistaken.
+    """
+    folder = tmp_path_factory.mktemp("trained")
+    random = np.random.default_rng(0)
+    for name in CLASSES:
+        (folder / "data" / name / PART[name]).mkdir(parents=True)
+        for last in (*ODD, *range(25)):
+            pixels = random.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+            path = folder / "data" / name / PART[name] / f"{name}-{last}.png"
+            try:
+                Image.fromarray(pixels).save(path)
+            except OSError:
+                pytest.skip("this file system takes no such name")
+    start(folder, *SHORT, "--dataset", "folder", "--data-dir", f"{folder}/data")
+    return folder / "run", folder / "data"
+
+
+def rows_of(path: Path) -> list[dict]:
+    with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize(
+    ("words", "count"),
+    [
+        ([], 12),
+        (["--split", "val"], 5),
+        (["--split", "train"], 43),
+        (["--split", "all"], 60),
+        (["--limit-eval", "7"], 7),
+        (["--split", "all", "--limit-eval", "9"], 9),
+        (["--loader", "streaming", "--workers", "0", "--tta", "flip"], 12),
+    ],
+)
+def test_each_row_names_the_file_that_it_tells_of(trained, tmp_path, words, count):
+    """The file's own class and, asked for alone, its own prediction."""
+    run_folder, data = trained
+    asked = ["--output", str(tmp_path / "e"), "--threads", "1", "--quiet"]
+    evaluate.main([str(run_folder), *words, *asked])
+    rows = rows_of(tmp_path / "e" / "predictions.csv")
+    assert len({row["file"] for row in rows}) == len(rows) == count
+    paths = [str(data / row["file"]) for row in rows]
+    asked = ["--csv", str(tmp_path / "p.csv"), "--top-k", "1", "--threads", "1", "--workers", "0"]
+    assert predict.main([str(run_folder), *paths, *asked]) == 0
+    for row, path, one in zip(rows, paths, rows_of(tmp_path / "p.csv"), strict=True):
+        name = CLASSES[int(row["label"])]
+        assert row["file"].startswith("/".join(filter(None, (name, PART[name], f"{name}-"))))
+        assert one["path"] == path
+        assert one["class1"] == CLASSES[int(row["prediction"])]
+        assert float(one["confidence1"]) == pytest.approx(float(row["confidence"]), abs=1e-5)
+
+
+@pytest.mark.slow
+def test_training_and_two_processes_write_the_same_bytes(trained, tmp_path):
+    run_folder, _ = trained
+    ended = run(torchrun(2, "evaluate.py", run_folder, "--output", tmp_path / "e"), limit=100)
+    assert ended.code == 0, ended.stderr
+    expected = (run_folder / "predictions.csv").read_bytes()
+    assert (tmp_path / "e" / "predictions.csv").read_bytes() == expected
+    assert expected.startswith(b"index,label,prediction,confidence,file\n0,0,")
+
+
+def test_page_and_picture_name_the_files_of_mistakes(trained, tmp_path, monkeypatch):
+    path = shutil.copytree(trained[0], tmp_path / "run")
+    captions = []
+    monkeypatch.setattr(plots, "_grid", lambda _, texts, *__: captions.extend(texts))
+    for with_files in (True, False):
+        if not with_files:  # as runs had it before
+            lines = [[*row.values()][:4] for row in rows_of(path / "predictions.csv")]
+            lines.insert(0, ["index", "label", "prediction", "confidence"])
+            text = "".join(",".join(line) + "\n" for line in lines)
+            (path / "predictions.csv").write_text(text)
+        captions.clear()
+        found = read_run(path)
+        plots.mistakes(found, found.pictures())
+        assert (found.files is not None) == with_files
+        wrong = np.flatnonzero(found.labels != found.predictions)
+        names = [found.files[i] if with_files else f"#{i}" for i in wrong]
+        shown = report._mistakes(found)
+        assert sorted(name for _, _, name, _, _ in shown) == sorted(names) != []
+        for label, prediction, name, _, _ in shown:
+            i = wrong[names.index(name)]
+            assert (label, prediction) == (found.labels[i], found.predictions[i])
+        ends = {name[-8:] for name in names if name.isprintable()}
+        drawn = {caption[-8:] for caption in captions}
+        assert (ends <= drawn) == with_files
+        text = report.write(path).read_text()
+        assert "<b>" not in text
+
+
+def test_names_are_relative_to_the_folder_as_it_is_given(trained, tmp_path, monkeypatch):
+    run_folder, data = trained
+    monkeypatch.chdir(data)
+    expected = (run_folder / "predictions.csv").read_bytes()
+    for given in (".", "../data/", os.path.relpath(data)):
+        words = ["--data-dir", given, "--output", str(tmp_path / "e"), "--threads", "1", "--quiet"]
+        evaluate.main([str(run_folder), *words])
+        assert (tmp_path / "e" / "predictions.csv").read_bytes() == expected
