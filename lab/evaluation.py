@@ -37,7 +37,8 @@ class Predictions:
         writer.writerow(["index", "label", "prediction", "confidence", *names])
         confidence = [f"{value:.6f}" for value in self.confidence.tolist()]
         columns = [self.labels.tolist(), self.predictions.tolist(), confidence]
-        columns += [] if files is None else [files]
+        if files is not None:
+            columns.append(list(files))
         writer.writerows(zip(range(len(self.labels)), *columns, strict=True))
         return text.getvalue().encode("utf-8", "surrogateescape")
 
