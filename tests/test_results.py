@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import re
+import statistics
 from pathlib import Path
 
 import pytest
@@ -57,3 +59,22 @@ def test_rows_are_trained_in_pieces_and_once(tmp_path, monkeypatch, capsys):
     assert (runs / "comparison" / "comparison.md").exists()
     with pytest.raises(SystemExit):
         make.main([*words, "--only", "third"])
+
+
+def rows_of(page: Path) -> list[tuple[str, str, str]]:
+    """Of each row that names a folder of results/: accuracy, macro-F1, the folder."""
+    number = r"(0\.\d{4})(?: \([^|`]*\))? \| (0\.\d{4}) "
+    found = [re.search(number + r".*?`([^`]+)`", line) for line in page.read_text().splitlines()]
+    pairs = r"(0\.\d{4}), (0\.\d{4}) \(`([^`]+)`\)"
+    return [m.groups() for m in found if m] + re.findall(pairs, page.read_text())
+
+
+@pytest.mark.parametrize(("page", "least"), [("README.md", 4), ("docs/architectures.md", 12)])
+def test_the_rows_of_pages_are_those_of_their_folders(page, least):
+    rows = rows_of(ROOT / page)
+    assert len(rows) >= least
+    for accuracy, macro_f1, folder in rows:
+        reports = [json.loads(p.read_text()) for p in ROOT.glob(f"results/{folder}/report.json")]
+        assert reports, folder
+        for text, key in ((accuracy, "accuracy"), (macro_f1, "macro_f1")):
+            assert text == f"{statistics.mean(r[key] for r in reports):.4f}", (folder, key)
