@@ -71,12 +71,33 @@ class ImageFiles:
                 num_workers=min(num_workers, len(batches)) if num_workers > 1 else 0,
                 worker_init_fn=begin_worker,
             )
+            mistakes: dict[str, UserError] = {}
             for index, decoded in zip(batches, reader, strict=True):
                 if isinstance(decoded, UserError):
-                    raise decoded
-                images[index[0] : index[-1] + 1] = decoded
+                    mistakes |= self._mistakes(index) or {self.paths[index[0]]: decoded}
+                else:
+                    images[index[0] : index[-1] + 1] = decoded
+            if len(mistakes) > 1:  # all at once: a folder with one damaged file may have more
+                names = ", ".join(list(mistakes)[:3])
+                more = f" and {len(mistakes) - 3} more" if len(mistakes) > 3 else ""
+                raise UserError(
+                    f"cannot read {len(mistakes)} pictures: {names}{more}",
+                    "Replace or delete those files",
+                )
+            for mistake in mistakes.values():
+                raise mistake
 
         return cached(self, fill)
+
+    def _mistakes(self, index: Tensor) -> dict[str, UserError]:
+        """What is wrong with those of the pictures at `index` that cannot be read, by path."""
+        found = {}
+        for path in (self.paths[i] for i in index.tolist()):
+            try:
+                decode(path, self.size)
+            except UserError as mistake:
+                found[path] = mistake
+        return found
 
 
 def decode(path: str, size: int) -> Tensor:
