@@ -134,7 +134,7 @@ def run_all(bench: Bench, deadline: float) -> dict[str, dict]:
         return report[name]
 
     def plan(measure: Callable[..., dict], cases: list[Case], *words: Any) -> dict:
-        fit = [replace(c, batch_size=16) if bench.quick else c for c in cases]
+        fit = [tiny(c, bench.device.type) if bench.quick else c for c in cases]
         return {case.name: partial(measure, case, bench, *words) for case in fit}
 
     products = {
@@ -152,6 +152,14 @@ def run_all(bench: Bench, deadline: float) -> dict[str, dict]:
     part("pipeline", plan(measure_pipeline, BATCHES))
     part("steps", plan(measure_step, [c for c in STEPS if not (bench.quick and c.compile)]))
     return report
+
+
+def tiny(case: Case, device_type: str) -> Case:
+    """The case for a try: a small batch, and no bfloat16 where it would be emulated for minutes."""
+    from lab.hardware import multiplies_bfloat16
+
+    precision = case.precision if multiplies_bfloat16(device_type) else "no"
+    return replace(case, batch_size=16, precision=precision)
 
 
 def table(report: dict[str, dict]) -> list[str]:
