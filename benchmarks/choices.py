@@ -122,7 +122,7 @@ def table(results: dict[str, list], chosen: str, field: str = "images_per_second
     lines = [f"\n| | {field.replace('_per_second', '/s')} | / auto |", "| --- | --- | --- |"]
     for name, rows in results.items():
         against = spread(ratios(results, name, chosen, field))
-        speed = spread([row[field] for row in rows], ",.4g")
+        speed = spread([row[field] for row in rows], ",.2f" if field.startswith("up") else ",.0f")
         lines.append(f"| {name} | {speed} | {against} |")
     return "\n".join(lines)
 

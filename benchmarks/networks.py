@@ -107,7 +107,7 @@ def main() -> None:
     print("| --- | --- | --- | --- | --- |")
     for name, rows in results.items():
         keys = ("latency_ms", "train_images_per_second", "eval_images_per_second", "memory_mb")
-        cells = [spread([row[key] for row in rows], ",.4g") for key in keys]
+        cells = [spread([row[key] for row in rows], ",.2f") for key in keys]
         print(f"| {name} | {' | '.join(cells)} |")
     write_json(args.json, {"results": results})
 
