@@ -5,31 +5,22 @@
 The licence is left to whoever publishes the weights: it is theirs to choose, and data have terms.
 """
 
-import json
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 from lab import console
 from lab.commandline import parse_arguments
 from lab.config import OUTPUT, TrainConfig
 from lab.errors import UserError, run_script
+from lab.finished import Run, read_run
 from lab.markdown import code, escaped, table
 from lab.options import flag, option
 from lab.recipes import resolve
-from lab.rundir import (
-    BEST,
-    CARD,
-    CONFIG,
-    HISTORY,
-    PLOTS,
-    REPORT,
-    RunDir,
-    write_atomically,
-)
+from lab.rundir import BEST, CARD, PLOTS, RunDir, write_atomically
 
 # Names on the Hub of the data sets that lie there.
 ON_THE_HUB = {
@@ -61,28 +52,15 @@ def write(run: RunDir) -> None:
 
 def card(path: Path) -> str:
     """The card of the run in a folder: metadata in YAML, then Markdown."""
-    for name in (CONFIG, HISTORY, REPORT, BEST):
-        if not (path / name).is_file():
-            raise UserError(
-                f"{path} is not a finished run: it has no {name}", "Give one, or finish it"
-            )
-    try:
-        settings, report = (json.loads((path / name).read_bytes()) for name in (CONFIG, REPORT))
-        history = [json.loads(line) for line in (path / HISTORY).read_text().splitlines()]
-        types = get_type_hints(TrainConfig)
-        known = {f.name: settings[f.name] for f in fields(TrainConfig) if f.name in settings}
-        for name, value in known.items():
-            if not isinstance(value, (int, float) if types[name] is float else types[name]):
-                raise TypeError(f"{name} is {value!r}")
-        config = TrainConfig(**known)
-        # What has no character of its own, in a folder's name, has no place in a text either.
-        title = path.resolve().name.encode(errors="replace").decode()
-        body = _body(title, config, settings, report, history, (path / CONFUSION).is_file())
-        return f"---\n{_metadata(title, config, report)}\n---\n\n{body}"
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"the run {path} is damaged ({error!r})", "Train it again") from error
+    run = read_run(path)
+    if not (path / BEST).is_file():
+        raise UserError(
+            f"the run {path} has no {BEST}", f"Copy it back, or train on: train.py --resume {path}"
+        )
+    # What has no character of its own, in a folder's name, has no place in a text either.
+    title = path.resolve().name.encode(errors="replace").decode()
+    config = run.settings()
+    return f"---\n{_metadata(title, config, run.report)}\n---\n\n{_body(title, config, run)}"
 
 
 def _metadata(title: str, config: TrainConfig, report: Mapping[str, Any]) -> str:
@@ -118,14 +96,8 @@ def _metadata(title: str, config: TrainConfig, report: Mapping[str, Any]) -> str
     return data.to_yaml()
 
 
-def _body(
-    title: str,
-    config: TrainConfig,
-    settings: Mapping[str, Any],
-    report: Mapping[str, Any],
-    history: Sequence[Mapping[str, Any]],
-    drawn: bool,
-) -> str:
+def _body(title: str, config: TrainConfig, run: Run) -> str:
+    settings, report = run.config, run.report
     model, dataset = escaped(config.model), escaped(config.dataset)
     names, matrix = report["class_names"], report["confusion_matrix"]
     num_samples = int(report["num_samples"])
@@ -139,7 +111,7 @@ def _body(
         )
         for row in report["per_class"]
     )
-    seconds = sum(row["train_seconds"] + row["eval_seconds"] for row in history)
+    seconds = sum(row["train_seconds"] + row["eval_seconds"] for row in run.history)
     place = f"{settings['world_size']} x {settings['device']}, {settings['precision']}"
     shown = {name: getattr(config, name) for name in SHOWN if getattr(config, name) != ""}
     shown |= {"versions": ", ".join(f"{k} {v}" for k, v in settings["versions"].items())}
@@ -154,9 +126,9 @@ def _body(
         + f" split, {num_samples:,} samples, each counted exactly once: {right:,} are classified "
         "correctly.",
         table(("split", "accuracy", "macro-F1", "loss"), [("test", *numbers)]),
-        _selection(config, report, len(history)),
+        _selection(config, report, len(run.history)),
         table(("class", "precision", "recall", "F1", "samples"), classes),
-        f"![Confusion matrix of the test split]({CONFUSION})" if drawn else "",
+        f"![Confusion matrix of the test split]({CONFUSION})" if (run.path / CONFUSION).is_file() else "",
         "## Training",
         _origin(config),
         code(command(config), "sh"),

@@ -8,10 +8,11 @@ import json
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
+from lab.config import TrainConfig
 from lab.errors import UserError
 from lab.options import option
 from lab.rundir import CONFIG, HISTORY, PICTURES, PREDICTIONS, REPORT, STEPS
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
 
 # What is drawn and told of a run, and its types in JSON.
 NUMBER = (int, float)
-SETTINGS = {"model": str, "dataset": str, "recipe": str, "split_seed": int, "versions": dict}
+SETTINGS = {"model": str, "dataset": str, "recipe": str, "split_seed": int, "versions": dict,
+            "world_size": int, "device": str, "precision": str}  # fmt: skip
 NUMBERS = {"accuracy": NUMBER, "macro_f1": NUMBER, "loss": NUMBER, "num_samples": int,
            "best_epoch": int, "selected_on": str, "per_class": list, "confusion_matrix": list,
            "class_names": list}  # fmt: skip
@@ -66,6 +68,16 @@ class Run:
         names = self.config.get("fingerprints", {}).get("test")
         labels = None if self.labels is None else self.labels.tobytes()
         return self.config["dataset"], self.config["split_seed"], names, labels
+
+    def settings(self) -> TrainConfig:
+        """What train.py was told, of what config.json holds."""
+        types = get_type_hints(TrainConfig)
+        known = {f.name: self.config[f.name] for f in fields(TrainConfig) if f.name in self.config}
+        with _reading(self.path / CONFIG):
+            for name, value in known.items():
+                if not isinstance(value, NUMBER if types[name] is float else types[name]):
+                    raise ValueError(f"{name} is {value!r}")
+        return TrainConfig(**known)
 
     def steps(self) -> list[dict[str, Any]]:
         """The rows of steps.jsonl; none where there is no such file."""

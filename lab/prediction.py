@@ -152,8 +152,8 @@ def csv_text(found: Sequence[Classified], top_k: int) -> str:
 
 def write_text(target: str, text: str) -> None:
     """Writes to a file, whole or not at all; `-` is standard output."""
+    content = text.encode("utf-8", "surrogateescape")  # a path in the bytes that it has
     if target == "-":
-        sys.stdout.write(text)
+        sys.stdout.buffer.write(content)
     else:
-        content = text.encode("utf-8", "surrogateescape")  # a path in the bytes that it has
         write_atomically(Path(target), lambda path: path.write_bytes(content))

@@ -139,11 +139,12 @@ def test_a_card_goes_where_a_run_goes_on(copied):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("report.json", None, "is not a finished run: it has no report.json"),
-        ("report.json", "{}", "is damaged"),
-        ("report.json", "[1]", "is damaged"),
-        ("config.json", '{"lr": "x"}', "is damaged"),
-        ("history.jsonl", "x\n", "is damaged"),
+        ("best.safetensors", None, "has no best.safetensors"),
+        ("report.json", None, "is not finished"),
+        ("report.json", "{}", "is damaged: report.json"),
+        ("report.json", "[1]", "is damaged: report.json"),
+        ("config.json", '{"lr": "x"}', "is damaged: config.json"),
+        ("history.jsonl", "x\n", "is damaged: history.jsonl"),
     ],
 )
 def test_p7_what_is_no_finished_run_gets_no_card(copied, name, content, message):
