@@ -222,8 +222,11 @@ def overview(config, splits, place: str) -> dict[str, str]:
     num_train, num_val, num_test = (
         f"{len(split.labels):,}" for split in (splits.train, splits.val, splits.test)
     )
+    limits = {"--limit-train": config.limit_train, "--limit-eval": config.limit_eval}
+    cut = ", ".join(f"{flag} {limit}" for flag, limit in limits.items() if limit)
     return {
-        "samples": f"{num_train} train, {num_val} {splits.selected_on}, {num_test} test",
+        "samples": f"{num_train} train, {num_val} {splits.selected_on}, {num_test} test"
+        + (f" ({cut})" if cut else ""),
         "recipe": f"{config.recipe}: {config.epochs} epoch{'s' if config.epochs > 1 else ''}"
         + (f", at most {config.max_steps} steps" if config.max_steps else "")
         + f", batches of {config.batch_size}, "

@@ -3,6 +3,8 @@
 import csv
 import io
 import json
+import os
+import sys
 
 import numpy as np
 import pytest
@@ -131,6 +133,15 @@ def test_paths_come_from_standard_input_in_their_order(trained, tmp_path, monkey
         confidences = [c["confidence"] for c in row["classes"]]
         assert confidences == sorted(confidences, reverse=True)
         assert sum(confidences) == pytest.approx(1, abs=1e-5)  # of three classes, all three
+
+
+def test_a_name_that_is_no_utf8_keeps_its_bytes(trained, tmp_path, capfdbinary):
+    path = os.fsencode(tmp_path) + b"/\xff.png"
+    with open(path, "wb") as file:
+        picture(0, 1).save(file, "PNG")
+    assert call(trained[0], tmp_path, "--csv", "-", "--top-k", "1") == 0
+    sys.stdout.flush()
+    assert capfdbinary.readouterr().out.splitlines()[1].startswith(path + b",,")
 
 
 def test_the_table_names_the_likeliest(trained, capsys):
