@@ -127,7 +127,7 @@ def curves(run: Run) -> Figure:
     for axes in figure.axes:
         axes.set_xlabel("step" if axes is rate and steps else "epoch")
         at = xs if axes is rate else epochs
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
         if len(at) == 1:
             axes.set_xlim(at[0] - 0.5, at[0] + 0.5)
         axes.grid()
