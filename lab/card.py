@@ -97,7 +97,7 @@ def _metadata(title: str, config: TrainConfig, report: Mapping[str, Any]) -> str
 
 
 def _body(title: str, config: TrainConfig, run: Run) -> str:
-    settings, report = run.config, run.report
+    settings, report, drawn = run.config, run.report, (run.path / CONFUSION).is_file()
     model, dataset = escaped(config.model), escaped(config.dataset)
     names, matrix = report["class_names"], report["confusion_matrix"]
     num_samples = int(report["num_samples"])
@@ -128,7 +128,7 @@ def _body(title: str, config: TrainConfig, run: Run) -> str:
         table(("split", "accuracy", "macro-F1", "loss"), [("test", *numbers)]),
         _selection(config, report, len(run.history)),
         table(("class", "precision", "recall", "F1", "samples"), classes),
-        f"![Confusion matrix of the test split]({CONFUSION})" if (run.path / CONFUSION).is_file() else "",
+        f"![Confusion matrix of the test split]({CONFUSION})" if drawn else "",
         "## Training",
         _origin(config),
         code(command(config), "sh"),
