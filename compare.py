@@ -22,7 +22,9 @@ def main(argv: list[str] | None = None) -> int:
     """Compares as the command line `argv` says; the exit code. Raises `UserError`."""
     config = CompareConfig(**parse_arguments(CompareConfig, argv, prog="compare.py", about=__doc__))
     folder = Path(config.output)
-    if config.train:  # what cannot be written is told before hours of training
+    if config.train:  # mistakes, and what cannot be written, are told before hours of training
+        for options in config.trainings().values():
+            train.settings(options)
         comparison.make(folder)
     for name, options in config.trainings().items():
         console.say(f"\n{name}")

@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> None:
     import torch
 
     from lab import checkpoint, rundir
-    from lab.data import DataConfig, load_split
+    from lab.data import DataConfig, load_split, require_data_dir_is_read
     from lab.data.augment import Preprocess
     from lab.data.loaders import build_loader
     from lab.distributed import build_accelerator, loader_place, place_line, together
@@ -47,6 +47,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     place = loader_place(accelerator, config.loader, config.workers)
     data = DataConfig(**about["data"] | config.data_overrides())
+    require_data_dir_is_read(data.dataset, config.data_dir)
     with together(accelerator):
         network = build_model(**about["model"])
         checkpoint.load_weights(path, network)

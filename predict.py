@@ -49,6 +49,8 @@ class PredictConfig:
         check_fields(self)
         if not self.pictures:
             raise UserError("there are no pictures to classify", "Name some, or a folder of them")
+        if self.json and self.json == self.csv:
+            raise UserError(f"--json and --csv both go to {self.json}", "Name two files")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -29,7 +29,16 @@ from lab.rundir import RunDir
 
 def main(argv: list[str] | None = None) -> int:
     """Trains as the command line `argv` says; the exit code. Raises `UserError`."""
-    return train(parse_arguments(TrainConfig, argv, prog="train.py", about=__doc__))[0]
+    return train(_given(argv))[0]
+
+
+def settings(argv: list[str] | None = None) -> TrainConfig:
+    """All that the command line `argv` sets, directly or by a recipe. Raises `UserError`."""
+    return recipes.resolve(_given(argv))
+
+
+def _given(argv: list[str] | None) -> dict[str, Any]:
+    return parse_arguments(TrainConfig, argv, prog="train.py", about=__doc__)
 
 
 def train(given: dict[str, Any]) -> tuple[int, RunDir]:
@@ -69,6 +78,8 @@ def train(given: dict[str, Any]) -> tuple[int, RunDir]:
     with together(world):  # what would be missed only once the run is begun, or at its end
         tracking.require_packages(config, needed=world.is_main_process)
         hub.require_login(config.push_to_hub, needed=world.is_main_process)
+        if not state and world.is_main_process:
+            rundir.require_name(config)
 
     accelerator = build_accelerator(
         mixed_precision=config.mixed_precision,
@@ -123,6 +134,9 @@ def train(given: dict[str, Any]) -> tuple[int, RunDir]:
             run.begin(settings)
         told = settings | {"selected_on": splits.selected_on}
         tracked = tracking.Tracking(run, told, position.step)
+
+    if position.epoch == config.epochs and position.batch == train_loader.plan.num_batches:
+        console.say(f"its {config.epochs} epochs are trained; give more --epochs to train on")
 
     def on_log(row: dict) -> None:
         run.add_steps(row)

@@ -50,7 +50,7 @@ def environment() -> dict[str, Any]:
     """The machine, the versions and the commit."""
     import torch
 
-    from lab.rundir import commit, versions
+    from lab.versions import commit, versions
 
     return {
         "command": sys.argv,

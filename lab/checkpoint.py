@@ -24,7 +24,8 @@ from lab.data.sources import Split
 from lab.distributed import together
 from lab.errors import UserError
 from lab.models import find_model
-from lab.rundir import BEST, RunDir, versions, write_atomically
+from lab.rundir import BEST, RunDir, write_atomically
+from lab.versions import versions
 
 # All metadata is one JSON text under one key: with several keys, the format keeps no fixed order,
 # and the same weights would not give the same bytes.
@@ -264,7 +265,9 @@ def require_same_classes(path: Path, about: dict[str, Any], split: Split) -> Non
     """Nothing; raises `UserError` where the data's classes or channels are not the weights'."""
     known, found = list(about["class_names"]), list(split.class_names)
     if known != found:
-        missing = ", ".join(sorted(set(known) ^ set(found))[:5]) or "their order"
+        other = sorted(set(known) ^ set(found))
+        more = f" and {len(other) - 5} more" if len(other) > 5 else ""
+        missing = ", ".join(other[:5]) + more or "their order"
         raise UserError(
             f"{path} knows {len(known)} classes and the data has {len(found)}, "
             f"which differ in {missing}",

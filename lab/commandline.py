@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lab.config import MACHINE
-from lab.errors import UserError
+from lab.errors import UserError, suggestion
 from lab.options import flag
 
 
@@ -23,6 +23,8 @@ class _Parser(argparse.ArgumentParser):
         parsed, unknown = self.parse_known_intermixed_args(args, namespace)
         if unknown:
             word = unknown[0].split("=")[0]
+            if not word.startswith("-"):
+                raise UserError(f"{word} is one word too many", f"See `python {self.prog} --help`")
             close = difflib.get_close_matches(word, self._option_string_actions, 1)
             hint = f"Did you mean {close[0]}?" if close else f"See `python {self.prog} --help`"
             raise UserError(f"there is no option {word}", hint)
@@ -78,9 +80,7 @@ def words_of(config: type, settings: Mapping[str, Any]) -> list[str]:
     words, fields = [], {f.name: f for f in dataclasses.fields(config)}
     for name, value in settings.items():
         if name not in fields:
-            close = difflib.get_close_matches(name, fields, 1)
-            hint = f"Did you mean {close[0]}?" if close else f"Known: {', '.join(fields)}"
-            raise UserError(f"there is no setting {name}", hint)
+            raise UserError(f"there is no setting {name}", suggestion(name, fields))
         if value is None or (value == "" and fields[name].metadata.get("filled")):
             continue
         if not isinstance(fields[name].default, bool):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,9 @@ class CompareConfig:
             raise UserError(f"--models {self.models} names no network", "Give a list with commas")
         if bool(self.models) != self.train:
             raise UserError("--train and --models go together", "Give both, or neither")
+        theirs = [f for f in fields(self) if f.metadata["group"] == TRAIN and f.name != "train"]
+        if given := [f for f in theirs if getattr(self, f.name) != f.default and not self.train]:
+            raise UserError(f"{flag(given[0].name)} goes with --train", "Give both, or neither")
         if self.train == bool(self.runs):
             raise UserError(
                 "no runs to compare" if not self.runs else "runs and --train",

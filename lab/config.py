@@ -93,7 +93,7 @@ class TrainConfig:
         low=0.0, high=0.999999, from_recipe=True)
     augment: str = option("none", TRAINING,
         "`none`, or a list with commas of crop, flip, cutout, random-augment, mixup, cutmix",
-        each_of=AUGMENTATIONS, from_recipe=True)
+        each_of=AUGMENTATIONS, from_recipe=True, filled=True)
     mix_alpha: float = option(1.0, TRAINING,
         "mixup and cutmix, of which a batch takes one: its share is drawn from Beta(A, A)",
         above=0.0, high=100.0, metavar="A", from_recipe=True)
@@ -201,7 +201,7 @@ class TrainConfig:
         return listed(self.augment)
 
 
-WEIGHTS, REPORT = "what to evaluate", "what to write"
+WEIGHTS, REPORT = "weights and data", "what to write"
 
 
 @dataclass(frozen=True)

@@ -221,7 +221,8 @@ def out() -> Console:
 
 def literal(value: object, style: str = "") -> Text:
     """A value as literal text: no markup, no control codes."""
-    return value if isinstance(value, Text) else Text(_CONTROL_CODES.sub("?", str(value)), style)
+    text = str(value).encode(errors="backslashreplace").decode()  # a path need not be UTF-8
+    return value if isinstance(value, Text) else Text(_CONTROL_CODES.sub("?", text), style)
 
 
 def _pairs(rows: Mapping[str, object], indent: str = "") -> Text:

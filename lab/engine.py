@@ -282,5 +282,5 @@ def _require_finite(accelerator: Accelerator, loss: float, position: Position) -
         f"the loss is {loss} at step {min(step, position.step)}{where} "
         f"(learning rate {position.learning_rate:g})",
         "Lower --lr or give --clip-norm 1 in a new run; --on-nonfinite skip, in a new run or one "
-        "that goes on, leaves such steps out",
+        "that goes on from a state, leaves such steps out",
     )

@@ -1,12 +1,13 @@
 """What a user can get wrong, and how a script ends when they did (promise P7)."""
 
+import difflib
 import os
 import re
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from lab import console
 
@@ -29,6 +30,13 @@ class UserError(ValueError):
 
     def __str__(self) -> str:
         return f"{self.what}. {self.hint}" + ("" if self.hint.endswith("?") else ".")
+
+
+def suggestion(word: str, known: Iterable[str]) -> str:
+    """A hint for a name that is none of the `known`: those that are like it, or all."""
+    known = list(known)
+    close = difflib.get_close_matches(word, known, 3)
+    return f"Did you mean {' or '.join(close)}?" if close else f"Known: {', '.join(known)}"
 
 
 def run_script(main: Callable[[], int | None]) -> int:

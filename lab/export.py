@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from lab.data.augment import Preprocess
 from lab.disk import require_place
 from lab.errors import UserError
-from lab.rundir import versions, write_atomically
+from lab.rundir import write_atomically
+from lab.versions import versions
 
 SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2"}
 EXTRA = ("onnx", "onnxscript", "onnxruntime")  # what the extra `onnx` of pyproject.toml installs

@@ -40,8 +40,8 @@ def warn_of_few_steps(config: TrainConfig, num_batches: int) -> None:
     if steps < FEW_STEPS and not (config.max_steps or config.pretrained or config.init_from):
         pretrained = "--pretrained, " if find_model(config.model).weights else ""
         console.warn(
-            f"only {steps} steps in all: too few to learn much from random weights. "
-            f"Give {pretrained}a smaller --batch-size or more --epochs."
+            f"only {steps} {'steps' if steps > 1 else 'step'} in all: too few to learn much from "
+            f"random weights. Give {pretrained}a smaller --batch-size or more --epochs."
         )
 
 

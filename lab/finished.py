@@ -124,7 +124,7 @@ def read_run(path: Path) -> Run:
     import numpy as np
 
     if not (path / CONFIG).is_file():
-        raise UserError(f"{path} is not a run's folder", "Name folders that train.py wrote")
+        raise UserError(f"{path} is no run's folder: it has no {CONFIG}", "Name one of train.py's")
     if not (path / REPORT).is_file():
         raise UserError(f"the run {path} is not finished", f"Finish it: train.py --resume {path}")
     with _reading(path / CONFIG) as file:

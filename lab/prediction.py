@@ -17,8 +17,9 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from lab import console
 from lab.data.augment import Preprocess
-from lab.data.folder import decode, grey, pictures
+from lab.data.folder import SUFFIXES, decode, grey, pictures
 from lab.data.loaders import begin_worker, shard
 from lab.errors import UserError
 from lab.rundir import write_atomically
@@ -40,15 +41,21 @@ def find_pictures(words: Sequence[str]) -> list[str]:
     Raises `UserError` for what is not there, and where nothing is left.
     """
     found: list[str] = []
+    others: list[str] = []
     for word in words:
         if word == "-":
             found += filter(None, (line.rstrip("\n") for line in sys.stdin))
         elif os.path.isdir(word):
-            found += sorted(pictures(Path(word)))
+            found += sorted(pictures(Path(word), others))
         elif os.path.exists(word):
             found.append(word)
         else:
             raise UserError(f"there is no file {word}", "Give pictures, or folders of them")
+    if others:
+        console.warn(
+            f"{len(others)} of the files in folders are left out, as {min(others)}: "
+            f"not {', '.join(SUFFIXES)}. Name them one by one to have them classified."
+        )
     if not found:
         raise UserError("there are no pictures to classify", "Give pictures, or folders of them")
     return found
@@ -146,7 +153,7 @@ def csv_text(found: Sequence[Classified], top_k: int) -> str:
     writer.writerow(["path", "error", *(f"{n}{r}" for r in ranks for n in ("class", "confidence"))])
     for one in found:
         cells = [cell for name, value in one.classes for cell in (name, f"{value:.6f}")]
-        writer.writerow([one.path, one.error, *cells])
+        writer.writerow([one.path, one.error, *(cells or [""] * (2 * len(ranks)))])
     return text.getvalue()
 
 

@@ -9,7 +9,7 @@ import re
 from typing import Any
 
 from lab.config import TrainConfig
-from lab.data import find_dataset
+from lab.data import require_data_dir_is_read
 from lab.errors import UserError
 from lab.models import MODELS, TORCHVISION, find_model
 
@@ -102,7 +102,8 @@ def resolve(given: dict[str, Any]) -> TrainConfig:
     model = given.get("model", TrainConfig.model)
     spec = find_model(model)
     dataset = given.get("dataset") or spec.dataset
-    find_dataset(dataset)
+    data_dir = given.get("data_dir", TrainConfig.data_dir)
+    require_data_dir_is_read(dataset, None if data_dir == TrainConfig.data_dir else data_dir)
     name = given.get("recipe", TrainConfig.recipe)
     if name not in RECIPES:
         raise UserError(f"there is no recipe {name}", f"Known: {', '.join(RECIPES)}")

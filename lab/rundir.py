@@ -4,20 +4,17 @@ import errno
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-import lab
 from lab.config import TrainConfig
 from lab.disk import refused
 from lab.errors import UserError
+from lab.versions import commit, versions
 
 CONFIG, HISTORY, STEPS = "config.json", "history.jsonl", "steps.jsonl"
 BEST, REPORT, PREDICTIONS = "best.safetensors", "report.json", "predictions.csv"
@@ -165,11 +162,20 @@ def start(config: TrainConfig, writes: bool) -> RunDir:
     if not writes:
         return RunDir("", writes=False)
     default_name = f"{config.model}-{config.dataset}".replace(":", "-")  # torchvision:NAME
-    # A run that was killed before its first state is begun again.
-    replace = config.overwrite or config.resume == "auto"
-    run = RunDir(create(config.output_dir, config.name, default_name, replace))
+    run = RunDir(create(config.output_dir, config.name, default_name, _replaces(config)))
     run.lock()
     return run
+
+
+def require_name(config: TrainConfig) -> None:
+    """Nothing; raises `UserError` where `start` would, as a run of that name is there."""
+    if config.name:
+        exists(Path(config.output_dir) / config.name, _replaces(config))
+
+
+def _replaces(config: TrainConfig) -> bool:
+    # A run that was killed before its first state is begun again.
+    return config.overwrite or config.resume == "auto"
 
 
 def evaluation_dir(
@@ -194,14 +200,8 @@ def create(output_dir: str, name: str, default_name: str, overwrite: bool) -> Pa
     Raises `UserError` where NAME exists and is not to be overwritten.
     """
     parent = Path(output_dir)
-    if name and os.path.exists(parent / name):  # Path.exists raises for a name that is too long
+    if name and exists(parent / name, overwrite):
         path = parent / name
-        if not overwrite:
-            raise UserError(
-                f"the run {path} exists", "Give another --name, or --overwrite to replace it"
-            )
-        if not is_run(path):
-            raise UserError(f"{path} is not a run's folder", "Give another --name")
         replaced = RunDir(path)
         replaced.lock()  # nobody is at work there
         with writing(path):
@@ -219,6 +219,19 @@ def create(output_dir: str, name: str, default_name: str, overwrite: bool) -> Pa
                 if name or not parent.is_dir():
                     raise
                 number += 1
+
+
+def exists(path: Path, overwrite: bool) -> bool:
+    """Whether there is a run's folder to replace; `UserError` where it may not be replaced."""
+    if not os.path.exists(path):  # Path.exists raises for a name that is too long
+        return False
+    if not overwrite:
+        raise UserError(
+            f"the run {path} exists", "Give another --name, or --overwrite to replace it"
+        )
+    if not is_run(path):
+        raise UserError(f"{path} is not a run's folder", "Give another --name")
+    return True
 
 
 def is_run(path: Path) -> bool:
@@ -264,33 +277,3 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def versions() -> dict[str, str]:
-    """The version of each library that a number depends on."""
-    found = {"lab": lab.__version__, "python": sys.version.split()[0]}
-    for name in ("torch", "torchvision", "accelerate", "safetensors"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "unknown"
-    return found
-
-
-def commit() -> str | None:
-    """The commit that the code is at, with "+changes" where files differ; None outside git.
-
-    results/ is no code: rows that are added to it change nothing of those that follow.
-    """
-    folder = Path(__file__).resolve().parent
-
-    def git(*words: str) -> str:
-        command = ["git", "-C", str(folder), *words]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        code = [str(folder.parent), f":(exclude){folder.parent / 'results'}"]
-        changes = git("status", "--porcelain", "--untracked-files=no", "--", *code)
-        return git("rev-parse", "HEAD") + ("+changes" if changes else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None

@@ -83,5 +83,6 @@ def predictions(rows: Sequence[tuple[str, Sequence[tuple[str, float]]]]) -> None
         table = console.number_table("picture", *heads)
         for path, classes in rows:
             cells = [cell for name, value in classes for cell in (name, f"{value:.4f}")]
-            table.add_row(console.literal(path), *map(console.literal, cells))
+            line = path.replace("\n", "?")
+            table.add_row(console.literal(line), *map(console.literal, cells))
         console.out().print(table)

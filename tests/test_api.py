@@ -132,7 +132,7 @@ def config_of(run):
         ({"quiet": "no"}, "quiet is 'no'. Give True or False."),
         ({"epochs": "many"}, "argument epochs: invalid int value: 'many'. See"),
         ({"epochs": 0}, "epochs 0 is too low. Give at least 1."),
-        ({"model": "lenet"}, "there is no model lenet. Known: "),
+        ({"model": "lenet"}, "there is no model lenet. Did you mean lenet5 or "),
         ({"dataset": "folder", "data_dir": "gone"}, "there is no folder gone. "),
     ],
 )

@@ -34,7 +34,7 @@ LEVELS = [
     {"models", "data", "optim", "rundir"},
     {"metrics", "distributed", "tables", "commandline", "stopping", "markdown", "tta", "exchange"},
     {"config", "muon"},
-    {"options", "hardware", "disk"},
+    {"options", "hardware", "disk", "versions"},
     {"errors"},
     {"console"},
 ]

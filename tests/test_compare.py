@@ -144,7 +144,10 @@ def test_it_trains_what_is_named_and_goes_on_with_it(tmp_path, monkeypatch, caps
         ("--train", "--train and --models go together. Give both, or neither."),
         ("a --train --models lenet5", "runs and --train. Name the folders of runs, or give "
                                       "--train --models LIST."),
-        ("gone", "gone is not a run's folder. Name folders that train.py wrote."),
+        ("gone", "gone is no run's folder: it has no config.json. Name one of train.py's."),
+        ("a b --epochs 3", "--epochs goes with --train. Give both, or neither."),
+        ("--train --models lenet5,alexnt --dataset digits --recipe smoke",
+         "there is no model alexnt. Did you mean alexnet or lenet5?"),
         ("unfinished", "the run unfinished is not finished. Finish it: train.py --resume "
                        "unfinished."),
     ],

@@ -17,7 +17,7 @@ from safetensors.torch import save
 import evaluate
 from lab import checkpoint, recipes
 from lab.config import EvalConfig
-from lab.data import DATASETS, DataConfig, load_splits
+from lab.data import DataConfig, load_splits
 from lab.errors import UserError
 from lab.models import build_model
 from lab.rundir import RunDir
@@ -56,10 +56,16 @@ def with_metadata(content: bytes, metadata: dict | None) -> bytes:
         ),
         (".", ". holds no best.safetensors. Give the folder of a finished run."),
         ("w --split vla", "--split has no vla. Choose from test, val, train, all."),
-        ("w --dataset minst", f"there is no data set minst. Known: {', '.join(DATASETS)}."),
+        ("w --dataset minst", "there is no data set minst. Did you mean mnist?"),
+        (
+            "w --data-dir rgb",
+            "digits comes with lab, and reads nothing of --data-dir rgb. "
+            "Leave it out; for a folder of pictures, give --dataset folder.",
+        ),
         (
             "w --dataset shapes",
-            "w knows 10 classes and the data has 10, which differ in 0, 1, 2, 3, 4. "
+            "w knows 10 classes and the data has 10, which differ in "
+            "0, 1, 2, 3, 4 and 15 more. "
             "Give --dataset and --data-dir with the classes that it was trained on.",
         ),
         (

@@ -122,6 +122,13 @@ def test_files_of_other_types_are_told_of_once(tmp_path, capsys):
     )
 
 
+def test_pictures_beside_the_class_folders_are_told_of(tmp_path, capsys):
+    write(tmp_path, "train/a/0.png", "train/b/0.png", "train/c.png", "train/d.png", "train/.e.png")
+    assert len(read_folder(config(tmp_path)).train.labels) == 2
+    left_out = f"2 pictures are left out, as {tmp_path}/train/c.png: in no class folder"
+    assert capsys.readouterr().err == f"warning: {left_out}\n"
+
+
 # Pictures
 
 

@@ -15,7 +15,7 @@ from worlds import run, torchrun
 
 import evaluate
 import predict
-from lab import prediction
+from lab import prediction, tables
 from lab.data import DataConfig, load_split
 from lab.data.folder import grey
 
@@ -144,6 +144,22 @@ def test_a_name_that_is_no_utf8_keeps_its_bytes(trained, tmp_path, capfdbinary):
     assert capfdbinary.readouterr().out.splitlines()[1].startswith(path + b",,")
 
 
+def test_what_is_left_out_of_a_folder_is_told(trained, tmp_path, capsys):
+    picture(0, 1).save(tmp_path / "a.png")
+    picture(0, 1).save(tmp_path / "b.gif")
+    assert call(trained[0], tmp_path, "--quiet") == 0
+    warning = capsys.readouterr().err
+    assert warning.startswith(
+        f"warning: 1 of the files in folders are left out, as {tmp_path}/b.gif"
+    )
+
+
+def test_a_picture_has_one_row_whatever_its_name(capsys):
+    tables.predictions([("a\nb\udcff.png", [("dark", 1.0)])])
+    (row,) = (line for line in capsys.readouterr().out.splitlines() if "dark" in line)
+    assert row.split() == ["a?b\\udcff.png", "dark", "1.0000"]
+
+
 def test_the_table_names_the_likeliest(trained, capsys):
     path = next(trained[1].glob("striped/*"))
     call(trained[0], path, "--top-k", "9")
@@ -179,6 +195,7 @@ def test_two_processes_give_what_one_does(trained, tmp_path):
         ("gone.png", "there is no file gone.png. Give pictures, or folders of them."),
         ("empty", "there are no pictures to classify. Give pictures, or folders of them."),
         ("empty --top-k 0", "--top-k 0 is too low. Give at least 1."),
+        ("empty --csv a --json a", "--json and --csv both go to a. Name two files."),
     ],
 )
 def test_p7_predict_refuses(fails, tmp_path, trained, words, message):

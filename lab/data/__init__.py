@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lab.errors import UserError
+from lab.errors import UserError, suggestion
 
 if TYPE_CHECKING:
     from lab.data.sources import Parts, Split
@@ -27,6 +27,7 @@ class DatasetSpec:
     read: str  # "module:function" in this package; returns Parts
     mean: Numbers | None = None  # a channel, in units of the full range; None: measured
     std: Numbers | None = None
+    bundled: bool = False  # it comes with lab: no file below --data-dir is read
 
 
 DATASETS = {
@@ -38,8 +39,8 @@ DATASETS = {
     "cifar100": DatasetSpec(
         "sources:read_cifar100", (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
     ),
-    "digits": DatasetSpec("sources:read_digits"),
-    "shapes": DatasetSpec("sources:read_shapes"),
+    "digits": DatasetSpec("sources:read_digits", bundled=True),
+    "shapes": DatasetSpec("sources:read_shapes", bundled=True),
     "folder": DatasetSpec("folder:read_folder"),
 }
 
@@ -47,8 +48,17 @@ DATASETS = {
 def find_dataset(name: str) -> DatasetSpec:
     """The spec of a data set; raises `UserError` with the list of the known."""
     if name not in DATASETS:
-        raise UserError(f"there is no data set {name}", f"Known: {', '.join(DATASETS)}")
+        raise UserError(f"there is no data set {name}", suggestion(name, DATASETS))
     return DATASETS[name]
+
+
+def require_data_dir_is_read(dataset: str, data_dir: str | None) -> None:
+    """Nothing; raises `UserError` for an unknown set, and where it comes with lab, for a folder."""
+    if find_dataset(dataset).bundled and data_dir is not None:
+        raise UserError(
+            f"{dataset} comes with lab, and reads nothing of --data-dir {data_dir}",
+            "Leave it out; for a folder of pictures, give --dataset folder",
+        )
 
 
 @dataclass(frozen=True)

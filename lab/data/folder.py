@@ -203,6 +203,13 @@ def read_folder(config: DataConfig) -> Parts:
                 )
             if found:
                 parts[name] = list_split(found[0])
+    beside = [
+        str(path)
+        for path in train_root.iterdir()
+        if path.name.lower().endswith(SUFFIXES) and path.name[0] != "." and path.is_file()
+    ]
+    if beside:
+        console.warn(f"{len(beside)} pictures are left out, as {min(beside)}: in no class folder")
     if others:
         console.warn(
             f"{len(others)} of the files in class folders are left out, as {min(others)}: "

@@ -9,7 +9,7 @@ import importlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lab.errors import UserError
+from lab.errors import UserError, suggestion
 
 if TYPE_CHECKING:
     from torch import nn
@@ -62,8 +62,13 @@ def find_model(name: str) -> ModelSpec:
         require_known(own)
         return ModelSpec(f"others:torchvision_model:{own}", image_size=224, weights=own)
     if name not in MODELS:
-        known = f"{', '.join(MODELS)}, {TORCHVISION}NAME"
-        raise UserError(f"there is no model {name}", f"Known: {known}")
+        from torchvision import models  # takes seconds: not before there is a mistake
+
+        others = (TORCHVISION + other for other in models.list_models(module=models))
+        if TORCHVISION + name in others:
+            raise UserError(f"there is no model {name}", f"Did you mean {TORCHVISION}{name}?")
+        hint = suggestion(name, [*MODELS, f"{TORCHVISION}NAME"])
+        raise UserError(f"there is no model {name}", hint)
     return MODELS[name]
 
 

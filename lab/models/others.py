@@ -1,24 +1,20 @@
 """`--model torchvision:NAME`: any other classifier of torchvision, as torchvision builds it."""
 
-import difflib
 from typing import Any
 
 import torch
 from torch import nn
 from torchvision import models
 
-from lab.errors import UserError
+from lab.errors import UserError, suggestion
 from lab.models.adapted import fit_channels
 
 
 def require_known(name: str) -> None:
     """Nothing; raises `UserError` for what torchvision has no classifier of."""
     known = models.list_models(module=models)
-    if name in known:
-        return
-    close = difflib.get_close_matches(name, known, 3)
-    hint = f"Did you mean {' or '.join(close)}?" if close else f"Known: {', '.join(known)}"
-    raise UserError(f"torchvision has no classifier {name}", hint)
+    if name not in known:
+        raise UserError(f"torchvision has no classifier {name!r}", suggestion(name, known))
 
 
 def torchvision_model(num_classes: int, channels: int, image_size: int, name: str) -> nn.Module:
