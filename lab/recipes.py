@@ -2,7 +2,7 @@
 
 A recipe is layered. Its entries apply in this order where their key fits: `*`, the data set, the
 model's family (its name up to the first hyphen or colon: `vit`, `torchvision`), the model,
-`model/dataset`; the command line comes last.
+`family/dataset`, `model/dataset`; the command line comes last.
 """
 
 import re
@@ -72,6 +72,7 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
         "efficientnet": dict(label_smoothing=0.1, epochs=20),
         # Without BatchNorm, a step too large is not forgiven.
         "vit": dict(lr=5e-4, clip_norm=1, warmup_epochs=2, label_smoothing=0.1, epochs=40),
+        "vit/digits": dict(lr=2e-4),  # whose warm-up is but twenty steps
         "torchvision": dict(lr=3e-4, clip_norm=1, label_smoothing=0.1, epochs=20),
     },
     # A few seconds on a laptop: for tests and for a first look at an installation.
@@ -109,7 +110,7 @@ def resolve(given: dict[str, Any]) -> TrainConfig:
         raise UserError(f"there is no recipe {name}", f"Known: {', '.join(RECIPES)}")
     settings: dict[str, Any] = {"image_size": spec.image_size}
     family = re.split("[-:]", model)[0]
-    for key in ("*", dataset, family, model, f"{model}/{dataset}"):
+    for key in ("*", dataset, family, model, f"{family}/{dataset}", f"{model}/{dataset}"):
         settings |= RECIPES[name].get(key, {})
     if given.get("pretrained") and not spec.weights:
         known = ", ".join(name for name, spec in MODELS.items() if spec.weights)

@@ -143,8 +143,10 @@ def trainings(output: Path, pictures: Path) -> dict[str, list[str]]:
     engine.train_one_epoch = train_one_epoch
     for name, options in TRAININGS.items():
         digests[name] = []
-        folders = ["--data-dir", str(pictures), "--output-dir", str(output), "--name", name]
-        train.main([*COMMON.split(), *options.split(), *folders])
+        words = [*COMMON.split(), *options.split(), "--output-dir", str(output), "--name", name]
+        if "--dataset folder" in options:
+            words += ["--data-dir", str(pictures)]
+        train.main(words)
     return digests
 
 

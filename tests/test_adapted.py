@@ -118,7 +118,7 @@ def test_from_64_pixels_on_the_networks_are_torchvisions():
          "pixels (*"),
         ("torchvision:resnet19", 32, "torchvision has no classifier resnet19. Did you mean "
          "resnet18 or resnet152 or resnet101?"),
-        ("torchvision:", 32, "torchvision has no classifier . Known: alexnet, *"),
+        ("torchvision:", 32, "torchvision has no classifier. Known: alexnet, *"),
     ],
 )  # fmt: skip
 def test_p7_unfit_sizes_and_names_say_what_to_do(name, image_size, message):

@@ -158,7 +158,8 @@ def test_every_recipe_resolves_for_every_pair(recipe, model, dataset):
 
 
 def test_the_keys_of_recipes_are_known_and_set_what_recipes_may():
-    pairs = {f"{model}/{dataset}" for model in MODELS for dataset in DATASETS}
+    families = {re.split("[-:]", model)[0] for model in MODELS}
+    pairs = {f"{model}/{dataset}" for model in {*MODELS, *families} for dataset in DATASETS}
     for layers in RECIPES.values():
         assert layers.keys() <= {"*", *DATASETS, *MODELS, "torchvision"} | pairs
         for settings in layers.values():
@@ -176,6 +177,8 @@ def test_a_family_of_models_shares_its_settings():
     recipe = RECIPES["modern"]
     assert resolve({"model": "vit-hybrid"}).lr == recipe["vit"]["lr"]
     assert resolve({"model": "vit"}).clip_norm == recipe["vit"]["clip_norm"]
+    small = resolve({"model": "vit-small", "dataset": "digits"})
+    assert (small.lr, small.epochs) == (recipe["vit/digits"]["lr"], recipe["vit"]["epochs"])
     assert resolve({"model": "efficientnet-b3"}).epochs == recipe["efficientnet"]["epochs"]
     assert resolve({"model": "densenet121", "epochs": 3}).epochs == 3
 

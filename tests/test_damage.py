@@ -172,9 +172,9 @@ def damage_with_pickle(path: Path) -> None:
 HUGE = 10**400
 HOSTILE = [
     *({key: value} for key in ("position", "sums", "best", "config", "fingerprints", "precision",
-      "format", "scaler") for value in (..., 5, "x", [[]], {"a": {}})),
+      "format", "scaler") for value in (..., 5, {"a": {}})),
     *({f"position.{key}": value} for key in states.POSITION
-      for value in (..., "1", [1], -1, 1.5, HUGE, math.nan, math.inf)),
+      for value in (..., "1", -1, 1.5, HUGE, math.nan)),
     {"position.code": 1},
     {"position.batch": 10**9},
     {"position.step": 2**52},
@@ -183,7 +183,7 @@ HOSTILE = [
       [[math.nan] * 3], [None], [[[1.0]] * 3], [[1.0] * 3, [1.0]], [[1.0] * 3] * 1000)),
     *({f"config.{key}": value} for key in ("model", "dataset", "epochs", "lr", "augment", "name",
       "batch_size", "seed", "mixed_precision", "image_size")
-      for value in (None, [1], "\x1b[31m../../x", -1, math.nan, HUGE)),
+      for value in (None, "\x1b[31m../../x", math.nan, HUGE)),
     {"config.model": "os.system"},
     {"config.dataset": "../../etc"},
     {"config.recipe": "nosuch"},

@@ -226,7 +226,7 @@ def test_large_pictures_are_kept_small_and_a_run_without_mistakes_is_drawn(tmp_p
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("config.json", "is not a run's folder. Name folders that train.py wrote."),
+        ("config.json", "is no run's folder: it has no config.json. Name one of train.py's."),
         ("report.json", "is not finished. Finish it: train.py --resume "),
         ("history.jsonl", "is damaged: history.jsonl (No such file or directory). Copy it back"),
     ],

@@ -14,7 +14,8 @@ def require_known(name: str) -> None:
     """Nothing; raises `UserError` for what torchvision has no classifier of."""
     known = models.list_models(module=models)
     if name not in known:
-        raise UserError(f"torchvision has no classifier {name!r}", suggestion(name, known))
+        what = f"torchvision has no classifier {name}".rstrip()
+        raise UserError(what, suggestion(name, known))
 
 
 def torchvision_model(num_classes: int, channels: int, image_size: int, name: str) -> nn.Module:
