@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     folder = Path(config.output)
     if config.train:  # mistakes, and what cannot be written, are told before hours of training
         for options in config.trainings().values():
-            train.settings(options)
+            train.settings_of(options)
         comparison.make(folder)
     for name, options in config.trainings().items():
         console.say(f"\n{name}")

@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     return train(_given(argv))[0]
 
 
-def settings(argv: list[str] | None = None) -> TrainConfig:
+def settings_of(argv: list[str] | None = None) -> TrainConfig:
     """All that the command line `argv` sets, directly or by a recipe. Raises `UserError`."""
     return recipes.resolve(_given(argv))
 

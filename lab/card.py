@@ -54,9 +54,7 @@ def card(path: Path) -> str:
     """The card of the run in a folder: metadata in YAML, then Markdown."""
     run = read_run(path)
     if not (path / BEST).is_file():
-        raise UserError(
-            f"the run {path} has no {BEST}", f"Copy it back, or train on: train.py --resume {path}"
-        )
+        raise UserError(f"the run {path} has no {BEST}", "Copy it back, or train it again")
     # What has no character of its own, in a folder's name, has no place in a text either.
     title = path.resolve().name.encode(errors="replace").decode()
     config = run.settings()

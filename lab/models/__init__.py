@@ -64,8 +64,7 @@ def find_model(name: str) -> ModelSpec:
     if name not in MODELS:
         from torchvision import models  # takes seconds: not before there is a mistake
 
-        others = (TORCHVISION + other for other in models.list_models(module=models))
-        if TORCHVISION + name in others:
+        if name in models.list_models(module=models):
             raise UserError(f"there is no model {name}", f"Did you mean {TORCHVISION}{name}?")
         hint = suggestion(name, [*MODELS, f"{TORCHVISION}NAME"])
         raise UserError(f"there is no model {name}", hint)
