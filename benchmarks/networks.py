@@ -22,7 +22,8 @@ MODELS = (
     "lenet5,alexnet,googlenet,densenet,densenet121,mobilenet,mobilenet-v3-small,efficientnet,"
     "vit-tiny,vit-small,vit-hybrid"
 )
-BATCH_SIZE, STEPS, SINGLE = 64, 2, 10
+BATCH_SIZE = 64
+CALLS = {"cpu": (1, 2, 10), "cuda": (10, 100, 200)}  # warm-up and timed steps; single images
 
 
 def run_one(model: str, threads: int) -> dict:
@@ -54,24 +55,28 @@ def run_one(model: str, threads: int) -> dict:
             torch.cuda.synchronize()
         return time.perf_counter()
 
+    warm_up, steps, single = CALLS[device.type]
     trainer.set_training()
-    train_step(trainer, batch)
-    start = wait()
-    for _ in range(STEPS):
+    for _ in range(warm_up):
         train_step(trainer, batch)
-    training = STEPS * BATCH_SIZE / (wait() - start)
+    start = wait()
+    for _ in range(steps):
+        train_step(trainer, batch)
+    training = steps * BATCH_SIZE / (wait() - start)
     memory = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - idle) / 1024
     if device.type == "cuda":
         memory = torch.cuda.max_memory_allocated() / 2**20
 
     network.eval()
     with torch.inference_mode(), accelerator.autocast():
-        network(images)
+        for _ in range(warm_up):
+            network(images)
         start = wait()
-        network(images)
-        evaluation = BATCH_SIZE / (wait() - start)
+        for _ in range(warm_up):
+            network(images)
+        evaluation = warm_up * BATCH_SIZE / (wait() - start)
         times = []
-        for _ in range(SINGLE + 3):
+        for _ in range(single + 3):
             start = wait()
             network(images[:1])
             times.append(wait() - start)
