@@ -92,7 +92,7 @@ def train(given: dict[str, Any]) -> tuple[int, RunDir]:
         timeout_seconds=config.timeout_seconds,
         quiet=config.quiet,
     )
-    place = loader_place(accelerator, config.loader, config.workers)
+    place = loader_place(accelerator, config.loader, config.workers, config.cuda_graphs)
     with together(accelerator):
         with console.working(f"reading {config.dataset}"):
             splits = load_splits(DataConfig.of(config), place["memory"], torch.get_num_threads())

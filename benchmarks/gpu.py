@@ -43,29 +43,44 @@ COLUMNS = ("ms", "images_per_second", "utilisation", "kernels", "launches", "pea
 LENET, ALEXNET = partial(Case, model="lenet5"), partial(Case, model="alexnet", augment="crop,flip")
 BF16 = partial(ALEXNET, precision="bf16", channels_last=True)
 
+ADAMW = (("optimizer", "adamw"), ("lr", 1e-3))
+MUON = (("optimizer", "muon"), ("lr", 2e-3))
+
 STEPS = [
-    LENET("lenet5 float32", tf32=False),
     LENET("lenet5 TF32"),
+    LENET("lenet5 TF32, kernel by kernel", graphs=False),
+    LENET("lenet5 float32", tf32=False),
     LENET("lenet5 TF32, channels_last", channels_last=True),
     LENET("lenet5 bfloat16", precision="bf16"),
+    LENET("lenet5 TF32, batch 4096", batch_size=4096),
+    BF16("alexnet bfloat16, channels_last"),
+    BF16("alexnet bfloat16, channels_last, by kernels", graphs=False),
+    ALEXNET("alexnet bfloat16", precision="bf16"),
     ALEXNET("alexnet float32", tf32=False),
     ALEXNET("alexnet TF32"),
     ALEXNET("alexnet TF32, channels_last", channels_last=True),
-    ALEXNET("alexnet bfloat16", precision="bf16"),
-    BF16("alexnet bfloat16, channels_last"),
-    BF16("alexnet bfloat16, channels_last, AdamW", settings=(("optimizer", "adamw"), ("lr", 1e-3))),
+    BF16("alexnet bfloat16, AdamW", settings=ADAMW),
+    BF16("alexnet bfloat16, Muon", settings=MUON),
+    BF16("alexnet bfloat16, Muon, by kernels", settings=MUON, graphs=False),
     BF16("alexnet bfloat16, batch 512", batch_size=512),
     BF16("alexnet bfloat16, batch 2048", batch_size=2048),
-    LENET("lenet5 TF32, compile", compile="default"),
-    LENET("lenet5 TF32, reduce-overhead", compile="reduce-overhead"),
+    BF16("alexnet bfloat16, batch 8192", batch_size=8192),
     BF16("alexnet bfloat16, compile", compile="default"),
-    BF16("alexnet bfloat16, reduce-overhead", compile="reduce-overhead"),
+    BF16("alexnet bfloat16, batch 2048, compile", batch_size=2048, compile="default"),
+    LENET("lenet5 TF32, compile", compile="default"),
 ]
 EPOCHS = [  # and how many of them
-    (LENET("lenet5, epochs"), 4),
+    (LENET("lenet5, epochs"), 6),
+    (LENET("lenet5, epochs, kernel by kernel", graphs=False), 3),
     (BF16("alexnet, 20 epochs"), 20),
+    (BF16("alexnet, epochs, kernel by kernel", graphs=False), 3),
+    (BF16("alexnet, Muon, 20 epochs", settings=MUON), 20),
 ]
-BATCHES = [LENET("lenet5, batches"), ALEXNET("alexnet, batches")]
+BATCHES = [
+    LENET("lenet5, batches"),
+    ALEXNET("alexnet, batches"),
+    ALEXNET("alexnet, batches, kernel by kernel", graphs=False),
+]
 UNUSUAL = (("label_smoothing", 0.1), ("ema", 0.99), ("accumulate", 2), ("clip_norm", 1.0))
 CHECKS = [
     LENET("lenet5", augment="crop,flip,cutout", settings=UNUSUAL),

@@ -8,7 +8,6 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import cycle, islice, pairwise
 from typing import Any
 
@@ -28,6 +27,7 @@ class Case:
     channels_last: bool = False
     compile: str = ""  # a mode of torch.compile
     augment: str = ""
+    graphs: bool = True
     settings: tuple[tuple[str, Any], ...] = ()
 
 
@@ -144,10 +144,11 @@ def build(case: Case, bench: Bench) -> tuple[Any, Any, Any]:
     dataset = DATASETS[case.model]
     settings = {"model": case.model, "recipe": "notebook", "batch_size": case.batch_size}
     settings |= {"augment": case.augment or "none", **dict(case.settings)}
+    settings |= {"cuda_graphs": "auto" if case.graphs else "never"}
     config = resolve(settings)
     accelerator = build_accelerator(mixed_precision=case.precision, quiet=True)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = case.tf32
-    place = loader_place(accelerator, "resident", 0)
+    place = loader_place(accelerator, "resident", 0, config.cuda_graphs)
     splits, device = bench.splits[dataset], accelerator.device
     augment = Preprocess(splits.mean, splits.std, config.augmentations, device)
     plain = Preprocess(splits.mean, splits.std, (), device)
@@ -188,24 +189,21 @@ def measure_step(case: Case, bench: Bench) -> dict[str, Any]:
     """A training step on batches that lie ready: time, use of the matrix rate, launches, memory."""
     import torch
 
-    from lab.engine import train_step
-
     trainer, loader, _ = build(case, bench)
     batches = full_batches(loader, 8)
     operations = count_operations(case, batches[0])
     trainer.model.train()
-    step = partial(train_step, trainer)
     turn = cycle(batches)
     if bench.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    row = timing(time_calls(lambda: step(next(turn)), bench))
+    row = timing(time_calls(lambda: trainer.step(next(turn)), bench))
     row["images_per_second"] = case.batch_size / row["ms"] * 1e3
     row["operations"] = operations
     if bench.matrix_rate:
         row["utilisation"] = operations / row["ms"] * 1e3 / bench.matrix_rate
     if bench.device.type == "cuda":
         row["peak_mb"] = torch.cuda.max_memory_allocated() / 2**20
-    return row | count_launches(lambda: step(next(turn)), bench)
+    return row | count_launches(lambda: trainer.step(next(turn)), bench)
 
 
 def measure_pipeline(case: Case, bench: Bench) -> dict[str, Any]:

@@ -140,6 +140,10 @@ class TrainConfig:
         "deterministic kernels only, also where they are slower")
     compile: bool = option(False, MACHINE,
         "torch.compile the network")
+    cuda_graphs: str = option("auto", MACHINE,
+        "send a step to the GPU as one graph, not kernel by kernel; auto: on one GPU, where a step "
+        "needs no look at its numbers",
+        choices=("auto", "never"))
 
     max_hours: float = option(0.0, MACHINE,
         "save and stop cleanly after this many hours, before a job's time limit; 0: no limit",

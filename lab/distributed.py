@@ -179,7 +179,9 @@ def memory_for_data(device: torch.device) -> float:
     return free / 2
 
 
-def loader_place(accelerator: Accelerator, kind: str, workers: int) -> dict[str, Any]:
+def loader_place(
+    accelerator: Accelerator, kind: str, workers: int, cuda_graphs: str = "never"
+) -> dict[str, Any]:
     """What `lab.data.loaders.build_loader` needs to know of this process and its host."""
     return {
         "rank": accelerator.process_index,
@@ -190,6 +192,7 @@ def loader_place(accelerator: Accelerator, kind: str, workers: int) -> dict[str,
         "memory": {"resident": math.inf, "streaming": 0}.get(
             kind, memory_for_data(accelerator.device)
         ),
+        "graphs": cuda_graphs == "auto" and accelerator.device.type == "cuda",
     }
 
 

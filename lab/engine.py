@@ -8,10 +8,10 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 
@@ -19,8 +19,10 @@ from lab.config import TrainConfig
 from lab.data.loaders import Batch, Loader, fold, shard
 from lab.errors import UserError
 from lab.exchange import share_gradients
+from lab.graphs import Replayed, can_replay
+from lab.losses import heavier, loss_sum
 from lab.models import find_model
-from lab.optim import build_optimizer, learning_rate
+from lab.optim import build_optimizer, learning_rate, set_learning_rate
 
 
 @dataclass
@@ -65,6 +67,16 @@ class Trainer:
     model: nn.Module  # the same, wrapped for training on all processes
     optimizer: torch.optim.Optimizer
     average: nn.Module | None  # of the weights, where `ema` is on
+    replayed: Replayed | None = None  # `train_step`, where it can be sent to a GPU as one graph
+
+    def step(self, batch: Batch) -> Tensor | None:
+        """`train_step`, replayed where it can be."""
+        if self.replayed is None:
+            return train_step(self, batch)
+        if batch.partners is None:
+            return self.replayed(batch.images, batch.labels)
+        share = batch.images.new_full((), cast(float, batch.share))
+        return self.replayed(batch.images, batch.labels, batch.partners, share)
 
     @property
     def evaluated(self) -> nn.Module:
@@ -102,17 +114,31 @@ def prepare(accelerator: Accelerator, network: nn.Module, config: TrainConfig) -
     if config.compile:
         if accelerator.device.type == "cpu" and not shutil.which(os.environ.get("CXX", "c++")):
             raise UserError("--compile needs a C++ compiler", "Install one, or leave it out")
-        # CUDA graphs keep gradients in memory that the next part of a batch would write over.
-        graphs = accelerator.device.type == "cuda" and config.accumulate == 1
-        # In place: the keys of the weights stay those of the plain network.
-        network.compile(mode="reduce-overhead" if graphs else None)
-    optimizer = build_optimizer(network, config)
+        network.compile()  # in place: the keys of the weights stay those of the plain network
+    replays = can_replay(accelerator, config)
+    optimizer = build_optimizer(network, config, accelerator.device if replays else None)
     model = accelerator.prepare(network)
     if config.comm_hook == "none":
         share_gradients(model)
     if accelerator.scaler:  # of fp16's gradients; else its wrapper's steps are only slower
         optimizer = accelerator.prepare(optimizer)
-    return Trainer(accelerator, config, network, model, optimizer, average)
+    trainer = Trainer(accelerator, config, network, model, optimizer, average)
+    if replays:
+        trainer.replayed = Replayed(partial(_step_on_tensors, trainer))
+    return trainer
+
+
+def _step_on_tensors(
+    trainer: Trainer,
+    images: Tensor,
+    labels: Tensor,
+    partners: Tensor | None = None,
+    share: Tensor | float = 1.0,
+) -> Tensor:
+    """`train_step`, where the batch is all this process's; its positions are not read."""
+    sums = train_step(trainer, Batch(images, labels, labels, len(labels), partners, share))
+    assert sums is not None
+    return sums
 
 
 def train_one_epoch(
@@ -140,11 +166,10 @@ def train_one_epoch(
         if config.max_steps and done.step >= config.max_steps:
             break
         lr = done.learning_rate = learning_rate(config, done.step, plan.num_batches)
-        for group in trainer.optimizer.param_groups:
-            group["lr"] = lr
+        set_learning_rate(trainer.optimizer, lr)
         # Dropout's seed follows from the step: there is no random state to keep.
         seed_dropout(fold(config.seed, done.step, accelerator.process_index), device)
-        batch_sums = train_step(trainer, batch)
+        batch_sums = trainer.step(batch)
         done.step += 1
         done.batch += 1
         num_samples += batch.num_global
@@ -207,8 +232,8 @@ def train_step(trainer: Trainer, batch: Batch) -> Tensor | None:
                 loss_of_other = loss_sum(other, labels, partners, batch.share, config)
                 total = total + weight * loss_of_other
             accelerator.backward(total * scale)
-        wanted = labels if partners is None or batch.share >= 0.5 else partners
-        sums = sums + torch.stack((loss.detach(), (logits.argmax(1) == wanted).sum()))
+        hits = logits.argmax(1) == heavier(labels, partners, batch.share)
+        sums = sums + torch.stack((loss.detach(), hits.sum()))
     if skips and not accelerator.scaler:
         # Of all processes together, so that they agree; reading it waits for the device.
         gradients = [p.grad for p in trainer.network.parameters() if p.grad is not None]
@@ -230,20 +255,6 @@ def _undo(trainer: Trainer, buffers: list[Tensor]) -> None:
     trainer.optimizer.zero_grad()
     for buffer, before in zip(trainer.network.buffers(), buffers, strict=True):
         buffer.copy_(before)
-
-
-def loss_sum(
-    logits: Tensor, labels: Tensor, partners: Tensor | None, share: float, config: TrainConfig
-) -> Tensor:
-    """The sum of the samples' cross-entropies; of mixed ones, that of both labels by `share`."""
-
-    def with_labels(labels: Tensor) -> Tensor:
-        smoothing = config.label_smoothing
-        return F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
-
-    if partners is None:
-        return with_labels(labels)
-    return share * with_labels(labels) + (1 - share) * with_labels(partners)
 
 
 def seed_dropout(seed: int, device: torch.device) -> None:

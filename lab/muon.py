@@ -35,8 +35,8 @@ class Muon(torch.optim.AdamW):
     processes agree to 1e-4 over tens of steps, not to the last hit.
     """
 
-    def __init__(self, groups: Iterable[dict[str, Any]], *, lr: float, momentum: float):
-        super().__init__(groups, lr=lr, betas=(momentum, 0.999), fused=True)
+    def __init__(self, groups: Iterable[dict[str, Any]], **settings: Any):
+        super().__init__(groups, **settings)
         # Gradients of fp16 are to come unscaled: only AdamW's fused kernel could do it on its way.
         self._step_supports_amp_scaling = False
 
@@ -55,7 +55,9 @@ class Muon(torch.optim.AdamW):
                     self._step_orthogonally(parameter, group["lr"], group["weight_decay"])
         return loss
 
-    def _step_orthogonally(self, parameter: Tensor, lr: float, weight_decay: float) -> None:
+    def _step_orthogonally(
+        self, parameter: Tensor, lr: float | Tensor, weight_decay: float
+    ) -> None:
         assert parameter.grad is not None
         state = self.state[parameter]
         if "momentum_buffer" not in state:
@@ -65,7 +67,7 @@ class Muon(torch.optim.AdamW):
         matrix = orthogonalized(update.flatten(1))
         scale = 0.2 * max(matrix.shape) ** 0.5
         parameter.mul_(1 - lr * weight_decay)
-        parameter.add_(matrix.view(parameter.shape), alpha=-lr * scale)
+        parameter.sub_(matrix.view(parameter.shape) * (lr * scale))
 
 
 def orthogonalized(matrix: Tensor) -> Tensor:

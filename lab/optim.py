@@ -10,8 +10,14 @@ from lab.config import TrainConfig
 from lab.muon import Muon, muon_parameters
 
 
-def build_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """The optimizer over what is not frozen; unless `decay_biases`, decay spares 1-d parameters."""
+def build_optimizer(
+    network: nn.Module, config: TrainConfig, device: torch.device | None = None
+) -> torch.optim.Optimizer:
+    """The optimizer over what is not frozen; unless `decay_biases`, decay spares 1-d parameters.
+
+    Where a `device` is given, its steps can be recorded as a CUDA graph: it reads the learning rate
+    there.
+    """
     trained = [p for p in network.parameters() if p.requires_grad]
     decayed = [p for p in trained if config.decay_biases or p.ndim > 1]
     spared = [p for p in trained if not config.decay_biases and p.ndim <= 1]
@@ -19,12 +25,13 @@ def build_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.Opti
     if spared:
         groups.append({"params": spared, "weight_decay": 0.0})
     # Fused: one kernel for all parameters instead of several for each.
-    settings: dict[str, Any] = {"lr": config.lr, "fused": True}
+    lr = config.lr if device is None else torch.tensor(config.lr, device=device)
+    settings: dict[str, Any] = {"lr": lr, "fused": True}
+    adam: dict[str, Any] = {"betas": (config.momentum, 0.999), "capturable": device is not None}
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(groups, betas=(config.momentum, 0.999), **settings)
+        return torch.optim.AdamW(groups, **settings, **adam)
     if config.optimizer == "muon":
-        groups = _split(groups, muon_parameters(network))
-        return Muon(groups, lr=config.lr, momentum=config.momentum)
+        return Muon(_split(groups, muon_parameters(network)), **settings, **adam)
     nesterov = config.optimizer == "nesterov" and config.momentum > 0
     return torch.optim.SGD(groups, momentum=config.momentum, nesterov=nesterov, **settings)
 
@@ -37,6 +44,16 @@ def _split(groups: list[dict[str, Any]], chosen: set[Tensor]) -> list[dict[str, 
         for muon in (False, True)
     ]
     return [group for group in cut if group["params"]]
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Has the next step use this learning rate."""
+    shared = optimizer.param_groups[0]["lr"]
+    if isinstance(shared, Tensor):  # of all groups, as `build_optimizer` made it
+        shared.fill_(lr)
+        return
+    for group in optimizer.param_groups:
+        group["lr"] = lr
 
 
 def slots(optimizer: torch.optim.Optimizer) -> dict[Tensor, dict[str, torch.Size]]:

@@ -65,6 +65,7 @@ SCALER = {
 RESUMABLE = (
     "epochs", "max_steps", "patience", "max_hours", "on_nonfinite", "data_dir",
     "accumulate", "mixed_precision", "sync_bn", "deterministic", "compile",  # another device's
+    "cuda_graphs",
     "loader", "workers", "threads", "timeout_seconds", "save_every", "keep_states", "output_dir",
     "name", "resume", "log_every", "tracker", "push_to_hub", "quiet", "debug",
 )  # fmt: skip

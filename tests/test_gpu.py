@@ -6,17 +6,23 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from trainers import UNUSUAL, VARIANTS, make_loader, make_trainer, place, train
+from trainers import CROPS, UNUSUAL, VARIANTS, make_loader, make_trainer, place, train, weights
 
 import train as train_script
 from lab import checkpoint
+from lab.config import TrainConfig
 from lab.data.augment import Preprocess, random_bits
-from lab.data.loaders import Plan, ResidentLoader
+from lab.data.loaders import Batch, Plan, ResidentLoader
 from lab.data.sources import Split
 from lab.data.toy import load_digits
 from lab.distributed import choose_precision
+from lab.engine import prepare, seed_dropout
+from lab.errors import UserError
+from lab.graphs import WARM_UP
 from lab.evaluation import predict_all
-from lab.models import build_model
+from lab.models import MODELS, build_model
+
+MUON = {"optimizer": "muon", "lr": 1e-3}
 
 
 def gpu(test):
@@ -114,11 +120,69 @@ def test_data_weights_and_optimizer_lie_on_the_gpu():
 def test_an_epoch_leaves_no_memory_behind():
     cuda = place("cuda")
     loader, trainer = make_loader(cuda), make_trainer(cuda)
-    train(trainer, loader, epochs=2)
+    train(trainer, loader, epochs=4)  # the last batch, a smaller one, is recorded in the fourth
     before = torch.cuda.memory_allocated()
     train(trainer, loader, epochs=3)
     assert torch.cuda.memory_allocated() == before
     assert all(p.grad is None for p in trainer.network.parameters())
+
+
+@gpu
+@pytest.mark.parametrize("augment", [CROPS, (*CROPS, "mixup", "cutmix"), ("random-augment",)])
+@pytest.mark.parametrize("settings", [*VARIANTS, MUON, {"accumulate": 3}])
+def test_p2_replayed_steps_are_the_same_as_single_kernels(augment, settings):
+    cuda, curves, ends = place("cuda"), [], []
+    for graphs in ("never", "auto"):
+        loader = make_loader(cuda, "alexnet", 37, augment=augment, graphs=graphs == "auto")
+        trainer = make_trainer(cuda, "alexnet", cuda_graphs=graphs, log_every=1, **settings)
+        rows = []
+        train(trainer, loader, epochs=4, on_log=rows.append)
+        curves.append([row["loss"] for row in rows])
+        ends.append(weights(trainer.evaluated))
+    assert trainer.replayed.recordings
+    assert len(set(curves[0])) == len(curves[0]) == 20
+    assert curves[1] == pytest.approx(curves[0], rel=1e-4)
+    assert torch.allclose(*ends, atol=1e-3)
+
+
+@gpu
+@pytest.mark.parametrize("model", [*MODELS, "torchvision:resnet18", "torchvision:swin_t"])
+def test_p2_each_network_is_replayed(model):
+    cuda, curves = place("cuda", "bf16"), []
+    size = 64 if model.startswith("torchvision") else 32
+    images, labels = torch.randn(8, 3, size, size, device="cuda"), torch.arange(8, device="cuda")
+    for graphs in ("never", "auto"):
+        torch.manual_seed(0)
+        network = build_model(model, num_classes=10, channels=3, image_size=size)
+        settings = {"model": model, "dataset": "cifar10", "optimizer": "adamw", "lr": 1e-4}
+        trainer = prepare(cuda, network, TrainConfig(**settings, cuda_graphs=graphs))
+        trainer.set_training()
+        losses = []
+        for step in range(6):
+            seed_dropout(step, cuda.device)
+            losses.append(trainer.step(Batch(images, labels, labels, 8))[0])
+        curves.append(torch.stack(losses).tolist())
+    assert len(trainer.replayed.recordings) == 1
+    assert curves[1] == pytest.approx(curves[0], rel=0.02)
+    assert curves[1][-1] < curves[1][0]
+
+
+@gpu
+def test_p7_a_network_that_looks_at_its_numbers_is_told_how_to_train():
+    class Looking(torch.nn.Linear):
+        def forward(self, images):
+            logits = super().forward(images.flatten(1))
+            return logits if logits.sum().item() else -logits
+
+    cuda = place("cuda")
+    trainer = prepare(cuda, Looking(784, 10), TrainConfig(dataset="digits"))
+    labels = torch.arange(4, device="cuda")
+    batch = Batch(torch.randn(4, 1, 28, 28, device="cuda"), labels, labels, 4)
+    for _ in range(WARM_UP):
+        trainer.step(batch)
+    with pytest.raises(UserError, match="cannot be recorded") as error:
+        trainer.step(batch)
+    assert error.value.hint == "Give --cuda-graphs never"
 
 
 @gpu

@@ -13,6 +13,7 @@ from lab.engine import Position, prepare, train_one_epoch
 from lab.models import build_model
 
 SIZES = {"lenet5": (1, 28), "alexnet": (3, 8)}  # channels, pixels a side
+CROPS = ("crop", "flip", "cutout")
 UNUSUAL = {"label_smoothing": 0.1, "ema": 0.9, "accumulate": 2, "clip_norm": 1.0}
 VARIANTS = [
     {},
@@ -40,17 +41,19 @@ def make_trainer(accelerator, model="lenet5", **settings):
     return prepare(accelerator, network, TrainConfig(**plain | {"lr": 0.01} | settings))
 
 
-def make_loader(accelerator, model="lenet5", num_samples=33, batch_size=8, seed=0):
+def make_loader(
+    accelerator, model="lenet5", num_samples=33, batch_size=8, seed=0, augment=CROPS, graphs=False
+):
     channels, size = SIZES[model]
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(
         256, (num_samples, channels, size, size), generator=generator, dtype=torch.uint8
     )
     split = Split(images, torch.arange(num_samples) % 10, tuple("0123456789"))
-    augment = ("crop", "flip", "cutout") if seed is not None else ()
+    augment = augment if seed is not None else ()
     preprocess = Preprocess((0.5,) * channels, (0.5,) * channels, augment, accelerator.device)
     plan = Plan(num_samples, batch_size, seed, 0, 1)
-    return ResidentLoader(split, plan, preprocess, accelerator.device)
+    return ResidentLoader(split, plan, preprocess, accelerator.device, graphs)
 
 
 def train(trainer, loader, epochs=1, on_step=lambda *_: None, on_log=lambda _: None):

@@ -94,6 +94,7 @@ def random_augment(images: Tensor, bits: Tensor) -> Tensor:
 
 
 STEPS = {"crop": crop, "flip": flip, "cutout": cutout, "random-augment": random_augment}
+REPLAYABLE = {"crop", "flip", "cutout"}  # the other's kernels depend on what is drawn
 
 
 class Preprocess:
@@ -113,6 +114,7 @@ class Preprocess:
         self.augment = tuple(name for name in augment if name not in MIXES)
         mixes = tuple(name for name in augment if name in MIXES)
         self.mixer = Mixer(mixes, mix_alpha) if mixes else None
+        self.replayable = REPLAYABLE.issuperset(self.augment)
         self.scale = (1 / (255 * torch.tensor(std))).view(-1, 1, 1).to(device)
         self.shift = (-torch.tensor(mean) / torch.tensor(std)).view(-1, 1, 1).to(device)
 

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from lab.data.augment import Preprocess, random_bits
 from lab.data.sources import Images, Split
 from lab.errors import UserError
+from lab.graphs import Replayed
 from lab.stopping import ignore_signals
 
 
@@ -32,7 +33,7 @@ class Batch:
     # Where batches are mixed: the labels of the samples mixed in, int64 [n], and the share of each
     # sample's own.
     partners: Tensor | None = None
-    share: float = 1.0
+    share: float | Tensor = 1.0
 
 
 def permutation(num_samples: int, seed: int, epoch: int) -> Tensor:
@@ -111,13 +112,27 @@ class Plan:
 class ResidentLoader:
     """Batches cut from a split that lies on the device: no workers, no per-sample Python."""
 
-    def __init__(self, split: Split, plan: Plan, preprocess: Preprocess, device: torch.device):
+    def __init__(
+        self,
+        split: Split,
+        plan: Plan,
+        preprocess: Preprocess,
+        device: torch.device,
+        graphs: bool = False,
+    ):
         assert isinstance(split.images, Tensor)
         self.plan, self.preprocess, self.device = plan, preprocess, device
         self.class_names = split.class_names
         self.images = split.images.to(device)
         self.labels = split.labels.to(device)
         self.mixer = preprocess.mixer if plan.seed is not None else None
+        # Of the few kernels that pictures take as they are, a graph is no gain.
+        replays = graphs and plan.seed is not None and preprocess.augment and preprocess.replayable
+        self.cut = Replayed(self._cut) if replays else self._cut
+
+    def _cut(self, index: Tensor, bits: Tensor | None = None) -> Tensor:
+        images = self.images.index_select(0, index)  # indexing's result, in less time
+        return self.preprocess(images, bits)
 
     def batches(self, epoch: int = 0, first: int = 0) -> Iterator[Batch]:
         """This process's part of each batch of an epoch, from batch `first` on."""
@@ -125,8 +140,7 @@ class ResidentLoader:
         bits = _epoch_bits(self.plan, self.preprocess, epoch, self.device)
         for cut in self.plan.cuts(first):
             index = self.plan.positions(order, cut, self.mixer is not None)
-            images = self.images.index_select(0, index)  # indexing's result, in less time
-            images = self.preprocess(images, None if bits is None else bits[index])
+            images = self.cut(index) if bits is None else self.cut(index, bits[index])
             yield _finished(self, images, index, epoch, cut)
 
 
@@ -238,11 +252,13 @@ def build_loader(
     kind: str,
     num_workers: int,
     memory: float,
+    graphs: bool = False,
 ) -> Loader:
     """A loader over `split`; `seed` None: in order, for evaluation.
 
     `kind` is "resident", "streaming", or "auto": resident where the split is decoded and takes at
-    most `memory` bytes. Raises `UserError` for a training batch with fewer samples than processes.
+    most `memory` bytes. With `graphs` a resident one augments by CUDA graphs. Raises `UserError`
+    for a training batch with fewer samples than processes.
     """
     if seed is not None and batch_size < world_size:
         raise UserError(
@@ -254,7 +270,7 @@ def build_loader(
         fits = isinstance(split.images, Tensor) and split.images.nbytes <= memory
         kind = "resident" if fits else "streaming"
     if kind == "resident":
-        return ResidentLoader(split, plan, preprocess, device)
+        return ResidentLoader(split, plan, preprocess, device, graphs)
     # Images in memory are cut faster than they are sent from a worker.
     num_workers = 0 if isinstance(split.images, Tensor) else num_workers
     return StreamingLoader(split, plan, preprocess, device, num_workers)

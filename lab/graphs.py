@@ -1,0 +1,75 @@
+"""Replayed: work that a GPU does over and over, recorded as a CUDA graph and sent to it whole.
+
+A training step is 60 kernels and more, and a host needs longer to send them one by one than a GPU
+to compute them, unless network or batch are large (benchmarks/RESULTS.md).
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from lab.config import TrainConfig
+from lab.errors import UserError
+
+WARM_UP = 3  # calls that are not recorded: they choose kernels, compile, make optimizer states
+
+
+def can_replay(accelerator: Accelerator, config: TrainConfig) -> bool:
+    """Whether training steps can be recorded and replayed.
+
+    Not where the host looks at gradients, nor among processes: a graph that holds collectives
+    cannot be told from one that hangs.
+    """
+    looks = accelerator.scaler is not None or config.on_nonfinite == "skip"
+    alone = accelerator.device.type == "cuda" and accelerator.num_processes == 1
+    return config.cuda_graphs == "auto" and alone and not looks
+
+
+class Replayed:
+    """`function`, from tensors of one GPU to a tensor there, replayed once it was warmed up.
+
+    A recording is kept for each combination of shapes. It holds what the function read on its way,
+    weights and buffers, by address: they are to be changed in place. Random numbers are drawn anew
+    at each replay, from the generator's seed. The function may not wait for the device, nor take
+    another way from one call to the next.
+    """
+
+    def __init__(self, function: Callable[..., Tensor]):
+        self.function = function
+        self.calls: Counter[Any] = Counter()
+        self.recordings: dict[Any, tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]] = {}
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        """What the function returns, in memory of its own. Raises `UserError`."""
+        shapes = tuple(tensor.shape for tensor in inputs)
+        if shapes not in self.recordings:
+            self.calls[shapes] += 1
+            if self.calls[shapes] <= WARM_UP:
+                return self.function(*inputs)
+            self.recordings[shapes] = self._record(inputs)
+        graph, places, result = self.recordings[shapes]
+        for place, tensor in zip(places, inputs, strict=True):
+            place.copy_(tensor, non_blocking=True)
+        graph.replay()
+        return result.clone()
+
+    def _record(self, inputs: tuple[Tensor, ...]) -> tuple[torch.cuda.CUDAGraph, Any, Tensor]:
+        graph, places = torch.cuda.CUDAGraph(), [tensor.clone() for tensor in inputs]
+        # Recordings share memory: one is replayed at a time, and its result copied at once.
+        pool = next((old.pool() for old, *_ in self.recordings.values()), None)
+        try:
+            # Other threads, which write states and pin batches, may use the GPU meanwhile.
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                result = self.function(*places)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise UserError(
+                f"the step cannot be recorded as a CUDA graph ({str(error).splitlines()[0]})",
+                "Give --cuda-graphs never",
+            ) from error
+        return graph, places, result
