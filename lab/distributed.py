@@ -21,7 +21,7 @@ from accelerate.utils import (
 )
 
 from lab import console
-from lab.config import TIMEOUT_SECONDS
+from lab.config import TIMEOUT_SECONDS, TrainConfig
 from lab.errors import UserError
 from lab.hardware import keep_freed_memory, multiplies_bfloat16
 
@@ -194,6 +194,17 @@ def loader_place(
         ),
         "graphs": cuda_graphs == "auto" and accelerator.device.type == "cuda",
     }
+
+
+def can_replay(accelerator: Accelerator, config: TrainConfig) -> bool:
+    """Whether training steps can be recorded and replayed.
+
+    Not where the host looks at gradients, nor among processes: a graph that holds collectives
+    cannot be told from one that hangs.
+    """
+    looks = accelerator.scaler is not None or config.on_nonfinite == "skip"
+    alone = accelerator.device.type == "cuda" and accelerator.num_processes == 1
+    return config.cuda_graphs == "auto" and alone and not looks
 
 
 def describe(accelerator: Accelerator) -> dict[str, Any]:

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from lab.config import TrainConfig
 from lab.data.loaders import Batch, Loader, fold, shard
+from lab.distributed import can_replay
 from lab.errors import UserError
 from lab.exchange import share_gradients
-from lab.graphs import Replayed, can_replay
+from lab.graphs import Replayed
 from lab.losses import heavier, loss_sum
 from lab.models import find_model
 from lab.optim import build_optimizer, learning_rate, set_learning_rate

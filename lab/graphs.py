@@ -9,24 +9,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
-from lab.config import TrainConfig
 from lab.errors import UserError
 
 WARM_UP = 3  # calls that are not recorded: they choose kernels, compile, make optimizer states
-
-
-def can_replay(accelerator: Accelerator, config: TrainConfig) -> bool:
-    """Whether training steps can be recorded and replayed.
-
-    Not where the host looks at gradients, nor among processes: a graph that holds collectives
-    cannot be told from one that hangs.
-    """
-    looks = accelerator.scaler is not None or config.on_nonfinite == "skip"
-    alone = accelerator.device.type == "cuda" and accelerator.num_processes == 1
-    return config.cuda_graphs == "auto" and alone and not looks
 
 
 class Replayed:

@@ -18,8 +18,8 @@ from lab.data.toy import load_digits
 from lab.distributed import choose_precision
 from lab.engine import prepare, seed_dropout
 from lab.errors import UserError
-from lab.graphs import WARM_UP
 from lab.evaluation import predict_all
+from lab.graphs import WARM_UP
 from lab.models import MODELS, build_model
 
 MUON = {"optimizer": "muon", "lr": 1e-3}
