@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> None:
     from lab.data.loaders import build_loader
     from lab.distributed import build_accelerator, loader_place, place_line, together
     from lab.engine import lay_out
-    from lab.evaluation import predict_all
+    from lab.evaluation import eval_batch_size, predict_all
     from lab.metrics import caveat
     from lab.models import build_model
 
@@ -57,7 +57,10 @@ def main(argv: list[str] | None = None) -> None:
             )
         checkpoint.require_same_classes(path, about, split)
         plain = Preprocess(about["mean"], about["std"], (), accelerator.device)
-        loader = build_loader(split, plain, batch_size=config.batch_size, seed=None, **place)
+        size = config.batch_size or eval_batch_size(
+            accelerator.device, about["model"]["image_size"]
+        )
+        loader = build_loader(split, plain, batch_size=size, seed=None, **place)
         writes = accelerator.is_main_process
         outputs = {  # the plain result comes first, whatever else is asked for
             tta: rundir.evaluation_dir(path, config.part(about["data"]), config.output, writes, tta)

@@ -22,7 +22,7 @@ from typing import Any
 
 from lab import console, recipes
 from lab.commandline import parse_arguments
-from lab.config import EVAL_BATCH_SIZE, TrainConfig
+from lab.config import TrainConfig
 from lab.errors import run_script
 from lab.rundir import RunDir
 
@@ -62,7 +62,7 @@ def train(given: dict[str, Any]) -> tuple[int, RunDir]:
         together,
     )
     from lab.engine import Position, prepare, train_one_epoch
-    from lab.evaluation import predict_all
+    from lab.evaluation import eval_batch_size, predict_all
     from lab.metrics import caveat, is_better
     from lab.models import build_model, find_model
     from lab.models.cost import cost
@@ -105,13 +105,12 @@ def train(given: dict[str, Any]) -> tuple[int, RunDir]:
         train_loader = build_loader(
             splits.train, augment, batch_size=config.batch_size, seed=config.seed, **place
         )
+        size = eval_batch_size(accelerator.device, config.image_size)
         val_loader = test_loader = build_loader(
-            splits.val, plain, batch_size=EVAL_BATCH_SIZE, seed=None, **place
+            splits.val, plain, batch_size=size, seed=None, **place
         )
         if splits.test is not splits.val:
-            test_loader = build_loader(
-                splits.test, plain, batch_size=EVAL_BATCH_SIZE, seed=None, **place
-            )
+            test_loader = build_loader(splits.test, plain, batch_size=size, seed=None, **place)
         about = checkpoint.about_run(config, splits, accelerator.mixed_precision)
         torch.manual_seed(config.seed)
         network = build_model(**about["model"], init=config.init)

@@ -154,13 +154,12 @@ def lab(case: Case) -> Contender:
     """This project's loader, engine and evaluation, put together as train.py does."""
     from dataclasses import replace
 
-    from lab.config import EVAL_BATCH_SIZE
     from lab.data import DataConfig, load_splits
     from lab.data.augment import Preprocess
     from lab.data.loaders import build_loader
     from lab.distributed import build_accelerator, loader_place
     from lab.engine import Position, prepare, train_one_epoch
-    from lab.evaluation import predict_all
+    from lab.evaluation import eval_batch_size, predict_all
     from lab.models import find_model
 
     config = case.config
@@ -170,7 +169,8 @@ def lab(case: Case) -> Contender:
     augment = Preprocess(splits.mean, splits.std, config.augmentations, accelerator.device)
     plain = Preprocess(splits.mean, splits.std, (), accelerator.device)
     loader = build_loader(splits.train, augment, batch_size=BATCH_SIZE, seed=42, **place)
-    test_loader = build_loader(splits.test, plain, batch_size=EVAL_BATCH_SIZE, seed=None, **place)
+    eval_size = eval_batch_size(accelerator.device, 32)
+    test_loader = build_loader(splits.test, plain, batch_size=eval_size, seed=None, **place)
     trainer = prepare(accelerator, case.network(), config)
 
     def train(num_steps: int | None) -> int:

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from itertools import cycle, islice, pairwise
 from typing import Any
 
-DATASETS = {"lenet5": "mnist", "alexnet": "cifar10"}
 CHANNELS = {"mnist": 1, "cifar10": 3}
 
 
@@ -21,6 +20,7 @@ class Case:
 
     name: str
     model: str
+    dataset: str = "cifar10"
     batch_size: int = 128
     precision: str = "no"
     tf32: bool = True
@@ -38,6 +38,7 @@ class Bench:
     device: Any
     splits: dict[str, Any]  # of lab.data, by data set
     quick: bool
+    parts: tuple[str, ...] = ()  # what is measured
     matrix_rate: float = 0.0  # operations a second; 0: not known
 
     @property
@@ -133,16 +134,17 @@ def build(case: Case, bench: Bench) -> tuple[Any, Any, Any]:
     """(trainer, training loader, test loader) of a case, put together as train.py does."""
     import torch
 
-    from lab.config import EVAL_BATCH_SIZE
     from lab.data.augment import Preprocess
     from lab.data.loaders import build_loader
     from lab.distributed import build_accelerator, loader_place
     from lab.engine import prepare
+    from lab.evaluation import eval_batch_size
     from lab.models import build_model
     from lab.recipes import resolve
 
-    dataset = DATASETS[case.model]
-    settings = {"model": case.model, "recipe": "notebook", "batch_size": case.batch_size}
+    dataset = case.dataset
+    settings = {"model": case.model, "dataset": dataset, "recipe": "notebook"}
+    settings |= {"batch_size": case.batch_size}
     settings |= {"augment": case.augment or "none", **dict(case.settings)}
     settings |= {"cuda_graphs": "auto" if case.graphs else "never"}
     config = resolve(settings)
@@ -153,7 +155,8 @@ def build(case: Case, bench: Bench) -> tuple[Any, Any, Any]:
     augment = Preprocess(splits.mean, splits.std, config.augmentations, device)
     plain = Preprocess(splits.mean, splits.std, (), device)
     loader = build_loader(splits.train, augment, batch_size=case.batch_size, seed=0, **place)
-    test = build_loader(splits.test, plain, batch_size=EVAL_BATCH_SIZE, seed=None, **place)
+    size = eval_batch_size(device, 32)
+    test = build_loader(splits.test, plain, batch_size=size, seed=None, **place)
     torch.manual_seed(0)
     network = build_model(case.model, num_classes=10, channels=CHANNELS[dataset], image_size=32)
     trainer = prepare(accelerator, network, config)
@@ -172,6 +175,7 @@ def full_batches(loader: Any, number: int) -> list[Any]:
 
 def count_operations(case: Case, batch: Any) -> int:
     """Floating-point operations of the products and convolutions of a step, forward and back."""
+    import torch
     import torch.nn.functional as F
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -181,7 +185,9 @@ def count_operations(case: Case, batch: Any) -> int:
     network = build_model(case.model, num_classes=10, channels=channels, image_size=size)
     network.to(batch.images.device)
     with FlopCounterMode(display=False) as counter:
-        F.cross_entropy(network(batch.images), batch.labels).backward()
+        outputs = network(batch.images)  # some have auxiliary classifiers
+        several = outputs if isinstance(outputs, tuple) else (outputs,)
+        torch.stack([F.cross_entropy(o, batch.labels) for o in several]).sum().backward()
     return counter.get_total_flops()
 
 

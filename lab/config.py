@@ -12,7 +12,7 @@ OPTIMIZERS = ("sgd", "nesterov", "adamw", "muon")
 AUGMENTATIONS = ("crop", "flip", "cutout", "random-augment", "mixup", "cutmix")
 TTA = ("none", "flip")
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")  # each an extra of pyproject.toml, too
-EVAL_BATCH_SIZE = 100  # one for train.py and evaluate.py, so that they give the same last digit
+EVAL_BATCH_SIZE = 100
 TIMEOUT_SECONDS, MONTH = 600, 30 * 24 * 3600
 
 
@@ -226,8 +226,8 @@ class EvalConfig:
         "evaluate this many samples; 0: all; if not given, as in training", low=0, metavar="N")
     tta: str = option("none", WEIGHTS,
         "flip: also with each picture's mirror image, reported apart", choices=TTA)
-    batch_size: int = option(EVAL_BATCH_SIZE, MACHINE,
-        "samples a forward pass; changes no count", low=1)
+    batch_size: int = option(0, MACHINE,
+        "samples a forward pass, changes no count; 0: as in training", low=0)
     mixed_precision: str = option("auto", MACHINE,
         "arithmetic of the network; auto: as in training", choices=("auto", "no", "bf16", "fp16"))
     loader: str = option("auto", MACHINE,
