@@ -58,13 +58,16 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
         "alexnet": dict(
             optimizer="muon",
             lr=2e-3,
-            weight_decay=0.05,
+            weight_decay=0.5,
             dropout=0.25,  # half, the paper's, is for many more epochs
             warmup_epochs=1,
             init="kaiming",
             label_smoothing=0.1,
             epochs=20,
         ),
+        "alexnet/cifar10": dict(augment="crop,flip,cutout"),
+        "alexnet/cifar100": dict(augment="crop,flip,cutout"),
+        "alexnet/folder": dict(augment="crop,flip,cutout"),
         "googlenet": dict(label_smoothing=0.1, epochs=20),
         "densenet": dict(label_smoothing=0.1, epochs=20),
         "densenet121": dict(label_smoothing=0.1, epochs=20),

@@ -3,7 +3,8 @@
   python results/make.py --list                          the rows, and which of them are there
   python results/make.py                                 nine minutes of them, for one GPU
   python results/make.py --photographs data/cifar10-jpg  on CIFAR-10's pictures in a folder
-  python results/make.py --short --minutes 600           short rows of every network, for a CPU
+  python results/make.py --epochs 3                      every network for as long, to compare them
+  python results/make.py --short --minutes 600           ... on 5,000 pictures, for a CPU
 
 Runs lie in runs/results; what is small of a finished one is copied into results/NAME. A row that is
 there is not trained again. When none is left, compare.py sets them side by side.
@@ -22,12 +23,16 @@ KEPT = ("config.json", "history.jsonl", "report.json")
 LEAST_SECONDS = 60  # too few to start a row in: importing, reading data, an evaluation
 NETWORKS = ("googlenet", "densenet", "densenet121", "mobilenet", "mobilenet-v3-small",
             "efficientnet", "vit-tiny", "vit-small", "vit-hybrid")  # fmt: skip
+ALL = ("lenet5", "alexnet", *NETWORKS)
 LARGE = {"densenet121", "vit-small"}  # without a short row: too slow on a CPU
 SHORT = "--epochs 3 --batch-size 64 --limit-train 5000 --limit-eval 2000 --threads 1"
 
 
-def rows(photographs: str, data_dir: str, short: bool) -> dict[str, list[str]]:
-    """The options of train.py for each row, by its name; `photographs` "": CIFAR-10 itself."""
+def rows(photographs: str, data_dir: str, short: bool, epochs: int = 0) -> dict[str, list[str]]:
+    """The options of train.py for each row, by its name; `photographs` "": CIFAR-10 itself.
+
+    `epochs`: as many for every network, on all of the data; `short`: 3 on a part of them.
+    """
     name = "photographs" if photographs else "cifar10"
     pictures = f"--dataset folder --data-dir {shlex.quote(photographs)}"
     if not photographs:
@@ -35,18 +40,27 @@ def rows(photographs: str, data_dir: str, short: bool) -> dict[str, list[str]]:
     digits = f"--dataset mnist --data-dir {shlex.quote(data_dir)}"
     found = {}
     if short:
-        for model in ("lenet5", "alexnet", *(m for m in NETWORKS if m not in LARGE)):
+        for model in (m for m in ALL if m not in LARGE):
             found[f"short-{model}-{name}"] = f"--model {model} {pictures} {SHORT}"
         found["short-alexnet-mnist"] = f"--model alexnet {digits} {SHORT}"
         found["short-lenet5-mnist"] = f"--model lenet5 {digits} {SHORT}"
+    elif epochs:
+        for model in ALL:
+            found[f"{model}-{name}-{epochs}"] = f"--model {model} {pictures} --epochs {epochs}"
+        for model in ("lenet5", "alexnet"):
+            found[f"{model}-mnist-{epochs}"] = f"--model {model} {digits} --epochs {epochs}"
     else:
         found["lenet5-mnist-notebook"] = f"--model lenet5 {digits} --recipe notebook"
         for seed in range(5):
             row = f"--model lenet5 {digits} --seed {seed}"
             found[f"lenet5-mnist-modern-seed{seed}"] = row
-        found[f"alexnet-{name}-notebook-20"] = f"--model alexnet {pictures} --recipe notebook"
-        found[f"alexnet-{name}-8"] = f"--model alexnet {pictures} --epochs 8"
-        found[f"alexnet-{name}-20"] = f"--model alexnet {pictures}"
+        for recipe in ("notebook", "modern"):
+            for number in (8, 20):
+                options = f"--model alexnet {pictures} --recipe {recipe} --epochs {number}"
+                found[f"alexnet-{name}-{recipe}-{number}"] = options
+        for seed in (0, 1):
+            row = f"--model alexnet {pictures} --seed {seed}"
+            found[f"alexnet-{name}-modern-20-seed{seed}"] = row
         found[f"lenet5-{name}"] = f"--model lenet5 {pictures}"
         found["alexnet-mnist"] = f"--model alexnet {digits}"
         for model in NETWORKS:
@@ -84,13 +98,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--photographs", default="", metavar="DIR", help="train/ and test/ in it")
     parser.add_argument("--data-dir", default="data", metavar="DIR", help="of the others [data]")
     parser.add_argument("--short", action="store_true", help="short rows instead")
+    parser.add_argument("--epochs", type=int, default=0, help="every network for as many instead")
     parser.add_argument("--only", default="", metavar="LIST", help="rows, a list with commas")
     parser.add_argument("--list", action="store_true", help="list the rows, and train nothing")
     parser.add_argument("--output", type=Path, default=ROOT / "results", metavar="DIR")
     parser.add_argument("--runs", type=Path, default=Path("runs/results"), metavar="DIR")
     args = parser.parse_args(argv)
     end = time.monotonic() + 60 * args.minutes
-    wanted = rows(args.photographs, args.data_dir, args.short)
+    wanted = rows(args.photographs, args.data_dir, args.short, args.epochs)
     if args.only:
         unknown = set(args.only.split(",")) - wanted.keys()
         if unknown:

@@ -19,13 +19,15 @@ spec.loader.exec_module(make)
 
 
 @pytest.mark.parametrize("photographs", ["", "data/my pictures"])
-@pytest.mark.parametrize("short", [False, True])
-def test_rows_are_settings_of_train(photographs, short):
-    for name, options in make.rows(photographs, "data", short).items():
+@pytest.mark.parametrize(("short", "epochs"), [(False, 0), (False, 3), (True, 0)])
+def test_rows_are_settings_of_train(photographs, short, epochs):
+    for name, options in make.rows(photographs, "data", short, epochs).items():
         config = recipes.resolve(parse_arguments(TrainConfig, options, prog="", about=""))
         assert name.removeprefix("short-").startswith(config.model)
         if short:
             assert (config.epochs, config.limit_train) == (3, 5000)
+        if epochs:
+            assert (config.epochs, config.limit_train) == (epochs, 0)
         if config.dataset == "folder":
             assert config.data_dir == photographs
 
