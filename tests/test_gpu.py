@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from trainers import CROPS, UNUSUAL, VARIANTS, make_loader, make_trainer, place, train, weights
 
+import evaluate as evaluate_script
 import train as train_script
 from lab import checkpoint
 from lab.config import TrainConfig
@@ -206,6 +207,17 @@ def test_p5_weights_from_a_gpu_are_read_on_a_cpu(tmp_path):
     network = build_model(**about["model"])
     checkpoint.load_weights(path, network)
     assert all(not p.is_cuda and p.isfinite().all() for p in network.parameters())
+
+
+@gpu
+def test_p1_evaluate_repeats_what_train_predicted(tmp_path):
+    place("cuda")
+    words = ["--dataset", "digits", "--recipe", "smoke", "--model", "alexnet", "--limit-eval", "0"]
+    train_script.main([*words, "--quiet", "--name", "run", "--output-dir", str(tmp_path)])
+    evaluate_script.main([str(tmp_path / "run"), "--quiet"])
+    found = [*tmp_path.rglob("predictions.csv")]
+    assert len(found) == 2
+    assert found[0].read_bytes() == found[1].read_bytes()
 
 
 @gpu
