@@ -197,10 +197,8 @@ def loader_place(
 
 
 def can_replay(accelerator: Accelerator, config: TrainConfig) -> bool:
-    """Whether training steps can be recorded and replayed.
-
-    Not where the host looks at gradients, nor among processes: a graph that holds collectives
-    cannot be told from one that hangs.
+    """Whether training steps can be recorded and replayed: on one GPU, unless the host looks at
+    gradients. Among processes gloo's exchange cannot be, and NCCL's was not tried.
     """
     looks = accelerator.scaler is not None or config.on_nonfinite == "skip"
     alone = accelerator.device.type == "cuda" and accelerator.num_processes == 1
