@@ -9,6 +9,9 @@ from mistakes import tree
 
 from lab.errors import run_script
 
+# Tests run side by side: where two processes have a thread a core each, they wait for one another.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 
 @pytest.fixture(autouse=True, scope="session")
 def _own_cache(tmp_path_factory):
