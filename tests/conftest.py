@@ -25,6 +25,12 @@ def _undrawn():
     os.environ["LAB_DRAW"] = "0"
 
 
+def pytest_collection_modifyitems(items):
+    """Files with slow tests come first: begun last, one would run while the other cores rest."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture
 def fails(tmp_path, monkeypatch, capfd):
     """Calls a script that must fail as P7 says; its message, without `error: `."""

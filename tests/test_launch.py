@@ -71,6 +71,7 @@ def test_accelerate_launch(alone, tmp_path, config, world_size):
     require_same_run(train(accelerate, tmp_path, config), alone, world_size)
 
 
+@pytest.mark.slow
 def test_two_machines(alone, tmp_path):
     port = free_port()
     commands = [
