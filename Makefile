@@ -22,7 +22,8 @@ demo: $(VENV)/.runtime ## train LeNet-5 on the bundled digits, then evaluate it
 	$(BIN)/python evaluate.py runs/demo
 
 test: $(VENV)/.dev ## run the tests (PYTEST_ARGS="-k metrics -x" narrows them)
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder \
+		$(PYTEST_ARGS)
 
 soak: $(VENV)/.dev ## kill trainings at random and compare their ends, 10 minutes (SOAK_ARGS="--kills 200")
 	$(BIN)/python benchmarks/soak.py $(SOAK_ARGS)

@@ -123,7 +123,7 @@ def load(data_dir: str | None, quick: bool) -> dict[str, Any]:
             config = DataConfig.of(resolve(settings))
             found[name] = load_splits(config, float("inf"), torch.get_num_threads())
             continue
-        num_train, num_test = (40, 20) if quick else COUNTS[name]
+        num_train, num_test = (10, 5) if quick else COUNTS[name]
         train, test = draw(name, num_train), draw(name, num_test)
         spec = SPECS[name]
         found[name] = Splits(train, test, test, spec.mean, spec.std, "test", {})
@@ -196,7 +196,7 @@ def tiny(case: Case, device_type: str) -> Case:
     from lab.hardware import multiplies_bfloat16
 
     precision = case.precision if multiplies_bfloat16(device_type) else "no"
-    return replace(case, batch_size=16, precision=precision)
+    return replace(case, batch_size=4, precision=precision)
 
 
 def table(report: dict[str, dict]) -> list[str]:

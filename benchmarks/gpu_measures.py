@@ -44,7 +44,7 @@ class Bench:
     @property
     def repeats(self) -> tuple[int, int]:
         """Stretches that are timed, and calls in each."""
-        return (2, 2) if self.quick else (9, 30)
+        return (2, 1) if self.quick else (9, 30)
 
 
 def synchronise(device: Any) -> None:

@@ -9,6 +9,9 @@ from mistakes import tree
 
 from lab.errors import run_script
 
+# Tests run side by side: where two processes have a thread a core each, they wait for one another.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 
 @pytest.fixture(autouse=True, scope="session")
 def _own_cache(tmp_path_factory):
@@ -20,6 +23,12 @@ def _own_cache(tmp_path_factory):
 def _undrawn():
     """Leaves out what is drawn at the end of each training: a second, in launched processes too."""
     os.environ["LAB_DRAW"] = "0"
+
+
+def pytest_collection_modifyitems(items):
+    """Files with slow tests come first: begun last, one would run while the other cores rest."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture

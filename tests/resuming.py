@@ -15,7 +15,8 @@ SMALL = [
     "--dataset", "digits", "--recipe", "smoke", "--threads", "1", "--quiet", "--log-every", "1",
 ]  # fmt: skip
 LENET = [*SMALL, "--epochs", "3", "--max-steps", "0", "--limit-train", "100"]  # 4 steps an epoch
-ALEXNET = [*LENET, "--model", "alexnet", "--dataset", "shapes", "--num-samples", "120"]
+ALEXNET = [*LENET, "--model", "alexnet", "--dataset", "shapes", "--num-samples", "60"]
+ALEXNET += ["--limit-train", "30", "--batch-size", "8"]  # 4 steps an epoch, too
 
 
 class Killed(BaseException):

@@ -204,6 +204,7 @@ BOUNDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BOUNDS)
 def test_thirty_steps_learn_a_few_shapes_and_evaluate_repeats_the_report(tmp_path, name):
     """By train.py and its modern recipe; the saved weights then say the same, to the last bit."""
@@ -222,6 +223,7 @@ def test_thirty_steps_learn_a_few_shapes_and_evaluate_repeats_the_report(tmp_pat
     assert again == (run / "report.json").read_bytes()
 
 
+@pytest.mark.slow
 def test_two_processes_train_them(tmp_path):
     """One launch for all: both end with the same weights, a last batch of one sample included."""
     ended = run(torchrun(2, "tests/checks_models.py", tmp_path), limit=200)

@@ -16,6 +16,7 @@ def benchmark(*words):
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_the_gpu_benchmark_runs_through_on_tiny_data(tmp_path):
     found = benchmark("--device", "cpu", "--quick", "--json", tmp_path / "gpu.json")
     assert found.returncode == 0, found.stderr

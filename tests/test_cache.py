@@ -1,9 +1,8 @@
 """The cache of decoded pictures: read the second time, never stale, never half-written."""
 
+import multiprocessing
 import os
-import subprocess
-import sys
-from pathlib import Path
+import time
 
 import numpy as np
 import pytest
@@ -138,54 +137,57 @@ def test_beyond_the_limit_the_longest_unused_go(files, cache_folder, monkeypatch
     assert left.stat().st_size == 1200
 
 
-KILLED = """
-import os, sys
-from lab.data import cache, folder
-cache.FEWEST = 3
-decode = folder.decode
-def die(path, size):
-    if path == sys.argv[3]:
-        os.kill(os.getpid(), 9)
-    return decode(path, size)
-folder.decode = die
-folder.ImageFiles(tuple(sys.argv[1:]), 10).decode_all(1)
-"""
+def forked(call, *given):
+    """A process that is a copy of this one, and calls."""
+    process = multiprocessing.get_context("fork").Process(target=call, args=given)
+    process.start()
+    return process
 
 
-ROOT = Path(__file__).resolve().parent.parent
+def die(files):
+    """Decodes; killed at the third picture."""
+    decode = folder.decode
+
+    def killed(path, size):
+        if path == files.paths[2]:
+            os.kill(os.getpid(), 9)
+        return decode(path, size)
+
+    folder.decode = killed
+    files.decode_all(1)
 
 
 def test_a_process_killed_while_it_writes_leaves_the_next_one_whole_pictures(
     files, decoded, cache_folder
 ):
-    command = [sys.executable, "-c", KILLED, *files.paths]
-    done = subprocess.run(command, timeout=120, check=False, cwd=ROOT)
-    assert done.returncode == -9
+    process = forked(die, files)
+    process.join(120)
+    assert process.exitcode == -9
     assert not list(cache_folder.glob("*.uint8"))
     assert torch.equal(files.decode_all(1), files[torch.arange(5)])
     assert len(decoded) == 10  # all of them, and once more for the comparison
     assert not list(cache_folder.glob("*.tmp"))
 
 
-TOGETHER = """
-import sys, time
-from lab.data import cache, folder
-cache.FEWEST = 3
-decode, count = folder.decode, 0
-def slow(path, size):
-    global count
-    count += 1
-    time.sleep(0.2)
-    return decode(path, size)
-folder.decode = slow
-images = folder.ImageFiles(tuple(sys.argv[1:]), 10).decode_all(1)
-print(count, int(images.long().sum()))
-"""
+def decode_slowly(files, said):
+    """Says how many pictures it decoded, and their sum."""
+    decode, paths = folder.decode, []
+
+    def slow(path, size):
+        paths.append(path)
+        time.sleep(0.2)
+        return decode(path, size)
+
+    folder.decode = slow
+    images = files.decode_all(1)
+    said.put((len(paths), int(images.long().sum())))
 
 
 def test_of_two_processes_at_once_one_decodes_and_the_other_reads(files):
-    command = [sys.executable, "-c", TOGETHER, *files.paths]
-    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) for _ in "ab"]
-    said = [process.communicate(timeout=120)[0].split() for process in both]
-    total = str(int(files[torch.arange(5)].long().sum()))
-    assert sorted(said) == [["0", total], ["5", total]]
+    said = multiprocessing.get_context("fork").SimpleQueue()
+    both = [forked(decode_slowly, files, said) for _ in "ab"]
+    for process in both:
+        process.join(120)
+    assert [process.exitcode for process in both] == [0, 0]
+    total = int(files[torch.arange(5)].long().sum())
+    assert sorted(said.get() for _ in both) == [(0, total), (5, total)]

@@ -44,6 +44,7 @@ def test_the_memory_is_given_back(processes):
         assert process["mapped after"] == 0
 
 
+@pytest.mark.slow
 def test_p7_a_process_killed_in_an_exchange_is_told_of(tmp_path):
     """It is train.py's own: the fifth step's exchange, of which one process does not come back."""
     command = python("tests/dying_exchange.py", *TRAIN, "--output-dir", tmp_path)

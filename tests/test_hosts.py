@@ -10,7 +10,9 @@ import pytest
 from hosts import Network, two_hosts
 from test_launch import require_same_run
 from test_lost import rows, steps_taken
-from worlds import Ended, accelerate, python, run, run_all, start
+from worlds import Ended, accelerate, python, run_all, start
+
+import train
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 NUM_STEPS, TIMEOUT_SECONDS = 200, 3
@@ -22,7 +24,7 @@ OPTIONS = [
 ]
 
 
-def train(folder: Path, fault: str = "none") -> list[object]:
+def training(folder: Path, fault: str = "none") -> list[object]:
     return ["tests/checks_failures.py", fault, *OPTIONS, "--output-dir", folder]
 
 
@@ -33,7 +35,7 @@ def launch(network: Network, folder: Path, cut_after_steps: int = 0) -> tuple[li
             accelerate(
                 "multi_node",
                 *("--num_machines", 2, "--num_processes", 2, "--machine_rank", machine),
-                *("--main_process_ip", network.hosts[0].address, *train(folder)),
+                *("--main_process_ip", network.hosts[0].address, *training(folder)),
             )
         )
         for machine, host in enumerate(network.hosts)
@@ -77,8 +79,7 @@ def whole(network, tmp_path_factory) -> Path:
 
 
 def test_p2_two_hosts_train_as_one_process_does(whole, tmp_path):
-    ended = run(python(*train(tmp_path)), limit=60)
-    assert ended.code == 0, ended.stderr
+    train.main([*map(str, OPTIONS), "--output-dir", str(tmp_path)])
     require_same_run(whole, tmp_path / "run", world_size=2)
 
 
@@ -108,7 +109,7 @@ def test_p3_torchrun_restarts_both_hosts(network, whole, tmp_path):
                 *("-m", "torch.distributed.run", "--nnodes", 2, "--nproc-per-node", 1),
                 *("--max-restarts", 1, "--rdzv-backend", "c10d", "--rdzv-id", "x"),
                 *("--rdzv-endpoint", f"{first.address}:29500", "--local-addr", host.address),
-                *("--rdzv-conf", f"is_host={host is first}", *train(tmp_path, "killed-once")),
+                *("--rdzv-conf", f"is_host={host is first}", *training(tmp_path, "killed-once")),
             )
         )
         for host in network.hosts

@@ -134,7 +134,7 @@ def elastic(fault: str, folder: Path) -> Ended:
 
 def test_p7_restarts_that_may_fail_are_refused_at_the_start():
     launcher = ("-m", "torch.distributed.run", "--standalone", "--max-restarts", 1)
-    ended = run(python(*launcher, "--nproc-per-node", 2, "train.py", *SHORT), limit=60)
+    ended = run(python(*launcher, "--nproc-per-node", 1, "train.py", *SHORT), limit=60)
     assert ended.code != 0
     assert all("Set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in error for error in ended.errors)
     assert ended.errors

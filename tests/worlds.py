@@ -123,6 +123,7 @@ class World:
         paths = [str(ROOT), clean.get("PYTHONPATH", "")]
         clean |= {
             "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+            "OMP_NUM_THREADS": "1",  # as conftest.py says
             "CUDA_VISIBLE_DEVICES": "",  # these tests are the CPU's, on a machine with GPUs too
             MARK: self.mark,
         }
