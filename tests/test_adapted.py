@@ -194,13 +194,13 @@ def test_the_auxiliary_classifiers_add_to_what_is_minimised_alone():
 
 # Midway between what was seen on a CPU, the number beside it, and a guess's ln 10, 2.30.
 BOUNDS = {
-    "googlenet": 1.7,  # 1.13
-    "densenet": 1.8,  # 1.38
-    "mobilenet": 2.05,  # 1.80
+    "googlenet": 1.9,  # 1.48
+    "densenet": 1.85,  # 1.37
+    "mobilenet": 2.05,  # 1.77
     "mobilenet-v3-small": 1.9,  # 1.50
-    "efficientnet-b0": 2.0,  # 1.76
-    "vit-tiny": 2.1,  # 1.89
-    "vit-hybrid": 2.1,  # 1.91
+    "efficientnet-b0": 2.05,  # 1.77
+    "vit-tiny": 2.05,  # 1.81
+    "vit-hybrid": 2.1,  # 1.95
 }
 
 
@@ -209,8 +209,8 @@ BOUNDS = {
 def test_thirty_steps_learn_a_few_shapes_and_evaluate_repeats_the_report(tmp_path, name):
     """By train.py and its modern recipe; the saved weights then say the same, to the last bit."""
     words = ["--model", name, "--dataset", "shapes", "--num-samples", "100", "--threads", "1"]
-    words += ["--image-size", "16", "--limit-train", "48", "--limit-eval", "10", "--epochs", "10"]
-    words += ["--batch-size", "16", "--output-dir", str(tmp_path), "--name", "run", "--quiet"]
+    words += ["--image-size", "16", "--limit-train", "24", "--limit-eval", "10", "--epochs", "10"]
+    words += ["--batch-size", "8", "--output-dir", str(tmp_path), "--name", "run", "--quiet"]
     train.main([*words, "--log-every", "1", "--mixed-precision", "no"])
     run = tmp_path / "run"
     losses = [json.loads(line)["loss"] for line in (run / "steps.jsonl").read_text().splitlines()]
