@@ -46,11 +46,11 @@ def test_the_notebook_recipe_gives_the_notebooks_losses_on_mnist(tmp_path):
 @pytest.mark.slow
 def test_the_modern_recipe_learns_mnist_from_a_sixth_of_it(tmp_path):
     """`results/lenet5-mnist-modern-seed*` have all of it, and 0.992."""
-    folder = run(tmp_path, "--limit-train", "10000", "--epochs", "3")
+    folder = run(tmp_path, "--limit-train", "10000")
     report = json.loads((folder / "report.json").read_text())
     assert report["selected_on"] == "validation"
     assert report["num_samples"] == 10_000
-    assert report["accuracy"] >= 0.96
+    assert report["accuracy"] >= 0.97
 
 
 def test_p2_pictures_in_files_train_like_pictures_in_memory(tmp_path):
