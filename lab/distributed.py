@@ -81,8 +81,7 @@ def build_accelerator(
         torch.backends.cudnn.benchmark = training and not deterministic
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    if deterministic != torch.are_deterministic_algorithms_enabled():
-        torch.use_deterministic_algorithms(deterministic)  # which imports the compiler: seconds
+    torch.use_deterministic_algorithms(deterministic)
     return accelerator
 
 

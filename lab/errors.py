@@ -1,7 +1,6 @@
 """What a user can get wrong, and how a script ends when they did (promise P7)."""
 
 import difflib
-import gc
 import os
 import re
 import signal
@@ -47,7 +46,6 @@ def run_script(main: Callable[[], int | None]) -> int:
     in 1. Where another process of the run is gone, its message is the one worth reading: this
     process waits a moment for the launcher to stop it before it speaks.
     """
-    gc.set_threshold(50_000)  # the usual 700 goes through all of PyTorch's import: half a second
     code = 0
     try:
         code = main() or 0

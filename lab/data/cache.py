@@ -11,12 +11,12 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import PIL
 import torch
+import torchvision
 from filelock import FileLock
 from torch import Tensor
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from lab.data.folder import ImageFiles
 
 # What decides the pixels: the last counts up when `lab.data.folder.decode` changes.
-DECODERS = (version("torchvision"), PIL.__version__, 1)
+DECODERS = (torchvision.__version__, PIL.__version__, 1)
 FEWEST = 1000  # pictures; fewer are decoded faster than it is worth a file
 KEPT_DAYS = 30  # unused for longer, a file is deleted
 KEPT_BYTES = 20e9  # beyond that, the longest unused ones are

@@ -13,6 +13,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torchvision.transforms.v2 import functional as F
 
 NUM_OPERATIONS = 2  # a picture: the paper's N for ImageNet, with its M of 9
 STRENGTH = 9 / 30
@@ -115,14 +116,6 @@ def _grey(images: Tensor) -> Tensor:
     return (0.299 * red + 0.587 * green + 0.114 * blue + 0.0005).floor()
 
 
-def torchvisions(images: Tensor, _: Tensor, words: tuple) -> Tensor:
-    """The images changed by torchvision's kernel of that name, with what else it takes."""
-    from torchvision.transforms.v2 import functional  # takes seconds: where it is used only
-
-    name, *settings = words
-    return getattr(functional, name)(images, *settings)
-
-
 Operation = Callable[[Tensor, Tensor], Tensor]
 OPERATIONS: dict[str, Operation | None] = {
     "identity": None,
@@ -135,8 +128,8 @@ OPERATIONS: dict[str, Operation | None] = {
     "color": color,
     "contrast": contrast,
     "sharpness": sharpness,
-    "posterize": partial(torchvisions, words=("posterize", POSTERIZE_BITS)),
-    "solarize": partial(torchvisions, words=("solarize", SOLARIZE_FROM)),
-    "autocontrast": partial(torchvisions, words=("autocontrast",)),
-    "equalize": partial(torchvisions, words=("equalize",)),
+    "posterize": lambda images, _: F.posterize(images, POSTERIZE_BITS),
+    "solarize": lambda images, _: F.solarize(images, SOLARIZE_FROM),
+    "autocontrast": lambda images, _: F.autocontrast(images),
+    "equalize": lambda images, _: F.equalize(images),
 }

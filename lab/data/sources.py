@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lab.data import toy
@@ -118,12 +117,13 @@ def resize(split: Split, size: int) -> Split:
     """The split with images of `size` x `size` pixels: bilinear, antialiased, rounded to uint8."""
     if split.images.shape[-2:] == (size, size):
         return split
+    from torchvision.transforms.v2 import functional as F
+
     assert isinstance(split.images, Tensor)  # files are decoded to their size
     num_images, channels = split.images.shape[:2]
     images = torch.empty(num_images, channels, size, size, dtype=torch.uint8)
     for part, whole in zip(images.split(4096), split.images.split(4096), strict=True):
-        # The kernel and the bits of torchvision's resize, without seconds of importing it.
-        part.copy_(F.interpolate(whole, (size, size), mode="bilinear", antialias=True))
+        part.copy_(F.resize(whole, [size, size]))
     return replace(split, images=images)
 
 
