@@ -32,18 +32,18 @@ def read_lines(path):
 
 @pytest.mark.slow
 def test_the_notebook_recipe_gives_the_notebooks_losses_on_mnist(tmp_path):
-    folder = run(tmp_path, "--recipe", "notebook", "--dataset", "mnist", "--seed", "42")
+    """Of its first two epochs; `results/lenet5-mnist-notebook` has all five."""
+    words = ["--recipe", "notebook", "--dataset", "mnist", "--seed", "42", "--epochs", "2"]
+    folder = run(tmp_path, *words)
     found = [row["train_loss"] for row in read_lines(folder / "history.jsonl")]
-    assert found[0] == pytest.approx(0.5815, abs=0.02)
-    assert found[1:] == pytest.approx([0.1616, 0.0970, 0.0720, 0.0595], abs=0.01)
+    assert found == [pytest.approx(0.5815, abs=0.02), pytest.approx(0.1616, abs=0.01)]
     report = json.loads((folder / "report.json").read_text())
     assert report["num_samples"] == 10_000
-    assert report["accuracy"] >= 0.983
+    assert report["accuracy"] >= 0.95
     assert report["selected_on"] == "test"
 
 
 @pytest.mark.slow
-<<<<<<< HEAD
 def test_the_modern_recipe_learns_mnist_from_a_sixth_of_it(tmp_path):
     """`results/lenet5-mnist-modern-seed*` have all of it, and 0.992."""
     folder = run(tmp_path, "--limit-train", "10000")
@@ -51,16 +51,6 @@ def test_the_modern_recipe_learns_mnist_from_a_sixth_of_it(tmp_path):
     assert report["selected_on"] == "validation"
     assert report["num_samples"] == 10_000
     assert report["accuracy"] >= 0.97
-=======
-def test_the_modern_recipe_reaches_99_percent_on_mnist(tmp_path):
-    accuracies = []
-    for seed in range(1):
-        folder = run(tmp_path, "--epochs", "5", "--seed", str(seed), name=f"seed-{seed}")
-        report = json.loads((folder / "report.json").read_text())
-        assert report["selected_on"] == "validation"
-        accuracies.append(report["accuracy"])
-    assert sum(accuracies) / len(accuracies) >= 0.990
->>>>>>> parent of 036236d (evaluate.py starts in half the time: torchvision and the compiler are imported where they are used)
 
 
 def test_p2_pictures_in_files_train_like_pictures_in_memory(tmp_path):
