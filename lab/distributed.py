@@ -197,8 +197,10 @@ def loader_place(
 
 
 def can_replay(accelerator: Accelerator, config: TrainConfig) -> bool:
-    """Whether training steps can be recorded and replayed: on one GPU, unless the host looks at
-    gradients. Among processes gloo's exchange cannot be, and NCCL's was not tried.
+    """Whether training steps can be recorded and replayed (`lab.graphs`).
+
+    Not where the host looks at gradients. Of processes, gloo's exchange cannot be recorded, and
+    NCCL's was not tried.
     """
     looks = accelerator.scaler is not None or config.on_nonfinite == "skip"
     alone = accelerator.device.type == "cuda" and accelerator.num_processes == 1
