@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -253,13 +253,18 @@ def _list_split(root: Path, class_names: tuple[str, ...], size: int, others: lis
     return Split(files, torch.tensor(labels), class_names, files.paths)
 
 
-def pictures(root: Path, others: list[str] | None = None) -> Iterator[str]:
+def pictures(
+    root: Path,
+    others: list[str] | None = None,
+    on_error: Callable[[OSError], None] | None = None,
+) -> Iterator[str]:
     """The paths of the pictures at any depth below a folder; hidden ones are passed over.
 
-    Files of other types are added to `others`, but for those that file managers leave.
+    Files of other types are added to `others`, but for those that file managers leave. `on_error`
+    is called for each directory that cannot be read.
     """
     seen = set()
-    for folder, folders, files in os.walk(root, followlinks=True):
+    for folder, folders, files in os.walk(root, onerror=on_error, followlinks=True):
         if (real := os.path.realpath(folder)) in seen:  # a link back up would list all again
             folders.clear()
             continue
