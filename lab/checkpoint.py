@@ -4,9 +4,9 @@ import hashlib
 import json
 import math
 import os
+import stat
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -158,14 +158,18 @@ def checksum(tensors: Mapping[str, Tensor]) -> str:
 
 def find_weights(path: str) -> Path:
     """The weights file of a run's folder, or the file itself; raises `UserError`."""
-    found = Path(path)
-    if os.path.isdir(found):  # Path.is_dir raises for a name that is too long
-        found = found / BEST
-        if not found.exists():
-            raise UserError(f"{path} holds no {BEST}", "Give the folder of a finished run")
-    if not os.path.isfile(found):
-        raise UserError(f"there is no file {found}", "Give a run's folder or its best.safetensors")
-    return found
+    folder = os.path.isdir(path)  # Path.is_dir raises for a name that is too long
+    found = Path(path) / BEST if folder else Path(path)
+    try:
+        if stat.S_ISREG(os.stat(found).st_mode):
+            return found
+    except PermissionError as error:
+        raise _unreadable(found, error) from error
+    except (OSError, ValueError):
+        pass
+    if folder:
+        raise UserError(f"{path} holds no {BEST}", "Give the folder of a finished run")
+    raise UserError(f"there is no file {found}", "Give a run's folder or its best.safetensors")
 
 
 def read_info(path: Path) -> dict[str, Any]:
@@ -288,11 +292,21 @@ def _foreign(path: Path) -> UserError:
     )
 
 
+def _unreadable(path: Path, error: OSError) -> UserError:
+    return UserError(
+        f"cannot read {path} ({error.strerror or error})",
+        "Check the permissions of the file and of its folders",
+    )
+
+
 def _damaged(path: Path, error: Exception) -> UserError:
-    """That a file of ours is not whole any more; or that it never was one of ours."""
-    with suppress(OSError), open(path, "rb") as file:
-        start = file.read(START)
-        # Where one of the two was hit, the other is left; an empty file may have been anything.
-        if len(start) > 8 and b"__metadata__" not in start and f'"{KEY}":'.encode() not in start:
-            return _foreign(path)
+    """Return the error for a file that `safetensors` refused: unreadable, foreign or damaged."""
+    try:  # safetensors reports every refusal of the operating system as a missing file
+        with open(path, "rb") as file:
+            start = file.read(START)
+    except OSError as refusal:
+        return _unreadable(path, refusal)
+    # Where one of the two was hit, the other is left; an empty file may have been anything.
+    if len(start) > 8 and b"__metadata__" not in start and f'"{KEY}":'.encode() not in start:
+        return _foreign(path)
     return UserError(f"{path} is damaged ({error})", "Train again, or give another file")

@@ -5,6 +5,7 @@ import math
 import os
 import pickle
 import struct
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -122,6 +123,30 @@ def test_p7_a_damaged_weights_file_is_named(fails, tmp_path, trained, damage):
     (tmp_path / "w").write_bytes(damage(trained[1]))
     message = fails(evaluate, "w", "--quiet")
     assert matches(message, "w is damaged (*). Train again, or give another file.")
+
+
+@pytest.mark.parametrize("locked", ["folder/w", "folder"])
+def test_p7_weights_without_permission_are_not_called_damaged_or_missing(trained, locked):
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        path = Path(folder, "folder", "w")
+        path.parent.mkdir()
+        path.write_bytes(trained[1])
+        Path(folder, locked).chmod(0)
+        root = os.geteuid() == 0
+        try:
+            if root:  # who may read anything
+                os.seteuid(65534)
+            with pytest.raises(UserError) as raised:
+                checkpoint.read_info(checkpoint.find_weights(str(path)))
+        finally:
+            if root:
+                os.seteuid(0)
+            Path(folder, locked).chmod(0o700)
+    assert str(raised.value) == (
+        f"cannot read {path} (Permission denied). "
+        "Check the permissions of the file and of its folders."
+    )
 
 
 @pytest.mark.parametrize(

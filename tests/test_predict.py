@@ -1,6 +1,7 @@
 """predict.py: pictures in files get evaluation's predictions; what cannot be read is named."""
 
 import csv
+import errno
 import io
 import json
 import os
@@ -149,6 +150,42 @@ def test_a_name_that_is_no_utf8_keeps_its_bytes(trained, tmp_path, capfdbinary):
     assert call(trained[0], tmp_path, "--csv", "-", "--top-k", "1") == 0
     sys.stdout.flush()
     assert capfdbinary.readouterr().out.splitlines()[1].startswith(path + b",,")
+
+
+def test_json_is_utf8_and_keeps_names_that_are_not(trained, tmp_path, capfdbinary):
+    names = ("caf\u00e9.png", "\u732b.png", "\udcff.png")
+    for name in names:
+        with open(tmp_path / name, "wb") as file:
+            picture(0, 1).save(file, "PNG")
+    assert call(trained[0], tmp_path, "--json", "-") == 0
+    sys.stdout.flush()
+    out = capfdbinary.readouterr().out
+    assert "caf\u00e9.png".encode() in out
+    assert "\u732b.png".encode() in out
+    rows = [json.loads(line) for line in out.decode("utf-8").splitlines()]
+    assert {row["path"] for row in rows} == {str(tmp_path / name) for name in names}
+
+
+@pytest.mark.parametrize("top", [True, False])
+def test_a_directory_that_cannot_be_read_is_named(trained, tmp_path, monkeypatch, capsys, top):
+    """It is not taken for an empty one, and the rest is classified."""
+    locked, scandir = tmp_path / "in" / "locked", os.scandir
+    locked.mkdir(parents=True)
+    picture(0, 1).save(locked.parent / "a.png")
+
+    def refuse(path):
+        if os.fspath(path) == str(locked):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(locked))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)  # root may read any directory
+    given = locked if top else locked.parent
+    assert call(trained[0], given, "--json", tmp_path / "out") == 1
+    error = f"cannot read the directory {locked} (Permission denied)"
+    assert capsys.readouterr().err == f"warning: {error}\n"
+    rows = [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]
+    assert rows[-1] == {"path": str(locked), "error": error}
+    assert [row["path"] for row in rows[:-1]] == ([] if top else [str(locked.parent / "a.png")])
 
 
 def test_what_is_left_out_of_a_folder_is_told(trained, tmp_path, capsys):
