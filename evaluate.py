@@ -32,7 +32,6 @@ def main(argv: list[str] | None = None) -> None:
     from lab.engine import lay_out
     from lab.evaluation import eval_batch_size, predict_all
     from lab.metrics import caveat
-    from lab.models import build_model
 
     path = checkpoint.find_weights(config.weights)
     about = checkpoint.read_info(path)
@@ -49,8 +48,7 @@ def main(argv: list[str] | None = None) -> None:
     data = DataConfig(**about["data"] | config.data_overrides())
     require_data_dir_is_read(data.dataset, config.data_dir)
     with together(accelerator):
-        network = build_model(**about["model"])
-        checkpoint.load_weights(path, network)
+        network = checkpoint.load_model(path, about)
         with console.working(f"reading {data.dataset}"):
             split, fingerprint = load_split(
                 data, config.split, place["memory"], torch.get_num_threads()

@@ -64,7 +64,6 @@ def main(argv: list[str] | None = None) -> int:
     from lab import checkpoint, prediction
     from lab.distributed import build_accelerator, loader_place, together
     from lab.engine import lay_out
-    from lab.models import build_model
 
     files = {file: flag for flag, file in (("--json", config.json), ("--csv", config.csv)) if file}
     for file, flag in files.items():
@@ -81,8 +80,7 @@ def main(argv: list[str] | None = None) -> int:
         cpu=config.device == "cpu",
     )
     with together(accelerator):
-        network = build_model(**about["model"])
-        checkpoint.load_weights(path, network)
+        network = checkpoint.load_model(path, about)
         listed = prediction.find_pictures(config.pictures) if accelerator.is_main_process else None
     paths, unreadable = broadcast_object_list([listed])[0]
     network = lay_out(network, model, accelerator.device)

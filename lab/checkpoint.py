@@ -23,7 +23,7 @@ from lab.data import DataConfig, Splits, find_dataset
 from lab.data.sources import Split
 from lab.distributed import together
 from lab.errors import UserError
-from lab.models import find_model
+from lab.models import build_model, find_model
 from lab.rundir import BEST, RunDir, write_atomically
 from lab.versions import versions
 
@@ -245,24 +245,49 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def load_weights(path: Path, network: nn.Module) -> None:
-    """Fills `network` from a file; raises `UserError` where it holds another architecture's."""
-    tensors, expected = read_tensors(path), network.state_dict()
-    for name in sorted(expected.keys() ^ tensors.keys()):
-        raise UserError(
-            f"{path} holds the weights of another architecture: "
-            + (f"it lacks {name}" if name in expected else f"{name} has no place"),
-            "Give the weights of the network that its metadata names",
-        )
-    for name, tensor in tensors.items():
-        if tensor.shape != expected[name].shape:
+def load_model(path: Path, info: Mapping[str, Any]) -> nn.Module:
+    """Return the model that a weights file holds and its metadata `info` describes, on the CPU.
+
+    The metadata may come from a stranger and name millions of classes: it is compared with the
+    file's header before a tensor is allocated. Raises `UserError` if they do not match.
+    """
+    with torch.device("meta"):
+        check_shapes(path, build_model(**info["model"]))
+    model = build_model(**info["model"])
+    load_weights(path, model)
+    return model
+
+
+def check_shapes(path: Path, model: nn.Module) -> None:
+    """Raise `UserError` unless the tensors that a file's header lists are those of `model`."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise _damaged(path, error) from error
+    expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    for name in sorted(expected.keys() | found.keys()):
+        if found.get(name) != expected.get(name):
+            if name not in found:
+                problem = f"it lacks {name}"
+            elif name not in expected:
+                problem = f"{name} has no place"
+            else:
+                problem = f"{name} is {found[name]}, not {expected[name]}"
             raise UserError(
-                f"{path} holds the weights of another architecture: {name} is "
-                f"{list(tensor.shape)}, not {list(expected[name].shape)}",
+                f"{path} holds the weights of another architecture: {problem}",
                 "Give the weights of the network that its metadata names",
             )
-    expected.update(tensors)  # which keeps the modules' versions: MNASNet's asks for its own
-    network.load_state_dict(expected)
+
+
+def load_weights(path: Path, network: nn.Module) -> None:
+    """Fills `network` from a file; raises `UserError` where it holds another architecture's."""
+    check_shapes(path, network)
+    state = network.state_dict()
+    state.update(
+        read_tensors(path)
+    )  # which keeps the modules' versions: MNASNet's asks for its own
+    network.load_state_dict(state)
 
 
 def require_same_classes(path: Path, about: dict[str, Any], split: Split) -> None:

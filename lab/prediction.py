@@ -72,7 +72,7 @@ def find_pictures(words: Sequence[str]) -> tuple[list[str], list[Classified]]:
 
 
 def _exists(path: str) -> bool:
-    """Return whether there is such a file. One that may not be looked up counts: reading it says why."""
+    """Return whether there is such a file; also if only reading it can tell."""
     try:
         os.stat(path)
     except PermissionError:

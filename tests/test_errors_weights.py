@@ -14,6 +14,7 @@ import pytest
 import torch
 from mistakes import NO_FOLDER, make_picture, matches
 from safetensors.torch import save
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import evaluate
 from lab import checkpoint, recipes
@@ -223,6 +224,37 @@ def test_p7_metadata_may_be_a_strangers(fails, tmp_path, trained, change, reason
 def test_p7_weights_of_a_newer_format_say_so(fails, tmp_path, trained):
     (tmp_path / "w").write_bytes(with_metadata(trained[1], {"lab": '{"format": 2}'}))
     assert fails(evaluate, "w") == "w has format 2, not 1. Use a newer version of lab."
+
+
+class Largest(TorchDispatchMode):
+    """Records the size of the largest tensor that takes memory."""
+
+    num_bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, torch.Tensor) and tensor.device.type != "meta":
+                self.num_bytes = max(self.num_bytes, tensor.untyped_storage().nbytes())
+        return result
+
+
+def test_p4_a_small_file_that_names_many_classes_is_refused_before_memory_is_taken(
+    tmp_path, trained
+):
+    about, content = trained
+    names = [str(k) for k in range(300_000)]
+    info = {"format": checkpoint.FORMAT, **about, "class_names": names}
+    info["model"] = about["model"] | {"num_classes": len(names)}
+    path = tmp_path / "w"
+    path.write_bytes(with_metadata(content, {"lab": json.dumps(info)}))
+    with Largest() as largest, pytest.raises(UserError) as raised:
+        checkpoint.load_model(path, checkpoint.read_info(path))
+    assert str(raised.value) == (
+        f"{path} holds the weights of another architecture: classifier.2.bias is [10], "
+        "not [300000]. Give the weights of the network that its metadata names."
+    )
+    assert largest.num_bytes < path.stat().st_size
 
 
 @pytest.mark.parametrize(
