@@ -10,11 +10,12 @@ Writes report.json and predictions.csv. The numbers do not depend on the number 
 """
 
 import sys
+from dataclasses import replace
 
 from lab import console, tables
 from lab.commandline import parse_arguments
 from lab.config import EvalConfig
-from lab.errors import run_script
+from lab.errors import name_some, run_script
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -25,7 +26,7 @@ def main(argv: list[str] | None = None) -> None:
     import torch
 
     from lab import checkpoint, rundir
-    from lab.data import DataConfig, load_split, require_data_dir_is_read
+    from lab.data import DataConfig, load_fingerprints, load_split, require_data_dir_is_read
     from lab.data.augment import Preprocess
     from lab.data.loaders import build_loader
     from lab.distributed import build_accelerator, loader_place, place_line, together
@@ -46,14 +47,25 @@ def main(argv: list[str] | None = None) -> None:
     )
     place = loader_place(accelerator, config.loader, config.workers)
     data = DataConfig(**about["data"] | config.data_overrides())
+    limits = {name: about["data"][name] for name in ("limit_train", "limit_eval")}
+    as_trained = replace(data, **limits)  # the data given, with the number of samples in training
     require_data_dir_is_read(data.dataset, config.data_dir)
     with together(accelerator):
         network = checkpoint.load_model(path, about)
         with console.working(f"reading {data.dataset}"):
+            # The metadata may be a stranger's: only a folder that the user names is written to.
+            download = config.data_dir is not None
             split, fingerprint = load_split(
-                data, config.split, place["memory"], torch.get_num_threads()
+                data, config.split, place["memory"], torch.get_num_threads(), download
             )
-        checkpoint.require_same_classes(path, about, split)
+            trained_on = about["fingerprints"]
+            if config.split == "all":
+                same_samples = load_fingerprints(as_trained, download) == trained_on
+            else:
+                if data != as_trained:
+                    fingerprint = load_fingerprints(as_trained, download)[config.split]
+                same_samples = fingerprint == trained_on.get(config.split)
+        split = checkpoint.align_classes(path, about, split)
         plain = Preprocess(about["mean"], about["std"], (), accelerator.device)
         size = config.batch_size or eval_batch_size(
             accelerator.device, about["model"]["image_size"]
@@ -64,10 +76,16 @@ def main(argv: list[str] | None = None) -> None:
             tta: rundir.evaluation_dir(path, config.part(about["data"]), config.output, writes, tta)
             for tta in dict.fromkeys(("none", config.tta))
         }
-    if config.same_samples and fingerprint != about["fingerprints"].get(config.split):
+    if not same_samples:
         console.warn(
-            f"the {config.split} split has changed since the training (files added, removed or "
-            "renamed): it may hold samples that were trained on"
+            f"{'the data' if config.split == 'all' else f'the {config.split} split'} has changed "
+            "since the training (files added, removed, renamed or edited), or is other data: it "
+            "may hold samples that were trained on"
+        )
+    if missing := split.missing_classes():
+        console.warn(
+            f"the data has no samples of {len(missing)} of the {len(split.class_names)} classes "
+            f"({name_some(missing)}): macro-F1 leaves out those that are not predicted either"
         )
     console.settings(
         f"{model} of {path}",
@@ -99,7 +117,7 @@ def main(argv: list[str] | None = None) -> None:
             report,
             title=title,
             files={"weights": str(path), "report": str(output.path)},
-            note=caveat(config.split, None if config.other_data else about["selected_on"]),
+            note=caveat(config.split, about["selected_on"] if same_samples else None),
         )
     accelerator.end_training()
 

@@ -7,7 +7,7 @@ import os
 import stat
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -22,7 +22,7 @@ from lab.config import TrainConfig
 from lab.data import DataConfig, Splits, find_dataset
 from lab.data.sources import Split
 from lab.distributed import together
-from lab.errors import UserError
+from lab.errors import UserError, name_some
 from lab.models import build_model, find_model
 from lab.rundir import BEST, RunDir, write_atomically
 from lab.versions import versions
@@ -222,6 +222,8 @@ def _require_usable(info: dict[str, Any]) -> None:
     for name, fit in fits.items():
         if not fit:
             raise ValueError(f"{name} does not fit the rest")
+    # Every name can be written to a file: it is UTF-8, or holds bytes as `os.fsdecode` keeps them.
+    "".join(names).encode("utf-8", "surrogateescape")
 
 
 def require_types(group: Any, types: Mapping[str, type]) -> None:
@@ -290,17 +292,18 @@ def load_weights(path: Path, network: nn.Module) -> None:
     network.load_state_dict(state)
 
 
-def require_same_classes(path: Path, about: dict[str, Any], split: Split) -> None:
-    """Nothing; raises `UserError` where the data's classes or channels are not the weights'."""
-    known, found = list(about["class_names"]), list(split.class_names)
-    if known != found:
-        other = sorted(set(known) ^ set(found))
-        more = f" and {len(other) - 5} more" if len(other) > 5 else ""
-        missing = ", ".join(other[:5]) + more or "their order"
+def align_classes(path: Path, about: Mapping[str, Any], split: Split) -> Split:
+    """Return the split with the classes, and so the labels, of the weights in `path`.
+
+    Its data may lack some of them. Raises `UserError` for classes that the weights do not know, and
+    for another number of channels.
+    """
+    known = {name: label for label, name in enumerate(about["class_names"])}
+    unknown = [name for name in split.class_names if name not in known]
+    if unknown:
         raise UserError(
-            f"{path} knows {len(known)} classes and the data has {len(found)}, "
-            f"which differ in {missing}",
-            "Give --dataset and --data-dir with the classes that it was trained on",
+            f"the data has classes that {path} does not know: {name_some(unknown)}",
+            "Give --dataset and --data-dir with classes that it was trained on",
         )
     channels = about["model"]["channels"]
     if split.images.shape[1] != channels:
@@ -309,6 +312,8 @@ def require_same_classes(path: Path, about: dict[str, Any], split: Split) -> Non
             f"{split.images.shape[1]}",
             "Give data like that it was trained on",
         )
+    labels = torch.tensor([known[name] for name in split.class_names])[split.labels]
+    return replace(split, labels=labels, class_names=tuple(about["class_names"]))
 
 
 def _foreign(path: Path) -> UserError:

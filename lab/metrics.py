@@ -1,7 +1,7 @@
 """Exact classification metrics from labels and predictions; equal to scikit-learn's (promise P1).
 
-As there with `labels=range(K)` and `zero_division=0`: a class that is never predicted has precision
-0, one that never occurs has recall 0, and macro-F1 is the mean over all K classes.
+As there with `zero_division=0`: a class that is never predicted has precision 0, and one that never
+occurs has recall 0. Macro-F1 is the mean over the classes that occur or are predicted.
 """
 
 import math
@@ -38,11 +38,12 @@ def report(
     """The numbers of report.json from int64 [N], int64 [N], float64 [N]; N >= 1."""
     matrix = confusion_matrix(labels, predictions, len(class_names))
     classes = per_class(matrix)
+    present = matrix.sum(0) + matrix.sum(1) > 0
     return {
         "num_samples": len(labels),
         "loss": losses.mean().item(),
         "accuracy": matrix.diagonal().sum().item() / len(labels),
-        "macro_f1": classes["f1"].mean().item(),
+        "macro_f1": classes["f1"][present].mean().item(),
         "per_class": [
             {"class": name, **{key: values[i].item() for key, values in classes.items()}}
             for i, name in enumerate(class_names)

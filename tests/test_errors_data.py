@@ -32,6 +32,7 @@ ANEW = "Delete it, so that it is downloaded anew."
 
 # Folders
 
+ONE_EACH = "Put the pictures of each class into a folder of its own."
 TWO = "Two or more are needed, each with the pictures of one class."
 
 
@@ -40,15 +41,15 @@ TWO = "Two or more are needed, each with the pictures of one class."
     [
         (
             "",
-            f"pictures holds no class folders. {TWO}",
+            f"pictures holds no class folders. {ONE_EACH}",
         ),
         (
             "a",
-            f"pictures holds 1 class folder. {TWO}",
+            f"pictures holds one class, a. {TWO}",
         ),
         (
             "train",
-            f"pictures/train holds no class folders. {TWO}",
+            f"pictures/train holds no class folders. {ONE_EACH}",
         ),
         (
             "a b empty/",

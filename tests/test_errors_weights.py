@@ -20,6 +20,7 @@ import evaluate
 from lab import checkpoint, recipes
 from lab.config import EvalConfig
 from lab.data import DataConfig, load_splits
+from lab.data.toy import SHAPE_NAMES
 from lab.errors import UserError
 from lab.models import build_model
 from lab.rundir import RunDir
@@ -66,9 +67,9 @@ def with_metadata(content: bytes, metadata: dict | None) -> bytes:
         ),
         (
             "w --dataset shapes",
-            "w knows 10 classes and the data has 10, which differ in "
-            "0, 1, 2, 3, 4 and 15 more. "
-            "Give --dataset and --data-dir with the classes that it was trained on.",
+            "the data has classes that w does not know: "
+            + ", ".join(SHAPE_NAMES[:5])
+            + " and 5 more. Give --dataset and --data-dir with classes that it was trained on.",
         ),
         (
             "w --dataset folder --data-dir rgb",
@@ -195,6 +196,7 @@ def test_p7_another_kind_of_file_is_not_called_damaged(fails, tmp_path, trained,
         ({"data.split_seed": ...}, "*"),
         ({"data.epochs": 5}, "*"),
         ({"class_names": [1] * 10}, "class_names does not fit the rest"),
+        ({"class_names": [*"012345678", "\ud800"]}, "*"),
         ({"mean": [None]}, "*"),
         ({"mean": [10**400]}, "*"),
         ({"std": [math.nan]}, "std does not fit the rest"),

@@ -28,16 +28,19 @@ class DatasetSpec:
     mean: Numbers | None = None  # a channel, in units of the full range; None: measured
     std: Numbers | None = None
     bundled: bool = False  # it comes with lab: no file below --data-dir is read
+    downloads: bool = False  # `read` takes a second argument: whether it may download
 
 
 DATASETS = {
-    "mnist": DatasetSpec("sources:read_mnist", (0.1307,), (0.3081,)),
-    "fashion-mnist": DatasetSpec("sources:read_fashion_mnist", (0.2860,), (0.3530,)),
+    "mnist": DatasetSpec("sources:read_mnist", (0.1307,), (0.3081,), downloads=True),
+    "fashion-mnist": DatasetSpec(
+        "sources:read_fashion_mnist", (0.2860,), (0.3530,), downloads=True
+    ),
     "cifar10": DatasetSpec(
-        "sources:read_cifar10", (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+        "sources:read_cifar10", (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), downloads=True
     ),
     "cifar100": DatasetSpec(
-        "sources:read_cifar100", (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
+        "sources:read_cifar100", (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), downloads=True
     ),
     "digits": DatasetSpec("sources:read_digits", bundled=True),
     "shapes": DatasetSpec("sources:read_shapes", bundled=True),
@@ -111,6 +114,11 @@ def load_splits(config: DataConfig, memory: float, num_workers: int) -> Splits:
     from lab.data.sources import channel_statistics
 
     cut = _cut(config)
+    if len(cut["train"].class_names) < 2:
+        raise UserError(
+            f"{config.data_dir} holds one class, {cut['train'].class_names[0]}",
+            "Two or more are needed, each with the pictures of one class",
+        )
     named = _ready(cut, config, memory, num_workers)
     spec = find_dataset(config.dataset)
     mean, std = spec.mean, spec.std
@@ -122,22 +130,23 @@ def load_splits(config: DataConfig, memory: float, num_workers: int) -> Splits:
 
 
 def load_split(
-    config: DataConfig, name: str, memory: float, num_workers: int
+    config: DataConfig, name: str, memory: float, num_workers: int, download: bool = True
 ) -> tuple[Split, str | None]:
     """The split "train", "val" or "test" alone, and its fingerprint; or "all" of the data.
 
-    "all" is data that come in one piece, uncut, at most `limit_eval` samples of them. Raises
-    `UserError` where there is no such split.
+    "all" is data that come in one piece, uncut, at most `limit_eval` samples of them. Without
+    `download`, data that are not in `data_dir` are an error. Raises `UserError` where there is no
+    such split.
     """
     from lab.data.sources import limit
 
     if name == "all":
-        parts = _read(config)
+        parts = _read(config, download)
         if parts.test is not None:
             raise UserError(f"{config.dataset} comes in splits", "Give --split test, val or train")
         whole = limit(parts.train, config.limit_eval, config.split_seed)
         return _ready({name: whole}, config, memory, num_workers)[name], None
-    cut = _cut(config)
+    cut = _cut(config, download)
     if name not in cut:
         raise UserError(
             "this data has no validation split: the best epoch was chosen on the test split",
@@ -147,20 +156,27 @@ def load_split(
     return split, _fingerprints(cut)[name]
 
 
-def _read(config: DataConfig) -> Parts:
-    module, read = find_dataset(config.dataset).read.split(":")
-    return getattr(importlib.import_module(f"lab.data.{module}"), read)(config)
+def load_fingerprints(config: DataConfig, download: bool = True) -> dict[str, str]:
+    """Return the fingerprints of the splits "train", "test" and, if there is one, "val"."""
+    return _fingerprints(_cut(config, download))
 
 
-def _cut(config: DataConfig) -> dict[str, Split]:
+def _read(config: DataConfig, download: bool) -> Parts:
+    spec = find_dataset(config.dataset)
+    module, name = spec.read.split(":")
+    read = getattr(importlib.import_module(f"lab.data.{module}"), name)
+    return read(config, download) if spec.downloads else read(config)
+
+
+def _cut(config: DataConfig, download: bool = True) -> dict[str, Split]:
     """The splits "train", "test" and, where there is one, "val"; files are not decoded yet."""
     from lab.data.sources import limit, stratified_cut
 
-    parts, seed = _read(config), config.split_seed
+    parts, seed = _read(config, download), config.split_seed
     train, val, test = parts.train, parts.val, parts.test
     if test is None:
         train, test = stratified_cut(train, config.test_fraction, seed)
-    if val is None and config.val_fraction > 0:
+    if val is None and config.val_fraction > 0 and len(train.labels):
         train, val = stratified_cut(train, config.val_fraction, seed)
     cut = {"train": limit(train, config.limit_train, seed)}
     cut["test"] = limit(test, config.limit_eval, seed)

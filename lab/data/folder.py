@@ -169,8 +169,8 @@ def read_folder(config: DataConfig) -> Parts:
     """The splits of a folder: its `train`, `val` and `test` where it has a `train`; else one.
 
     Class names are the sorted folder names; names that begin with a dot are passed over. Raises
-    `UserError` for a missing folder, an empty class, fewer than two classes, and classes of `val`
-    or `test` that are not those of `train`.
+    `UserError` for a missing folder, no classes, an empty class, and classes of `val` or `test`
+    that are not those of `train`.
     """
     root = Path(config.data_dir)
     if not os.path.isdir(root):  # Path.is_dir raises for a name that is too long
@@ -181,10 +181,10 @@ def read_folder(config: DataConfig) -> Parts:
         raise UserError(
             f"{root} has no folder train beside val or test", "Name the folder to train on train"
         )
-    if len(class_names) < 2:
+    if not class_names:
         raise UserError(
-            f"{train_root} holds {len(class_names) or 'no'} class folder{'s'[: not class_names]}",
-            "Two or more are needed, each with the pictures of one class",
+            f"{train_root} holds no class folders",
+            "Put the pictures of each class into a folder of its own",
         )
 
     others: list[str] = []
