@@ -169,7 +169,7 @@ def find_weights(path: str) -> Path:
         pass
     if folder:
         raise UserError(f"{path} holds no {BEST}", "Give the folder of a finished run")
-    raise UserError(f"there is no file {found}", "Give a run's folder or its best.safetensors")
+    raise _missing(found)
 
 
 def read_info(path: Path) -> dict[str, Any]:
@@ -322,6 +322,10 @@ def _foreign(path: Path) -> UserError:
     )
 
 
+def _missing(path: Path) -> UserError:
+    return UserError(f"there is no file {path}", "Give a run's folder or its best.safetensors")
+
+
 def _unreadable(path: Path, error: OSError) -> UserError:
     return UserError(
         f"cannot read {path} ({error.strerror or error})",
@@ -334,6 +338,8 @@ def _damaged(path: Path, error: Exception) -> UserError:
     try:  # safetensors reports every refusal of the operating system as a missing file
         with open(path, "rb") as file:
             start = file.read(START)
+    except FileNotFoundError:
+        return _missing(path)
     except OSError as refusal:
         return _unreadable(path, refusal)
     # Where one of the two was hit, the other is left; an empty file may have been anything.
