@@ -19,7 +19,6 @@ from lab.config import TrainConfig
 from lab.data.loaders import Batch, Loader, fold, shard
 from lab.distributed import can_replay
 from lab.errors import UserError
-from lab.exchange import share_gradients
 from lab.graphs import Replayed
 from lab.losses import heavier, loss_sum
 from lab.models import find_model
@@ -119,8 +118,6 @@ def prepare(accelerator: Accelerator, network: nn.Module, config: TrainConfig) -
     replays = can_replay(accelerator, config)
     optimizer = build_optimizer(network, config, accelerator.device if replays else None)
     model = accelerator.prepare(network)
-    if config.comm_hook == "none":
-        share_gradients(model)
     if accelerator.scaler:  # of fp16's gradients; else its wrapper's steps are only slower
         optimizer = accelerator.prepare(optimizer)
     trainer = Trainer(accelerator, config, network, model, optimizer, average)

@@ -17,7 +17,7 @@ from torch import nn
 
 import evaluate
 import train
-from lab import engine, exchange
+from lab import engine
 from lab.data import DataConfig
 from lab.data.augment import Preprocess
 from lab.data.folder import read_folder
@@ -67,7 +67,6 @@ TRAININGS = {
 
 def main() -> None:
     output, pictures = map(Path, sys.argv[1:])
-    exchange.SMALL = 0  # LeNet-5's gradients take the way of larger ones
     # A run destroys its process group when it ends; here all runs share one.
     Accelerator.end_training = lambda self: None
     accelerator = build_accelerator(mixed_precision="no", threads=1)

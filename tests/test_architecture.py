@@ -40,7 +40,6 @@ LEVELS = [
         "stopping",
         "markdown",
         "tta",
-        "exchange",
         "graphs",
         "losses",
     },
