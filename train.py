@@ -16,6 +16,7 @@ best.safetensors, report.json, predictions.csv, report.html to look at and its p
 import shlex
 import sys
 import time
+from contextlib import closing
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -150,6 +151,8 @@ def train(given: dict[str, Any]) -> tuple[int, RunDir]:
         tracked,
         checkpoint.Writer() as writer,
         keeper.Keeper(run, writer, stopper, trainer, splits, position.step) as kept,
+        closing(train_loader),
+        closing(val_loader),
     ):
         best_weights = checkpoint.BestWeights(run, writer)
         while position.epoch <= config.epochs:
@@ -204,7 +207,8 @@ def train(given: dict[str, Any]) -> tuple[int, RunDir]:
     if kept.reason:
         tracked.finish()
         return kept.goodbye(), run
-    predictions = predict_all(accelerator, trainer.evaluated, test_loader)
+    with closing(test_loader):
+        predictions = predict_all(accelerator, trainer.evaluated, test_loader)
     report = {
         "split": "test",
         **predictions.report(),

@@ -13,13 +13,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from lab.data.augment import Preprocess, random_bits
-from lab.data.sources import Images, Split
+from lab.data.sources import Split
+from lab.data.workers import BatchReader
 from lab.errors import UserError
 from lab.graphs import Replayed
-from lab.stopping import ignore_signals
 
 
 @dataclass(frozen=True)
@@ -96,6 +95,13 @@ class Plan:
                 part = shard(num_global, self.rank, self.world_size)
             yield start + part.start, start + part.stop, num_global
 
+    def max_local_batch(self, mixes: bool) -> int:
+        """Return how many images this process reads for a batch at most."""
+        num_images = min(self.batch_size, self.num_samples)
+        if self.seed is not None:
+            num_images = -(-num_images // self.world_size)
+        return num_images + mixes
+
     def positions(self, order: Tensor, cut: Cut, mixes: bool) -> Tensor:
         """Positions in the split of a cut's samples, int64 [n].
 
@@ -143,6 +149,9 @@ class ResidentLoader:
             images = self.cut(index) if bits is None else self.cut(index, bits[index])
             yield _finished(self, images, index, epoch, cut)
 
+    def close(self) -> None:
+        """Do nothing: there are no worker processes, as a streaming loader has."""
+
 
 class StreamingLoader:
     """Batches read and decoded by worker processes, for pictures larger than the memory.
@@ -164,16 +173,20 @@ class StreamingLoader:
         self.labels = split.labels.to(device)
         self.mixer = preprocess.mixer if plan.seed is not None else None
         self.sampler = _BatchSampler(plan, self.mixer is not None)
-        self.reader = DataLoader(
-            BatchDataset(split.images),
-            sampler=self.sampler,
-            batch_size=None,  # the data set returns whole batches
-            num_workers=num_workers,
-            persistent_workers=num_workers > 0,
-            prefetch_factor=4 if num_workers else None,
-            worker_init_fn=begin_worker,
+        num_values = math.prod(split.images.shape[1:])
+        self.reader = BatchReader(
+            split.images,
+            self.sampler,
+            num_workers,
+            batch_nbytes=plan.max_local_batch(self.mixer is not None) * num_values,
+            prefetch_factor=4,
+            persistent_workers=True,
             pin_memory=device.type == "cuda",
         )
+
+    def close(self) -> None:
+        """End the worker processes; another epoch would start new ones."""
+        self.reader.close()
 
     def batches(self, epoch: int = 0, first: int = 0) -> Iterator[Batch]:
         """This process's part of each batch of an epoch, from batch `first` on."""
@@ -211,19 +224,6 @@ def _finished(loader: Loader, images: Tensor, index: Tensor, epoch: int, cut: Cu
     return Batch(mix(images), labels[1:], index[1:], num_global, labels[:-1], mix.share)
 
 
-class BatchDataset(torch.utils.data.Dataset):
-    """Indexed by the positions of a whole batch, so that a worker decodes into one tensor."""
-
-    def __init__(self, images: Images):
-        self.images = images
-
-    def __getitem__(self, index: Tensor) -> Tensor | UserError:
-        try:
-            return self.images[index]
-        except UserError as error:  # raised in a worker, it would arrive as a RuntimeError
-            return error
-
-
 class _BatchSampler(torch.utils.data.Sampler):
     def __init__(self, plan: Plan, mixes: bool):
         self.plan, self.mixes, self.epoch, self.first = plan, mixes, 0, 0
@@ -232,12 +232,6 @@ class _BatchSampler(torch.utils.data.Sampler):
         order = self.plan.order(self.epoch)
         for cut in self.plan.cuts(self.first):
             yield self.plan.positions(order, cut, self.mixes)
-
-
-def begin_worker(worker: int) -> None:
-    """For a worker process: its peers use the other cores, and its parent decides on the end."""
-    torch.set_num_threads(1)
-    ignore_signals()
 
 
 def build_loader(
