@@ -104,7 +104,12 @@ def train(given: dict[str, Any]) -> tuple[int, RunDir]:
         )
         plain = Preprocess(splits.mean, splits.std, (), accelerator.device)
         train_loader = build_loader(
-            splits.train, augment, batch_size=config.batch_size, seed=config.seed, **place
+            splits.train,
+            augment,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            num_parts=config.accumulate,
+            **place,
         )
         size = eval_batch_size(accelerator.device, config.image_size)
         val_loader = test_loader = build_loader(

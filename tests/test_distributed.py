@@ -22,9 +22,7 @@ EVALUATIONS = [
     for kind in ("resident", "streaming")
 ]
 EVALUATIONS += [f"{case}, mirrored" for case in EVALUATIONS if case.startswith("101 ")]
-DETERMINISTIC = [
-    name for name in TRAININGS if name not in ("dropout", "hook-bf16", "hook-powersgd")
-]
+DETERMINISTIC = [name for name in TRAININGS if not name.startswith(("dropout", "hook"))]
 SHORT = ("--recipe", "smoke", "--dataset", "digits", "--threads", "1", "--quiet")
 
 
@@ -213,6 +211,33 @@ def test_alexnet_trains_with_dropout(worlds, num_processes):
     losses = [s["loss"] for s in worlds[num_processes].steps("dropout")]
     assert len(losses) == 3
     assert all(0 < loss < 100 for loss in losses)
+
+
+def test_dropout_is_a_function_of_seed_step_and_process(worlds):
+    [alone], of_two, of_three = (
+        [process["masks"] for process in worlds[n].processes] for n in WORLDS
+    )
+    assert len(alone["dropout"]) == 3
+    masks = [
+        tuple(mask)
+        for process in of_three
+        for name in ("dropout", "dropout-seed")
+        for mask in process[name]
+    ]
+    assert len(set(masks)) == len(masks) == 3 * (3 + 1)
+    assert of_two[0] == of_three[0] == alone
+    assert of_two[1] == of_three[1]
+
+
+@pytest.mark.parametrize("num_processes", WORLDS)
+def test_p2_accumulation_changes_batch_norms_statistics(worlds, num_processes):
+    """Synchronised or not, they are those of a part: that curve is another one."""
+    losses, expected = (
+        [s["loss"] for s in worlds[num_processes].steps(name)]
+        for name in ("batch-norm-accumulate", "batch-norm")
+    )
+    assert losses[1:] != pytest.approx(expected[1:], rel=1e-3)
+    assert losses == pytest.approx(expected, rel=0.3)
 
 
 def test_p7_one_process_s_mistake_is_told_once_and_ends_all(pictures, tmp_path):
