@@ -275,6 +275,9 @@ def test_p7_sync_bn_without_gpus_is_one_error_and_touches_nothing(tmp_path):
     assert ended.code != 0
     [error] = ended.errors
     assert "--sync-bn needs GPUs" in error
+    # The launcher's own report, which comes last, names the error, too.
+    assert f"traceback : {error.removeprefix('error: ')}" in ended.stderr
+    assert "To enable traceback" not in ended.stderr
     assert "in run_script" not in ended.stderr
     assert (tmp_path / "precious" / "config.json").read_text() == config
 
