@@ -120,8 +120,13 @@ def test_close_ends_workers_that_do_not_answer(monkeypatch, name):
     monkeypatch.setattr(_utils, "MP_STATUS_CHECK_INTERVAL", 0.1)
     reader = make_reader(persistent_workers=True)
     assert first_indices(reader) == IN_ORDER
-    for worker in multiprocessing.active_children():
+    children = multiprocessing.active_children()
+    for worker in children:
         os.kill(worker.pid, getattr(signal, name))
+    if name == "SIGTERM":  # what multiprocessing sends at exit, before it waits
+        for worker in children:
+            worker.join(20)
+            assert worker.exitcode == -signal.SIGTERM
     reader.close()
     assert multiprocessing.active_children() == []
 

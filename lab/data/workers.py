@@ -57,9 +57,10 @@ class BatchReader:
         self.dataset, self.sampler, self.num_workers = _Batches(dataset), sampler, num_workers
         self.batch_nbytes, self.prefetch_factor = max(1, batch_nbytes), prefetch_factor
         self.persistent_workers, self.pin_memory = persistent_workers, pin_memory
+        self.fallback = options_without_workers
         self.hint = (
             "Start the container with more shared memory (docker run --shm-size 2g), or give "
-            + options_without_workers
+            + self.fallback
         )
         self._loader: DataLoader | None = None
         self._iterator: Any = None  # of the loader: it owns the worker processes
@@ -177,7 +178,7 @@ class BatchReader:
                 if -signal.SIGTERM in exit_codes:
                     raise _WorkersTerminatedError from None
                 if exit_codes:
-                    raise _worker_error(exit_codes[0]) from None
+                    raise self._worker_error(exit_codes[0]) from None
                 if not timed_out:
                     raise
                 if time.monotonic() > deadline:
@@ -191,6 +192,14 @@ class BatchReader:
                 raise UserError(f"{SHARED_MEMORY} is full", self.hint, lone=True)
             return batch
 
+    def _worker_error(self, exit_code: int) -> UserError:
+        """Return the error for a worker process that ended too early."""
+        how = f"exit code {exit_code}" if exit_code >= 0 else signal.Signals(-exit_code).name
+        hint = f"The system may be out of memory: lower --workers, or give {self.fallback}"
+        if exit_code == -signal.SIGSEGV:
+            hint = f"An image may have crashed its decoder: {self.fallback} shows where"
+        return UserError(f"a worker process that reads images died ({how})", hint, lone=True)
+
 
 class _WorkersTerminatedError(Exception):
     """A worker process was ended by SIGTERM."""
@@ -198,15 +207,6 @@ class _WorkersTerminatedError(Exception):
 
 class _SharedMemoryFull:
     """Takes the place of a batch for which there was no shared memory."""
-
-
-def _worker_error(exit_code: int) -> UserError:
-    """Return the error for a worker process that ended too early."""
-    how = f"exit code {exit_code}" if exit_code >= 0 else signal.Signals(-exit_code).name
-    hint = "Give fewer --workers: the system may have run out of memory"
-    if exit_code == -signal.SIGSEGV:
-        hint = "An image may have crashed its decoder: --workers 0 shows where"
-    return UserError(f"a worker process that reads images died ({how})", hint, lone=True)
 
 
 class _Batches(Dataset):
