@@ -10,6 +10,7 @@ Writes report.json and predictions.csv. The numbers do not depend on the number 
 """
 
 import sys
+from contextlib import closing
 
 from lab import console, tables
 from lab.commandline import parse_arguments
@@ -80,7 +81,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     network = lay_out(network, model, accelerator.device)
     for tta, output in outputs.items():
-        predictions = predict_all(accelerator, network, loader, tta)
+        with closing(loader):
+            predictions = predict_all(accelerator, network, loader, tta)
         report = {
             "split": config.split,
             **predictions.report(),

@@ -16,6 +16,7 @@ best.safetensors, report.json, predictions.csv, report.html to look at and its p
 import shlex
 import sys
 import time
+from contextlib import closing
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -103,7 +104,12 @@ def train(given: dict[str, Any]) -> tuple[int, RunDir]:
         )
         plain = Preprocess(splits.mean, splits.std, (), accelerator.device)
         train_loader = build_loader(
-            splits.train, augment, batch_size=config.batch_size, seed=config.seed, **place
+            splits.train,
+            augment,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            num_parts=config.accumulate,
+            **place,
         )
         size = eval_batch_size(accelerator.device, config.image_size)
         val_loader = test_loader = build_loader(
@@ -150,6 +156,8 @@ def train(given: dict[str, Any]) -> tuple[int, RunDir]:
         tracked,
         checkpoint.Writer() as writer,
         keeper.Keeper(run, writer, stopper, trainer, splits, position.step) as kept,
+        closing(train_loader),
+        closing(val_loader),
     ):
         best_weights = checkpoint.BestWeights(run, writer)
         while position.epoch <= config.epochs:
@@ -204,7 +212,8 @@ def train(given: dict[str, Any]) -> tuple[int, RunDir]:
     if kept.reason:
         tracked.finish()
         return kept.goodbye(), run
-    predictions = predict_all(accelerator, trainer.evaluated, test_loader)
+    with closing(test_loader):
+        predictions = predict_all(accelerator, trainer.evaluated, test_loader)
     report = {
         "split": "test",
         **predictions.report(),

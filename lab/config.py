@@ -59,7 +59,7 @@ class TrainConfig:
     batch_size: int = option(128, TRAINING,
         "samples a step over all processes together", low=1, from_recipe=True)
     accumulate: int = option(1, TRAINING,
-        "parts that a process cuts its share of a batch into, to save memory; same batch",
+        "parts that each batch is cut into, to save memory; the batch stays the same",
         low=1)
     optimizer: str = option("nesterov", TRAINING,
         "update rule", choices=OPTIMIZERS, from_recipe=True)

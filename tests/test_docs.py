@@ -171,6 +171,7 @@ def test_every_option_named_is_one():
     for parser in (launch_command_parser(), get_args_parser()):
         known |= set(parser._option_string_actions)
     known |= {"--signal", "--requeue", "--gpus-per-task"}  # Slurm's
+    known |= {"--shm-size"}  # Docker's
     for page in PAGES:
         named = {word for code in inline(page) for word in re.findall(r"(?<!\S)--[\w-]+", code)}
         assert named <= known, page.name

@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
-from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as F
 
 from lab import console
 from lab.data.cache import cached
-from lab.data.loaders import BatchDataset, begin_worker
 from lab.data.sources import Parts, Split
+from lab.data.workers import BatchReader
 from lab.errors import UserError
 
 try:
@@ -64,19 +63,20 @@ class ImageFiles:
 
         def fill(images: Tensor) -> None:
             # Processes: for small pictures, threads would wait for each other's Python.
-            reader = DataLoader(
-                BatchDataset(self),
-                sampler=batches,
-                batch_size=None,  # the data set returns whole batches
-                num_workers=min(num_workers, len(batches)) if num_workers > 1 else 0,
-                worker_init_fn=begin_worker,
+            reader = BatchReader(
+                self,
+                batches,
+                min(num_workers, len(batches)) if num_workers > 1 else 0,
+                batch_nbytes=len(batches[0]) * 3 * self.size**2,
+                options_without_workers="--loader streaming --workers 0",
             )
             mistakes: dict[str, UserError] = {}
-            for index, decoded in zip(batches, reader, strict=True):
-                if isinstance(decoded, UserError):
-                    mistakes |= self._mistakes(index) or {self.paths[index[0]]: decoded}
-                else:
-                    images[index[0] : index[-1] + 1] = decoded
+            with reader:
+                for index, decoded in zip(batches, reader, strict=True):
+                    if isinstance(decoded, UserError):
+                        mistakes |= self._mistakes(index) or {self.paths[index[0]]: decoded}
+                    else:
+                        images[index[0] : index[-1] + 1] = decoded
             if len(mistakes) > 1:  # all at once: a folder with one damaged file may have more
                 names = ", ".join(list(mistakes)[:3])
                 more = f" and {len(mistakes) - 3} more" if len(mistakes) > 3 else ""
