@@ -29,16 +29,7 @@ from lab.rundir import RunDir
 
 def main(argv: list[str] | None = None) -> int:
     """Trains as the command line `argv` says; the exit code. Raises `UserError`."""
-    return train(_given(argv))[0]
-
-
-def settings_of(argv: list[str] | None = None) -> TrainConfig:
-    """All that the command line `argv` sets, directly or by a recipe. Raises `UserError`."""
-    return recipes.resolve(_given(argv))
-
-
-def _given(argv: list[str] | None) -> dict[str, Any]:
-    return parse_arguments(TrainConfig, argv, prog="train.py", about=__doc__)
+    return train(parse_arguments(TrainConfig, argv, prog="train.py", about=__doc__))[0]
 
 
 def train(given: dict[str, Any]) -> tuple[int, RunDir]:
