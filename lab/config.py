@@ -11,7 +11,7 @@ SCHEDULES = ("constant", "step", "cosine", "one-cycle")
 OPTIMIZERS = ("sgd", "nesterov", "adamw", "muon")
 AUGMENTATIONS = ("crop", "flip", "cutout", "random-augment", "mixup", "cutmix")
 TTA = ("none", "flip")
-TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")  # each an extra of pyproject.toml, too
+TRACKERS = ("tensorboard", "wandb")  # each an extra of pyproject.toml, too
 EVAL_BATCH_SIZE = 100
 TIMEOUT_SECONDS, MONTH = 600, 30 * 24 * 3600
 
