@@ -16,6 +16,7 @@ best.safetensors, report.json, predictions.csv, report.html to look at and its p
 import shlex
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -34,13 +35,19 @@ def main(argv: list[str] | None = None) -> int:
 
 def train(given: dict[str, Any]) -> tuple[int, RunDir]:
     """Trains with the settings that were `given`: (exit code, the run). Raises `UserError`."""
+    with ExitStack() as stack:
+        return _train(given, stack)
+
+
+def _train(given: dict[str, Any], stack: ExitStack) -> tuple[int, RunDir]:
+    """`train`; what is entered into `stack` is closed however the training ends."""
     began = time.monotonic()
     config = recipes.resolve(given)
 
     # PyTorch takes seconds to import: --help and a mistyped option are answered before.
     import torch
 
-    from lab import card, checkpoint, finetune, hub, keeper, rundir, states, tracking
+    from lab import card, checkpoint, finetune, hub, keeper, states, tracking
     from lab.data import DataConfig, load_splits
     from lab.data.augment import Preprocess
     from lab.data.loaders import build_loader
@@ -62,15 +69,15 @@ def train(given: dict[str, Any]) -> tuple[int, RunDir]:
 
     world = join_world(config.timeout_seconds, config.quiet)
     with together(world):
-        state = states.find(config, reads=world.is_main_process)
+        # Locked first: whether the run is resumed or begun is decided once, by one training.
+        opened = states.open_run(config, writes=world.is_main_process)
+        run, state = stack.enter_context(opened)
     state = states.share(state)  # None: a new run
     if state:
-        config = state.config(given)
+        run, config = state.run, state.config(given)
     with together(world):  # what would be missed only once the run is begun, or at its end
         tracking.require_packages(config, needed=world.is_main_process)
         hub.require_login(config.push_to_hub, needed=world.is_main_process)
-        if not state and world.is_main_process:
-            rundir.require_name(config)
 
     accelerator = build_accelerator(
         mixed_precision=config.mixed_precision,
@@ -113,14 +120,13 @@ def train(given: dict[str, Any]) -> tuple[int, RunDir]:
     position, best = Position(), {}
     settings = asdict(config) | describe(accelerator) | cost(**about["model"])
     settings["fingerprints"] = splits.fingerprints
-    with together(accelerator):  # last: a run that cannot start makes and replaces no folder
+    with together(accelerator):  # last: a run that cannot start replaces no other
         if state:
-            run, best = state.run, state.about["best"]
+            best = state.about["best"]
             position = keeper.restore(trainer, state)
             run.go_on(settings, position.epoch, position.step)
         else:
             keeper.require_room_for(trainer)
-            run = rundir.start(config, writes=accelerator.is_main_process)
             run.begin(settings)
         told = settings | {"selected_on": splits.selected_on}
         tracked = tracking.Tracking(run, told, position.step)
@@ -217,7 +223,6 @@ def train(given: dict[str, Any]) -> tuple[int, RunDir]:
         card.write(run)
     tracked.finish(report, position.step)
     hub.upload(run, config.push_to_hub)
-    run.unlock()
     return 0, run
 
 

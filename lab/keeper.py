@@ -21,7 +21,7 @@ from lab.engine import Position, Trainer
 from lab.errors import UserError
 from lab.optim import slots
 from lab.rundir import RunDir
-from lab.states import FORMAT, POSITION, State, folders, write
+from lab.states import FORMAT, POSITION, State, write
 from lab.stopping import Stopper
 
 
@@ -48,15 +48,13 @@ class Keeper:
     def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
         """A `UserError` gets the last whole state as a hint."""
         with suppress(UserError) if error else nullcontext():
-            self.writer.wait()  # before the folder is open to another training
+            self.writer.wait()  # before the directory is open to another training
         if isinstance(error, UserError):
             for state in self._states()[:1]:
                 error.hint += f". The last complete state of the run is {state}"
-        if error or self.reason:  # a notebook that caught the error may go on with the run
-            self.run.unlock()
 
     def _states(self) -> list[Path]:
-        return folders(self.run) if self.run.writes else []
+        return self.run.checkpoints if self.run.writes else []
 
     def goodbye(self) -> int:
         """Says how to go on with a run that was stopped; the script's exit code."""
@@ -125,7 +123,7 @@ class Keeper:
         except (UserError, OSError) as error:
             console.warn(f"{folder} is not written: {error}")
             return
-        for old in folders(self.run)[self.trainer.config.keep_states :]:
+        for old in self.run.checkpoints[self.trainer.config.keep_states :]:
             gone = old.with_name(f".{old.name}")
             try:
                 os.replace(old, gone)  # never half there under its own name

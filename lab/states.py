@@ -12,7 +12,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -30,7 +31,15 @@ from lab.data import Splits
 from lab.engine import Position
 from lab.errors import UserError
 from lab.options import flag
-from lab.rundir import STATES, RunDir, sync, write_atomically, writing
+from lab.rundir import (
+    STATES,
+    RunDir,
+    no_checkpoint,
+    open_new,
+    sync,
+    write_atomically,
+    writing,
+)
 
 TENSORS, ABOUT = "tensors.safetensors", "state.json"
 FORMAT = 1
@@ -124,32 +133,31 @@ class State:
             )
 
 
-def find(config: TrainConfig, reads: bool) -> State | None:
-    """The newest whole state of the run that `config` resumes, whose folder is then locked.
+@contextmanager
+def open_run(config: TrainConfig, writes: bool) -> Iterator[tuple[RunDir, State | None]]:
+    """Lock the directory of the run that `config` starts or resumes, for as long as it trains.
 
-    None where there is nothing to go on from: a new run, `auto` without a state, or a process that
-    does not read. Raises `UserError` where there is no such run, or nothing of it is whole.
+    Yield it and the checkpoint to resume from, None for a new run. Nothing is decided before the
+    lock is held, and nothing is removed before `RunDir.begin`. Off the process that `writes` there
+    is no lock and no checkpoint. Raise `UserError` where the directory cannot be made, another
+    training is at work in it, it may not be replaced, or no checkpoint in it is intact.
     """
-    if not (config.resume and reads):
-        return None
-    auto = config.resume == "auto"
-    run = RunDir(Path(config.output_dir) / config.name if auto else _folder_of(config.resume))
-    if not os.path.isdir(run.path):  # Path.is_dir raises for a name that is too long
-        if auto:
-            return None
-        raise UserError(f"there is no run {run.path}", "Give --resume the folder of a run")
-    if not folders(run):
-        if auto and not run.best.exists():
-            return None
-        inside = sorted({str(state.parents[1]) for state in run.path.glob(f"*/{STATES}/step-*")})
-        raise UserError(
-            f"{run.path} holds no state to go on from",
-            f"Give --resume one of its runs: {', '.join(inside[:3])}"
-            if inside
-            else "Start a new run, of another --name",
-        )
-    run.lock()
-    return _newest(run)
+    if not writes:
+        yield RunDir("", writes=False), None
+        return
+    if config.resume in ("", "auto"):
+        run = open_new(config)
+    else:
+        run = RunDir(_folder_of(config.resume))
+        if not os.path.isdir(run.path):  # Path.is_dir raises for a name that is too long
+            raise UserError(f"there is no run {run.path}", "Give --resume the folder of a run")
+        if not run.checkpoints:
+            raise no_checkpoint(run)
+        run.lock()
+    try:
+        yield run, _newest(run) if config.resume and run.checkpoints else None
+    finally:
+        run.close()
 
 
 def _folder_of(path: str) -> Path:
@@ -167,14 +175,9 @@ def share(state: State | None) -> State | None:
     return State(RunDir(path, writes=False), about, {})
 
 
-def folders(run: RunDir) -> list[Path]:
-    """A run's states, the newest first."""
-    return sorted(run.states.glob("step-*"), reverse=True)
-
-
 def _newest(run: RunDir) -> State:
     damaged = []
-    for folder in folders(run):
+    for folder in run.checkpoints:
         try:
             about, tensors = read(folder)
         except Damaged as error:

@@ -62,7 +62,7 @@ def test_p3_a_training_outlives_a_disk_that_fills_up(small_disk, tmp_path, monke
     [warning] = capsys.readouterr().err.splitlines()
     assert f"{calls[2]} is not written: cannot write" in warning
     assert "No space left on device" in warning
-    assert [f.name for f in states.folders(rundir.RunDir(small_disk / "run"))] == calls[:-3:-1]
+    assert [f.name for f in rundir.RunDir(small_disk / "run").checkpoints] == calls[:-3:-1]
     for name in ("best.safetensors", "predictions.csv", "report.json", "steps.jsonl"):
         assert (small_disk / "run" / name).read_bytes() == (tmp_path / "run" / name).read_bytes()
 

@@ -9,7 +9,7 @@ from resuming import ALEXNET, LENET, Killed, cut_off, read_lines, resume, same_e
 from safetensors import safe_open
 from worlds import python, run, run_all, torchrun
 
-from lab import rundir, states
+from lab import rundir
 from lab.hardware import multiplies_bfloat16
 
 VARIANTS = {
@@ -67,7 +67,7 @@ def test_p3_cut_off_between_an_epoch_s_files(tmp_path, monkeypatch):
 
 
 def test_states_are_named_by_their_step_and_the_newest_kept(finished):
-    assert [p.name for p in states.folders(rundir.RunDir(finished))] == [
+    assert [p.name for p in rundir.RunDir(finished).checkpoints] == [
         "step-00000012", "step-00000009",
     ]  # fmt: skip
     assert sorted(p.name for p in finished.glob("state/*/*")) == [
@@ -78,7 +78,7 @@ def test_states_are_named_by_their_step_and_the_newest_kept(finished):
 @pytest.mark.parametrize(("keep", "steps"), [(1, [12]), (3, [12, 9, 8]), (99, [12, 9, 8, 6, 4, 3])])
 def test_as_many_states_are_kept_as_told(tmp_path, keep, steps):
     start(tmp_path, *LENET, "--save-every", "3", "--keep-states", str(keep))
-    found = states.folders(rundir.RunDir(tmp_path / "run"))
+    found = rundir.RunDir(tmp_path / "run").checkpoints
     assert [int(p.name.removeprefix("step-")) for p in found] == steps
 
 
