@@ -163,6 +163,11 @@ def _train(given: dict[str, Any], stack: ExitStack) -> tuple[int, RunDir]:
                 )
             if trained is None:
                 break
+            if position.skipped_steps:
+                console.warn(
+                    f"epoch {position.epoch}: {position.skipped_steps} of {position.batch} steps "
+                    "were skipped, as their loss or gradient was not finite"
+                )
             kept.save(best, position)
             start = time.perf_counter()
             scores = predict_all(accelerator, trainer.evaluated, val_loader).report()
@@ -179,7 +184,10 @@ def _train(given: dict[str, Any], stack: ExitStack) -> tuple[int, RunDir]:
                 "eval_seconds": time.perf_counter() - start,
                 "images_per_second": trained.images_per_second,
             }
-            improved = is_better(row, best, config.select_by)
+            # Where --max-steps ended an epoch early, its weights are chosen only if there are no
+            # others: resuming the run completes that epoch and evaluates it again.
+            complete = position.batch == num_steps
+            improved = (complete or not best) and is_better(row, best, config.select_by)
             if improved:
                 best = row
                 best_weights.save(trainer.evaluated, about, row)
@@ -201,6 +209,8 @@ def _train(given: dict[str, Any], stack: ExitStack) -> tuple[int, RunDir]:
     if kept.reason:
         tracked.finish()
         return kept.goodbye(), run
+    with together(accelerator):
+        run.check_learnt()
     predictions = predict_all(accelerator, trainer.evaluated, test_loader)
     report = {
         "split": "test",

@@ -100,7 +100,10 @@ def _body(title: str, config: TrainConfig, run: Run) -> str:
     names, matrix = report["class_names"], report["confusion_matrix"]
     num_samples = int(report["num_samples"])
     right = sum(row[k] for k, row in enumerate(matrix))
-    numbers = [f"{float(report[key]):.4f}" for key in ("accuracy", "macro_f1", "loss")]
+    numbers = [
+        "-" if report[key] is None else f"{report[key]:.4f}"
+        for key in ("accuracy", "macro_f1", "loss")
+    ]
     classes = (
         (
             escaped(row["class"]),

@@ -113,8 +113,9 @@ class Keeper:
     def _write(self, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
         folder = self.run.states / f"step-{about['position']['step']:08}"
         names = [f"network.{name}" for name, _ in self.trainer.network.named_parameters()]
-        if not all(bool(tensors[name].isfinite().all()) for name in names):
-            console.warn(f"{folder} is not written: the weights are not finite")
+        values = [torch.tensor(about["sums"]), *(tensors[name] for name in names)]
+        if not all(bool(value.isfinite().all()) for value in values):
+            console.warn(f"{folder} is not written: the weights or the losses are not finite")
             return
         try:
             require_room(self.run.states, sum(t.nbytes for t in tensors.values()))

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -147,6 +148,15 @@ class RunDir:
         if self.writes:
             write_atomically(self.path / PREDICTIONS, lambda path: path.write_bytes(content))
 
+    def check_learnt(self) -> None:
+        """Check that not every step of the run was skipped. Raise `UserError`."""
+        lines = (self.path / HISTORY).read_text().splitlines() if self.writes else []
+        if lines and all(json.loads(line)["train_loss"] is None for line in lines):
+            raise UserError(
+                "nothing was learnt: the loss or gradient of every step was not finite",
+                "Lower --lr, or give --clip-norm 1, in a new run",
+            )
+
     def add_epoch(self, *rows: Mapping[str, Any]) -> None:
         """Lines of history.jsonl."""
         self._append(HISTORY, rows)
@@ -161,7 +171,7 @@ class RunDir:
 
     def _write_json(self, name: str, content: Mapping[str, Any]) -> None:
         if self.writes:
-            text = json.dumps(content, indent=1) + "\n"
+            text = to_json(content, indent=1) + "\n"
             write_atomically(self.path / name, lambda path: path.write_text(text))
 
     def _cut(self, name: str, stays: Callable[[dict], bool]) -> None:
@@ -179,7 +189,7 @@ class RunDir:
 
     def _append(self, name: str, rows: Iterable[Any]) -> None:
         if self.writes:
-            text = "".join(json.dumps(row) + "\n" for row in rows).encode()
+            text = "".join(to_json(row) + "\n" for row in rows).encode()
             with writing(self.path / name), open(self.path / name, "ab", buffering=0) as file:
                 size = file.tell()
                 if file.write(text) < len(text):  # the disk filled up: leave no part of a line
@@ -288,6 +298,19 @@ def _remove_empty(paths: Iterable[Path]) -> None:
     for path in paths:
         with suppress(OSError):
             path.rmdir()
+
+
+def to_json(content: Any, **settings: Any) -> str:
+    """Return `content` as JSON, which has no NaN and no infinity: such numbers are null."""
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, float) and not math.isfinite(value):
+            return None
+        if isinstance(value, Mapping):
+            return {key: finite(item) for key, item in value.items()}
+        return [finite(item) for item in value] if isinstance(value, list | tuple) else value
+
+    return json.dumps(finite(content), allow_nan=False, **settings)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ and is not whole when a process dies while it writes.
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -37,6 +38,7 @@ from lab.rundir import (
     no_checkpoint,
     open_new,
     sync,
+    to_json,
     write_atomically,
     writing,
 )
@@ -193,19 +195,25 @@ def _newest(run: RunDir) -> State:
 
 
 def _best(run: RunDir, about: Mapping[str, Any]) -> dict[str, Any]:
-    """The epoch whose weights best.safetensors holds; it may be of after the state."""
+    """Return the metrics of the epoch whose weights best.safetensors holds.
+
+    Empty where it is not one of the epochs before the checkpoint's: its line of history.jsonl is
+    cut, and that epoch, of which perhaps only a part was evaluated, is evaluated again.
+    """
     best = about["best"]
     if not best and not run.best.exists():
         return {}
     try:
         info = read_info(run.best)
         read_tensors(run.best)  # else the run's end would be the first to see that they are damaged
-        kept = {**info["metrics"], "epoch": info["best_epoch"]}
+        # Metrics that are not finite are null there.
+        kept = {k: math.nan if v is None else v for k, v in info["metrics"].items()}
         assert isinstance(kept[f"val_{about['config']['select_by']}"], float)
-    except (UserError, LookupError, TypeError, AssertionError) as error:
+    except (UserError, LookupError, TypeError, AttributeError, AssertionError) as error:
         console.warn(f"{error} The best epoch is chosen anew.")
         return {}
-    return kept
+    before = info["best_epoch"] < about["position"]["epoch"]
+    return {**kept, "epoch": info["best_epoch"]} if before else {}
 
 
 def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -266,7 +274,7 @@ def _require_usable(about: Mapping[str, Any]) -> None:
 
 
 def _json(about: Mapping[str, Any]) -> bytes:
-    return json.dumps(about, sort_keys=True).encode()
+    return to_json(about, sort_keys=True).encode()
 
 
 def _digest(content: bytes) -> str:
@@ -278,7 +286,7 @@ def write(folder: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> No
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     content = safetensors.torch.save(tensors)
     about = {**about, "tensors_sha256": _digest(content)}
-    text = json.dumps({"state": about, "sha256": _digest(_json(about))}, indent=1)
+    text = to_json({"state": about, "sha256": _digest(_json(about))}, indent=1)
     with writing(folder):
         try:
             temporary.mkdir()

@@ -9,7 +9,7 @@ from resuming import ALEXNET, LENET, Killed, cut_off, read_lines, resume, same_e
 from safetensors import safe_open
 from worlds import python, run, run_all, torchrun
 
-from lab import rundir
+from lab import checkpoint, evaluation, rundir
 from lab.hardware import multiplies_bfloat16
 
 VARIANTS = {
@@ -64,6 +64,36 @@ def test_p3_cut_off_between_an_epoch_s_files(tmp_path, monkeypatch):
             start(tmp_path, *LENET)
     resume(tmp_path / "run")
     same_end(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("max_steps", [2, 6])  # in the first epoch, in the second
+def test_p6_the_weights_of_a_part_of_an_epoch_do_not_outlive_it(tmp_path, monkeypatch, max_steps):
+    """Its number is the best of all, but the epoch is completed, and evaluated again."""
+
+    def train_with(accuracies, call):
+        class Altered(evaluation.Predictions):
+            def report(self):
+                return super().report() | {"accuracy": next(numbers, 0.0)}
+
+        def altered(*arguments):
+            return Altered(**vars(predict_all(*arguments)))
+
+        numbers, predict_all = iter(accuracies), evaluation.predict_all
+        with monkeypatch.context() as patch:
+            patch.setattr(evaluation, "predict_all", altered)
+            call()
+
+    whole, part = [0.5, 0.4, 0.3], [0.9] if max_steps == 2 else [0.5, 0.9]
+    train_with(whole, lambda: start(tmp_path, *LENET, name="whole"))
+    train_with(part, lambda: start(tmp_path, *LENET, "--max-steps", str(max_steps)))
+    info = checkpoint.read_info(tmp_path / "run" / "best.safetensors")
+    assert info["metrics"]["val_accuracy"] == part[0]  # whole epochs first, where there are any
+    again = whole[len(part) - 1 :]
+    train_with(again, lambda: resume(tmp_path / "run", "--max-steps", "0"))
+    same_end(tmp_path / "run", tmp_path / "whole")
+    info = checkpoint.read_info(tmp_path / "run" / "best.safetensors")
+    row = read_lines(tmp_path / "run" / "history.jsonl")[info["best_epoch"] - 1]
+    assert info["metrics"] == {name: row[name] for name in info["metrics"]}
 
 
 def test_states_are_named_by_their_step_and_the_newest_kept(finished):
