@@ -78,6 +78,11 @@ def _train(given: dict[str, Any], stack: ExitStack) -> tuple[int, RunDir]:
     with together(world):  # what would be missed only once the run is begun, or at its end
         tracking.require_packages(config, needed=world.is_main_process)
         hub.require_login(config.push_to_hub, needed=world.is_main_process)
+    if state and state.is_finished(config):
+        console.say(f"{run.path} is finished; raise --epochs or --max-steps to train it further")
+        keeper.remove_checkpoints(run, config.final_checkpoints)
+        hub.upload(run, config.push_to_hub)
+        return 0, run
 
     accelerator = build_accelerator(
         mixed_precision=config.mixed_precision,
@@ -130,9 +135,6 @@ def _train(given: dict[str, Any], stack: ExitStack) -> tuple[int, RunDir]:
             run.begin(settings)
         told = settings | {"selected_on": splits.selected_on}
         tracked = tracking.Tracking(run, told, position.step)
-
-    if position.epoch == config.epochs and position.batch == train_loader.plan.num_batches:
-        console.say(f"its {config.epochs} epochs are trained; give more --epochs to train on")
 
     def on_log(row: dict) -> None:
         run.add_steps(row)
@@ -232,6 +234,7 @@ def _train(given: dict[str, Any], stack: ExitStack) -> tuple[int, RunDir]:
     with together(accelerator):
         card.write(run)
     tracked.finish(report, position.step)
+    keeper.remove_checkpoints(run, config.final_checkpoints)
     hub.upload(run, config.push_to_hub)
     return 0, run
 

@@ -157,6 +157,9 @@ class TrainConfig:
         low=0, metavar="N")
     keep_states: int = option(2, OUTPUT,
         "states kept, the newest", low=1, metavar="K")
+    final_checkpoints: int = option(1, OUTPUT,
+        "checkpoints that a finished run keeps, to be trained further; 0: none",
+        low=0, metavar="K")
     output_dir: str = option("runs", OUTPUT,
         "folder of run folders", metavar="DIR")
     name: str = option("", OUTPUT,

@@ -99,6 +99,7 @@ class Keeper:
             "format": FORMAT,
             "samples_seen": (position.epoch - 1) * self.num_samples
             + min(self.num_samples, position.batch * config.batch_size),
+            "num_batches": -(-self.num_samples // config.batch_size),  # of an epoch
             "position": {name: getattr(position, name) for name in POSITION},
             "sums": sums,
             "best": dict(best),
@@ -124,13 +125,18 @@ class Keeper:
         except (UserError, OSError) as error:
             console.warn(f"{folder} is not written: {error}")
             return
-        for old in self.run.checkpoints[self.trainer.config.keep_states :]:
-            gone = old.with_name(f".{old.name}")
-            try:
-                os.replace(old, gone)  # never half there under its own name
-                shutil.rmtree(gone)
-            except OSError as error:
-                console.warn(f"{old} is not removed: {error}")
+        remove_checkpoints(self.run, self.trainer.config.keep_states)
+
+
+def remove_checkpoints(run: RunDir, keep: int) -> None:
+    """Remove all checkpoints of a run but the newest `keep`; warn of one that cannot be removed."""
+    for old in run.checkpoints[keep:] if run.writes else ():
+        gone = old.with_name(f".{old.name}")
+        try:
+            os.replace(old, gone)  # never half there under its own name
+            shutil.rmtree(gone)
+        except OSError as error:
+            console.warn(f"{old} is not removed: {error}")
 
 
 def collect(trainer: Trainer) -> dict[str, Tensor]:

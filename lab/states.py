@@ -33,6 +33,8 @@ from lab.engine import Position
 from lab.errors import UserError
 from lab.options import flag
 from lab.rundir import (
+    CARD,
+    REPORT,
     STATES,
     RunDir,
     no_checkpoint,
@@ -77,8 +79,9 @@ RESUMABLE = (
     "epochs", "max_steps", "patience", "max_hours", "on_nonfinite", "data_dir",
     "accumulate", "mixed_precision", "sync_bn", "deterministic", "compile",  # another device's
     "cuda_graphs",
-    "loader", "workers", "threads", "timeout_seconds", "save_every", "keep_states", "output_dir",
-    "name", "resume", "log_every", "tracker", "push_to_hub", "quiet", "debug",
+    "loader", "workers", "threads", "timeout_seconds", "save_every", "keep_states",
+    "final_checkpoints", "output_dir", "name", "resume", "log_every", "tracker", "push_to_hub",
+    "quiet", "debug",
 )  # fmt: skip
 
 
@@ -91,7 +94,8 @@ class State:
     """What a run goes on from, and where it lies."""
 
     run: RunDir
-    about: dict[str, Any]  # state.json, and "best": the line of history.jsonl of the best weights
+    # state.json; "best": the line of history.jsonl of the best weights; and "has_report"
+    about: dict[str, Any]
     tensors: dict[str, Tensor]  # empty but on the process that read them
 
     def config(self, given: Mapping[str, Any]) -> TrainConfig:
@@ -125,6 +129,17 @@ class State:
             mine = sums.sum(0) * (rank == 0)
             mine[2] = sums[:, 2].min()
         return Position(**self.about["position"], sums=mine.clone())
+
+    def is_finished(self, config: TrainConfig) -> bool:
+        """Return whether the run has all its files and `config` trains it no further."""
+        position, best = self.about["position"], self.about["best"]
+        epoch_is_whole = position["batch"] == self.about.get("num_batches")
+        waited = position["epoch"] - best["epoch"] if best else 0
+        return self.about["has_report"] and bool(
+            (config.max_steps and position["step"] >= config.max_steps)
+            or (epoch_is_whole and position["epoch"] == config.epochs)
+            or (epoch_is_whole and config.patience and waited >= config.patience)
+        )
 
     def require_same_data(self, splits: Splits) -> None:
         """Nothing; raises `UserError` where other samples lie where the run's lay."""
@@ -187,6 +202,8 @@ def _newest(run: RunDir) -> State:
             damaged.append(folder)
             continue
         about["best"] = _best(run, about)
+        # The card is the last file that is written of a finished run.
+        about["has_report"] = all((run.path / name).exists() for name in (REPORT, CARD))
         for leftover in (*damaged, *run.states.glob(".step-*")):  # of writers that were killed
             shutil.rmtree(leftover, ignore_errors=True)
         console.say(f"going on from {folder}")

@@ -38,6 +38,7 @@ def finished(tmp_path_factory):
     """A run's folder, with the states of steps 12, 13 and 14, in its second epoch."""
     folder = tmp_path_factory.mktemp("finished")
     words = ["--max-steps", "14", "--save-every", "1", "--keep-states", "3"]
+    words += ["--final-checkpoints", "3"]
     train.main([*WORDS, *words, "--output-dir", str(folder), "--name", "run"])
     kept = sorted((folder / "run/state").glob("step-*"))
     assert [path.name[-2:] for path in kept] == ["12", "13", "14"]

@@ -42,7 +42,8 @@ def fill(folder: Path) -> Path:
 
 def test_p3_a_training_outlives_a_disk_that_fills_up(small_disk, tmp_path, monkeypatch, capsys):
     words = ["--dataset", "digits", "--recipe", "smoke", "--name", "run", "--quiet"]
-    words += ["--threads", "1", "--save-every", "4", "--log-every", "1", "--output-dir"]
+    words += ["--threads", "1", "--save-every", "4", "--log-every", "1"]
+    words += ["--final-checkpoints", "2", "--output-dir"]
     train.main([*words, str(tmp_path)])
     write, calls = states.write, []
 

@@ -76,7 +76,7 @@ def test_p7_other_data_are_refused(fails, copied):
     about, tensors = states.read(folder)
     shutil.rmtree(folder)
     states.write(folder, tensors, about | {"fingerprints": {**about["fingerprints"], "train": "x"}})
-    assert fails(train, "--resume", copied) == (
+    assert fails(train, "--resume", copied, "--epochs", 4) == (
         "the data are not those that the run was trained on. "
         "Give --data-dir with the same files, or start a new run."
     )
@@ -126,7 +126,8 @@ def test_a_full_disk_later_loses_that_state_alone(tmp_path, monkeypatch, finishe
         require_room(path, size)
 
     monkeypatch.setattr(keeper, "require_room", full_once)
-    start(tmp_path, *LENET, "--save-every", "3", "--keep-states", "9")
+    words = ["--save-every", "3", "--keep-states", "9", "--final-checkpoints", "9"]
+    start(tmp_path, *LENET, *words)
     found = rundir.RunDir(tmp_path / "run").checkpoints
     assert [int(p.name.removeprefix("step-")) for p in found] == [12, 9, 8, 6, 3]
     assert calls[1] == pytest.approx(calls[0], rel=0.35)  # foreseen before there was a state
