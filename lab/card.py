@@ -35,8 +35,8 @@ SHOWN = ("recipe", "epochs", "max_steps", "batch_size", "optimizer", "lr", "sche
          "freeze", "select_by", "seed")  # fmt: skip
 ELSEWHERE = ("model", "dataset", "recipe", "data_dir", "init_from", "workers", "threads", "loader",
              "timeout_seconds", "max_hours", "resume", "save_every", "keep_states",
-             "final_checkpoints", "output_dir", "name", "overwrite", "log_every", "tracker", "push_to_hub", "quiet",
-             "debug")  # fmt: skip
+             "final_checkpoints", "output_dir", "name", "overwrite", "log_every", "tracker",
+             "push_to_hub", "quiet", "debug")  # fmt: skip
 CONFUSION = f"{PLOTS}/confusion_matrix.png"
 USE = """\
 python evaluate.py best.safetensors              # these numbers again

@@ -244,14 +244,14 @@ def test_p7_a_state_file_of_anything(run, capfd, content):
 
 
 def test_p7_a_strangers_optimizer_is_another_networks(run, capfd):
-    folder = run / "state/step-00000014"
+    folder, words = run / "state/step-00000014", ("--resume", run, "--quiet", "--max-steps", 15)
     tensors = states.read(folder)[1]
     name = "optimizer.exp_avg.features.0.weight"
     for value in (None, torch.zeros(3), torch.zeros(())):
         given = {k: v for k, v in (tensors | {name: value}).items() if v is not None}
         (folder / states.TENSORS).write_bytes(states.safetensors.torch.save(given))
         seal(folder)
-        code, _, [error] = ends(capfd, train, "--resume", run, "--quiet")
+        code, _, [error] = ends(capfd, train, *words)
         assert (code, error) == (
             2, "error: run holds the state of another network. Start a new run.",
         )  # fmt: skip
@@ -259,7 +259,6 @@ def test_p7_a_strangers_optimizer_is_another_networks(run, capfd):
     given = tensors | {"optimizer.x": torch.zeros(1), "optimizer.code.features.0.weight": value}
     (folder / states.TENSORS).write_bytes(states.safetensors.torch.save(given))
     seal(folder)
-    words = ("--resume", run, "--quiet", "--max-steps", 15)
     assert ends(capfd, train, *words) == (0, [], [])
 
 
