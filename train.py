@@ -83,6 +83,8 @@ def _train(given: dict[str, Any], stack: ExitStack) -> tuple[int, RunDir]:
         keeper.remove_checkpoints(run, config.final_checkpoints)
         hub.upload(run, config.push_to_hub)
         return 0, run
+    if state:
+        console.say(f"going on from {state.path}")
 
     accelerator = build_accelerator(
         mixed_precision=config.mixed_precision,

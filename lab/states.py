@@ -94,6 +94,7 @@ class State:
     """What a run goes on from, and where it lies."""
 
     run: RunDir
+    path: Path  # of the checkpoint
     # state.json; "best": the line of history.jsonl of the best weights; and "has_report"
     about: dict[str, Any]
     tensors: dict[str, Tensor]  # empty but on the process that read them
@@ -184,12 +185,13 @@ def _folder_of(path: str) -> Path:
 
 
 def share(state: State | None) -> State | None:
-    """What the main process found, for every process; the tensors stay with it."""
-    found = broadcast_object_list([(state.about, str(state.run.path)) if state else None])[0]
+    """Return what the main process found on every process; the tensors stay with it."""
+    found = (state.about, str(state.run.path), str(state.path)) if state else None
+    found = broadcast_object_list([found])[0]
     if state or not found:
         return state
-    about, path = found
-    return State(RunDir(path, writes=False), about, {})
+    about, run, path = found
+    return State(RunDir(run, writes=False), Path(path), about, {})
 
 
 def _newest(run: RunDir) -> State:
@@ -206,8 +208,7 @@ def _newest(run: RunDir) -> State:
         about["has_report"] = all((run.path / name).exists() for name in (REPORT, CARD))
         for leftover in (*damaged, *run.states.glob(".step-*")):  # of writers that were killed
             shutil.rmtree(leftover, ignore_errors=True)
-        console.say(f"going on from {folder}")
-        return State(run, about, tensors)
+        return State(run, folder, about, tensors)
     raise UserError(f"no state of {run.path} is whole", "Start a new run")
 
 

@@ -95,7 +95,7 @@ def read_state(folder: Path, trainer) -> None:
     about, tensors = states.read(folder)
     run = states.RunDir(folder.parent.parent)
     about["best"] = states._best(run, about)
-    state = states.State(run, about, tensors)
+    state = states.State(run, folder, about, tensors)
     state.config({"epochs": 10**6})
     state.position(0, 1)
     state.position(0, 2)

@@ -149,7 +149,7 @@ def test_a_finished_run_is_not_trained_evaluated_or_written_again(copied, capsys
     assert train.main(["--resume", str(copied), *words]) == 0
     assert tree(copied) == before
     said = f"{copied} is finished; raise --epochs or --max-steps to train it further"
-    assert capsys.readouterr().out.splitlines()[1:] == [said]  # the first names the checkpoint
+    assert capsys.readouterr().out.splitlines() == [said]
     assert resume(copied, "--final-checkpoints", "1") == 0
     assert [path.name for path in rundir.RunDir(copied).checkpoints] == ["step-00000012"]
 
