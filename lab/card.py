@@ -34,9 +34,9 @@ SHOWN = ("recipe", "epochs", "max_steps", "batch_size", "optimizer", "lr", "sche
          "weight_decay", "dropout", "label_smoothing", "clip_norm", "ema", "augment", "init",
          "freeze", "select_by", "seed")  # fmt: skip
 ELSEWHERE = ("model", "dataset", "recipe", "data_dir", "init_from", "workers", "threads", "loader",
-             "timeout_seconds", "max_hours", "resume", "save_every", "keep_states", "output_dir",
-             "name", "overwrite", "log_every", "tracker", "push_to_hub", "quiet",
-             "debug")  # fmt: skip
+             "timeout_seconds", "max_hours", "resume", "save_every", "keep_states",
+             "final_checkpoints", "output_dir", "name", "overwrite", "log_every", "tracker",
+             "push_to_hub", "quiet", "debug")  # fmt: skip
 CONFUSION = f"{PLOTS}/confusion_matrix.png"
 USE = """\
 python evaluate.py best.safetensors              # these numbers again
@@ -100,7 +100,10 @@ def _body(title: str, config: TrainConfig, run: Run) -> str:
     names, matrix = report["class_names"], report["confusion_matrix"]
     num_samples = int(report["num_samples"])
     right = sum(row[k] for k, row in enumerate(matrix))
-    numbers = [f"{float(report[key]):.4f}" for key in ("accuracy", "macro_f1", "loss")]
+    numbers = [
+        "-" if report[key] is None else f"{report[key]:.4f}"
+        for key in ("accuracy", "macro_f1", "loss")
+    ]
     classes = (
         (
             escaped(row["class"]),

@@ -11,7 +11,7 @@ SCHEDULES = ("constant", "step", "cosine", "one-cycle")
 OPTIMIZERS = ("sgd", "nesterov", "adamw", "muon")
 AUGMENTATIONS = ("crop", "flip", "cutout", "random-augment", "mixup", "cutmix")
 TTA = ("none", "flip")
-TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")  # each an extra of pyproject.toml, too
+TRACKERS = ("tensorboard", "wandb")  # each an extra of pyproject.toml, too
 EVAL_BATCH_SIZE = 100
 TIMEOUT_SECONDS, MONTH = 600, 30 * 24 * 3600
 
@@ -157,6 +157,9 @@ class TrainConfig:
         low=0, metavar="N")
     keep_states: int = option(2, OUTPUT,
         "states kept, the newest", low=1, metavar="K")
+    final_checkpoints: int = option(1, OUTPUT,
+        "checkpoints that a finished run keeps, to be trained further; 0: none",
+        low=0, metavar="K")
     output_dir: str = option("runs", OUTPUT,
         "folder of run folders", metavar="DIR")
     name: str = option("", OUTPUT,

@@ -50,8 +50,9 @@ class Trained:
 
     # As trained on: label smoothing, augmentation and dropout included; not auxiliary classifiers.
     # Of mixed pictures, the accuracy is that of the label with the larger share.
-    loss: float
-    accuracy: float
+    # None where every step was skipped.
+    loss: float | None
+    accuracy: float | None
     learning_rate: float  # of the last step
     seconds: float
     images_per_second: float
@@ -191,9 +192,9 @@ def train_one_epoch(
             return None
     loss_sum, hits, _ = accelerator.reduce(done.sums).tolist()
     _require_finite(accelerator, loss_sum, done)
-    counted, seconds = max(1, num_samples - done.skipped_samples), max(1e-9, done.seconds)
-    speed = num_samples / seconds
-    return Trained(loss_sum / counted, hits / counted, done.learning_rate, seconds, speed)
+    counted, seconds = num_samples - done.skipped_samples, max(1e-9, done.seconds)
+    loss_mean, accuracy = (loss_sum / counted, hits / counted) if counted else (None, None)
+    return Trained(loss_mean, accuracy, done.learning_rate, seconds, num_samples / seconds)
 
 
 def train_step(trainer: Trainer, batch: Batch) -> Tensor | None:

@@ -22,13 +22,15 @@ if TYPE_CHECKING:
 
 # What is drawn and told of a run, and its types in JSON.
 NUMBER = (int, float)
+OR_NULL = (int, float, type(None))  # null: not finite, or a mean over no samples
 SETTINGS = {"model": str, "dataset": str, "recipe": str, "split_seed": int, "versions": dict,
             "world_size": int, "device": str, "precision": str}  # fmt: skip
-NUMBERS = {"accuracy": NUMBER, "macro_f1": NUMBER, "loss": NUMBER, "num_samples": int,
+NUMBERS = {"accuracy": NUMBER, "macro_f1": NUMBER, "loss": OR_NULL, "num_samples": int,
            "best_epoch": int, "selected_on": str, "per_class": list, "confusion_matrix": list,
            "class_names": list}  # fmt: skip
-EPOCH = ("epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "learning_rate",
-         "train_seconds", "eval_seconds", "images_per_second")  # fmt: skip
+EPOCH = {"epoch": int, "train_loss": OR_NULL, "train_accuracy": OR_NULL, "val_loss": OR_NULL,
+         "val_accuracy": NUMBER, "learning_rate": NUMBER, "train_seconds": NUMBER,
+         "eval_seconds": NUMBER, "images_per_second": NUMBER}  # fmt: skip
 CLASS = {"class": str, "precision": NUMBER, "recall": NUMBER, "f1": NUMBER, "support": int}
 
 
@@ -142,7 +144,7 @@ def read_run(path: Path) -> Run:
     with _reading(path / HISTORY) as file:
         history = [json.loads(line) for line in file.read_text().splitlines()]
         for row in history or [None]:
-            _require(row, dict.fromkeys(EPOCH, NUMBER))
+            _require(row, EPOCH)
     labels = predictions = confidence = files = None
     if (path / PREDICTIONS).is_file():
         with _reading(path / PREDICTIONS) as file:
@@ -182,5 +184,5 @@ def _reading(file: Path, kind: type[Exception] = ValueError) -> Iterator[Path]:
 def _require(group: Any, types: dict[str, Any]) -> None:
     """Nothing; raises ValueError where `group` is no dict that has these."""
     for name, kind in types.items():
-        if not isinstance(group, dict) or not isinstance(group.get(name), kind):
+        if not isinstance(group, dict) or not isinstance(group.get(name, ...), kind):
             raise ValueError(f"no {name} in {str(group)[:40]}")

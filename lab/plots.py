@@ -8,6 +8,7 @@ Each stands on an opaque white card, so that it can be read on a light page and 
 from __future__ import annotations
 
 import io
+import math
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -110,10 +111,12 @@ def curves(run: Run) -> Figure:
             ("train", "train", BLUE, "o"), ("val", chosen_on, RED, "s"),
         ):  # fmt: skip
             values = [row[f"{part}_{key}"] for row in run.history]
+            values = [math.nan if value is None else value for value in values]
             axes.plot(epochs, values, color=colour, marker=marker if few else "", ms=4, label=label)
         if best:
             axes.axvline(best["epoch"], color="#888888", ls="--", lw=1, zorder=0)
-            axes.plot(best["epoch"], best[f"val_{key}"], "*", ms=13, color=RED, mec=INK, mew=0.7,
+            height = math.nan if best[f"val_{key}"] is None else best[f"val_{key}"]
+            axes.plot(best["epoch"], height, "*", ms=13, color=RED, mec=INK, mew=0.7,
                       zorder=4, label=f"best epoch: {best['epoch']}")  # fmt: skip
         axes.set(title=key)
         axes.legend(fontsize=9)

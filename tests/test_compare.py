@@ -13,7 +13,7 @@ from resuming import LENET, start
 
 import compare
 from lab import comparison
-from lab.comparison import CompareConfig, difference
+from lab.comparison import difference
 from lab.errors import UserError
 from lab.finished import Run, read_run
 from lab.models.cost import cost
@@ -126,28 +126,11 @@ def test_counts_are_brief():
     assert {count: comparison.brief(count) for count in counts} == counts
 
 
-def test_it_trains_what_is_named_and_goes_on_with_it(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    words = ["--train", "--models", "lenet5", "--dataset", "digits", "--recipe", "smoke"]
-    words += ["--threads", "1", "--max-steps", "3"]
-    assert compare.main(words) == 0
-    assert "compare-lenet5-digits" in capsys.readouterr().out
-    compare.main([*words[:-1], "6"])
-    assert "going on from" in capsys.readouterr().out
-    assert (tmp_path / "comparison" / "comparison.md").exists()
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("", "no runs to compare. Name the folders of runs, or give --train --models LIST."),
-        ("--train", "--train and --models go together. Give both, or neither."),
-        ("a --train --models lenet5", "runs and --train. Name the folders of runs, or give "
-                                      "--train --models LIST."),
+        ("", "no runs to compare. Name the folders of runs."),
         ("gone", "gone is no run's folder: it has no config.json. Name one of train.py's."),
-        ("a b --epochs 3", "--epochs goes with --train. Give both, or neither."),
-        ("--train --models lenet5,alexnt --dataset digits --recipe smoke",
-         "there is no model alexnt. Did you mean alexnet or lenet5?"),
         ("unfinished", "the run unfinished is not finished. Finish it: train.py --resume "
                        "unfinished."),
     ],
@@ -172,17 +155,6 @@ def test_an_unfinished_run_is_left_out_of_several(trained, tmp_path, monkeypatch
     (tmp_path / "unfinished" / "config.json").write_text("{}")
     assert compare.main([str(trained / "fast"), "unfinished"]) == 0
     assert "left out: the run unfinished is not finished" in capsys.readouterr().err
-
-
-def test_trainings_take_what_was_given_and_no_more():
-    config = CompareConfig(train=True, models="lenet5, alexnet", dataset="digits", epochs=3)
-    assert config.trainings()["compare-alexnet-digits"] == [
-        "--model", "alexnet", "--name", "compare-alexnet-digits", "--dataset", "digits",
-        "--epochs", "3", "--output-dir", "runs", "--resume", "auto",
-    ]  # fmt: skip
-    assert [f.split("/")[-1] for f in config.folders()] == [
-        "compare-lenet5-digits", "compare-alexnet-digits",
-    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ FIELDS = {
 # Another valid value than the default of each field where adding one to it gives none.
 OTHER = {
     "augment": "crop,flip",
-    "tracker": "tensorboard,mlflow",
+    "tracker": "tensorboard,wandb",
     "mix_alpha": 0.5,
     "recipe": "notebook",
     "model": "alexnet",

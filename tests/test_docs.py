@@ -60,10 +60,7 @@ def parsed(script: str, words: list[str], monkeypatch) -> object:
         with pytest.raises(Parsed) as caught:
             module.main(words)
     config, given = caught.value.args
-    made = recipes.resolve(given) if config is TrainConfig else config(**given)
-    for options in made.trainings().values() if script == "compare.py" else ():
-        parsed("train.py", options, monkeypatch)
-    return made
+    return recipes.resolve(given) if config is TrainConfig else config(**given)
 
 
 @pytest.fixture(scope="module")
@@ -96,8 +93,6 @@ def run(script: str, words: list[str], config, make_run: Callable[[str], object]
     elif script == "train.py":
         extra += ["--name", config.name or f"{config.model}-{config.dataset}", "--overwrite"]
         extra += [] if config.dataset == "folder" else ["--dataset", "digits"]
-    elif script == "compare.py" and config.train:
-        extra = [*SHORT, "--models", "lenet5", "--threads", "1"]
     words = [
         found
         for word in words

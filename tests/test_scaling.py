@@ -9,9 +9,6 @@ from types import FunctionType, ModuleType
 
 import pytest
 import torch
-from accelerate.commands.config.config_args import load_config_from_file
-from accelerate.commands.launch import launch_command_parser
-from accelerate.utils import FullyShardedDataParallelPlugin
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from worlds import ROOT
@@ -180,19 +177,3 @@ def test_messages_and_their_times_are_as_by_hand(scaling):
     assert scaling.all_reduce(1e9, 64, scaling.ETHERNET) == pytest.approx(ring)
     tree = 10e-6 + 14 * 2e-6 + 14 * 5e-6 + 2 * 1e3 / (0.8 * 400e9)
     assert scaling.all_reduce(1e3, 1024, scaling.INFINIBAND) == pytest.approx(tree)
-
-
-def test_accelerate_reads_fsdp_yaml(monkeypatch):
-    config = load_config_from_file(str(ROOT / "accelerate_configs" / "fsdp.yaml"))
-    assert config.distributed_type.value == "FSDP"
-    options = {action.dest for action in launch_command_parser()._actions}
-    assert config.fsdp_config.keys() <= options
-    for name, value in config.fsdp_config.items():  # as the launcher hands them on
-        monkeypatch.setenv(name.upper(), str(value))
-    plugin = FullyShardedDataParallelPlugin()
-    assert plugin.fsdp_version == 2
-    assert plugin.reshard_after_forward is True
-    assert plugin.min_num_params == config.fsdp_config["fsdp_min_num_params"]
-    assert plugin.auto_wrap_policy.__name__ == "size_based_auto_wrap_policy"
-    assert not plugin.cpu_ram_efficient_loading
-    assert not plugin.activation_checkpointing
