@@ -216,7 +216,7 @@ class EvalConfig:
     weights: str = option("", WEIGHTS,
         "a run's folder or a .safetensors file that train.py wrote", positional=True)
     split: str = option("test", WEIGHTS,
-        "which split; all: every sample of data that comes in one piece",
+        "which split; all: every sample of the data, whatever splits they come in",
         choices=("test", "val", "train", "all"))
     dataset: str | None = option(None, WEIGHTS,
         "data set; if not given, the one trained on")
