@@ -45,7 +45,7 @@ class TrainConfig:
         low=0, high=2**31 - 1)
     num_samples: int = option(10_000, TASK,
         "training pictures made by the `shapes` data set; a fifth as many again for its test",
-        low=10, high=10_000_000)
+        low=20, high=10_000_000)
     limit_train: int = option(0, TASK,
         "train on this many samples of the split; 0: all", low=0, metavar="N", from_recipe=True)
     limit_eval: int = option(0, TASK,

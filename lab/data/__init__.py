@@ -203,21 +203,24 @@ def _cut(parts: Parts, config: DataConfig, whole: bool = False) -> dict[str, Spl
 def _check_classes(cut: Mapping[str, Split], config: DataConfig) -> None:
     """Raise `UserError` for a class without training samples; warn of others without any.
 
-    Splits that --limit-train or --limit-eval shortens are left alone.
+    A training split that --limit-train shortens is only warned of; one for evaluation that
+    --limit-eval shortens is left alone.
     """
     for name, split in cut.items():
         counts = split.labels.bincount(minlength=len(split.class_names)).tolist()
         missing = [c for c, count in zip(split.class_names, counts, strict=True) if not count]
-        limit = config.limit_train if name == "train" else config.limit_eval
-        if not missing or len(missing) == len(counts) or 0 < limit <= len(split.labels):
+        limited = len(split.labels) == (
+            config.limit_train if name == "train" else config.limit_eval
+        )
+        if not missing or len(missing) == len(counts) or (limited and name != "train"):
             continue
         classes = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" * (len(missing) > 5))
         what = (
             f"the {TITLES[name]} split has no image of class{'es' * (len(missing) > 1)} {classes}"
         )
-        if name == "train":
+        if name == "train" and not limited:
             raise UserError(what, "Add images of every class, or remove the class")
-        console.warn(f"{what}: too few images")
+        console.warn(f"{what}: " + ("--limit-train is too small" if limited else "too few images"))
 
 
 def _ready(
