@@ -102,6 +102,8 @@ def test_fingerprints_of_another_format_are_not_compared():
     current = {"train": f"{FORMAT}-1", "test": f"{FORMAT}-2"}
     assert changed_splits({"train": f"{FORMAT}-1", "test": f"{FORMAT}-3"}, current) == ["test"]
     assert changed_splits({"train": "0123456789abcdef", "test": f"{FORMAT}-2"}, current) == []
+    assert changed_splits(current, {"train": "0123456789abcdef"}) == []
+    assert changed_splits({"train": "0123456789abcdef"}, {"train": "123456789abcdef0"}) == ["train"]
     assert changed_splits({}, current) == []
 
 

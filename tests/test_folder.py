@@ -1,6 +1,8 @@
 """Folders of pictures: which files make which split, and that every kind of picture is decoded."""
 
+import errno
 import math
+import os
 import struct
 import zlib
 from pathlib import Path
@@ -86,6 +88,20 @@ def test_split_folders_are_found_by_any_usual_name_in_any_case(tmp_path, train, 
             assert listed(tmp_path, part) == expected
         else:
             assert getattr(read_folder(config(tmp_path)), part) is None
+
+
+def test_a_folder_beside_the_splits_that_may_not_be_read_is_ignored(tmp_path, monkeypatch):
+    """Such as lost+found; it is no part of the data."""
+    write(tmp_path, "train/a/0.png", "train/b/0.png", "lost+found/0.png")
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("lost+found"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert len(listed(tmp_path)) == 2
 
 
 def test_a_class_may_be_called_train_inside_a_folder_train(tmp_path):

@@ -8,12 +8,16 @@ import stat
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
-from torch import Tensor
 
-from lab.data.sources import Split
 from lab.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lab.data.sources import Split
 
 FORMAT = "v2"  # a fingerprint is FORMAT-DIGEST; those of different formats cannot be compared
 NUM_HASHED = 256  # images of a split whose contents are hashed
@@ -37,16 +41,22 @@ def fingerprint(split: Split) -> str:
     return f"{FORMAT}-{digest.hexdigest()}"
 
 
-def changed_splits(recorded: Mapping[str, str], current: Mapping[str, str]) -> list[str]:
+def changed_splits(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
     """Return the names of the splits whose recorded fingerprint is not the current one.
 
-    A fingerprint that an earlier version of lab recorded in another format says nothing.
+    Those that were never recorded, or by an earlier version in another format, cannot be compared.
     """
     return [
         name
-        for name in current
-        if str(recorded.get(name)).startswith(f"{FORMAT}-") and recorded[name] != current[name]
+        for name, fingerprint in current.items()
+        if name in recorded
+        and recorded[name] != fingerprint
+        and _has_format(recorded[name]) == _has_format(fingerprint)
     ]
+
+
+def _has_format(recorded: Any) -> bool:
+    return str(recorded).startswith(f"{FORMAT}-")
 
 
 def file_sizes(paths: Sequence[str]) -> np.ndarray:
@@ -77,8 +87,7 @@ def hash_sample(split: Split) -> dict[int, bytes]:
 def _content(split: Split, position: int) -> bytes:
     """Return the beginning of an image's file, or its pixels where it lies in memory."""
     if split.paths is None:
-        assert isinstance(split.images, Tensor)
-        return split.images[position].contiguous().numpy().tobytes()
+        return cast("Tensor", split.images)[position].contiguous().numpy().tobytes()
     path = split.paths[position]
     try:
         with open(path, "rb", buffering=0) as file:
