@@ -11,6 +11,7 @@ Writes report.json and predictions.csv. The numbers do not depend on the number 
 
 import sys
 from contextlib import closing
+from functools import partial
 
 from lab import console, tables
 from lab.commandline import parse_arguments
@@ -26,10 +27,17 @@ def main(argv: list[str] | None = None) -> None:
     import torch
 
     from lab import checkpoint, rundir
-    from lab.data import DataConfig, load_split, require_data_dir_is_read
+    from lab.data import DataConfig, list_samples, load_split, require_data_dir_is_read
     from lab.data.augment import Preprocess
+    from lab.data.fingerprint import changed_splits
     from lab.data.loaders import build_loader
-    from lab.distributed import build_accelerator, loader_place, place_line, together
+    from lab.distributed import (
+        build_accelerator,
+        check_same_data,
+        loader_place,
+        place_line,
+        together,
+    )
     from lab.engine import lay_out
     from lab.evaluation import eval_batch_size, predict_all
     from lab.metrics import caveat
@@ -56,6 +64,10 @@ def main(argv: list[str] | None = None) -> None:
             split, fingerprint = load_split(
                 data, config.split, place["memory"], torch.get_num_threads()
             )
+    check_same_data(
+        accelerator, {config.split: fingerprint}, partial(list_samples, data, config.split)
+    )
+    with together(accelerator):
         checkpoint.require_same_classes(path, about, split)
         plain = Preprocess(about["mean"], about["std"], (), accelerator.device)
         size = config.batch_size or eval_batch_size(
@@ -67,10 +79,10 @@ def main(argv: list[str] | None = None) -> None:
             tta: rundir.evaluation_dir(path, config.part(about["data"]), config.output, writes, tta)
             for tta in dict.fromkeys(("none", config.tta))
         }
-    if config.same_samples and fingerprint != about["fingerprints"].get(config.split):
+    if config.same_samples and changed_splits(about["fingerprints"], {config.split: fingerprint}):
         console.warn(
-            f"the {config.split} split has changed since the training (files added, removed or "
-            "renamed): it may hold samples that were trained on"
+            f"the {config.split} split has changed since the training (files added, removed, "
+            "renamed or replaced): it may hold samples that were trained on"
         )
     console.settings(
         f"{model} of {path}",

@@ -47,12 +47,13 @@ def _train(given: dict[str, Any], stack: ExitStack) -> tuple[int, RunDir]:
     # PyTorch takes seconds to import: --help and a mistyped option are answered before.
     import torch
 
-    from lab import card, checkpoint, finetune, hub, keeper, states, tracking
-    from lab.data import DataConfig, load_splits
+    from lab import card, checkpoint, finetune, hub, keeper, states, tables, tracking
+    from lab.data import DataConfig, list_samples, load_splits
     from lab.data.augment import Preprocess
     from lab.data.loaders import build_loader
     from lab.distributed import (
         build_accelerator,
+        check_same_data,
         describe,
         join_world,
         loader_place,
@@ -98,9 +99,11 @@ def _train(given: dict[str, Any], stack: ExitStack) -> tuple[int, RunDir]:
         quiet=config.quiet,
     )
     place = loader_place(accelerator, config.loader, config.workers, config.cuda_graphs)
+    data_config = DataConfig.of(config)
+    with together(accelerator), console.working(f"reading {config.dataset}"):
+        splits = load_splits(data_config, place["memory"], torch.get_num_threads())
+    check_same_data(accelerator, splits.fingerprints, partial(list_samples, data_config))
     with together(accelerator):
-        with console.working(f"reading {config.dataset}"):
-            splits = load_splits(DataConfig.of(config), place["memory"], torch.get_num_threads())
         if state:
             state.require_same_data(splits)
         augment = Preprocess(
@@ -150,6 +153,8 @@ def _train(given: dict[str, Any], stack: ExitStack) -> tuple[int, RunDir]:
     console.settings(
         f"{config.model} on {config.dataset}", overview(config, splits, place_line(accelerator))
     )
+    if config.dataset == "folder":
+        tables.class_counts(splits.train.class_names, splits.class_counts())
 
     with (
         Stopper(accelerator, began, config.max_hours, position.step) as stopper,

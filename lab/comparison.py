@@ -81,7 +81,7 @@ def rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
     found = []
     for run in sorted(runs, key=lambda r: (r.dataset, -r.report["accuracy"])):
         best = max(
-            (other for other in runs if other.test_set == run.test_set),
+            (other for other in runs if other.has_same_test_split(run)),
             key=lambda other: other.report["accuracy"],
         )
         comparable = best is not run and run.predictions is not None

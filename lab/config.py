@@ -45,7 +45,7 @@ class TrainConfig:
         low=0, high=2**31 - 1)
     num_samples: int = option(10_000, TASK,
         "training pictures made by the `shapes` data set; a fifth as many again for its test",
-        low=10, high=10_000_000)
+        low=20, high=10_000_000)
     limit_train: int = option(0, TASK,
         "train on this many samples of the split; 0: all", low=0, metavar="N", from_recipe=True)
     limit_eval: int = option(0, TASK,
@@ -219,7 +219,7 @@ class EvalConfig:
     weights: str = option("", WEIGHTS,
         "a run's folder or a .safetensors file that train.py wrote", positional=True)
     split: str = option("test", WEIGHTS,
-        "which split; all: every sample of data that comes in one piece",
+        "which split; all: every sample of the data, whatever splits they come in",
         choices=("test", "val", "train", "all"))
     dataset: str | None = option(None, WEIGHTS,
         "data set; if not given, the one trained on")

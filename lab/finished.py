@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 from lab.config import TrainConfig
+from lab.data.fingerprint import changed_splits
 from lab.errors import UserError
 from lab.options import option
 from lab.rundir import CONFIG, HISTORY, PICTURES, PREDICTIONS, REPORT, STEPS
@@ -64,12 +65,15 @@ class Run:
         place = str(self.config.get("data_dir"))
         return f"{name} ({Path(place).name or place})"
 
-    @property
-    def test_set(self) -> tuple[Any, ...]:
-        """What tells test splits apart: runs are compared on the same one only."""
-        names = self.config.get("fingerprints", {}).get("test")
-        labels = None if self.labels is None else self.labels.tobytes()
-        return self.config["dataset"], self.config["split_seed"], names, labels
+    def has_same_test_split(self, other: Run) -> bool:
+        """Return whether two runs were tested on the same samples, as far as their files tell."""
+
+        def split(run: Run) -> tuple[Any, ...]:
+            labels = None if run.labels is None else run.labels.tobytes()
+            return run.config["dataset"], run.config["split_seed"], labels
+
+        recorded, current = (run.config.get("fingerprints", {}) for run in (self, other))
+        return split(self) == split(other) and "test" not in changed_splits(recorded, current)
 
     def settings(self) -> TrainConfig:
         """What train.py was told, of what config.json holds."""

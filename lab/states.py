@@ -29,6 +29,7 @@ from lab import console
 from lab.checkpoint import read_info, read_tensors, require_types
 from lab.config import TIMEOUT_SECONDS, TrainConfig
 from lab.data import Splits
+from lab.data.fingerprint import changed_splits
 from lab.engine import Position
 from lab.errors import UserError
 from lab.options import flag
@@ -144,9 +145,10 @@ class State:
 
     def require_same_data(self, splits: Splits) -> None:
         """Nothing; raises `UserError` where other samples lie where the run's lay."""
-        if self.about["fingerprints"] != splits.fingerprints:
+        if changed := changed_splits(self.about["fingerprints"], splits.fingerprints):
             raise UserError(
-                "the data are not those that the run was trained on",
+                "the data are not those that the run was trained on (files of these splits were "
+                f"added, removed, renamed or replaced: {', '.join(changed)})",
                 "Give --data-dir with the same files, or start a new run",
             )
 

@@ -19,6 +19,33 @@ def class_table(report: Mapping[str, Any]) -> None:
     console.out().print(table)
 
 
+def class_counts(class_names: Sequence[str], counts: Mapping[str, Sequence[int]]) -> None:
+    """Print the number of images of every class, a column for each split in `counts`, and totals.
+
+    Of more than 20 classes the first and last eight are printed, and the range of the others.
+    """
+    if not console.chatty():
+        return
+    table = console.number_table("class", *counts)
+    rows = list(zip(class_names, *counts.values(), strict=True))
+    hidden = rows[8:-8] if len(rows) > 20 else []
+    for row in rows[:8] if hidden else rows:
+        table.add_row(*_count_cells(*row))
+    if hidden:
+        columns = (values[8:-8] for values in counts.values())
+        ranges = [f"{min(column):,} to {max(column):,}" for column in columns]
+        table.add_row(console.literal(f"... {len(hidden):,} more"), *ranges)
+        for row in rows[-8:]:
+            table.add_row(*_count_cells(*row))
+    total = f"total ({len(rows):,} classes)"
+    table.add_row(*_count_cells(total, *map(sum, counts.values())), style="bold")
+    console.out().print(table)
+
+
+def _count_cells(name: str, *counts: int) -> list[Any]:
+    return [console.literal(name), *(f"{count:,}" for count in counts)]
+
+
 def confusion_matrix(report: Mapping[str, Any]) -> None:
     """Prints the matrix, a row a true class and a column a predicted one.
 

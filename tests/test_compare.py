@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from resuming import LENET, start
 import compare
 from lab import comparison
 from lab.comparison import difference
+from lab.data.fingerprint import FORMAT
 from lab.errors import UserError
 from lab.finished import Run, read_run
 from lab.models.cost import cost
@@ -169,3 +171,18 @@ def test_the_cost_of_a_network(model, channels, size, parameters, multiply_adds)
     found = cost(name=model, num_classes=10, channels=channels, image_size=size)
     assert found["parameters"] == parameters
     assert multiply_adds is None or found["multiply_adds"] == multiply_adds
+
+
+def test_runs_are_compared_on_the_same_test_samples_only():
+    def run(**config):
+        settings = {"dataset": "folder", "split_seed": 0, **config}
+        return Run(Path("run"), settings, {}, [], np.arange(3), None)
+
+    old, current = ({"test": "0123456789abcdef"}, {"test": f"{FORMAT}-1"})
+    a, b = run(fingerprints=current), run(fingerprints={"test": f"{FORMAT}-2"})
+    assert a.has_same_test_split(run(fingerprints=current))
+    assert not a.has_same_test_split(b)
+    assert not a.has_same_test_split(run(fingerprints=current, split_seed=1))
+    for other in (run(fingerprints=old), run()):  # whose fingerprints say nothing
+        assert a.has_same_test_split(other)
+        assert other.has_same_test_split(a)

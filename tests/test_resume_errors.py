@@ -10,6 +10,7 @@ from resuming import LENET, SMALL, resume, same_end, start
 
 import train
 from lab import disk, errors, keeper, rundir, states
+from lab.data.fingerprint import FORMAT
 from lab.errors import UserError
 
 
@@ -75,9 +76,11 @@ def test_p7_other_data_are_refused(fails, copied):
     folder = rundir.RunDir(copied).checkpoints[0]
     about, tensors = states.read(folder)
     shutil.rmtree(folder)
-    states.write(folder, tensors, about | {"fingerprints": {**about["fingerprints"], "train": "x"}})
+    other = {**about["fingerprints"], "train": f"{FORMAT}-0", "test": f"{FORMAT}-0"}
+    states.write(folder, tensors, about | {"fingerprints": other})
     assert fails(train, "--resume", copied, "--epochs", 4) == (
-        "the data are not those that the run was trained on. "
+        "the data are not those that the run was trained on (files of these splits were added, "
+        "removed, renamed or replaced: train, test). "
         "Give --data-dir with the same files, or start a new run."
     )
 
