@@ -9,7 +9,7 @@ from lab.options import check_fields, listed, option
 
 SCHEDULES = ("constant", "step", "cosine", "one-cycle")
 OPTIMIZERS = ("sgd", "nesterov", "adamw", "muon")
-AUGMENTATIONS = ("crop", "flip", "cutout", "random-augment", "mixup", "cutmix")
+AUGMENTATIONS = ("crop", "flip", "cutout", "mixup", "cutmix")
 TTA = ("none", "flip")
 TRACKERS = ("tensorboard", "wandb")  # each an extra of pyproject.toml, too
 EVAL_BATCH_SIZE = 100
@@ -92,7 +92,7 @@ class TrainConfig:
         "decay a step of an average of the weights, which is then evaluated and kept; 0: off",
         low=0.0, high=0.999999, from_recipe=True)
     augment: str = option("none", TRAINING,
-        "`none`, or a list with commas of crop, flip, cutout, random-augment, mixup, cutmix",
+        "`none`, or a list with commas of crop, flip, cutout, mixup, cutmix",
         each_of=AUGMENTATIONS, from_recipe=True, filled=True)
     mix_alpha: float = option(1.0, TRAINING,
         "mixup and cutmix, of which a batch takes one: its share is drawn from Beta(A, A)",
