@@ -181,7 +181,7 @@ def _train(given: dict[str, Any], stack: ExitStack) -> tuple[int, RunDir]:
                 )
             kept.save(best, position)
             start = time.perf_counter()
-            scores = predict_all(accelerator, trainer.evaluated, val_loader).report()
+            scores = predict_all(accelerator, trainer.evaluated, val_loader).scores()
             row = {
                 "epoch": position.epoch,
                 "train_loss": trained.loss,

@@ -240,11 +240,13 @@ def test_p6_the_epoch_kept_is_the_best_by_the_number_chosen(tmp_path, monkeypatc
     epochs = iter(range(3))
 
     class Altered(Predictions):
-        def report(self):
-            epoch = next(epochs, None)  # after the epochs comes the test split
-            return super().report() | {
-                name: values[epoch] for name, values in numbers.items() if epoch is not None
-            }
+        def scores(self):
+            epoch = next(epochs)
+            return {name: values[epoch] for name, values in numbers.items()}
+
+        def report(self):  # an epoch's numbers must not cost a report of every class
+            assert next(epochs, None) is None
+            return super().report()
 
     def altered(*arguments):
         return Altered(**vars(predict_all(*arguments)))
