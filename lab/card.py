@@ -36,7 +36,7 @@ SHOWN = ("recipe", "epochs", "max_steps", "batch_size", "optimizer", "lr", "sche
 ELSEWHERE = ("model", "dataset", "recipe", "data_dir", "init_from", "workers", "threads", "loader",
              "timeout_seconds", "max_hours", "resume", "save_every", "keep_states",
              "final_checkpoints", "output_dir", "name", "overwrite", "log_every", "tracker",
-             "push_to_hub", "quiet", "debug")  # fmt: skip
+             "push_to_hub", "hub_images", "hub_public", "quiet", "debug")  # fmt: skip
 CONFUSION = f"{PLOTS}/confusion_matrix.png"
 USE = """\
 python evaluate.py best.safetensors              # these numbers again

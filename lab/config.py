@@ -174,6 +174,10 @@ class TrainConfig:
     push_to_hub: str = option("", OUTPUT,
         "upload the finished run to this repository of Hugging Face, made private where it is new",
         metavar="NAME")
+    hub_images: bool = option(False, OUTPUT,
+        "upload the plots that show images of the dataset, too")
+    hub_public: bool = option(False, OUTPUT,
+        "allow an upload to an existing repository that is public")
     quiet: bool = option(False, OUTPUT,
         "print the result only")
     debug: bool = option(False, OUTPUT,
@@ -187,6 +191,9 @@ class TrainConfig:
                 f"--warmup-epochs {self.warmup_epochs:g} fills all of --epochs {self.epochs}",
                 "Give fewer: the learning rate would never reach --lr",
             )
+        if (self.hub_images or self.hub_public) and not self.push_to_hub:
+            given = "--hub-images" if self.hub_images else "--hub-public"
+            raise UserError(f"{given} needs --push-to-hub", "Give the repository's name, too")
         if self.pretrained and self.init_from:
             raise UserError("--pretrained and --init-from both give weights", "Give one of them")
         if self.freeze != "none" and not (self.pretrained or self.init_from):
