@@ -1,7 +1,5 @@
 """Pictures of a finished run, drawn from its files; matplotlib is imported here and in `scatter`.
 
-  python -m lab.plots runs/lenet5-mnist    draws RUN/plots/*.png again
-
 Each stands on an opaque white card, so that it can be read on a light page and on a dark one.
 """
 
@@ -9,7 +7,6 @@ from __future__ import annotations
 
 import io
 import math
-import sys
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -17,9 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from lab import console
-from lab.commandline import parse_arguments
-from lab.errors import run_script
-from lab.finished import Run, RunConfig, read_run
+from lab.finished import Run, read_run
 from lab.rundir import PICTURES, PLOTS, PREDICTIONS, write_atomically, writing
 
 if TYPE_CHECKING:
@@ -42,14 +37,6 @@ STYLE: Any = {
 WRITTEN_OUT = 20  # classes whose cells have room for numbers
 LISTED = 100  # classes that have a line each
 NAME = 18  # characters of a class name
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Draws a run's pictures; raises `UserError`."""
-    about = (__doc__ or "").partition("\n\nEach")[0]
-    config = RunConfig(**parse_arguments(RunConfig, argv, prog="-m lab.plots", about=about))
-    draw(Path(config.run))
-    console.print_line(f"written: {Path(config.run) / PLOTS}")
 
 
 def draw(path: Path) -> None:
@@ -279,7 +266,3 @@ def short(name: str, width: int = NAME) -> str:
     if len(name) > width:
         name = name[: width // 2] + "…" + name[len(name) - (width - 1) // 2 :]
     return name or "(no name)"
-
-
-if __name__ == "__main__":
-    sys.exit(run_script(main))

@@ -131,6 +131,7 @@ def test_counts_are_brief():
     [
         ("", "no runs to compare. Name the folders of runs."),
         ("gone", "gone is no run's folder: it has no config.json. Name one of train.py's."),
+        ("a --output b", "--output is for several runs. Name more of them, or leave it out."),
         ("unfinished", "the run unfinished is not finished. Finish it: train.py --resume "
                        "unfinished."),
     ],

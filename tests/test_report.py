@@ -12,6 +12,7 @@ from handmade import HOSTILE, make_run, predicted, splits
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import compare
 from lab import pictures, plots, recipes, report
 from lab.data.augment import STEPS, Preprocess, random_bits
 from lab.data.loaders import Plan, ResidentLoader
@@ -59,9 +60,10 @@ def test_what_was_deleted_is_drawn_again(hostile, tmp_path, capsys):
     path = shutil.copytree(hostile, tmp_path / "run")
     shutil.rmtree(path / "plots")
     (path / "report.html").unlink()
-    plots.main([str(path)])
-    report.main([str(path)])
+    (path / "README.md").write_text("edited")
+    compare.main([str(path)])
     assert capsys.readouterr().out == f"written: {path}/plots\nwritten: {path}/report.html\n"
+    assert (path / "README.md").read_text() == "edited"
     for name in PLOTS:
         assert (path / "plots" / name).read_bytes() == (hostile / "plots" / name).read_bytes()
     drawn = (path / "report.html").read_text().replace(str(path), str(hostile))
@@ -222,7 +224,6 @@ def test_large_pictures_are_kept_small_and_a_run_without_mistakes_is_drawn(tmp_p
     assert "There are pictures of 0 of the 0 mistakes" in report.write(path).read_text()
 
 
-@pytest.mark.parametrize("main", [plots.main, report.main], ids=["plots", "report"])
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -231,10 +232,10 @@ def test_large_pictures_are_kept_small_and_a_run_without_mistakes_is_drawn(tmp_p
         ("history.jsonl", "is damaged: history.jsonl (No such file or directory). Copy it back"),
     ],
 )
-def test_p7_a_missing_file_is_one_line(hostile, tmp_path, capsys, main, name, message):
+def test_p7_a_missing_file_is_one_line(hostile, tmp_path, capsys, name, message):
     path = shutil.copytree(hostile, tmp_path / "run")
     (path / name).unlink()
-    assert run_script(lambda: main([str(path)])) == 2
+    assert run_script(lambda: compare.main([str(path)])) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
     assert message in line

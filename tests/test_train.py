@@ -237,12 +237,11 @@ def test_average_accumulation_and_clipping_go_together(tmp_path):
 @pytest.mark.parametrize(("select_by", "best"), [("macro_f1", 1), ("loss", 2), ("accuracy", 3)])
 def test_p6_the_epoch_kept_is_the_best_by_the_number_chosen(tmp_path, monkeypatch, select_by, best):
     numbers = {"macro_f1": [0.3, 0.2, 0.1], "loss": [3.0, 1.0, 2.0], "accuracy": [0.1, 0.2, 0.3]}
-    epochs = iter(range(3))
+    epochs = zip(*numbers.values(), strict=True)
 
     class Altered(Predictions):
         def scores(self):
-            epoch = next(epochs)
-            return {name: values[epoch] for name, values in numbers.items()}
+            return dict(zip(numbers, next(epochs), strict=True))
 
         def report(self):  # an epoch's numbers must not cost a report of every class
             assert next(epochs, None) is None
