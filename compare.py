@@ -5,7 +5,8 @@
 
 Writes comparison.md, comparison.csv, comparison.png and compare.html, a page of them all, to
 --output. Of one run it draws plots/ and report.html again, in the run's folder, and writes the
-model card README.md if there is none.
+model card README.md if there is none. A terminal shows the columns that it has room for, the
+files have all of them.
 """
 
 import sys

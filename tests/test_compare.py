@@ -12,7 +12,7 @@ from PIL import Image
 from resuming import LENET, start
 
 import compare
-from lab import comparison
+from lab import comparison, tables
 from lab.comparison import difference
 from lab.errors import UserError
 from lab.finished import Run, read_run
@@ -65,6 +65,7 @@ def test_the_table_has_the_runs_own_numbers(trained):
     accuracies = [row["accuracy"] for row in rows]
     assert accuracies == sorted(accuracies, reverse=True)
     assert rows[0]["to best"] is None
+    assert rows[0].keys() == {"run", *tables.IMPORTANCE}  # a column not listed is never printed
     for row in rows:
         report = json.loads((trained / row["run"] / "report.json").read_text())
         history = (trained / row["run"] / "history.jsonl").read_text().splitlines()
