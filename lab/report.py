@@ -147,7 +147,7 @@ def _about(run: Run) -> dict[str, Any]:
         "facts": [(name.replace("_", " "), config[name]) for name in FACTS if config.get(name)],
         "versions": config["versions"],
         "names": names,
-        "labels": [(plots.short(name), plots.short(name, PHONE)) for name in names],
+        "labels": [(plots.short(name, plots.LONG), plots.short(name, PHONE)) for name in names],
         "matrix": matrix if len(names) <= IN_FULL else None,
         "confusions": run.confusions(CONFUSIONS),
         "num_mistakes": report["num_samples"] - sum(row[i] for i, row in enumerate(matrix)),

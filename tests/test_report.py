@@ -241,6 +241,51 @@ def test_p7_a_missing_file_is_one_line(hostile, tmp_path, capsys, name, message)
     assert message in line
 
 
+@pytest.mark.parametrize(("num_logged", "label"), [(0, "epoch"), (1, "epoch"), (3, "step")])
+def test_the_learning_rate_has_a_point_for_each_epoch_at_least(
+    hostile, tmp_path, num_logged, label
+):
+    path = shutil.copytree(hostile, tmp_path / "run")
+    lines = (path / "steps.jsonl").read_text().splitlines(keepends=True)
+    (path / "steps.jsonl").write_text("".join(lines[:num_logged]))
+    axes = plots.curves(read_run(path)).axes[2]
+    [line] = axes.get_lines()
+    assert axes.get_xlabel() == label
+    assert list(line.get_ydata()) == pytest.approx([0.1, 0.05, 0.1 / 3])
+    assert line.get_marker() == "o"
+
+
+def test_the_epochs_of_a_page_have_every_number(hostile, tmp_path):
+    path = shutil.copytree(hostile, tmp_path / "run")
+    rows = [json.loads(line) for line in (path / "history.jsonl").read_text().splitlines()]
+    for k, row in enumerate(rows):
+        row["val_macro_f1"] = 0.4321 + k
+    del rows[2]["val_macro_f1"]  # of an older version
+    (path / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = report.write(path).read_text()
+    table = text[text.index(">Epochs</caption>") :].partition("</table>")[0]
+    heads = [head.strip() for head in re.findall(r"<th[^>]*>([^<]*)</th>", table)]
+    column = heads.index("validation macro-F1") - 1  # the epoch itself is a head of its row
+    cells = [re.findall(r"<td[^>]*>([^<]*)</td>", row) for row in table.split("<tr")[2:]]
+    assert [row[column] for row in cells] == ["0.4321", "1.4321", "-"]
+
+
+def test_class_names_are_whole_where_there_is_room(tmp_path):
+    names = ["cat", "Tomato Yellow Leaf Curl Virus", "n01494475 hammerhead shark",
+             "thirty-six characters of a long name"]  # fmt: skip
+    run = read_run(make_run(tmp_path / "run", names))
+    for draw in (plots.confusion_matrix, plots.per_class):
+        figure = draw(run)
+        figure.draw_without_rendering()
+        labels = figure.axes[0].get_yticklabels()
+        shown = [re.sub(r" \(\d+\)$", "", label.get_text()) for label in labels]
+        assert sorted(shown) == sorted(names)
+        assert min(label.get_window_extent().x0 for label in labels) >= 0
+    page = report.write(run.path).read_text()
+    for name in names:
+        assert f"<span>{name}</span></th>" in page
+
+
 @pytest.mark.parametrize("name", ["pictures.safetensors", "predictions.csv"])
 def test_without_pictures_the_rest_is_drawn(hostile, tmp_path, capsys, name):
     path = shutil.copytree(hostile, tmp_path / "run", ignore=shutil.ignore_patterns("plots", name))
