@@ -78,11 +78,11 @@ def _train(given: dict[str, Any], stack: ExitStack) -> tuple[int, RunDir]:
         run, config = state.run, state.config(given)
     with together(world):  # what would be missed only once the run is begun, or at its end
         tracking.require_packages(config, needed=world.is_main_process)
-        hub.require_login(config.push_to_hub, needed=world.is_main_process)
+        hub.check_upload(config, needed=world.is_main_process)
     if state and state.is_finished(config):
         console.say(f"{run.path} is finished; raise --epochs or --max-steps to train it further")
         keeper.remove_checkpoints(run, config.final_checkpoints)
-        hub.upload(run, config.push_to_hub)
+        hub.upload(run, config)
         return 0, run
     if state:
         console.say(f"going on from {state.path}")
@@ -186,7 +186,7 @@ def _train(given: dict[str, Any], stack: ExitStack) -> tuple[int, RunDir]:
                 )
             kept.save(best, position)
             start = time.perf_counter()
-            scores = predict_all(accelerator, trainer.evaluated, val_loader).report()
+            scores = predict_all(accelerator, trainer.evaluated, val_loader).scores()
             row = {
                 "epoch": position.epoch,
                 "train_loss": trained.loss,
@@ -250,7 +250,7 @@ def _train(given: dict[str, Any], stack: ExitStack) -> tuple[int, RunDir]:
         card.write(run)
     tracked.finish(report, position.step)
     keeper.remove_checkpoints(run, config.final_checkpoints)
-    hub.upload(run, config.push_to_hub)
+    hub.upload(run, config)
     return 0, run
 
 

@@ -180,7 +180,7 @@ def lab(case: Case) -> Contender:
         return min(position.step * BATCH_SIZE, loader.plan.num_samples)
 
     def evaluate() -> float:
-        return predict_all(accelerator, trainer.evaluated, test_loader).report()["accuracy"]
+        return predict_all(accelerator, trainer.evaluated, test_loader).scores()["accuracy"]
 
     return train, evaluate
 

@@ -9,7 +9,7 @@ from lab.options import check_fields, listed, option
 
 SCHEDULES = ("constant", "step", "cosine", "one-cycle")
 OPTIMIZERS = ("sgd", "nesterov", "adamw", "muon")
-AUGMENTATIONS = ("crop", "flip", "cutout", "random-augment", "mixup", "cutmix")
+AUGMENTATIONS = ("crop", "flip", "cutout", "mixup", "cutmix")
 TTA = ("none", "flip")
 TRACKERS = ("tensorboard", "wandb")  # each an extra of pyproject.toml, too
 EVAL_BATCH_SIZE = 100
@@ -92,7 +92,7 @@ class TrainConfig:
         "decay a step of an average of the weights, which is then evaluated and kept; 0: off",
         low=0.0, high=0.999999, from_recipe=True)
     augment: str = option("none", TRAINING,
-        "`none`, or a list with commas of crop, flip, cutout, random-augment, mixup, cutmix",
+        "`none`, or a list with commas of crop, flip, cutout, mixup, cutmix",
         each_of=AUGMENTATIONS, from_recipe=True, filled=True)
     mix_alpha: float = option(1.0, TRAINING,
         "mixup and cutmix, of which a batch takes one: its share is drawn from Beta(A, A)",
@@ -174,6 +174,10 @@ class TrainConfig:
     push_to_hub: str = option("", OUTPUT,
         "upload the finished run to this repository of Hugging Face, made private where it is new",
         metavar="NAME")
+    hub_images: bool = option(False, OUTPUT,
+        "upload the plots that show images of the dataset, too")
+    hub_public: bool = option(False, OUTPUT,
+        "allow an upload to an existing repository that is public")
     quiet: bool = option(False, OUTPUT,
         "print the result only")
     debug: bool = option(False, OUTPUT,
@@ -187,6 +191,9 @@ class TrainConfig:
                 f"--warmup-epochs {self.warmup_epochs:g} fills all of --epochs {self.epochs}",
                 "Give fewer: the learning rate would never reach --lr",
             )
+        if (self.hub_images or self.hub_public) and not self.push_to_hub:
+            given = "--hub-images" if self.hub_images else "--hub-public"
+            raise UserError(f"{given} needs --push-to-hub", "Give the repository's name, too")
         if self.pretrained and self.init_from:
             raise UserError("--pretrained and --init-from both give weights", "Give one of them")
         if self.freeze != "none" and not (self.pretrained or self.init_from):

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 from lab.config import TrainConfig
 from lab.data.fingerprint import changed_splits
 from lab.errors import UserError
-from lab.options import option
 from lab.rundir import CONFIG, HISTORY, PICTURES, PREDICTIONS, REPORT, STEPS
 
 if TYPE_CHECKING:
@@ -33,14 +32,6 @@ EPOCH = {"epoch": int, "train_loss": OR_NULL, "train_accuracy": OR_NULL, "val_lo
          "val_accuracy": NUMBER, "learning_rate": NUMBER, "train_seconds": NUMBER,
          "eval_seconds": NUMBER, "images_per_second": NUMBER}  # fmt: skip
 CLASS = {"class": str, "precision": NUMBER, "recall": NUMBER, "f1": NUMBER, "support": int}
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    """The settings of what is made from a finished run's files."""
-
-    run: str = option("", "what to read", "the folder of a finished run", positional=True)
-    debug: bool = option(False, "what to write", "show the traceback of an error")
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,7 @@ RESUMABLE = (
     "cuda_graphs",
     "loader", "workers", "threads", "timeout_seconds", "save_every", "keep_states",
     "final_checkpoints", "output_dir", "name", "resume", "log_every", "tracker", "push_to_hub",
-    "quiet", "debug",
+    "hub_images", "hub_public", "quiet", "debug",
 )  # fmt: skip
 
 
@@ -111,8 +111,12 @@ class State:
                     "Leave it out, or start a new run",
                 )
         changed = {name: value for name, value in given.items() if name in RESUMABLE}
-        place = {"output_dir": str(self.run.path.parent), "name": self.run.path.name, "resume": ""}
-        place["push_to_hub"] = given.get("push_to_hub", "")  # never because a file says so
+        place: dict[str, Any] = {
+            "output_dir": str(self.run.path.parent), "name": self.run.path.name, "resume": "",
+        }  # fmt: skip
+        # An upload is never repeated because a file says so.
+        place["push_to_hub"] = given.get("push_to_hub", "")
+        place |= {name: given.get(name, False) for name in ("hub_images", "hub_public")}
         place["timeout_seconds"] = given.get("timeout_seconds", TIMEOUT_SECONDS)  # of this world
         config = TrainConfig(**stored | changed | place)
         if config.epochs < self.about["position"]["epoch"]:

@@ -52,14 +52,14 @@ TRAININGS = {
     "pictures": "--dataset folder --epochs 1 --max-steps 0 --loader resident",
     "pictures-streaming": "--dataset folder --epochs 1 --max-steps 0 --loader streaming "
     "--workers 2",
-    "mixed": "--augment crop,random-augment,mixup,cutmix --label-smoothing 0.1 --max-steps 30",
-    "mixed-accumulate": "--augment crop,random-augment,mixup,cutmix --label-smoothing 0.1 "
+    "mixed": "--augment crop,cutout,mixup,cutmix --label-smoothing 0.1 --max-steps 30",
+    "mixed-accumulate": "--augment crop,cutout,mixup,cutmix --label-smoothing 0.1 "
     "--max-steps 30 --accumulate 3",
     "mixed-empty": "--augment mixup,cutmix --limit-train 62 --epochs 5",
-    "pictures-mixed": "--dataset folder --epochs 1 --augment flip,random-augment,mixup,cutmix "
+    "pictures-mixed": "--dataset folder --epochs 1 --augment crop,flip,mixup,cutmix "
     "--max-steps 8 --loader resident",
     "pictures-mixed-streaming": "--dataset folder --epochs 1 --max-steps 8 --workers 2 "
-    "--augment flip,random-augment,mixup,cutmix --loader streaming",
+    "--augment crop,flip,mixup,cutmix --loader streaming",
     # With BatchNorm that is synchronised over gloo: --sync-bn needs GPUs.
     "batch-norm": "--max-steps 30",
     "batch-norm-accumulate": "--max-steps 30 --accumulate 3",

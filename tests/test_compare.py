@@ -13,7 +13,7 @@ from PIL import Image
 from resuming import LENET, start
 
 import compare
-from lab import comparison
+from lab import comparison, tables
 from lab.comparison import difference
 from lab.data.fingerprint import FORMAT
 from lab.errors import UserError
@@ -67,6 +67,7 @@ def test_the_table_has_the_runs_own_numbers(trained):
     accuracies = [row["accuracy"] for row in rows]
     assert accuracies == sorted(accuracies, reverse=True)
     assert rows[0]["to best"] is None
+    assert rows[0].keys() == {"run", *tables.IMPORTANCE}  # a column not listed is never printed
     for row in rows:
         report = json.loads((trained / row["run"] / "report.json").read_text())
         history = (trained / row["run"] / "history.jsonl").read_text().splitlines()
@@ -133,6 +134,7 @@ def test_counts_are_brief():
     [
         ("", "no runs to compare. Name the folders of runs."),
         ("gone", "gone is no run's folder: it has no config.json. Name one of train.py's."),
+        ("a --output b", "--output is for several runs. Name more of them, or leave it out."),
         ("unfinished", "the run unfinished is not finished. Finish it: train.py --resume "
                        "unfinished."),
     ],

@@ -206,7 +206,8 @@ def test_links_and_files_are_there(page):
 
 FILE = r"[\w/.*-]+\.(py|md|yaml|sbatch|json|txt|svg)|(lab|docs)/[\w/.*-]+"
 YOURS = {"lab/models/tiny.py", "lab/data/tensors.py"}
-WRITTEN = {"config.json", "report.json", "state.json", "history.jsonl", "log.txt"}
+WRITTEN = {"config.json", "report.json", "state.json", "history.jsonl", "log.txt",
+           "lab.json", "comparison.md"}  # fmt: skip
 
 
 def test_files_of_the_trees_are_there():

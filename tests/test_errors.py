@@ -66,9 +66,10 @@ HELP = "See `python train.py --help`."
         ("--optimizer adam", "--optimizer has no adam. Choose from sgd, nesterov, adamw, muon."),
         (
             "--augment crop,rotate",
-            "--augment has no rotate. "
-            "Choose from crop, flip, cutout, random-augment, mixup, cutmix, or none.",
+            "--augment has no rotate. Choose from crop, flip, cutout, mixup, cutmix, or none.",
         ),
+        ("--hub-images", "--hub-images needs --push-to-hub. Give the repository's name, too."),
+        ("--hub-public", "--hub-public needs --push-to-hub. Give the repository's name, too."),
         ("--augment mixup --mix-alpha 0", "--mix-alpha 0.0 is too low. Give more than 0."),
         ("--name=", "--name is empty. Name it, or leave the option out."),
         ("--augment=", "--augment is empty. Name it, or leave the option out."),

@@ -16,7 +16,7 @@ from lab.data.sources import Split
 WORLDS = [1, 2, 3, 4, 64, 1024]
 CPU = torch.device("cpu")
 NAMES = ("a", "b")
-STEPS = ("crop", "flip", "cutout", "random-augment")
+STEPS = ("crop", "flip", "cutout")
 SIZE, NUM_FILES = 12, 23
 
 

@@ -90,7 +90,7 @@ def pictures(tmp_path_factory):
 
 def make_loader(split, kind="resident", world=(0, 1), seed=3, mixes=BOTH, workers=0, num_parts=1):
     plan = Plan(NUM_SAMPLES, 4, seed, *world, num_parts)  # batches of 4, 4, 4 and 1
-    augment = ("flip", "random-augment", *mixes)
+    augment = ("flip", "crop", *mixes)
     preprocess = Preprocess((0.4, 0.5, 0.6), (0.2, 0.3, 0.4), augment, CPU)
     if kind == "resident":
         return ResidentLoader(split, plan, preprocess, CPU)

@@ -17,7 +17,7 @@ from lab.hardware import multiplies_bfloat16
 VARIANTS = {
     "nesterov": [*LENET, "--optimizer", "nesterov", "--lr", "0.05", "--clip-norm", "1"],
     "average, accumulate": [*LENET, "--ema", "0.9", "--accumulate", "2"],
-    "mixed": [*LENET, "--augment", "crop,random-augment,mixup,cutmix"],
+    "mixed": [*LENET, "--augment", "crop,cutout,mixup,cutmix"],
     # Emulated, bfloat16 takes minutes.
     "dropout, bfloat16": [*ALEXNET, *["--mixed-precision", "bf16"] * multiplies_bfloat16("cpu")],
     "muon": [*LENET, "--optimizer", "muon"],

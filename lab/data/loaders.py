@@ -154,7 +154,7 @@ class ResidentLoader:
         self.labels = split.labels.to(device)
         self.mixer = preprocess.mixer if plan.seed is not None else None
         # Of the few kernels that pictures take as they are, a graph is no gain.
-        replays = graphs and plan.seed is not None and preprocess.augment and preprocess.replayable
+        replays = graphs and plan.seed is not None and preprocess.augment
         self.cut = Replayed(self._cut) if replays else self._cut
 
     def _cut(self, index: Tensor, bits: Tensor | None = None) -> Tensor:
