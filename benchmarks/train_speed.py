@@ -143,7 +143,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         if args.quick:
             write_random_images(Path(folder))
-            cases = {"LeNet-5, random images": ("lenet5", "folder", folder, 0)}
+            cases = {"LeNet-5, random images": ("lenet5", "folder", folder, 2)}
         for title, (model, dataset, data_dir, num_steps) in cases.items():
             if not data_dir:
                 continue
