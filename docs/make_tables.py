@@ -18,10 +18,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path += [str(ROOT), str(ROOT / "benchmarks")]  # lab, installed or not; common, choices
 
-import choices
-from common import ratios, spread
+import choices  # noqa: E402
+from common import ratios, spread  # noqa: E402
 
-from lab.finished import Run, read_run
+from lab.finished import Run, read_run  # noqa: E402
 
 PAGES = ("README.md", "docs/architectures.md", "benchmarks/RESULTS.md")
 BLOCK = r"(<!-- table (\w+): docs/make_tables\.py -->\n).*?(<!-- end -->)"
@@ -286,8 +286,8 @@ def gpu_steps() -> str:
     for title, name, by_kernels in lines:
         row, plain = (steps | batches)[name], (steps | batches).get(by_kernels)
         of_rate = f"{row['utilisation']:.1%}" if row.get("utilisation", 0) > 0.01 else ""
-        cells = [f"{row['ms']:.3g}", f"{row['images_per_second']:,.0f}", of_rate]
-        cells += [f"{plain['ms']:.3g}", str(plain["launches"])] if plain else ["", ""]
+        cells = [f"{row['ms']:#.3g}", f"{row['images_per_second']:,.0f}", of_rate]
+        cells += [f"{plain['ms']:#.3g}", str(plain["launches"])] if plain else ["", ""]
         rows.append([title, *cells])
     heads = ("step", "ms", "images/s", "of the matrix rate", "kernel by kernel, ms")
     return markdown((*heads, "launches of it"), rows)

@@ -125,4 +125,4 @@ def test_the_speed_benchmark_runs_through_on_random_images(tmp_path):
     assert found.returncode == 0, found.stderr
     assert "| bfloat16 and channels_last |" in found.stdout
     [results] = json.loads((tmp_path / "speed.json").read_text())["cases"].values()
-    assert list(results) == "notebook,accelerate,resident-float32,resident,lab,floor".split(",")
+    assert set(results) >= {"notebook", "resident-float32", "resident", "lab", "floor"}
