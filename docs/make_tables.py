@@ -3,7 +3,7 @@
   python docs/make_tables.py
 
 A table stands between `<!-- table NAME: docs/make_tables.py -->` and `<!-- end -->`; NAME is a key
-of TABLES. `tests/test_tables.py` fails where a page and this script disagree.
+of TABLES. `tests/test_results.py` fails where a page and this script disagree.
 """
 
 import json
@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path += [str(ROOT), str(ROOT / "benchmarks")]  # lab, installed or not; common, choices
+sys.path += [str(ROOT), str(ROOT / "benchmarks")]  # lab, installed or not; benchmarks
 
 import choices  # noqa: E402
+import saving  # noqa: E402
 from common import ratios, spread  # noqa: E402
 
 from lab.finished import Run, read_run  # noqa: E402
@@ -207,9 +208,9 @@ def speed() -> str:
     def median(results: list[dict], key: str) -> float:
         return statistics.median(row[key] for row in results)
 
-    plain, saving = log("saving")["plain"], log("saving")["saving"]
-    epoch = statistics.median(plain) / 40 * 352  # steps of a block, and of an epoch
-    shares = [100 * (b - a) / epoch for a, b in zip(plain, saving, strict=True)]
+    plain, with_saving = log("saving")["plain"], log("saving")["saving"]
+    epoch = statistics.median(plain) / saving.STEPS * saving.STEPS_PER_EPOCH
+    shares = [100 * (b - a) / epoch for a, b in zip(plain, with_saving, strict=True)]
     first_run = "`train_speed.py --mnist data --contenders notebook,accelerate,lightning,lab,floor`"
     hidden = "; without any exchange "
     rows = [
