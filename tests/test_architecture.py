@@ -80,6 +80,14 @@ def level(part):
     return found
 
 
+def test_the_layers_of_the_design_page_are_these():
+    page = (ROOT / "docs" / "design.md").read_text()
+    lines = page.partition("\n## Layers\n")[2].split("```")[1].strip().splitlines()
+    shown = [set(line.split(", ")) for line in lines]
+    assert shown[0] == {path.name for path in SCRIPTS}
+    assert shown[1:] == LEVELS[1:]
+
+
 def imports(path, type_checking=False):
     """Dotted names that a file imports anywhere in it: `from a import b` gives a.b."""
     tree = ast.parse(path.read_text())
