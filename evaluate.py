@@ -10,7 +10,9 @@ Writes report.json and predictions.csv. The numbers do not depend on the number 
 """
 
 import sys
+from contextlib import closing
 from dataclasses import replace
+from functools import partial
 
 from lab import console, tables
 from lab.commandline import parse_arguments
@@ -26,10 +28,23 @@ def main(argv: list[str] | None = None) -> None:
     import torch
 
     from lab import checkpoint, rundir
-    from lab.data import DataConfig, load_fingerprints, load_split, require_data_dir_is_read
+    from lab.data import (
+        DataConfig,
+        list_samples,
+        load_fingerprints,
+        load_split,
+        require_data_dir_is_read,
+    )
     from lab.data.augment import Preprocess
+    from lab.data.fingerprint import changed_splits
     from lab.data.loaders import build_loader
-    from lab.distributed import build_accelerator, loader_place, place_line, together
+    from lab.distributed import (
+        build_accelerator,
+        check_same_data,
+        loader_place,
+        place_line,
+        together,
+    )
     from lab.engine import lay_out
     from lab.evaluation import eval_batch_size, predict_all
     from lab.metrics import caveat
@@ -58,13 +73,16 @@ def main(argv: list[str] | None = None) -> None:
             split, fingerprint = load_split(
                 data, config.split, place["memory"], torch.get_num_threads(), download
             )
-            trained_on = about["fingerprints"]
-            if config.split == "all":
-                same_samples = load_fingerprints(as_trained, download) == trained_on
-            else:
-                if data != as_trained:
-                    fingerprint = load_fingerprints(as_trained, download)[config.split]
-                same_samples = fingerprint == trained_on.get(config.split)
+            current = {config.split: fingerprint}
+            if config.split == "all" or data != as_trained:
+                current = load_fingerprints(as_trained, download)
+            if config.split != "all":
+                current = {config.split: current[config.split]}
+            changed = bool(changed_splits(about["fingerprints"], current))
+    check_same_data(
+        accelerator, {config.split: fingerprint}, partial(list_samples, data, config.split)
+    )
+    with together(accelerator):
         split = checkpoint.align_classes(path, about, split)
         plain = Preprocess(about["mean"], about["std"], (), accelerator.device)
         size = config.batch_size or eval_batch_size(
@@ -76,10 +94,10 @@ def main(argv: list[str] | None = None) -> None:
             tta: rundir.evaluation_dir(path, config.part(about["data"]), config.output, writes, tta)
             for tta in dict.fromkeys(("none", config.tta))
         }
-    if not same_samples:
+    if changed:
         console.warn(
             f"{'the data' if config.split == 'all' else f'the {config.split} split'} has changed "
-            "since the training (files added, removed, renamed or edited), or is other data: it "
+            "since the training (files added, removed, renamed or replaced), or is other data: it "
             "may hold samples that were trained on"
         )
     if missing := split.missing_classes():
@@ -96,7 +114,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     network = lay_out(network, model, accelerator.device)
     for tta, output in outputs.items():
-        predictions = predict_all(accelerator, network, loader, tta)
+        with closing(loader):
+            predictions = predict_all(accelerator, network, loader, tta)
         report = {
             "split": config.split,
             **predictions.report(),
@@ -117,7 +136,7 @@ def main(argv: list[str] | None = None) -> None:
             report,
             title=title,
             files={"weights": str(path), "report": str(output.path)},
-            note=caveat(config.split, about["selected_on"] if same_samples else None),
+            note=caveat(config.split, None if changed else about["selected_on"]),
         )
     accelerator.end_training()
 

@@ -4,26 +4,46 @@
   python export.py best.safetensors --dynamic-batch --softmax --output model.onnx
   python export.py best.safetensors --format torch-export
 
-ONNX takes `pip install -e '.[onnx]'`. The file takes images uint8 [N, C, H, W], 0 to 255, cut and
-resized, and normalises them itself; N is 1 without --dynamic-batch. It returns float32 [N, K].
-Class names, image size and the like are in it, as JSON:
+ONNX takes `pip install -e '.[onnx]'`. The file takes images uint8 [N, C, H, W], 0 to 255, and
+normalises them itself; N is 1 without --dynamic-batch. It returns float32 [N, K]. Its metadata, as
+JSON, has the input's and the output's name and shape, the class names and more; docs/training.md
+lists the keys. Prepare images as lab does: turned as their EXIF data say, cut to the central
+square, and resized with a bilinear, antialiased filter:
+
+    import numpy as np
+    from PIL import Image, ImageOps
+
+    def prepare(path, about):
+        _, channels, height, width = about["input"]["shape"]
+        image = ImageOps.exif_transpose(Image.open(path)).convert("L" if channels == 1 else "RGB")
+        side = min(image.size)
+        left, top = round((image.width - side) / 2), round((image.height - side) / 2)
+        image = image.crop((left, top, left + side, top + side))
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
+        return np.asarray(image).reshape(height, width, channels).transpose(2, 0, 1)
+
+With ONNX Runtime:
 
     import json
     import onnxruntime
 
     session = onnxruntime.InferenceSession("best.onnx")
     about = json.loads(session.get_modelmeta().custom_metadata_map["lab"])
-    [logits] = session.run(None, {"images": images})
-    names = [about["class_names"][k] for k in logits.argmax(1)]
+    images = np.stack([prepare(path, about) for path in paths])
+    [outputs] = session.run(None, {about["input"]["name"]: images})
+    names = [about["class_names"][k] for k in outputs.argmax(1)]
+
+With PyTorch:
 
     import json
     import torch
 
     extra = {"lab.json": ""}
-    network = torch.export.load("best.pt2", extra_files=extra).module()
+    model = torch.export.load("best.pt2", extra_files=extra).module()
     about = json.loads(extra["lab.json"])
-    logits = network(images)
-    names = [about["class_names"][k] for k in logits.argmax(1)]
+    images = np.stack([prepare(path, about) for path in paths])
+    outputs = model(torch.from_numpy(images))
+    names = [about["class_names"][k] for k in outputs.argmax(1)]
 
 Neither file holds a pickle. But torch.export.load unpickles what a file tells it to: give it none
 of a stranger's. PyTorch says that its next versions may not read a .pt2; keep the weights.

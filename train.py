@@ -16,6 +16,7 @@ best.safetensors, report.json, predictions.csv, report.html to look at and its p
 import shlex
 import sys
 import time
+from contextlib import ExitStack, closing
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -29,32 +30,30 @@ from lab.rundir import RunDir
 
 def main(argv: list[str] | None = None) -> int:
     """Trains as the command line `argv` says; the exit code. Raises `UserError`."""
-    return train(_given(argv))[0]
-
-
-def settings_of(argv: list[str] | None = None) -> TrainConfig:
-    """All that the command line `argv` sets, directly or by a recipe. Raises `UserError`."""
-    return recipes.resolve(_given(argv))
-
-
-def _given(argv: list[str] | None) -> dict[str, Any]:
-    return parse_arguments(TrainConfig, argv, prog="train.py", about=__doc__)
+    return train(parse_arguments(TrainConfig, argv, prog="train.py", about=__doc__))[0]
 
 
 def train(given: dict[str, Any]) -> tuple[int, RunDir]:
     """Trains with the settings that were `given`: (exit code, the run). Raises `UserError`."""
+    with ExitStack() as stack:
+        return _train(given, stack)
+
+
+def _train(given: dict[str, Any], stack: ExitStack) -> tuple[int, RunDir]:
+    """`train`; what is entered into `stack` is closed however the training ends."""
     began = time.monotonic()
     config = recipes.resolve(given)
 
     # PyTorch takes seconds to import: --help and a mistyped option are answered before.
     import torch
 
-    from lab import card, checkpoint, finetune, hub, keeper, rundir, states, tracking
-    from lab.data import DataConfig, load_splits
+    from lab import card, checkpoint, finetune, hub, keeper, states, tables, tracking
+    from lab.data import DataConfig, list_samples, load_splits
     from lab.data.augment import Preprocess
     from lab.data.loaders import build_loader
     from lab.distributed import (
         build_accelerator,
+        check_same_data,
         describe,
         join_world,
         loader_place,
@@ -71,15 +70,22 @@ def train(given: dict[str, Any]) -> tuple[int, RunDir]:
 
     world = join_world(config.timeout_seconds, config.quiet)
     with together(world):
-        state = states.find(config, reads=world.is_main_process)
+        # Locked first: whether the run is resumed or begun is decided once, by one training.
+        opened = states.open_run(config, writes=world.is_main_process)
+        run, state = stack.enter_context(opened)
     state = states.share(state)  # None: a new run
     if state:
-        config = state.config(given)
+        run, config = state.run, state.config(given)
     with together(world):  # what would be missed only once the run is begun, or at its end
         tracking.require_packages(config, needed=world.is_main_process)
-        hub.require_login(config.push_to_hub, needed=world.is_main_process)
-        if not state and world.is_main_process:
-            rundir.require_name(config)
+        hub.check_upload(config, needed=world.is_main_process)
+    if state and state.is_finished(config):
+        console.say(f"{run.path} is finished; raise --epochs or --max-steps to train it further")
+        keeper.remove_checkpoints(run, config.final_checkpoints)
+        hub.upload(run, config)
+        return 0, run
+    if state:
+        console.say(f"going on from {state.path}")
 
     accelerator = build_accelerator(
         mixed_precision=config.mixed_precision,
@@ -93,9 +99,11 @@ def train(given: dict[str, Any]) -> tuple[int, RunDir]:
         quiet=config.quiet,
     )
     place = loader_place(accelerator, config.loader, config.workers, config.cuda_graphs)
+    data_config = DataConfig.of(config)
+    with together(accelerator), console.working(f"reading {config.dataset}"):
+        splits = load_splits(data_config, place["memory"], torch.get_num_threads())
+    check_same_data(accelerator, splits.fingerprints, partial(list_samples, data_config))
     with together(accelerator):
-        with console.working(f"reading {config.dataset}"):
-            splits = load_splits(DataConfig.of(config), place["memory"], torch.get_num_threads())
         if state:
             state.require_same_data(splits)
         augment = Preprocess(
@@ -103,7 +111,12 @@ def train(given: dict[str, Any]) -> tuple[int, RunDir]:
         )
         plain = Preprocess(splits.mean, splits.std, (), accelerator.device)
         train_loader = build_loader(
-            splits.train, augment, batch_size=config.batch_size, seed=config.seed, **place
+            splits.train,
+            augment,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            num_parts=config.accumulate,
+            **place,
         )
         size = eval_batch_size(accelerator.device, config.image_size)
         val_loader = test_loader = build_loader(
@@ -122,20 +135,16 @@ def train(given: dict[str, Any]) -> tuple[int, RunDir]:
     position, best = Position(), {}
     settings = asdict(config) | describe(accelerator) | cost(**about["model"])
     settings["fingerprints"] = splits.fingerprints
-    with together(accelerator):  # last: a run that cannot start makes and replaces no folder
+    with together(accelerator):  # last: a run that cannot start replaces no other
         if state:
-            run, best = state.run, state.about["best"]
+            best = state.about["best"]
             position = keeper.restore(trainer, state)
             run.go_on(settings, position.epoch, position.step)
         else:
             keeper.require_room_for(trainer)
-            run = rundir.start(config, writes=accelerator.is_main_process)
             run.begin(settings)
         told = settings | {"selected_on": splits.selected_on}
         tracked = tracking.Tracking(run, told, position.step)
-
-    if position.epoch == config.epochs and position.batch == train_loader.plan.num_batches:
-        console.say(f"its {config.epochs} epochs are trained; give more --epochs to train on")
 
     def on_log(row: dict) -> None:
         run.add_steps(row)
@@ -144,12 +153,16 @@ def train(given: dict[str, Any]) -> tuple[int, RunDir]:
     console.settings(
         f"{config.model} on {config.dataset}", overview(config, splits, place_line(accelerator))
     )
+    if config.dataset == "folder":
+        tables.class_counts(splits.train.class_names, splits.class_counts())
 
     with (
         Stopper(accelerator, began, config.max_hours, position.step) as stopper,
         tracked,
         checkpoint.Writer() as writer,
         keeper.Keeper(run, writer, stopper, trainer, splits, position.step) as kept,
+        closing(train_loader),
+        closing(val_loader),
     ):
         best_weights = checkpoint.BestWeights(run, writer)
         while position.epoch <= config.epochs:
@@ -166,9 +179,14 @@ def train(given: dict[str, Any]) -> tuple[int, RunDir]:
                 )
             if trained is None:
                 break
+            if position.skipped_steps:
+                console.warn(
+                    f"epoch {position.epoch}: {position.skipped_steps} of {position.batch} steps "
+                    "were skipped, as their loss or gradient was not finite"
+                )
             kept.save(best, position)
             start = time.perf_counter()
-            scores = predict_all(accelerator, trainer.evaluated, val_loader).report()
+            scores = predict_all(accelerator, trainer.evaluated, val_loader).scores()
             row = {
                 "epoch": position.epoch,
                 "train_loss": trained.loss,
@@ -182,7 +200,10 @@ def train(given: dict[str, Any]) -> tuple[int, RunDir]:
                 "eval_seconds": time.perf_counter() - start,
                 "images_per_second": trained.images_per_second,
             }
-            improved = is_better(row, best, config.select_by)
+            # Where --max-steps ended an epoch early, its weights are chosen only if there are no
+            # others: resuming the run completes that epoch and evaluates it again.
+            complete = position.batch == num_steps
+            improved = (complete or not best) and is_better(row, best, config.select_by)
             if improved:
                 best = row
                 best_weights.save(trainer.evaluated, about, row)
@@ -204,7 +225,10 @@ def train(given: dict[str, Any]) -> tuple[int, RunDir]:
     if kept.reason:
         tracked.finish()
         return kept.goodbye(), run
-    predictions = predict_all(accelerator, trainer.evaluated, test_loader)
+    with together(accelerator):
+        run.check_learnt()
+    with closing(test_loader):
+        predictions = predict_all(accelerator, trainer.evaluated, test_loader)
     report = {
         "split": "test",
         **predictions.report(),
@@ -225,8 +249,8 @@ def train(given: dict[str, Any]) -> tuple[int, RunDir]:
     with together(accelerator):
         card.write(run)
     tracked.finish(report, position.step)
-    hub.upload(run, config.push_to_hub)
-    run.unlock()
+    keeper.remove_checkpoints(run, config.final_checkpoints)
+    hub.upload(run, config)
     return 0, run
 
 

@@ -7,6 +7,7 @@ returns the test accuracy (None where there is nothing to evaluate).
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from common import use_pytorchs_pooling
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision import datasets
 from torchvision import transforms as T
@@ -40,17 +41,22 @@ class Case:
         settings = {"model": self.model, "dataset": self.dataset, "data_dir": self.data_dir}
         return resolve({**settings, "recipe": "notebook"})
 
+    @property
+    def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation of each channel, as the notebooks normalise by them."""
+        if self.dataset == "mnist":
+            return (0.1307,), (0.3081,)
+        return (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+
     def sets(self) -> tuple[Any, Any]:
         """torchvision's training and test sets with the notebooks' per-sample transforms."""
+        plain = [T.ToTensor(), T.Normalize(*self.statistics)]
         if self.dataset == "mnist":
-            transform = T.Compose(
-                [T.Resize((32, 32)), T.ToTensor(), T.Normalize((0.1307,), (0.3081,))]
-            )
+            transform = T.Compose([T.Resize((32, 32)), *plain])
             return tuple(
                 datasets.MNIST(self.data_dir, train=train, transform=transform)
                 for train in (True, False)
             )
-        plain = [T.ToTensor(), T.Normalize((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))]
         augment = [T.RandomCrop(32, padding=4), T.RandomHorizontalFlip()]
         root = Path(self.data_dir)
         return (
@@ -180,7 +186,86 @@ def lab(case: Case) -> Contender:
         return min(position.step * BATCH_SIZE, loader.plan.num_samples)
 
     def evaluate() -> float:
-        return predict_all(accelerator, trainer.evaluated, test_loader).report()["accuracy"]
+        return predict_all(accelerator, trainer.evaluated, test_loader).scores()["accuracy"]
+
+    return train, evaluate
+
+
+def load_images(dataset: Any, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return a data set's images, uint8 [N, C, 32, 32], and labels, int64 [N], on the device."""
+    dataset.transform = T.Compose([T.Resize((32, 32)), T.PILToTensor()])
+    batches = DataLoader(dataset, 1000, num_workers=WORKERS)
+    images, labels = zip(*batches, strict=True)
+    return torch.cat(images).to(device), torch.cat(labels).to(device)
+
+
+def crop_and_flip(images: Tensor) -> Tensor:
+    """Return random crops of images [n, C, H, W] padded by 4 pixels, every second one mirrored."""
+    num_images, _, height, width = images.shape
+    device = images.device
+    padded = F.pad(images, (4, 4, 4, 4))
+    top, left = torch.randint(9, (2, num_images, 1), device=device)
+    rows = top + torch.arange(height, device=device)  # [n, H]
+    columns = left + torch.arange(width, device=device)  # [n, W]
+    mirrored = torch.rand(num_images, 1, device=device) < 0.5
+    columns = torch.where(mirrored, columns.flip(1), columns)
+    sample = torch.arange(num_images, device=device)[:, None, None]
+    return padded[sample, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def resident(case: Case, *, plain: bool = False) -> Contender:
+    """Train with a plain PyTorch loop over images that lie on the device: no DataLoader.
+
+    It has bfloat16 autocast and channels_last where lab has them; `plain`: neither of them.
+    """
+    from lab.distributed import choose_precision
+    from lab.engine import lay_out
+    from lab.models import find_model
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    network = case.usual_network().to(device)
+    precision = "no"
+    if not plain:
+        network = lay_out(network, case.model, device)
+        spec = find_model(case.model)
+        precision = choose_precision("auto", device.type, spec.large, cpu_bf16=spec.cpu_bf16)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
+    (images, labels), (test_images, test_labels) = (load_images(s, device) for s in case.sets())
+    mean, std = (torch.tensor(v, device=device).view(-1, 1, 1) for v in case.statistics)
+
+    def forward(batch: Tensor) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            return network((batch.float() / 255 - mean) / std)
+
+    def train(num_steps: int | None) -> int:
+        network.train()
+        order = torch.randperm(len(labels), device=device)
+        loss_sum = torch.zeros((), device=device)
+        num_correct = torch.zeros((), dtype=torch.int64, device=device)
+        total = 0
+        for indices in order.split(BATCH_SIZE)[:num_steps]:
+            batch = images[indices]
+            if case.dataset != "mnist":
+                batch = crop_and_flip(batch)
+            logits = forward(batch).float()
+            loss = F.cross_entropy(logits, labels[indices])
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            loss_sum += loss.detach() * len(indices)
+            num_correct += (logits.argmax(1) == labels[indices]).sum()
+            total += len(indices)
+        return total
+
+    def evaluate() -> float:
+        network.eval()
+        num_correct = 0
+        with torch.inference_mode():
+            for batch, targets in zip(
+                test_images.split(BATCH_SIZE), test_labels.split(BATCH_SIZE), strict=True
+            ):
+                num_correct += (forward(batch).argmax(1) == targets).sum()
+        return num_correct.item() / len(test_labels)
 
     return train, evaluate
 
@@ -265,8 +350,8 @@ def timm(case: Case) -> Contender:
     settings = {
         "input_size": (1 if grey else 3, 32, 32),
         "batch_size": BATCH_SIZE,
-        "mean": (0.1307,) if grey else (0.4914, 0.4822, 0.4465),
-        "std": (0.3081,) if grey else (0.2470, 0.2435, 0.2616),
+        "mean": case.statistics[0],
+        "std": case.statistics[1],
         "num_workers": WORKERS,
         "device": device,
         "color_jitter": None,
@@ -294,6 +379,8 @@ CONTENDERS = {
     "accelerate": accelerate,
     "lightning": lightning,
     "timm": timm,
+    "resident-float32": partial(resident, plain=True),
+    "resident": resident,
     "lab": lab,
     "floor": floor,
 }

@@ -241,7 +241,7 @@ def measure_epochs(case: Case, bench: Bench, num_epochs: int) -> dict[str, Any]:
         assert trained is not None
         position = position.next_epoch()
         start = time.perf_counter()
-        accuracy = predict_all(trainer.accelerator, trainer.evaluated, test).report()["accuracy"]
+        accuracy = predict_all(trainer.accelerator, trainer.evaluated, test).scores()["accuracy"]
         train_seconds.append(trained.seconds)
         eval_seconds.append(time.perf_counter() - start)
     seconds = time.perf_counter() - begin

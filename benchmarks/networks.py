@@ -86,6 +86,7 @@ def run_one(model: str, threads: int) -> dict:
         "eval_images_per_second": evaluation,
         "memory_mb": memory,
         "precision": accelerator.mixed_precision,
+        "optimizer": config.optimizer,
     }
 
 

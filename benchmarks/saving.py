@@ -41,7 +41,8 @@ def main() -> None:
     from lab.rundir import RunDir
     from lab.stopping import Stopper
 
-    config = resolve({"model": "alexnet", "dataset": "folder"})
+    # AdamW has the largest state: two moments of every weight.
+    config = resolve({"model": "alexnet", "dataset": "folder", "optimizer": "adamw", "lr": 1e-3})
     accelerator = build_accelerator(large_model=True)
     torch.manual_seed(0)
     network = build_model("alexnet", num_classes=10, channels=3, image_size=32)
@@ -90,10 +91,12 @@ def main() -> None:
     extra = [b - a for a, b in zip(seconds[False], seconds[True], strict=True)]
     epoch = statistics.median(seconds[False]) / STEPS * STEPS_PER_EPOCH
     shares = [100 * e / epoch for e in extra]
+    print(f"{config.model} with {config.optimizer}")
     print(f"sizes in MB: {', '.join(f'{name} {size:.0f}' for name, size in sizes.items())}")
     print(f"an epoch takes {epoch:.1f} s; copying a state {spread(copying)} s")
     print(f"one state and one best.safetensors cost {spread(extra)} s of it: {spread(shares)} %")
-    write_json(args.json, {"plain": seconds[False], "saving": seconds[True], "copying": copying})
+    measured = {"plain": seconds[False], "saving": seconds[True], "copying": copying}
+    write_json(args.json, {"model": config.model, "optimizer": config.optimizer, **measured})
 
 
 if __name__ == "__main__":

@@ -1,24 +1,19 @@
 """Writes a run's model card, README.md in Hugging Face's format, from the run's files alone.
 
-  python -m lab.card runs/lenet5-mnist       again: what was edited in it is lost
-
 The licence is left to whoever publishes the weights: it is theirs to choose, and data have terms.
 """
 
 import shlex
-import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lab import console
-from lab.commandline import parse_arguments
-from lab.config import OUTPUT, TrainConfig
-from lab.errors import UserError, run_script
+from lab.config import TrainConfig
+from lab.errors import UserError
 from lab.finished import Run, read_run
 from lab.markdown import code, escaped, table
-from lab.options import flag, option
+from lab.options import flag
 from lab.recipes import resolve
 from lab.rundir import BEST, CARD, PLOTS, RunDir, write_atomically
 
@@ -34,9 +29,9 @@ SHOWN = ("recipe", "epochs", "max_steps", "batch_size", "optimizer", "lr", "sche
          "weight_decay", "dropout", "label_smoothing", "clip_norm", "ema", "augment", "init",
          "freeze", "select_by", "seed")  # fmt: skip
 ELSEWHERE = ("model", "dataset", "recipe", "data_dir", "init_from", "workers", "threads", "loader",
-             "timeout_seconds", "max_hours", "resume", "save_every", "keep_states", "output_dir",
-             "name", "overwrite", "log_every", "tracker", "push_to_hub", "quiet",
-             "debug")  # fmt: skip
+             "timeout_seconds", "max_hours", "resume", "save_every", "keep_states",
+             "final_checkpoints", "output_dir", "name", "overwrite", "log_every", "tracker",
+             "push_to_hub", "hub_images", "hub_public", "quiet", "debug")  # fmt: skip
 CONFUSION = f"{PLOTS}/confusion_matrix.png"
 USE = """\
 python evaluate.py best.safetensors              # these numbers again
@@ -100,7 +95,10 @@ def _body(title: str, config: TrainConfig, run: Run) -> str:
     names, matrix = report["class_names"], report["confusion_matrix"]
     num_samples = int(report["num_samples"])
     right = sum(row[k] for k, row in enumerate(matrix))
-    numbers = [f"{float(report[key]):.4f}" for key in ("accuracy", "macro_f1", "loss")]
+    numbers = [
+        "-" if report[key] is None else f"{report[key]:.4f}"
+        for key in ("accuracy", "macro_f1", "loss")
+    ]
     classes = (
         (
             escaped(row["class"]),
@@ -208,25 +206,3 @@ def _limits(config: TrainConfig, num_classes: int) -> str:
             "see to the terms of the data.",
         ]
     )
-
-
-@dataclass(frozen=True)
-class CardConfig:
-    """Whose card to write."""
-
-    # fmt: off
-    run: str = option("", OUTPUT, "the folder of a finished run", positional=True)
-    debug: bool = option(False, OUTPUT, "show the traceback of an error")
-    # fmt: on
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Writes the card as the command line `argv` says; raises `UserError`."""
-    config = CardConfig(**parse_arguments(CardConfig, argv, prog="-m lab.card", about=__doc__))
-    run = RunDir(config.run)
-    write(run)
-    console.print_line(f"written: {run.path / CARD}")
-
-
-if __name__ == "__main__":
-    sys.exit(run_script(main))

@@ -24,7 +24,7 @@ from lab.data.sources import Split
 from lab.distributed import together
 from lab.errors import UserError, name_some
 from lab.models import build_model, find_model
-from lab.rundir import BEST, RunDir, write_atomically
+from lab.rundir import BEST, RunDir, to_json, write_atomically
 from lab.versions import versions
 
 # All metadata is one JSON text under one key: with several keys, the format keeps no fixed order,
@@ -141,7 +141,7 @@ def copy_of(network: nn.Module) -> dict[str, Tensor]:
 def write_weights(path: Path, tensors: dict[str, Tensor], info: dict[str, Any]) -> None:
     """Writes tensors and `info` (JSON-able) to `path`, whole or not at all."""
     info = {"format": FORMAT, **info, "sha256": checksum(tensors)}
-    metadata = {KEY: json.dumps(info, sort_keys=True)}
+    metadata = {KEY: to_json(info, sort_keys=True)}
     # In memory first: save_file's own errors do not say that the disk is full.
     content = safetensors.torch.save(tensors, metadata)
     write_atomically(path, lambda temporary: temporary.write_bytes(content))

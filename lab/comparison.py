@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,80 +13,29 @@ from lab import console
 from lab.errors import UserError
 from lab.finished import Run, read_run
 from lab.markdown import table
-from lab.models import find_model
-from lab.options import flag, option
+from lab.options import option
 from lab.rundir import write_atomically, writing
 
 RESAMPLES = 10_000
 TABLE, CSV, PICTURE = "comparison.md", "comparison.csv", "comparison.png"
 PAGE = "compare.html"
-WHICH, TRAIN, REPORTED = "what to compare", "what to train", "what to write"
 
 
 @dataclass(frozen=True)
 class CompareConfig:
-    """The settings of a comparison. Those of trainings, where not given, are train.py's."""
+    """The settings of a comparison."""
 
     # fmt: off
-    runs: tuple[str, ...] = option((), WHICH,
+    runs: tuple[str, ...] = option((), "what to compare",
         "folders of finished runs", positional=True, nargs="*")
-    train: bool = option(False, TRAIN,
-        "train the --models first, or go on with them")
-    models: str = option("", TRAIN,
-        "networks, a list with commas", metavar="LIST")
-    dataset: str | None = option(None, TRAIN, "data set")
-    data_dir: str | None = option(None, TRAIN, "where it lies", metavar="DIR")
-    recipe: str | None = option(None, TRAIN, "named settings")
-    epochs: int | None = option(None, TRAIN, "passes over the training split")
-    max_steps: int | None = option(None, TRAIN, "stop after this many steps", metavar="N")
-    limit_train: int | None = option(None, TRAIN, "training samples", metavar="N")
-    limit_eval: int | None = option(None, TRAIN, "validation and test samples each", metavar="N")
-    seed: int | None = option(None, TRAIN, "seed")
-    threads: int | None = option(None, TRAIN, "CPU threads a process")
-    output_dir: str = option("runs", TRAIN, "folder of run folders", metavar="DIR")
-    output: str = option("comparison", REPORTED,
+    output: str = option("comparison", "what to write",
         "folder for the table, the picture and the page", metavar="DIR")
-    debug: bool = option(False, REPORTED, "show the traceback of an error")
+    debug: bool = option(False, "what to write", "show the traceback of an error")
     # fmt: on
 
     def __post_init__(self) -> None:
-        if self.train and self.models and not self._names():
-            raise UserError(f"--models {self.models} names no network", "Give a list with commas")
-        if bool(self.models) != self.train:
-            raise UserError("--train and --models go together", "Give both, or neither")
-        theirs = [f for f in fields(self) if f.metadata["group"] == TRAIN and f.name != "train"]
-        if given := [f for f in theirs if getattr(self, f.name) != f.default and not self.train]:
-            raise UserError(f"{flag(given[0].name)} goes with --train", "Give both, or neither")
-        if self.train == bool(self.runs):
-            raise UserError(
-                "no runs to compare" if not self.runs else "runs and --train",
-                "Name the folders of runs, or give --train --models LIST",
-            )
-
-    def trainings(self) -> dict[str, list[str]]:
-        """The options of train.py for each model, by the run's name; none without `train`."""
-        names = ("dataset", "data_dir", "recipe", "epochs", "max_steps", "limit_train",
-                 "limit_eval", "seed", "threads")  # fmt: skip
-        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        shared = [word for name, value in given.items() for word in (flag(name), str(value))]
-        shared += ["--output-dir", self.output_dir, "--resume", "auto"]
-        return {
-            name: ["--model", model, "--name", name, *shared]
-            for model, name in self._names().items()
-        }
-
-    def folders(self) -> list[str]:
-        """The folders of the runs to compare."""
-        return list(self.runs) or [str(Path(self.output_dir) / n) for n in self._names().values()]
-
-    def _names(self) -> dict[str, str]:
-        """The name of each model's run."""
-        found = {}
-        seed = "" if self.seed is None else f"-seed{self.seed}"
-        for model in filter(None, self.models.replace(" ", "").split(",")):
-            dataset = self.dataset or find_model(model).dataset
-            found[model] = f"compare-{model.replace(':', '-')}-{dataset}{seed}"
-        return found
+        if not self.runs:
+            raise UserError("no runs to compare", "Name the folders of runs")
 
 
 def read_runs(paths: Sequence[str]) -> list[Run]:
@@ -132,7 +81,7 @@ def rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
     found = []
     for run in sorted(runs, key=lambda r: (r.dataset, -r.report["accuracy"])):
         best = max(
-            (other for other in runs if other.test_set == run.test_set),
+            (other for other in runs if other.has_same_test_split(run)),
             key=lambda other: other.report["accuracy"],
         )
         comparable = best is not run and run.predictions is not None

@@ -9,9 +9,9 @@ from lab.options import check_fields, listed, option
 
 SCHEDULES = ("constant", "step", "cosine", "one-cycle")
 OPTIMIZERS = ("sgd", "nesterov", "adamw", "muon")
-AUGMENTATIONS = ("crop", "flip", "cutout", "random-augment", "mixup", "cutmix")
+AUGMENTATIONS = ("crop", "flip", "cutout", "mixup", "cutmix")
 TTA = ("none", "flip")
-TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")  # each an extra of pyproject.toml, too
+TRACKERS = ("tensorboard", "wandb")  # each an extra of pyproject.toml, too
 EVAL_BATCH_SIZE = 100
 TIMEOUT_SECONDS, MONTH = 600, 30 * 24 * 3600
 
@@ -45,7 +45,7 @@ class TrainConfig:
         low=0, high=2**31 - 1)
     num_samples: int = option(10_000, TASK,
         "training pictures made by the `shapes` data set; a fifth as many again for its test",
-        low=10, high=10_000_000)
+        low=20, high=10_000_000)
     limit_train: int = option(0, TASK,
         "train on this many samples of the split; 0: all", low=0, metavar="N", from_recipe=True)
     limit_eval: int = option(0, TASK,
@@ -59,7 +59,7 @@ class TrainConfig:
     batch_size: int = option(128, TRAINING,
         "samples a step over all processes together", low=1, from_recipe=True)
     accumulate: int = option(1, TRAINING,
-        "parts that a process cuts its share of a batch into, to save memory; same batch",
+        "parts that each batch is cut into, to save memory; the batch stays the same",
         low=1)
     optimizer: str = option("nesterov", TRAINING,
         "update rule", choices=OPTIMIZERS, from_recipe=True)
@@ -92,7 +92,7 @@ class TrainConfig:
         "decay a step of an average of the weights, which is then evaluated and kept; 0: off",
         low=0.0, high=0.999999, from_recipe=True)
     augment: str = option("none", TRAINING,
-        "`none`, or a list with commas of crop, flip, cutout, random-augment, mixup, cutmix",
+        "`none`, or a list with commas of crop, flip, cutout, mixup, cutmix",
         each_of=AUGMENTATIONS, from_recipe=True, filled=True)
     mix_alpha: float = option(1.0, TRAINING,
         "mixup and cutmix, of which a batch takes one: its share is drawn from Beta(A, A)",
@@ -157,6 +157,9 @@ class TrainConfig:
         low=0, metavar="N")
     keep_states: int = option(2, OUTPUT,
         "states kept, the newest", low=1, metavar="K")
+    final_checkpoints: int = option(1, OUTPUT,
+        "checkpoints that a finished run keeps, to be trained further; 0: none",
+        low=0, metavar="K")
     output_dir: str = option("runs", OUTPUT,
         "folder of run folders", metavar="DIR")
     name: str = option("", OUTPUT,
@@ -171,6 +174,10 @@ class TrainConfig:
     push_to_hub: str = option("", OUTPUT,
         "upload the finished run to this repository of Hugging Face, made private where it is new",
         metavar="NAME")
+    hub_images: bool = option(False, OUTPUT,
+        "upload the plots that show images of the dataset, too")
+    hub_public: bool = option(False, OUTPUT,
+        "allow an upload to an existing repository that is public")
     quiet: bool = option(False, OUTPUT,
         "print the result only")
     debug: bool = option(False, OUTPUT,
@@ -184,6 +191,9 @@ class TrainConfig:
                 f"--warmup-epochs {self.warmup_epochs:g} fills all of --epochs {self.epochs}",
                 "Give fewer: the learning rate would never reach --lr",
             )
+        if (self.hub_images or self.hub_public) and not self.push_to_hub:
+            given = "--hub-images" if self.hub_images else "--hub-public"
+            raise UserError(f"{given} needs --push-to-hub", "Give the repository's name, too")
         if self.pretrained and self.init_from:
             raise UserError("--pretrained and --init-from both give weights", "Give one of them")
         if self.freeze != "none" and not (self.pretrained or self.init_from):
@@ -216,7 +226,7 @@ class EvalConfig:
     weights: str = option("", WEIGHTS,
         "a run's folder or a .safetensors file that train.py wrote", positional=True)
     split: str = option("test", WEIGHTS,
-        "which split; all: every sample of data that comes in one piece",
+        "which split; all: every sample of the data, whatever splits they come in",
         choices=("test", "val", "train", "all"))
     dataset: str | None = option(None, WEIGHTS,
         "data set; if not given, the one trained on")

@@ -9,7 +9,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from functools import cache
@@ -27,6 +27,8 @@ from rich.text import Text
 # Class names and paths come from users and strangers' files: they may not steer the terminal.
 _CONTROL_CODES = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 UNLIMITED = 10_000  # a log has no right margin: nothing is wrapped or cut
+KEY_SHARE = 0.6  # of a table's width, for the column that says what a row is about
+COLUMN_GAP = 2  # characters that a column of a table takes beside its own width
 
 _main_process: bool | None = None
 _quiet = False
@@ -273,14 +275,57 @@ def _live(draw: Callable[[], RenderableType], per_second: int) -> Iterator[None]
         live.stop()
 
 
-def number_table(first: object, *others: object) -> Table:
-    """A table whose first column holds names, and the others numbers."""
+def number_table(first: object, *others: object, wrapped: Collection[int] = ()) -> Table:
+    """Return a table whose first column holds names, and the others numbers.
+
+    Of the other columns, only those whose positions are in `wrapped` hold text that may be wrapped.
+    """
     box = SIMPLE_HEAD if out().is_terminal else None
     table = Table(box=box, pad_edge=False, padding=(0, 1 if box else 2, 0, 0))
     table.add_column(literal(first), overflow="fold")
-    for name in others:
-        table.add_column(literal(name), justify="right", no_wrap=True)
+    for position, name in enumerate(others, 1):
+        if position in wrapped:
+            table.add_column(literal(name), overflow="fold")
+        else:
+            table.add_column(literal(name), justify="right", no_wrap=True)
     return table
+
+
+def print_table(
+    heads: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    order: Sequence[Sequence[int]],
+    wrapped: Collection[int] = (),
+    styles: Sequence[str] | None = None,
+) -> None:
+    """Print a table that fits the terminal, with the columns that matter most.
+
+    Column 0, the key, is never left out. `order` lists groups of the positions of the others, the
+    most important first: the first group is never left out either, a later one only where it does
+    not fit beside a key of KEY_SHARE of the width. What is still too wide is wrapped: the key, and
+    the columns in `wrapped`. The names of the columns left out follow the table.
+    """
+    room = out().width
+    cells = [[_one_line(cell) for cell in row] for row in (heads, *rows)]
+    widths = [max(cell.cell_len for cell in column) for column in zip(*cells, strict=True)]
+    widths[0] = min(widths[0], int(KEY_SHARE * room))
+    shown: list[int] = []
+    for number, group in enumerate(order):
+        larger = sorted({0, *shown, *group})
+        if number == 0 or sum(widths[k] + COLUMN_GAP for k in larger) <= room:
+            shown = larger
+    names, *lines = ([row[k] for k in shown] for row in cells)
+    table = number_table(*names, wrapped=[shown.index(k) for k in wrapped])
+    for line, style in zip(lines, styles or [""] * len(lines), strict=True):
+        table.add_row(*line, style=style)
+    out().print(table)
+    if left_out := [head for k, head in enumerate(heads) if k not in shown]:
+        print_line(f"no room for: {', '.join(left_out)}", "dim")
+
+
+def _one_line(value: object) -> Text:
+    return literal(str(value).replace("\n", "?").replace("\t", " "))
 
 
 def _formatted(value: Any, form: str) -> str:

@@ -4,7 +4,7 @@ import math
 import multiprocessing
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -17,6 +17,7 @@ from accelerate.utils import (
     DDPCommunicationHookType,
     DistributedDataParallelKwargs,
     DistributedType,
+    broadcast_object_list,
     gather_object,
 )
 
@@ -252,6 +253,38 @@ def together(world: Accelerator | PartialState) -> Iterator[None]:
             mistake = UserError(*others)
     if mistake:
         raise mistake
+
+
+def check_same_data(
+    world: Accelerator | PartialState,
+    fingerprints: Mapping[str, str],
+    list_samples: Callable[[], Any],
+) -> None:
+    """Raise `UserError` on every process where one has other data than the main process.
+
+    Called by all processes together. `fingerprints` are this process's; where they differ,
+    `list_samples` reads a `lab.data.fingerprint.Listing`, which says in what.
+    """
+    if world.num_processes == 1:
+        return
+    gathered = gather_object([dict(fingerprints)])
+    others = [str(rank) for rank, found in enumerate(gathered) if found != gathered[0]]
+    if not others:
+        return
+    with together(world):
+        mine = list_samples()
+    reference = broadcast_object_list([mine])[0]
+    differences = gather_object([reference.first_difference(mine)])
+    rank, difference = next(
+        ((rank, text) for rank, text in enumerate(differences) if text),
+        (others[0], "the splits differ, the files do not"),
+    )
+    shown = ", ".join(others[:8]) + (f" and {len(others) - 8} more" if len(others) > 8 else "")
+    raise UserError(
+        f"{f'process {shown} has' if len(others) == 1 else f'processes {shown} have'} other data "
+        f"than process 0 (on process {rank}, {difference})",
+        "Give every machine a copy of the same files",
+    )
 
 
 def _flag(name: str) -> bool:

@@ -19,7 +19,6 @@ from lab.config import TrainConfig
 from lab.data.loaders import Batch, Loader, fold, shard
 from lab.distributed import can_replay
 from lab.errors import UserError
-from lab.exchange import share_gradients
 from lab.graphs import Replayed
 from lab.losses import heavier, loss_sum
 from lab.models import find_model
@@ -51,8 +50,9 @@ class Trained:
 
     # As trained on: label smoothing, augmentation and dropout included; not auxiliary classifiers.
     # Of mixed pictures, the accuracy is that of the label with the larger share.
-    loss: float
-    accuracy: float
+    # None where every step was skipped.
+    loss: float | None
+    accuracy: float | None
     learning_rate: float  # of the last step
     seconds: float
     images_per_second: float
@@ -119,8 +119,6 @@ def prepare(accelerator: Accelerator, network: nn.Module, config: TrainConfig) -
     replays = can_replay(accelerator, config)
     optimizer = build_optimizer(network, config, accelerator.device if replays else None)
     model = accelerator.prepare(network)
-    if config.comm_hook == "none":
-        share_gradients(model)
     if accelerator.scaler:  # of fp16's gradients; else its wrapper's steps are only slower
         optimizer = accelerator.prepare(optimizer)
     trainer = Trainer(accelerator, config, network, model, optimizer, average)
@@ -194,9 +192,9 @@ def train_one_epoch(
             return None
     loss_sum, hits, _ = accelerator.reduce(done.sums).tolist()
     _require_finite(accelerator, loss_sum, done)
-    counted, seconds = max(1, num_samples - done.skipped_samples), max(1e-9, done.seconds)
-    speed = num_samples / seconds
-    return Trained(loss_sum / counted, hits / counted, done.learning_rate, seconds, speed)
+    counted, seconds = num_samples - done.skipped_samples, max(1e-9, done.seconds)
+    loss_mean, accuracy = (loss_sum / counted, hits / counted) if counted else (None, None)
+    return Trained(loss_mean, accuracy, done.learning_rate, seconds, num_samples / seconds)
 
 
 def train_step(trainer: Trainer, batch: Batch) -> Tensor | None:
@@ -216,13 +214,12 @@ def train_step(trainer: Trainer, batch: Batch) -> Tensor | None:
     sums: Any = 0.0
     skips = config.on_nonfinite == "skip"
     buffers = [buffer.clone() for buffer in trainer.network.buffers()] if skips else []
-    # A process without samples still takes part: in the collective, with an empty batch.
-    num_parts = max(1, min(config.accumulate, len(batch.labels)))
-    for i in range(num_parts):
-        part = shard(len(batch.labels), i, num_parts)
-        images, labels = batch.images[part], batch.labels[part]
-        partners = None if batch.partners is None else batch.partners[part]
-        last = i == num_parts - 1
+    # A process without samples still takes part: in the collectives, with empty parts.
+    sizes = batch.part_sizes or _part_sizes(len(batch.labels), config.accumulate)
+    parts = [part.split(sizes) for part in (batch.images, batch.labels)]
+    partners_of = [None] * len(sizes) if batch.partners is None else batch.partners.split(sizes)
+    for i, (images, labels, partners) in enumerate(zip(*parts, partners_of, strict=True)):
+        last = i == len(sizes) - 1
         with nullcontext() if last else accelerator.no_sync(trainer.model):
             outputs = trainer.model(images)
             logits, *auxiliary = outputs if isinstance(outputs, tuple) else (outputs,)
@@ -249,6 +246,13 @@ def train_step(trainer: Trainer, batch: Batch) -> Tensor | None:
         return None
     trainer.optimizer.zero_grad()
     return sums
+
+
+def _part_sizes(num_samples: int, accumulate: int) -> tuple[int, ...]:
+    """Return the sizes of the parts of a batch that is this process's alone."""
+    num_parts = max(1, min(accumulate, num_samples))
+    cuts = [shard(num_samples, i, num_parts) for i in range(num_parts)]
+    return tuple(cut.stop - cut.start for cut in cuts)
 
 
 def _undo(trainer: Trainer, buffers: list[Tensor]) -> None:

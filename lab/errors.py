@@ -1,6 +1,7 @@
 """What a user can get wrong, and how a script ends when they did (promise P7)."""
 
 import difflib
+import json
 import os
 import re
 import signal
@@ -8,6 +9,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 
 from lab import console
 
@@ -58,6 +60,7 @@ def run_script(main: Callable[[], int | None]) -> int:
     except KeyboardInterrupt:
         console.error("interrupted")
         code = 130
+        _report_to_launcher("interrupted")
     except Exception as error:
         mistake, lost = mistake_of(error), _lost_a_process(error)
         if mistake and mistake.lone:
@@ -71,6 +74,7 @@ def run_script(main: Callable[[], int | None]) -> int:
             if mistake.lone:
                 console.configure(main_process=True)
             console.error(str(mistake))
+        _report_to_launcher(str(mistake) if mistake else f"{type(error).__name__}: {error}")
         code = 2 if mistake else 1
         # Let go of the frames: a loader that they hold keeps worker processes, and they this one.
         error.__traceback__ = None
@@ -81,6 +85,18 @@ def run_script(main: Callable[[], int | None]) -> int:
         sys.stderr.flush()
         os._exit(code)
     return code
+
+
+def _report_to_launcher(message: str) -> None:
+    """Write the reason of a failure where torchrun's own report looks for it.
+
+    `accelerate launch` of several processes uses torchrun. Its report says "To enable traceback
+    see ..." of a process that left no reason.
+    """
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        with suppress(OSError), open(path, "w", encoding="utf-8") as file:
+            extra = {"py_callstack": message, "timestamp": str(int(time.time()))}
+            json.dump({"message": {"message": message, "extraInfo": extra}}, file)
 
 
 def mistake_of(error: Exception) -> UserError | None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lab.config import EVAL_BATCH_SIZE
 from lab.data.loaders import Loader
 from lab.hardware import untimed_kernels
-from lab.metrics import report
+from lab.metrics import report, scores
 from lab.tta import outputs
 
 
@@ -50,6 +50,10 @@ class Predictions:
         writer.writerow(columns)
         writer.writerows(zip(*columns.values(), strict=True))
         return text.getvalue().encode("utf-8", "surrogateescape")
+
+    def scores(self) -> dict[str, float]:
+        """Return loss, accuracy and macro-F1, without the tables that `report` builds."""
+        return scores(self.labels, self.predictions, self.losses, len(self.class_names))
 
     def report(self) -> dict:
         """The numbers of report.json, but for what they were measured on."""

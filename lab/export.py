@@ -63,6 +63,8 @@ def describe(info: dict[str, Any], *, dynamic_batch: bool, half: bool, softmax: 
             "name": INPUT,
             "dtype": "uint8",  # 0 ... 255; normalisation is in the file
             "shape": [batch, model["channels"], model["image_size"], model["image_size"]],
+            "crop": "central square",  # of an image turned as its EXIF data say
+            "resize": "bilinear, antialiased",
         },
         "output": {
             "name": PROBABILITIES if softmax else LOGITS,

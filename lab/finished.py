@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 from lab.config import TrainConfig
+from lab.data.fingerprint import changed_splits
 from lab.errors import UserError
-from lab.options import option
 from lab.rundir import CONFIG, HISTORY, PICTURES, PREDICTIONS, REPORT, STEPS
 
 if TYPE_CHECKING:
@@ -22,22 +22,16 @@ if TYPE_CHECKING:
 
 # What is drawn and told of a run, and its types in JSON.
 NUMBER = (int, float)
+OR_NULL = (int, float, type(None))  # null: not finite, or a mean over no samples
 SETTINGS = {"model": str, "dataset": str, "recipe": str, "split_seed": int, "versions": dict,
             "world_size": int, "device": str, "precision": str}  # fmt: skip
-NUMBERS = {"accuracy": NUMBER, "macro_f1": NUMBER, "loss": NUMBER, "num_samples": int,
+NUMBERS = {"accuracy": NUMBER, "macro_f1": NUMBER, "loss": OR_NULL, "num_samples": int,
            "best_epoch": int, "selected_on": str, "per_class": list, "confusion_matrix": list,
            "class_names": list}  # fmt: skip
-EPOCH = ("epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "learning_rate",
-         "train_seconds", "eval_seconds", "images_per_second")  # fmt: skip
+EPOCH = {"epoch": int, "train_loss": OR_NULL, "train_accuracy": OR_NULL, "val_loss": OR_NULL,
+         "val_accuracy": NUMBER, "learning_rate": NUMBER, "train_seconds": NUMBER,
+         "eval_seconds": NUMBER, "images_per_second": NUMBER}  # fmt: skip
 CLASS = {"class": str, "precision": NUMBER, "recall": NUMBER, "f1": NUMBER, "support": int}
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    """The settings of what is made from a finished run's files."""
-
-    run: str = option("", "what to read", "the folder of a finished run", positional=True)
-    debug: bool = option(False, "what to write", "show the traceback of an error")
 
 
 @dataclass(frozen=True)
@@ -62,12 +56,15 @@ class Run:
         place = str(self.config.get("data_dir"))
         return f"{name} ({Path(place).name or place})"
 
-    @property
-    def test_set(self) -> tuple[Any, ...]:
-        """What tells test splits apart: runs are compared on the same one only."""
-        names = self.config.get("fingerprints", {}).get("test")
-        labels = None if self.labels is None else self.labels.tobytes()
-        return self.config["dataset"], self.config["split_seed"], names, labels
+    def has_same_test_split(self, other: Run) -> bool:
+        """Return whether two runs were tested on the same samples, as far as their files tell."""
+
+        def split(run: Run) -> tuple[Any, ...]:
+            labels = None if run.labels is None else run.labels.tobytes()
+            return run.config["dataset"], run.config["split_seed"], labels
+
+        recorded, current = (run.config.get("fingerprints", {}) for run in (self, other))
+        return split(self) == split(other) and "test" not in changed_splits(recorded, current)
 
     def settings(self) -> TrainConfig:
         """What train.py was told, of what config.json holds."""
@@ -142,7 +139,7 @@ def read_run(path: Path) -> Run:
     with _reading(path / HISTORY) as file:
         history = [json.loads(line) for line in file.read_text().splitlines()]
         for row in history or [None]:
-            _require(row, dict.fromkeys(EPOCH, NUMBER))
+            _require(row, EPOCH)
     labels = predictions = confidence = files = None
     if (path / PREDICTIONS).is_file():
         with _reading(path / PREDICTIONS) as file:
@@ -182,5 +179,5 @@ def _reading(file: Path, kind: type[Exception] = ValueError) -> Iterator[Path]:
 def _require(group: Any, types: dict[str, Any]) -> None:
     """Nothing; raises ValueError where `group` is no dict that has these."""
     for name, kind in types.items():
-        if not isinstance(group, dict) or not isinstance(group.get(name), kind):
+        if not isinstance(group, dict) or not isinstance(group.get(name, ...), kind):
             raise ValueError(f"no {name} in {str(group)[:40]}")

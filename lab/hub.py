@@ -1,31 +1,30 @@
-"""Uploads a finished run to Hugging Face's Hub: weights, settings, report, card and pictures.
+"""Upload a finished run to the Hugging Face Hub: weights, settings, report, card and plots.
 
-  python -m lab.hub runs/lenet5-mnist lenet5-mnist       your own NAME, or ORGANISATION/NAME
-
-A repository that is not there yet is made, a private one; its settings on the Hub open it. States
-and predictions stay here. config.json and the weights name the folder that the data lay in.
+A repository that does not exist yet is created as a private one. Checkpoints and predictions are
+not uploaded, and plots that show images of the dataset only with --hub-images. config.json and the
+weights name the directory that the data came from.
 """
 
 import shlex
-import sys
-from dataclasses import dataclass
-from pathlib import Path
 
 from lab import console
-from lab.commandline import parse_arguments
-from lab.config import OUTPUT
-from lab.errors import UserError, run_script
-from lab.options import option
-from lab.rundir import BEST, CARD, CONFIG, REPORT, RunDir
+from lab.config import TrainConfig
+from lab.errors import UserError
+from lab.rundir import BEST, CARD, CONFIG, PLOTS, REPORT, RunDir
 
-UPLOADED = (BEST, CONFIG, REPORT, CARD)
+FILES = (BEST, CONFIG, REPORT, CARD)
+PLOTS_WITHOUT_IMAGES = tuple(
+    f"{PLOTS}/{name}.png" for name in ("curves", "confusion_matrix", "per_class")
+)
 
 
-def require_login(name: str, needed: bool = True) -> None:
-    """Nothing; raises `UserError` where this process could not upload to the repository `name`.
+def check_upload(config: TrainConfig, needed: bool = True) -> None:
+    """Raise `UserError` if the run could not be uploaded to --push-to-hub, or if that is public.
 
-    Asks no network: a machine that has none now may have it at the end.
+    A Hub that cannot be reached now is no error: it may be reachable at the end of the training,
+    and `push` checks again.
     """
+    name = config.push_to_hub
     if not (name and needed):
         return
     from huggingface_hub import constants, get_token
@@ -44,66 +43,76 @@ def require_login(name: str, needed: bool = True) -> None:
         raise UserError(
             f"there is no login to upload to {name} with", "Run hf auth login, or set HF_TOKEN"
         )
+    try:
+        check_private(name, config.hub_public)
+    except UserError:
+        raise
+    except Exception as error:  # raised by the network, the Hub or the clients of both
+        console.warn(f"whether {name} is public is checked before the upload only ({error})")
 
 
-def push(run: RunDir, name: str) -> str:
-    """The address of the repository that now has the run, in one commit; raises `UserError`."""
+def check_private(name: str, public: bool) -> None:
+    """Raise `UserError` if the repository exists and is public, unless `public` allows that.
+
+    Also raises what the Hub's client raises when it gets no answer.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    if public:
+        return
+    api = HfApi()
+    full_name = name if "/" in name else f"{api.whoami()['name']}/{name}"
+    try:
+        private = api.repo_info(full_name, timeout=10).private
+    except RepositoryNotFoundError:
+        return
+    if not private:
+        raise UserError(
+            f"the repository {full_name} is public",
+            "Give --hub-public to publish the run there, or another --push-to-hub",
+        )
+
+
+def files(run: RunDir, images: bool) -> list[str]:
+    """Return the files of a run to upload; plots that show images only if `images`."""
+    plots = [path.relative_to(run.path).as_posix() for path in run.pictures]
+    return [*FILES, *(plot for plot in plots if images or plot in PLOTS_WITHOUT_IMAGES)]
+
+
+def push(run: RunDir, name: str, *, images: bool = False, public: bool = False) -> str:
+    """Upload the files of a run in one commit and return the repository's address.
+
+    Raises:
+        UserError: if the upload fails, or the repository is public and `public` is False.
+    """
     from huggingface_hub import CommitOperationAdd, HfApi
 
-    if missing := [file for file in UPLOADED if not (run.path / file).is_file()]:
-        raise UserError(
-            f"{run.path} has no {', '.join(missing)}",
-            f"Finish the run with train.py --resume, or write the card with python -m lab.card "
-            f"{shlex.quote(str(run.path))}",
-        )
-    files = [run.path / file for file in UPLOADED] + run.pictures
-    added = [CommitOperationAdd(path.relative_to(run.path).as_posix(), str(path)) for path in files]
+    names = files(run, images)
     try:
+        check_private(name, public)
+        added = [CommitOperationAdd(file, str(run.path / file)) for file in names]
         repository = HfApi().create_repo(name, private=True, exist_ok=True)
         HfApi().create_commit(repository.repo_id, added, commit_message="Upload a run of lab")
-    except Exception as error:  # of the network, the Hub, or the clients of both
+    except UserError:
+        raise
+    except Exception as error:  # raised by the network, the Hub or the clients of both
+        words = ["hf", "upload", name, str(run.path), ".", "--private"]
+        words += [word for file in names for word in ("--include", file)]
         raise UserError(
-            f"{run.path} could not be uploaded ({error})",
-            f"Try again: {_command(run, name)}",
+            f"{run.path} could not be uploaded ({error})", f"Try again: {shlex.join(words)}"
         ) from error
     return str(repository)
 
 
-def upload(run: RunDir, name: str) -> None:
-    """Uploads a run that has ended well to `name`, if any; a failure is a warning only."""
+def upload(run: RunDir, config: TrainConfig) -> None:
+    """Upload a finished run to --push-to-hub, if given; a failure is only a warning."""
+    name = config.push_to_hub
     if not (name and run.writes):
         return
     try:
         with console.working(f"uploading to {name}"):
-            address = push(run, name)
+            address = push(run, name, images=config.hub_images, public=config.hub_public)
         console.say(f"uploaded: {address}")
     except UserError as error:
         console.warn(str(error))
-
-
-def _command(run: RunDir, name: str) -> str:
-    return shlex.join(["python", "-m", "lab.hub", str(run.path), name])
-
-
-@dataclass(frozen=True)
-class HubConfig:
-    """What to upload."""
-
-    # fmt: off
-    run: str = option("", OUTPUT, "the folder of a finished run", positional=True)
-    name: str = option("", OUTPUT, "the repository, NAME or ORGANISATION/NAME", positional=True)
-    debug: bool = option(False, OUTPUT, "show the traceback of an error")
-    # fmt: on
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Uploads as the command line `argv` says; raises `UserError`."""
-    config = HubConfig(**parse_arguments(HubConfig, argv, prog="-m lab.hub", about=__doc__))
-    if not Path(config.run).is_dir():
-        raise UserError(f"there is no run {config.run}", "Give the folder of a finished run")
-    require_login(config.name)
-    console.print_line(f"uploaded: {push(RunDir(config.run), config.name)}")
-
-
-if __name__ == "__main__":
-    sys.exit(run_script(main))

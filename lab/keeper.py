@@ -21,7 +21,7 @@ from lab.engine import Position, Trainer
 from lab.errors import UserError
 from lab.optim import slots
 from lab.rundir import RunDir
-from lab.states import FORMAT, POSITION, State, folders, write
+from lab.states import FORMAT, POSITION, State, write
 from lab.stopping import Stopper
 
 
@@ -48,15 +48,13 @@ class Keeper:
     def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
         """A `UserError` gets the last whole state as a hint."""
         with suppress(UserError) if error else nullcontext():
-            self.writer.wait()  # before the folder is open to another training
+            self.writer.wait()  # before the directory is open to another training
         if isinstance(error, UserError):
             for state in self._states()[:1]:
                 error.hint += f". The last complete state of the run is {state}"
-        if error or self.reason:  # a notebook that caught the error may go on with the run
-            self.run.unlock()
 
     def _states(self) -> list[Path]:
-        return folders(self.run) if self.run.writes else []
+        return self.run.checkpoints if self.run.writes else []
 
     def goodbye(self) -> int:
         """Says how to go on with a run that was stopped; the script's exit code."""
@@ -101,6 +99,7 @@ class Keeper:
             "format": FORMAT,
             "samples_seen": (position.epoch - 1) * self.num_samples
             + min(self.num_samples, position.batch * config.batch_size),
+            "num_batches": -(-self.num_samples // config.batch_size),  # of an epoch
             "position": {name: getattr(position, name) for name in POSITION},
             "sums": sums,
             "best": dict(best),
@@ -115,8 +114,9 @@ class Keeper:
     def _write(self, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
         folder = self.run.states / f"step-{about['position']['step']:08}"
         names = [f"network.{name}" for name, _ in self.trainer.network.named_parameters()]
-        if not all(bool(tensors[name].isfinite().all()) for name in names):
-            console.warn(f"{folder} is not written: the weights are not finite")
+        values = [torch.tensor(about["sums"]), *(tensors[name] for name in names)]
+        if not all(bool(value.isfinite().all()) for value in values):
+            console.warn(f"{folder} is not written: the weights or the losses are not finite")
             return
         try:
             require_room(self.run.states, sum(t.nbytes for t in tensors.values()))
@@ -125,13 +125,18 @@ class Keeper:
         except (UserError, OSError) as error:
             console.warn(f"{folder} is not written: {error}")
             return
-        for old in folders(self.run)[self.trainer.config.keep_states :]:
-            gone = old.with_name(f".{old.name}")
-            try:
-                os.replace(old, gone)  # never half there under its own name
-                shutil.rmtree(gone)
-            except OSError as error:
-                console.warn(f"{old} is not removed: {error}")
+        remove_checkpoints(self.run, self.trainer.config.keep_states)
+
+
+def remove_checkpoints(run: RunDir, keep: int) -> None:
+    """Remove all checkpoints of a run but the newest `keep`; warn of one that cannot be removed."""
+    for old in run.checkpoints[keep:] if run.writes else ():
+        gone = old.with_name(f".{old.name}")
+        try:
+            os.replace(old, gone)  # never half there under its own name
+            shutil.rmtree(gone)
+        except OSError as error:
+            console.warn(f"{old} is not removed: {error}")
 
 
 def collect(trainer: Trainer) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import safetensors.torch
@@ -61,9 +62,10 @@ def first_batch(config: TrainConfig, splits: Splits) -> tuple[Tensor, Tensor]:
     num_samples = len(splits.train.labels)
     preprocess = Preprocess(splits.mean, splits.std, config.augmentations, "cpu", config.mix_alpha)
     plan = Plan(num_samples, config.batch_size, config.seed, rank=0, world_size=1)
-    _, stop, num_global = next(plan.cuts())
+    cut = next(plan.cuts())
+    cut = replace(cut, parts=(cut.parts[0][:BATCH],))
     mixer = preprocess.mixer
-    index = plan.positions(plan.order(1), (0, min(stop, BATCH), num_global), mixer is not None)
+    index = plan.positions(plan.order(1), cut, mixer is not None)
     bits = random_bits(config.seed, 1, num_samples, "cpu")[index]
     images = preprocess(splits.train.images[index], bits)
     if mixer is not None:

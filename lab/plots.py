@@ -1,14 +1,12 @@
 """Pictures of a finished run, drawn from its files; matplotlib is imported here and in `scatter`.
 
-  python -m lab.plots runs/lenet5-mnist    draws RUN/plots/*.png again
-
 Each stands on an opaque white card, so that it can be read on a light page and on a dark one.
 """
 
 from __future__ import annotations
 
 import io
-import sys
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -16,9 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from lab import console
-from lab.commandline import parse_arguments
-from lab.errors import run_script
-from lab.finished import Run, RunConfig, read_run
+from lab.finished import Run, read_run
 from lab.rundir import PICTURES, PLOTS, PREDICTIONS, write_atomically, writing
 
 if TYPE_CHECKING:
@@ -40,15 +36,10 @@ STYLE: Any = {
 }  # fmt: skip
 WRITTEN_OUT = 20  # classes whose cells have room for numbers
 LISTED = 100  # classes that have a line each
+FEW = 30  # points of a curve that are marked each
 NAME = 18  # characters of a class name
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Draws a run's pictures; raises `UserError`."""
-    about = (__doc__ or "").partition("\n\nEach")[0]
-    config = RunConfig(**parse_arguments(RunConfig, argv, prog="-m lab.plots", about=about))
-    draw(Path(config.run))
-    console.print_line(f"written: {Path(config.run) / PLOTS}")
+LONG = 36  # where there is room
+LETTER = 0.08  # inches that a plot grows for each further character
 
 
 def draw(path: Path) -> None:
@@ -105,27 +96,30 @@ def curves(run: Run) -> Figure:
     chosen_on = "test" if run.report["selected_on"] == "test" else "validation"
     best = next((row for row in run.history if row["epoch"] == run.report["best_epoch"]), None)
     for axes, key in ((loss, "loss"), (accuracy, "accuracy")):
-        few = len(epochs) <= 30
+        few = len(epochs) <= FEW
         for part, label, colour, marker in (
             ("train", "train", BLUE, "o"), ("val", chosen_on, RED, "s"),
         ):  # fmt: skip
             values = [row[f"{part}_{key}"] for row in run.history]
+            values = [math.nan if value is None else value for value in values]
             axes.plot(epochs, values, color=colour, marker=marker if few else "", ms=4, label=label)
         if best:
             axes.axvline(best["epoch"], color="#888888", ls="--", lw=1, zorder=0)
-            axes.plot(best["epoch"], best[f"val_{key}"], "*", ms=13, color=RED, mec=INK, mew=0.7,
+            height = math.nan if best[f"val_{key}"] is None else best[f"val_{key}"]
+            axes.plot(best["epoch"], height, "*", ms=13, color=RED, mec=INK, mew=0.7,
                       zorder=4, label=f"best epoch: {best['epoch']}")  # fmt: skip
         axes.set(title=key)
         axes.legend(fontsize=9)
     steps = run.steps()
-    if steps:
+    by_step = len(steps) >= len(epochs)  # a short run may log fewer steps than it has epochs
+    if by_step:
         xs, ys = [s["step"] for s in steps], [s["learning_rate"] for s in steps]
     else:
         xs, ys = epochs, [row["learning_rate"] for row in run.history]
-    rate.plot(xs, ys, color=GREEN, marker="" if len(xs) > 1 else "o")
+    rate.plot(xs, ys, color=GREEN, marker="o" if len(xs) <= FEW else "", ms=4)
     rate.set(title="learning rate", ylim=(0, None))
     for axes in figure.axes:
-        axes.set_xlabel("step" if axes is rate and steps else "epoch")
+        axes.set_xlabel("step" if axes is rate and by_step else "epoch")
         at = xs if axes is rate else epochs
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
         if len(at) == 1:
@@ -143,8 +137,9 @@ def confusion_matrix(run: Run) -> Figure:
     num_classes = len(names)
     share = matrix / matrix.sum(1, keepdims=True).clip(min=1)
     numbers = num_classes <= WRITTEN_OUT
+    shown = [short(name, LONG if numbers else NAME) for name in names]
     if numbers:
-        side = max(5.0, 0.62 * num_classes + 1.8)
+        side = max(5.0, 0.62 * num_classes + 1.8) + _growth(shown)
         figure = new_figure(side + 0.6, side)
         axes = figure.subplots()
     else:
@@ -156,7 +151,7 @@ def confusion_matrix(run: Run) -> Figure:
     every = -(-num_classes // LISTED)  # more classes than lines: every n-th is named
     ticks = range(0, num_classes, every)
     size = 9 if numbers else max(5.0, min(9.0, 500 / len(ticks) / 1.15))
-    labels = [short(names[k]) for k in ticks]
+    labels = [shown[k] for k in ticks]
     axes.set_xticks(ticks, labels, rotation=90, fontsize=size, parse_math=False)
     axes.set_yticks(ticks, labels, fontsize=size, parse_math=False)
     axes.set(xlabel="predicted class", ylabel="true class")
@@ -191,7 +186,9 @@ def per_class(run: Run) -> Figure:
     """Precision, recall and F1 of each class, a line each, the lowest F1 at the bottom."""
     rows = sorted(run.report["per_class"], key=lambda row: row["f1"])
     shown = rows[:LISTED]
-    figure = new_figure(8.5, 1.6 + max(6, len(shown)) * (0.3 if len(shown) <= 30 else 0.17))
+    names = [short(row["class"], LONG) for row in shown]
+    height = 1.6 + max(6, len(shown)) * (0.3 if len(shown) <= 30 else 0.17)
+    figure = new_figure(8.5 + _growth(names), height)
     axes = figure.subplots()
     ys = range(len(shown))
     left, right = ([row[key] for row in shown] for key in ("precision", "recall"))
@@ -202,7 +199,7 @@ def per_class(run: Run) -> Figure:
     ):  # fmt: skip
         values = [row[key] for row in shown]
         axes.scatter(values, ys, color=colour, marker=marker, s=30, label=label, zorder=3)
-    labels = [f"{short(row['class'])} ({row['support']:,})" for row in shown]
+    labels = [f"{name} ({row['support']:,})" for name, row in zip(names, shown, strict=True)]
     size = 9 if len(shown) <= 30 else 7
     axes.set_yticks(ys, labels, fontsize=size, parse_math=False)
     axes.set_ylim(-0.7, len(shown) - 0.3)
@@ -263,6 +260,11 @@ def _grid(images: np.ndarray, captions: Sequence[str], columns: int, title: str)
     return figure
 
 
+def _growth(names: Sequence[str]) -> float:
+    """Return the inches that names need beyond those of NAME characters."""
+    return LETTER * (max(NAME, *map(len, names)) - NAME)
+
+
 def _title(run: Run, text: str) -> str:
     return f"{run.config['model']} on {short(run.config['dataset'])}: {text}"
 
@@ -276,7 +278,3 @@ def short(name: str, width: int = NAME) -> str:
     if len(name) > width:
         name = name[: width // 2] + "…" + name[len(name) - (width - 1) // 2 :]
     return name or "(no name)"
-
-
-if __name__ == "__main__":
-    sys.exit(run_script(main))

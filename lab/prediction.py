@@ -15,12 +15,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 
 from lab import console
 from lab.data.augment import Preprocess
 from lab.data.folder import SUFFIXES, decode, grey, pictures
-from lab.data.loaders import begin_worker, shard
+from lab.data.loaders import shard
+from lab.data.workers import BatchReader
 from lab.errors import UserError
 from lab.rundir import write_atomically
 from lab.tta import outputs
@@ -82,7 +82,7 @@ def _exists(path: str) -> bool:
     return True
 
 
-class _Pictures(Dataset):
+class _Pictures:
     """Indexed by the positions of a batch: (uint8 [n, C, size, size], [(position, error)])."""
 
     def __init__(self, paths: Sequence[str], size: int, channels: int):
@@ -125,12 +125,12 @@ def classify(
     preprocess = Preprocess(about["mean"], about["std"], (), device)
     batches = torch.arange(len(paths)).split(batch_size)
     mine = batches[shard(len(batches), accelerator.process_index, accelerator.num_processes)]
-    reader = DataLoader(
-        _Pictures(paths, about["model"]["image_size"], about["model"]["channels"]),
-        sampler=mine,
-        batch_size=None,  # the data set returns whole batches
-        num_workers=num_workers if len(mine) > 1 else 0,
-        worker_init_fn=begin_worker,
+    size, channels = about["model"]["image_size"], about["model"]["channels"]
+    reader = BatchReader(
+        _Pictures(paths, size, channels),
+        mine,
+        num_workers if len(mine) > 1 else 0,
+        batch_nbytes=min(batch_size, len(paths)) * 3 * size**2,
         pin_memory=device.type == "cuda",
     )
     # float32 holds each class's number exactly; a row that nobody fills is one that failed.
@@ -138,7 +138,7 @@ def classify(
     failed: list[tuple[int, str]] = []
     network.eval()
     seen, start = 0, time.perf_counter()
-    with accelerator.autocast():
+    with reader, accelerator.autocast():
         for images, positions, errors in reader:
             failed += errors
             seen += len(positions) + len(errors)

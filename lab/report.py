@@ -1,7 +1,4 @@
-"""A page for each finished run, and one for several: no network, and no file but itself.
-
-python -m lab.report runs/lenet5-mnist    writes RUN/report.html again
-"""
+"""A page for each finished run, and one for several: no network, and no file but itself."""
 
 from __future__ import annotations
 
@@ -9,17 +6,15 @@ import base64
 import dataclasses
 import io
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from lab import comparison, console, plots
-from lab.commandline import parse_arguments
 from lab.config import OUTPUT, TrainConfig
-from lab.errors import UserError, run_script
-from lab.finished import Run, RunConfig, read_run
+from lab.errors import UserError
+from lab.finished import Run, read_run
 from lab.recipes import resolve
 from lab.rundir import PAGE, PLOTS, RunDir, write_atomically
 
@@ -40,14 +35,6 @@ FACTS = ("device", "device_name", "world_size", "precision", "threads", "paramet
          "multiply_adds", "commit")  # fmt: skip
 NAMED = ("model", "data set", "chosen on")  # columns of a comparison that hold no numbers
 COUNTS = ("parameters", "multiply-adds")  # and those whose numbers are long
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Writes a run's page; raises `UserError`."""
-    config = RunConfig(
-        **parse_arguments(RunConfig, argv, prog="-m lab.report", about=__doc__ or "")
-    )
-    console.print_line(f"written: {write(Path(config.run))}")
 
 
 def finish(run: RunDir, config: TrainConfig, splits: Splits, predictions: Predictions) -> None:
@@ -160,7 +147,7 @@ def _about(run: Run) -> dict[str, Any]:
         "facts": [(name.replace("_", " "), config[name]) for name in FACTS if config.get(name)],
         "versions": config["versions"],
         "names": names,
-        "labels": [(plots.short(name), plots.short(name, PHONE)) for name in names],
+        "labels": [(plots.short(name, plots.LONG), plots.short(name, PHONE)) for name in names],
         "matrix": matrix if len(names) <= IN_FULL else None,
         "confusions": run.confusions(CONFUSIONS),
         "num_mistakes": report["num_samples"] - sum(row[i] for i, row in enumerate(matrix)),
@@ -230,7 +217,3 @@ def _thumbnail(image: np.ndarray) -> str:
 
 def _embedded(content: bytes, kind: str) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
-
-
-if __name__ == "__main__":
-    sys.exit(run_script(main))

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -32,6 +33,7 @@ class RunDir:
     def __init__(self, path: str | Path, writes: bool = True):
         self.path, self.writes = Path(path), writes
         self.held: FileLock | None = None
+        self.made: list[Path] = []  # directories made for a run that has not begun, inner first
 
     @property
     def best(self) -> Path:
@@ -48,42 +50,71 @@ class RunDir:
         """The pictures that were drawn of it."""
         return sorted((self.path / PLOTS).glob("*.png"))
 
-    def lock(self) -> None:
-        """Keeps other trainings out of the folder while this process lives.
+    @property
+    def checkpoints(self) -> list[Path]:
+        """The checkpoints to resume from, the newest first."""
+        return sorted(self.states.glob("step-*"), reverse=True)
 
-        Raises `UserError` where another one is at work there; one that was killed locks nothing.
+    def create(self) -> bool:
+        """Make the directory; return False where there is one. Raise `UserError`."""
+        missing = [p for p in (self.path, *self.path.parents) if not os.path.exists(p)]
+        try:
+            with writing(self.path):
+                self.path.mkdir(parents=True)
+                if os.name == "posix":
+                    sync(self.path.parent)  # or a power cut might take the whole directory
+        except UserError as error:
+            if isinstance(error.__cause__, FileExistsError) and self.path.parent.is_dir():
+                return False
+            _remove_empty(missing)
+            raise
+        self.made = missing
+        return True
+
+    def lock(self) -> None:
+        """Keep other trainings out of the directory until `close`, or until this process ends.
+
+        Raise `UserError` where another training holds the lock; a killed one holds none.
         """
         with writing(self.states):
             self.states.mkdir(exist_ok=True)
-            # One a process: a notebook whose training failed may go on with it.
-            self.held = FileLock(self.states / LOCK, is_singleton=True)
-            try:
-                self.held.acquire(timeout=LOCK_PATIENCE)
-            except Timeout:
-                self.held = None
-                raise UserError(
-                    f"another training is at work in {self.path}",
-                    "Wait for its end, or give another --name; if there is none, delete "
-                    f"{self.states / LOCK}",
-                ) from None
+            held = FileLock(self.states / LOCK)
+            with suppress(Timeout):
+                held.acquire(timeout=LOCK_PATIENCE)
+        if not held.is_locked or not (self.states / LOCK).exists():  # removed by who held it
+            raise UserError(
+                f"another training is at work in {self.path}",
+                f"Wait for its end, or give another --name; if there is none, delete "
+                f"{self.states / LOCK}",
+            )
+        self.held = held
 
-    def unlock(self) -> None:
-        """Lets other trainings in again."""
+    def close(self) -> None:
+        """Let other trainings in; remove a directory that was made for a run that did not begin."""
         if self.held:
-            self.held.release(force=True)
+            if self.made:
+                shutil.rmtree(self.path, ignore_errors=True)
+                _remove_empty(self.made)
+            self.held.release()
+            self.held = None
 
     def begin(self, settings: Mapping[str, Any]) -> None:
-        """config.json, every setting as resolved, where the run takes place and by what code; and
-        the two files that lines will be added to. Where that fails, the folder is gone again.
+        """Empty the directory, which is locked; write config.json and two files to add lines to.
+
+        config.json holds every setting as resolved, where the run takes place, and the versions of
+        the code. Raise `UserError`.
         """
-        try:
-            self._write_config(settings)
-        except UserError:
-            with suppress(OSError):
-                shutil.rmtree(self.path)
-            raise
+        if not self.writes:
+            return
+        self.made = self.made or [self.path]  # there is no run in it until all this is done
+        with writing(self.path):
+            for path in (*self.states.glob("*"), *self.path.iterdir()):
+                if path.name not in (LOCK, CONFIG, STATES):  # it stays known as a run's, and locked
+                    _remove(path)
+        self._write_config(settings)
         self.add_epoch()
         self.add_steps()
+        self.made = []
 
     def go_on(self, settings: Mapping[str, Any], epoch: int, step: int) -> None:
         """What `begin` does, for a run that goes on in `epoch` (from 1), after `step` steps.
@@ -117,6 +148,15 @@ class RunDir:
         if self.writes:
             write_atomically(self.path / PREDICTIONS, lambda path: path.write_bytes(content))
 
+    def check_learnt(self) -> None:
+        """Check that not every step of the run was skipped. Raise `UserError`."""
+        lines = (self.path / HISTORY).read_text().splitlines() if self.writes else []
+        if lines and all(json.loads(line)["train_loss"] is None for line in lines):
+            raise UserError(
+                "nothing was learnt: the loss or gradient of every step was not finite",
+                "Lower --lr, or give --clip-norm 1, in a new run",
+            )
+
     def add_epoch(self, *rows: Mapping[str, Any]) -> None:
         """Lines of history.jsonl."""
         self._append(HISTORY, rows)
@@ -131,7 +171,7 @@ class RunDir:
 
     def _write_json(self, name: str, content: Mapping[str, Any]) -> None:
         if self.writes:
-            text = json.dumps(content, indent=1) + "\n"
+            text = to_json(content, indent=1) + "\n"
             write_atomically(self.path / name, lambda path: path.write_text(text))
 
     def _cut(self, name: str, stays: Callable[[dict], bool]) -> None:
@@ -149,7 +189,7 @@ class RunDir:
 
     def _append(self, name: str, rows: Iterable[Any]) -> None:
         if self.writes:
-            text = "".join(json.dumps(row) + "\n" for row in rows).encode()
+            text = "".join(to_json(row) + "\n" for row in rows).encode()
             with writing(self.path / name), open(self.path / name, "ab", buffering=0) as file:
                 size = file.tell()
                 if file.write(text) < len(text):  # the disk filled up: leave no part of a line
@@ -157,25 +197,59 @@ class RunDir:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def start(config: TrainConfig, writes: bool) -> RunDir:
-    """A new run's folder, made and locked by the process that `writes`; raises `UserError`."""
-    if not writes:
-        return RunDir("", writes=False)
-    default_name = f"{config.model}-{config.dataset}".replace(":", "-")  # torchvision:NAME
-    run = RunDir(create(config.output_dir, config.name, default_name, _replaces(config)))
+def open_new(config: TrainConfig) -> RunDir:
+    """Return the locked directory of a run that has no checkpoint; `RunDir.begin` empties it.
+
+    Under the lock it is known whether a run may be replaced: only `--overwrite` may replace one
+    that left weights or a report. With `--resume auto` the directory may hold checkpoints after
+    all, of a training that ended meanwhile: the caller resumes those. Raise `UserError`.
+    """
+    parent, number = Path(config.output_dir), 1
+    if not config.name:  # the first that is free: MODEL-DATASET, MODEL-DATASET-2, ...
+        base = f"{config.model}-{config.dataset}".replace(":", "-")  # torchvision:NAME
+        run = RunDir(parent / base)
+        while not run.create():
+            number += 1
+            run = RunDir(parent / f"{base}-{number}")
+        run.lock()
+        return run
+    run = RunDir(parent / config.name)
+    if run.create():
+        run.lock()
+        return run
+    check_replaceable(run, config)
     run.lock()
+    try:
+        check_replaceable(run, config)
+    except UserError:
+        run.close()
+        raise
     return run
 
 
-def require_name(config: TrainConfig) -> None:
-    """Nothing; raises `UserError` where `start` would, as a run of that name is there."""
-    if config.name:
-        exists(Path(config.output_dir) / config.name, _replaces(config))
+def check_replaceable(run: RunDir, config: TrainConfig) -> None:
+    """Check that a run may begin in a directory that is there. Raise `UserError`."""
+    if config.resume == "auto" and (run.checkpoints or is_blank(run.path)):
+        return
+    if config.resume == "auto" and (run.best.exists() or (run.path / REPORT).exists()):
+        raise no_checkpoint(run)
+    if config.resume != "auto" and not config.overwrite and not is_blank(run.path):
+        raise UserError(
+            f"the run {run.path} exists", "Give another --name, or --overwrite to replace it"
+        )
+    if not is_run(run.path):
+        raise UserError(f"{run.path} is not a run's folder", "Give another --name")
 
 
-def _replaces(config: TrainConfig) -> bool:
-    # A run that was killed before its first state is begun again.
-    return config.overwrite or config.resume == "auto"
+def no_checkpoint(run: RunDir) -> UserError:
+    """Return the error of resuming a run that has no checkpoint."""
+    inside = sorted({str(path.parents[1]) for path in run.path.glob(f"*/{STATES}/step-*")})
+    return UserError(
+        f"{run.path} holds no state to go on from",
+        f"Give --resume one of its runs: {', '.join(inside[:3])}"
+        if inside
+        else "Start a new run, of another --name",
+    )
 
 
 def evaluation_dir(
@@ -194,54 +268,49 @@ def evaluation_dir(
     return RunDir(path, writes)
 
 
-def create(output_dir: str, name: str, default_name: str, overwrite: bool) -> Path:
-    """A new, empty run folder: OUTPUT_DIR/NAME, or the first free of DEFAULT, DEFAULT-2, ...
-
-    Raises `UserError` where NAME exists and is not to be overwritten.
-    """
-    parent = Path(output_dir)
-    if name and exists(parent / name, overwrite):
-        path = parent / name
-        replaced = RunDir(path)
-        replaced.lock()  # nobody is at work there
-        with writing(path):
-            shutil.rmtree(path)
-    number = 1
-    while True:
-        path = parent / (name or (default_name if number == 1 else f"{default_name}-{number}"))
-        with writing(path):
-            try:
-                path.mkdir(parents=True)
-                if os.name == "posix":
-                    sync(parent)  # or a power cut might take the folder with all that is in it
-                return path
-            except FileExistsError:
-                if name or not parent.is_dir():
-                    raise
-                number += 1
-
-
-def exists(path: Path, overwrite: bool) -> bool:
-    """Whether there is a run's folder to replace; `UserError` where it may not be replaced."""
-    if not os.path.exists(path):  # Path.exists raises for a name that is too long
+def is_blank(path: Path) -> bool:
+    """Return whether a directory is empty but for the lock of a run that did not begin."""
+    try:
+        names = {str(p.relative_to(path)) for p in path.rglob("*")}
+    except OSError:
         return False
-    if not overwrite:
-        raise UserError(
-            f"the run {path} exists", "Give another --name, or --overwrite to replace it"
-        )
-    if not is_run(path):
-        raise UserError(f"{path} is not a run's folder", "Give another --name")
-    return True
+    return os.path.isdir(path) and names <= {STATES, f"{STATES}{os.sep}{LOCK}"}
 
 
 def is_run(path: Path) -> bool:
-    """Whether a folder is a run's, or empty: one that may be replaced."""
+    """Return whether a directory is a run's, or blank: one that may be replaced."""
     try:
-        if all(p.name == STATES for p in path.iterdir()):
-            return True  # one that was begun, but for config.json, too
-        return "lab" in json.loads((path / CONFIG).read_bytes())["versions"]
+        return is_blank(path) or "lab" in json.loads((path / CONFIG).read_bytes())["versions"]
     except (OSError, ValueError, LookupError, TypeError):
         return False
+
+
+def _remove(path: Path) -> None:
+    """Remove a file, or a directory with all that is in it."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def _remove_empty(paths: Iterable[Path]) -> None:
+    """Remove those of the directories that are empty."""
+    for path in paths:
+        with suppress(OSError):
+            path.rmdir()
+
+
+def to_json(content: Any, **settings: Any) -> str:
+    """Return `content` as JSON, which has no NaN and no infinity: such numbers are null."""
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, float) and not math.isfinite(value):
+            return None
+        if isinstance(value, Mapping):
+            return {key: finite(item) for key, item in value.items()}
+        return [finite(item) for item in value] if isinstance(value, list | tuple) else value
+
+    return json.dumps(finite(content), allow_nan=False, **settings)
 
 
 @contextmanager

@@ -10,9 +10,11 @@ and is not whole when a process dies while it writes.
 
 import hashlib
 import json
+import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -27,10 +29,22 @@ from lab import console
 from lab.checkpoint import read_info, read_tensors, require_types
 from lab.config import TIMEOUT_SECONDS, TrainConfig
 from lab.data import Splits
+from lab.data.fingerprint import changed_splits
 from lab.engine import Position
 from lab.errors import UserError
 from lab.options import flag
-from lab.rundir import STATES, RunDir, sync, write_atomically, writing
+from lab.rundir import (
+    CARD,
+    REPORT,
+    STATES,
+    RunDir,
+    no_checkpoint,
+    open_new,
+    sync,
+    to_json,
+    write_atomically,
+    writing,
+)
 
 TENSORS, ABOUT = "tensors.safetensors", "state.json"
 FORMAT = 1
@@ -66,8 +80,9 @@ RESUMABLE = (
     "epochs", "max_steps", "patience", "max_hours", "on_nonfinite", "data_dir",
     "accumulate", "mixed_precision", "sync_bn", "deterministic", "compile",  # another device's
     "cuda_graphs",
-    "loader", "workers", "threads", "timeout_seconds", "save_every", "keep_states", "output_dir",
-    "name", "resume", "log_every", "tracker", "push_to_hub", "quiet", "debug",
+    "loader", "workers", "threads", "timeout_seconds", "save_every", "keep_states",
+    "final_checkpoints", "output_dir", "name", "resume", "log_every", "tracker", "push_to_hub",
+    "hub_images", "hub_public", "quiet", "debug",
 )  # fmt: skip
 
 
@@ -80,7 +95,9 @@ class State:
     """What a run goes on from, and where it lies."""
 
     run: RunDir
-    about: dict[str, Any]  # state.json, and "best": the line of history.jsonl of the best weights
+    path: Path  # of the checkpoint
+    # state.json; "best": the line of history.jsonl of the best weights; and "has_report"
+    about: dict[str, Any]
     tensors: dict[str, Tensor]  # empty but on the process that read them
 
     def config(self, given: Mapping[str, Any]) -> TrainConfig:
@@ -94,8 +111,12 @@ class State:
                     "Leave it out, or start a new run",
                 )
         changed = {name: value for name, value in given.items() if name in RESUMABLE}
-        place = {"output_dir": str(self.run.path.parent), "name": self.run.path.name, "resume": ""}
-        place["push_to_hub"] = given.get("push_to_hub", "")  # never because a file says so
+        place: dict[str, Any] = {
+            "output_dir": str(self.run.path.parent), "name": self.run.path.name, "resume": "",
+        }  # fmt: skip
+        # An upload is never repeated because a file says so.
+        place["push_to_hub"] = given.get("push_to_hub", "")
+        place |= {name: given.get(name, False) for name in ("hub_images", "hub_public")}
         place["timeout_seconds"] = given.get("timeout_seconds", TIMEOUT_SECONDS)  # of this world
         config = TrainConfig(**stored | changed | place)
         if config.epochs < self.about["position"]["epoch"]:
@@ -115,41 +136,52 @@ class State:
             mine[2] = sums[:, 2].min()
         return Position(**self.about["position"], sums=mine.clone())
 
+    def is_finished(self, config: TrainConfig) -> bool:
+        """Return whether the run has all its files and `config` trains it no further."""
+        position, best = self.about["position"], self.about["best"]
+        epoch_is_whole = position["batch"] == self.about.get("num_batches")
+        waited = position["epoch"] - best["epoch"] if best else 0
+        return self.about["has_report"] and bool(
+            (config.max_steps and position["step"] >= config.max_steps)
+            or (epoch_is_whole and position["epoch"] == config.epochs)
+            or (epoch_is_whole and config.patience and waited >= config.patience)
+        )
+
     def require_same_data(self, splits: Splits) -> None:
         """Nothing; raises `UserError` where other samples lie where the run's lay."""
-        if self.about["fingerprints"] != splits.fingerprints:
+        if changed := changed_splits(self.about["fingerprints"], splits.fingerprints):
             raise UserError(
-                "the data are not those that the run was trained on",
+                "the data are not those that the run was trained on (files of these splits were "
+                f"added, removed, renamed or replaced: {', '.join(changed)})",
                 "Give --data-dir with the same files, or start a new run",
             )
 
 
-def find(config: TrainConfig, reads: bool) -> State | None:
-    """The newest whole state of the run that `config` resumes, whose folder is then locked.
+@contextmanager
+def open_run(config: TrainConfig, writes: bool) -> Iterator[tuple[RunDir, State | None]]:
+    """Lock the directory of the run that `config` starts or resumes, for as long as it trains.
 
-    None where there is nothing to go on from: a new run, `auto` without a state, or a process that
-    does not read. Raises `UserError` where there is no such run, or nothing of it is whole.
+    Yield it and the checkpoint to resume from, None for a new run. Nothing is decided before the
+    lock is held, and nothing is removed before `RunDir.begin`. Off the process that `writes` there
+    is no lock and no checkpoint. Raise `UserError` where the directory cannot be made, another
+    training is at work in it, it may not be replaced, or no checkpoint in it is intact.
     """
-    if not (config.resume and reads):
-        return None
-    auto = config.resume == "auto"
-    run = RunDir(Path(config.output_dir) / config.name if auto else _folder_of(config.resume))
-    if not os.path.isdir(run.path):  # Path.is_dir raises for a name that is too long
-        if auto:
-            return None
-        raise UserError(f"there is no run {run.path}", "Give --resume the folder of a run")
-    if not folders(run):
-        if auto and not run.best.exists():
-            return None
-        inside = sorted({str(state.parents[1]) for state in run.path.glob(f"*/{STATES}/step-*")})
-        raise UserError(
-            f"{run.path} holds no state to go on from",
-            f"Give --resume one of its runs: {', '.join(inside[:3])}"
-            if inside
-            else "Start a new run, of another --name",
-        )
-    run.lock()
-    return _newest(run)
+    if not writes:
+        yield RunDir("", writes=False), None
+        return
+    if config.resume in ("", "auto"):
+        run = open_new(config)
+    else:
+        run = RunDir(_folder_of(config.resume))
+        if not os.path.isdir(run.path):  # Path.is_dir raises for a name that is too long
+            raise UserError(f"there is no run {run.path}", "Give --resume the folder of a run")
+        if not run.checkpoints:
+            raise no_checkpoint(run)
+        run.lock()
+    try:
+        yield run, _newest(run) if config.resume and run.checkpoints else None
+    finally:
+        run.close()
 
 
 def _folder_of(path: str) -> Path:
@@ -159,22 +191,18 @@ def _folder_of(path: str) -> Path:
 
 
 def share(state: State | None) -> State | None:
-    """What the main process found, for every process; the tensors stay with it."""
-    found = broadcast_object_list([(state.about, str(state.run.path)) if state else None])[0]
+    """Return what the main process found on every process; the tensors stay with it."""
+    found = (state.about, str(state.run.path), str(state.path)) if state else None
+    found = broadcast_object_list([found])[0]
     if state or not found:
         return state
-    about, path = found
-    return State(RunDir(path, writes=False), about, {})
-
-
-def folders(run: RunDir) -> list[Path]:
-    """A run's states, the newest first."""
-    return sorted(run.states.glob("step-*"), reverse=True)
+    about, run, path = found
+    return State(RunDir(run, writes=False), Path(path), about, {})
 
 
 def _newest(run: RunDir) -> State:
     damaged = []
-    for folder in folders(run):
+    for folder in run.checkpoints:
         try:
             about, tensors = read(folder)
         except Damaged as error:
@@ -182,27 +210,34 @@ def _newest(run: RunDir) -> State:
             damaged.append(folder)
             continue
         about["best"] = _best(run, about)
+        # The card is the last file that is written of a finished run.
+        about["has_report"] = all((run.path / name).exists() for name in (REPORT, CARD))
         for leftover in (*damaged, *run.states.glob(".step-*")):  # of writers that were killed
             shutil.rmtree(leftover, ignore_errors=True)
-        console.say(f"going on from {folder}")
-        return State(run, about, tensors)
+        return State(run, folder, about, tensors)
     raise UserError(f"no state of {run.path} is whole", "Start a new run")
 
 
 def _best(run: RunDir, about: Mapping[str, Any]) -> dict[str, Any]:
-    """The epoch whose weights best.safetensors holds; it may be of after the state."""
+    """Return the metrics of the epoch whose weights best.safetensors holds.
+
+    Empty where it is not one of the epochs before the checkpoint's: its line of history.jsonl is
+    cut, and that epoch, of which perhaps only a part was evaluated, is evaluated again.
+    """
     best = about["best"]
     if not best and not run.best.exists():
         return {}
     try:
         info = read_info(run.best)
         read_tensors(run.best)  # else the run's end would be the first to see that they are damaged
-        kept = {**info["metrics"], "epoch": info["best_epoch"]}
+        # Metrics that are not finite are null there.
+        kept = {k: math.nan if v is None else v for k, v in info["metrics"].items()}
         assert isinstance(kept[f"val_{about['config']['select_by']}"], float)
-    except (UserError, LookupError, TypeError, AssertionError) as error:
+    except (UserError, LookupError, TypeError, AttributeError, AssertionError) as error:
         console.warn(f"{error} The best epoch is chosen anew.")
         return {}
-    return kept
+    before = info["best_epoch"] < about["position"]["epoch"]
+    return {**kept, "epoch": info["best_epoch"]} if before else {}
 
 
 def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -263,7 +298,7 @@ def _require_usable(about: Mapping[str, Any]) -> None:
 
 
 def _json(about: Mapping[str, Any]) -> bytes:
-    return json.dumps(about, sort_keys=True).encode()
+    return to_json(about, sort_keys=True).encode()
 
 
 def _digest(content: bytes) -> str:
@@ -275,7 +310,7 @@ def write(folder: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> No
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     content = safetensors.torch.save(tensors)
     about = {**about, "tensors_sha256": _digest(content)}
-    text = json.dumps({"state": about, "sha256": _digest(_json(about))}, indent=1)
+    text = to_json({"state": about, "sha256": _digest(_json(about))}, indent=1)
     with writing(folder):
         try:
             temporary.mkdir()

@@ -85,9 +85,3 @@ class Stopper:
     def exit_code(reason: int) -> int:
         """What a script ends with: 0 at its time limit, 130 after Ctrl-C, else 143."""
         return {TIME_LIMIT: 0, signal.SIGINT: 130}.get(reason, 143)
-
-
-def ignore_signals() -> None:
-    """For a process that another one leads: who leads decides when it ends."""
-    for number in SIGNALS.values():
-        signal.signal(number, signal.SIG_IGN)

@@ -12,12 +12,14 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, distributed, nn
+from torch.distributed.nn.functional import all_reduce
 
 import evaluate
 import train
-from lab import engine, exchange
+from lab import engine
 from lab.data import DataConfig
 from lab.data.augment import Preprocess
 from lab.data.folder import read_folder
@@ -50,30 +52,35 @@ TRAININGS = {
     "pictures": "--dataset folder --epochs 1 --max-steps 0 --loader resident",
     "pictures-streaming": "--dataset folder --epochs 1 --max-steps 0 --loader streaming "
     "--workers 2",
-    "mixed": "--augment crop,random-augment,mixup,cutmix --label-smoothing 0.1 --max-steps 30",
-    "mixed-accumulate": "--augment crop,random-augment,mixup,cutmix --label-smoothing 0.1 "
+    "mixed": "--augment crop,cutout,mixup,cutmix --label-smoothing 0.1 --max-steps 30",
+    "mixed-accumulate": "--augment crop,cutout,mixup,cutmix --label-smoothing 0.1 "
     "--max-steps 30 --accumulate 3",
     "mixed-empty": "--augment mixup,cutmix --limit-train 62 --epochs 5",
-    "pictures-mixed": "--dataset folder --epochs 1 --augment flip,random-augment,mixup,cutmix "
+    "pictures-mixed": "--dataset folder --epochs 1 --augment crop,flip,mixup,cutmix "
     "--max-steps 8 --loader resident",
     "pictures-mixed-streaming": "--dataset folder --epochs 1 --max-steps 8 --workers 2 "
-    "--augment flip,random-augment,mixup,cutmix --loader streaming",
+    "--augment crop,flip,mixup,cutmix --loader streaming",
+    # With BatchNorm that is synchronised over gloo: --sync-bn needs GPUs.
+    "batch-norm": "--max-steps 30",
+    "batch-norm-accumulate": "--max-steps 30 --accumulate 3",
+    "batch-norm-uneven-parts": "--limit-train 65 --epochs 5 --accumulate 3",
     "hook-bf16": "--comm-hook bf16",
     "hook-powersgd": "--comm-hook powersgd",
     "dropout": "--model alexnet --dataset shapes --num-samples 50 --limit-eval 10 --epochs 1 "
     "--max-steps 3 --batch-size 20 --lr 0.01 --init kaiming",
+    "dropout-seed": "--model alexnet --dataset shapes --num-samples 50 --limit-eval 10 --epochs 1 "
+    "--max-steps 1 --batch-size 20 --lr 0.01 --init kaiming --seed 7",
 }
 
 
 def main() -> None:
     output, pictures = map(Path, sys.argv[1:])
-    exchange.SMALL = 0  # LeNet-5's gradients take the way of larger ones
     # A run destroys its process group when it ends; here all runs share one.
     Accelerator.end_training = lambda self: None
     accelerator = build_accelerator(mixed_precision="no", threads=1)
     results = {
         "evaluations": evaluations(accelerator, pictures),
-        "weights": trainings(output, pictures),
+        **trainings(output, pictures),
     }
     evaluate.main([str(output / "plain"), "--threads", "1", "--quiet"])
     file = output / f"process-{accelerator.process_index}.json"
@@ -127,27 +134,69 @@ def some_network(rank: int) -> nn.Module:
     return network
 
 
-def trainings(output: Path, pictures: Path) -> dict[str, list[str]]:
-    """Runs train.py's main for every case; a digest of this process's weights after each epoch."""
-    digests: dict[str, list[str]] = {}
-    original = engine.train_one_epoch
+class SyncedBatchNorm(nn.BatchNorm2d):
+    """Normalise by the statistics of all processes, as SyncBatchNorm does, on a CPU."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(images)
+        values = images.double()
+        count = values.new_full((1,), images.numel() // self.num_features)
+        sums = torch.cat((values.sum((0, 2, 3)), values.square().sum((0, 2, 3)), count))
+        if distributed.is_initialized():
+            sums = all_reduce(sums)  # in the backward pass, too
+        mean, mean_square = (sums[:-1] / sums[-1]).view(2, -1)
+        variance = mean_square - mean.square()
+        with torch.no_grad():
+            unbiased = variance * sums[-1] / (sums[-1] - 1)
+            self.running_mean.lerp_(mean.float(), 0.1)
+            self.running_var.lerp_(unbiased.float(), 0.1)
+        scale = self.weight / (variance + self.eps).sqrt()
+        shift = self.bias - mean * scale
+        return (values * scale[:, None, None] + shift[:, None, None]).float()
+
+
+def trainings(output: Path, pictures: Path) -> dict[str, dict[str, list]]:
+    """Run train.py's main for every case.
+
+    Return what this process saw of each: "weights", a digest after each epoch, and "masks", what
+    dropout left of 64 values at each step.
+    """
+    digests: dict[str, list] = {}
+    masks: dict[str, list] = {}
+    original, original_prepare = engine.train_one_epoch, engine.prepare
+
+    def prepare(accelerator, network, config):
+        if config.name.startswith("batch-norm"):
+            network.features[1] = nn.Sequential(SyncedBatchNorm(6), nn.Tanh())
+        return original_prepare(accelerator, network, config)
 
     def train_one_epoch(trainer, *args, **kwargs):
+        name = trainer.config.name
+
+        def record_mask(*_):
+            with torch.random.fork_rng(devices=[]):
+                masks[name].append((F.dropout(torch.ones(64)) > 0).tolist())
+
+        dropouts = [m for m in trainer.network.modules() if isinstance(m, nn.Dropout)]
+        handles = [m.register_forward_pre_hook(record_mask) for m in dropouts[:1]]
         trained = original(trainer, *args, **kwargs)
+        for handle in handles:
+            handle.remove()
         digest = hashlib.sha256()
         for tensor in trainer.network.state_dict().values():
             digest.update(tensor.cpu().contiguous().numpy().tobytes())
-        digests[trainer.config.name].append(digest.hexdigest())
+        digests[name].append(digest.hexdigest())
         return trained
 
-    engine.train_one_epoch = train_one_epoch
+    engine.train_one_epoch, engine.prepare = train_one_epoch, prepare
     for name, options in TRAININGS.items():
-        digests[name] = []
+        digests[name], masks[name] = [], []
         words = [*COMMON.split(), *options.split(), "--output-dir", str(output), "--name", name]
         if "--dataset folder" in options:
             words += ["--data-dir", str(pictures)]
         train.main(words)
-    return digests
+    return {"weights": digests, "masks": masks}
 
 
 if __name__ == "__main__":

@@ -95,7 +95,7 @@ def read_state(folder: Path, trainer) -> None:
     about, tensors = states.read(folder)
     run = states.RunDir(folder.parent.parent)
     about["best"] = states._best(run, about)
-    state = states.State(run, about, tensors)
+    state = states.State(run, folder, about, tensors)
     state.config({"epochs": 10**6})
     state.position(0, 1)
     state.position(0, 2)
@@ -121,7 +121,7 @@ def write_changed_state(folder: Path, about: bytes, tensors: bytes, choose: rand
 
 def main() -> None:
     run, count = states.RunDir(sys.argv[1]), int(sys.argv[2])
-    weights, folder = run.best.read_bytes(), states.folders(run)[0]
+    weights, folder = run.best.read_bytes(), run.checkpoints[0]
     about, tensors = ((folder / name).read_bytes() for name in (states.ABOUT, states.TENSORS))
     config = TrainConfig(**json.loads(about)["state"]["config"])
     accelerator = build_accelerator(mixed_precision="no", threads=1, quiet=True)

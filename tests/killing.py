@@ -141,7 +141,8 @@ def survive(
                 if strike(world):
                     kills.append(new)
             ended = world.wait(LIMIT)
-        resumed = resumed_from(ended.stdout)
+        finished = " is finished; " in ended.stdout  # the kill came after its last file
+        resumed = last_step(folder) if finished else resumed_from(ended.stdout)
         for kill in kills[:i]:  # a life may have been killed before it said so
             if kill.resumed_from is None:
                 kill.resumed_from = resumed

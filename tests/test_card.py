@@ -10,12 +10,14 @@ import yaml
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
+import compare
 from lab import card
 from lab.commandline import parse_arguments
 from lab.config import TrainConfig
 from lab.errors import UserError
 from lab.markdown import code, escaped
 from lab.recipes import resolve
+from lab.rundir import RunDir
 
 EVIL = (
     "a|b", "<script>x</script>", "[x](http://x.yz)", "---\nlicense: mit\n---", "*`_~", "\u202ex",
@@ -55,6 +57,13 @@ def test_every_run_has_a_card_with_valid_metadata_and_the_exact_numbers(finished
     assert str(finished.parent) not in content
 
 
+def test_compare_of_one_run_writes_the_card_that_is_missing(copied, capsys):
+    (copied / "README.md").unlink()
+    compare.main([str(copied)])
+    assert capsys.readouterr().out.endswith(f"written: {copied}/README.md\n")
+    assert (copied / "README.md").read_text() == card.card(copied)
+
+
 def test_a_data_set_of_the_hub_is_named_as_there(copied):
     change(copied / "config.json", dataset="cifar10")
     data = ModelCard(card.card(copied)).data
@@ -83,7 +92,7 @@ def test_names_steer_neither_yaml_nor_markdown(copied):
         row["class"] = name
     change(copied / "report.json", per_class=report["per_class"], class_names=list(EVIL))
     path = copied.rename(copied.with_name("---\nlicense: 'x'\n---\n# [r](s)"))
-    card.main([str(path)])
+    card.write(RunDir(path))
     text = (path / "README.md").read_text(encoding="utf-8")
     found = ModelCard(text)
     assert found.data.model_name == path.name
@@ -130,8 +139,6 @@ def test_the_command_of_a_card_gives_the_same_settings(words):
 
 
 def test_a_card_goes_where_a_run_goes_on(copied):
-    from lab.rundir import RunDir
-
     RunDir(copied).go_on(read(copied / "config.json"), 3, 9)
     assert not (copied / "README.md").exists()
 
@@ -153,7 +160,7 @@ def test_p7_what_is_no_finished_run_gets_no_card(copied, name, content, message)
         (copied / name).write_text(content)
     (copied / "README.md").write_text("before")
     with pytest.raises(UserError, match=message):
-        card.main([str(copied)])
+        card.write(RunDir(copied))
     assert (copied / "README.md").read_text() == "before"
 
 

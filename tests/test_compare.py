@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,8 +13,9 @@ from PIL import Image
 from resuming import LENET, start
 
 import compare
-from lab import comparison
-from lab.comparison import CompareConfig, difference
+from lab import comparison, tables
+from lab.comparison import difference
+from lab.data.fingerprint import FORMAT
 from lab.errors import UserError
 from lab.finished import Run, read_run
 from lab.models.cost import cost
@@ -65,6 +67,7 @@ def test_the_table_has_the_runs_own_numbers(trained):
     accuracies = [row["accuracy"] for row in rows]
     assert accuracies == sorted(accuracies, reverse=True)
     assert rows[0]["to best"] is None
+    assert rows[0].keys() == {"run", *tables.IMPORTANCE}  # a column not listed is never printed
     for row in rows:
         report = json.loads((trained / row["run"] / "report.json").read_text())
         history = (trained / row["run"] / "history.jsonl").read_text().splitlines()
@@ -126,28 +129,12 @@ def test_counts_are_brief():
     assert {count: comparison.brief(count) for count in counts} == counts
 
 
-def test_it_trains_what_is_named_and_goes_on_with_it(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    words = ["--train", "--models", "lenet5", "--dataset", "digits", "--recipe", "smoke"]
-    words += ["--threads", "1", "--max-steps", "3"]
-    assert compare.main(words) == 0
-    assert "compare-lenet5-digits" in capsys.readouterr().out
-    compare.main([*words[:-1], "6"])
-    assert "going on from" in capsys.readouterr().out
-    assert (tmp_path / "comparison" / "comparison.md").exists()
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("", "no runs to compare. Name the folders of runs, or give --train --models LIST."),
-        ("--train", "--train and --models go together. Give both, or neither."),
-        ("a --train --models lenet5", "runs and --train. Name the folders of runs, or give "
-                                      "--train --models LIST."),
+        ("", "no runs to compare. Name the folders of runs."),
         ("gone", "gone is no run's folder: it has no config.json. Name one of train.py's."),
-        ("a b --epochs 3", "--epochs goes with --train. Give both, or neither."),
-        ("--train --models lenet5,alexnt --dataset digits --recipe smoke",
-         "there is no model alexnt. Did you mean alexnet or lenet5?"),
+        ("a --output b", "--output is for several runs. Name more of them, or leave it out."),
         ("unfinished", "the run unfinished is not finished. Finish it: train.py --resume "
                        "unfinished."),
     ],
@@ -174,17 +161,6 @@ def test_an_unfinished_run_is_left_out_of_several(trained, tmp_path, monkeypatch
     assert "left out: the run unfinished is not finished" in capsys.readouterr().err
 
 
-def test_trainings_take_what_was_given_and_no_more():
-    config = CompareConfig(train=True, models="lenet5, alexnet", dataset="digits", epochs=3)
-    assert config.trainings()["compare-alexnet-digits"] == [
-        "--model", "alexnet", "--name", "compare-alexnet-digits", "--dataset", "digits",
-        "--epochs", "3", "--output-dir", "runs", "--resume", "auto",
-    ]  # fmt: skip
-    assert [f.split("/")[-1] for f in config.folders()] == [
-        "compare-lenet5-digits", "compare-alexnet-digits",
-    ]  # fmt: skip
-
-
 @pytest.mark.parametrize(
     ("model", "channels", "size", "parameters", "multiply_adds"),
     [
@@ -197,3 +173,18 @@ def test_the_cost_of_a_network(model, channels, size, parameters, multiply_adds)
     found = cost(name=model, num_classes=10, channels=channels, image_size=size)
     assert found["parameters"] == parameters
     assert multiply_adds is None or found["multiply_adds"] == multiply_adds
+
+
+def test_runs_are_compared_on_the_same_test_samples_only():
+    def run(**config):
+        settings = {"dataset": "folder", "split_seed": 0, **config}
+        return Run(Path("run"), settings, {}, [], np.arange(3), None)
+
+    old, current = ({"test": "0123456789abcdef"}, {"test": f"{FORMAT}-1"})
+    a, b = run(fingerprints=current), run(fingerprints={"test": f"{FORMAT}-2"})
+    assert a.has_same_test_split(run(fingerprints=current))
+    assert not a.has_same_test_split(b)
+    assert not a.has_same_test_split(run(fingerprints=current, split_seed=1))
+    for other in (run(fingerprints=old), run()):  # whose fingerprints say nothing
+        assert a.has_same_test_split(other)
+        assert other.has_same_test_split(a)

@@ -21,7 +21,7 @@ FIELDS = {
 # Another valid value than the default of each field where adding one to it gives none.
 OTHER = {
     "augment": "crop,flip",
-    "tracker": "tensorboard,mlflow",
+    "tracker": "tensorboard,wandb",
     "mix_alpha": 0.5,
     "recipe": "notebook",
     "model": "alexnet",
@@ -69,7 +69,9 @@ def test_each_field_has_its_flag(config, name):
     assert given == {name: value}
     assert type(given[name]) is kind_of(config, name)
     # What means nothing without another.
-    given |= {"overwrite": {"name": "run"}, "freeze": {"pretrained": True}}.get(name, {})
+    hub = {"push_to_hub": "name"}
+    with_it = {"overwrite": {"name": "run"}, "freeze": {"pretrained": True}}
+    given |= (with_it | {"hub_images": hub, "hub_public": hub}).get(name, {})
     made = config(**given)
     assert getattr(made, name) == value != FIELDS[config][name].default
 

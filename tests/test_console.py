@@ -249,3 +249,27 @@ def test_update_is_cheap():
     for step in range(10_000):
         progress.update(step, 1.0, 1.0)
     assert (time.perf_counter() - start) / 10_000 < 20e-6
+
+
+def test_class_counts_list_every_class_and_abbreviate_many(capsys):
+    def printed(num_classes):
+        names = [f"[red]class {k}" for k in range(num_classes)]
+        counts = {"training": [1000 + k for k in range(num_classes)], "test": [7] * num_classes}
+        tables.class_counts(names, counts)
+        return [re.split(r"  +", line.strip()) for line in capsys.readouterr().out.splitlines()]
+
+    assert printed(2) == [
+        ["class", "training", "test"],
+        ["[red]class 0", "1,000", "7"],
+        ["[red]class 1", "1,001", "7"],
+        ["total (2 classes)", "2,001", "14"],
+    ]
+    assert len(printed(20)) == 22
+    lines = printed(1200)
+    assert len(lines) == 19
+    assert lines[8] == ["[red]class 7", "1,007", "7"]
+    assert lines[9] == ["... 1,184 more", "1,008 to 2,191", "7 to 7"]
+    assert lines[10] == ["[red]class 1192", "2,192", "7"]
+    assert lines[-1] == ["total (1,200 classes)", "1,919,400", "8,400"]
+    console.configure(main_process=True, quiet=True)
+    assert printed(2) == []

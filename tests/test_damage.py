@@ -1,6 +1,5 @@
 """P3, P4 and P7: files of a run that are damaged, a stranger's, or hold a pickle."""
 
-import gc
 import hashlib
 import json
 import math
@@ -39,13 +38,11 @@ def finished(tmp_path_factory):
     """A run's folder, with the states of steps 12, 13 and 14, in its second epoch."""
     folder = tmp_path_factory.mktemp("finished")
     words = ["--max-steps", "14", "--save-every", "1", "--keep-states", "3"]
+    words += ["--final-checkpoints", "3"]
     train.main([*WORDS, *words, "--output-dir", str(folder), "--name", "run"])
     kept = sorted((folder / "run/state").glob("step-*"))
     assert [path.name[-2:] for path in kept] == ["12", "13", "14"]
-    gc.collect()
-    gc.freeze()  # `ends` need not go through all of PyTorch again: a third of a second
-    yield folder / "run"
-    gc.unfreeze()
+    return folder / "run"
 
 
 @pytest.fixture
@@ -92,7 +89,6 @@ def ends(capfd, script, *words: object) -> tuple[int, list[str], list[str]]:
     """(exit code, warnings, errors) of a script that shows no traceback."""
     capfd.readouterr()
     code = run_script(lambda: script.main([str(word) for word in words]))
-    gc.collect()  # what a failed run still holds: its lock
     lines = capfd.readouterr().err.splitlines()
     told = [[line for line in lines if line.startswith(kind)] for kind in ("warning: ", "error: ")]
     assert sorted(lines) == sorted(told[0] + told[1])
@@ -113,7 +109,7 @@ def test_p3_a_damaged_state_gives_way_to_the_one_before(run, capfd, name, kind):
     assert (code, errors) == (0, [])
     [warning] = warnings
     assert warning.startswith("warning: the state run/state/step-00000014 is damaged (")
-    assert states.folders(states.RunDir(run))[0].name == "step-00000015"
+    assert states.RunDir(run).checkpoints[0].name == "step-00000015"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -250,14 +246,14 @@ def test_p7_a_state_file_of_anything(run, capfd, content):
 
 
 def test_p7_a_strangers_optimizer_is_another_networks(run, capfd):
-    folder = run / "state/step-00000014"
+    folder, words = run / "state/step-00000014", ("--resume", run, "--quiet", "--max-steps", 15)
     tensors = states.read(folder)[1]
     name = "optimizer.exp_avg.features.0.weight"
     for value in (None, torch.zeros(3), torch.zeros(())):
         given = {k: v for k, v in (tensors | {name: value}).items() if v is not None}
         (folder / states.TENSORS).write_bytes(states.safetensors.torch.save(given))
         seal(folder)
-        code, _, [error] = ends(capfd, train, "--resume", run, "--quiet")
+        code, _, [error] = ends(capfd, train, *words)
         assert (code, error) == (
             2, "error: run holds the state of another network. Start a new run.",
         )  # fmt: skip
@@ -265,7 +261,6 @@ def test_p7_a_strangers_optimizer_is_another_networks(run, capfd):
     given = tensors | {"optimizer.x": torch.zeros(1), "optimizer.code.features.0.weight": value}
     (folder / states.TENSORS).write_bytes(states.safetensors.torch.save(given))
     seal(folder)
-    words = ("--resume", run, "--quiet", "--max-steps", 15)
     assert ends(capfd, train, *words) == (0, [], [])
 
 

@@ -27,9 +27,7 @@ EVALUATIONS = [
     for kind in ("resident", "streaming")
 ]
 EVALUATIONS += [f"{case}, mirrored" for case in EVALUATIONS if case.startswith("101 ")]
-DETERMINISTIC = [
-    name for name in TRAININGS if name not in ("dropout", "hook-bf16", "hook-powersgd")
-]
+DETERMINISTIC = [name for name in TRAININGS if not name.startswith(("dropout", "hook"))]
 SHORT = ("--recipe", "smoke", "--dataset", "digits", "--threads", "1", "--quiet")
 
 
@@ -221,6 +219,33 @@ def test_alexnet_trains_with_dropout(worlds, num_processes):
     assert all(0 < loss < 100 for loss in losses)
 
 
+def test_dropout_is_a_function_of_seed_step_and_process(worlds):
+    [alone], of_two, of_three = (
+        [process["masks"] for process in worlds[n].processes] for n in WORLDS
+    )
+    assert len(alone["dropout"]) == 3
+    masks = [
+        tuple(mask)
+        for process in of_three
+        for name in ("dropout", "dropout-seed")
+        for mask in process[name]
+    ]
+    assert len(set(masks)) == len(masks) == 3 * (3 + 1)
+    assert of_two[0] == of_three[0] == alone
+    assert of_two[1] == of_three[1]
+
+
+@pytest.mark.parametrize("num_processes", WORLDS)
+def test_p2_accumulation_changes_batch_norms_statistics(worlds, num_processes):
+    """Synchronised or not, they are those of a part: that curve is another one."""
+    losses, expected = (
+        [s["loss"] for s in worlds[num_processes].steps(name)]
+        for name in ("batch-norm-accumulate", "batch-norm")
+    )
+    assert losses[1:] != pytest.approx(expected[1:], rel=1e-3)
+    assert losses == pytest.approx(expected, rel=0.3)
+
+
 def test_p7_one_process_s_mistake_is_told_once_and_ends_all(pictures, tmp_path):
     options = [*SHORT, "--dataset", "folder", "--data-dir", pictures, "--output-dir", tmp_path]
     command = python("tests/checks_failures.py", "missing-data", *options)
@@ -256,6 +281,9 @@ def test_p7_sync_bn_without_gpus_is_one_error_and_touches_nothing(tmp_path):
     assert ended.code != 0
     [error] = ended.errors
     assert "--sync-bn needs GPUs" in error
+    # The launcher's own report, which comes last, names the error, too.
+    assert f"traceback : {error.removeprefix('error: ')}" in ended.stderr
+    assert "To enable traceback" not in ended.stderr
     assert "in run_script" not in ended.stderr
     assert (tmp_path / "precious" / "config.json").read_text() == config
 

@@ -60,10 +60,7 @@ def parsed(script: str, words: list[str], monkeypatch) -> object:
         with pytest.raises(Parsed) as caught:
             module.main(words)
     config, given = caught.value.args
-    made = recipes.resolve(given) if config is TrainConfig else config(**given)
-    for options in made.trainings().values() if script == "compare.py" else ():
-        parsed("train.py", options, monkeypatch)
-    return made
+    return recipes.resolve(given) if config is TrainConfig else config(**given)
 
 
 @pytest.fixture(scope="module")
@@ -96,8 +93,6 @@ def run(script: str, words: list[str], config, make_run: Callable[[str], object]
     elif script == "train.py":
         extra += ["--name", config.name or f"{config.model}-{config.dataset}", "--overwrite"]
         extra += [] if config.dataset == "folder" else ["--dataset", "digits"]
-    elif script == "compare.py" and config.train:
-        extra = [*SHORT, "--models", "lenet5", "--threads", "1"]
     words = [
         found
         for word in words
@@ -172,6 +167,7 @@ def test_every_option_named_is_one():
     for parser in (launch_command_parser(), get_args_parser()):
         known |= set(parser._option_string_actions)
     known |= {"--signal", "--requeue", "--gpus-per-task"}  # Slurm's
+    known |= {"--shm-size"}  # Docker's
     for page in PAGES:
         named = {word for code in inline(page) for word in re.findall(r"(?<!\S)--[\w-]+", code)}
         assert named <= known, page.name
@@ -211,7 +207,8 @@ def test_links_and_files_are_there(page):
 
 FILE = r"[\w/.*-]+\.(py|md|yaml|sbatch|json|txt|svg)|(lab|docs)/[\w/.*-]+"
 YOURS = {"lab/models/tiny.py", "lab/data/tensors.py"}
-WRITTEN = {"config.json", "report.json", "state.json", "history.jsonl", "log.txt"}
+WRITTEN = {"config.json", "report.json", "state.json", "history.jsonl", "log.txt",
+           "lab.json", "comparison.md"}  # fmt: skip
 
 
 def test_files_of_the_trees_are_there():

@@ -256,6 +256,14 @@ def test_a_step_that_is_not_finite_is_skipped_whole(accelerator, settings):
     assert position.skipped_steps == 0
 
 
+def test_an_epoch_whose_steps_are_all_skipped_has_no_loss(accelerator):
+    trainer = make_trainer(accelerator, on_nonfinite="skip")
+    loader, position = make_loader(33, 8), Position()
+    loader.preprocess = spoiling(loader.preprocess, range(5))
+    trained = train_one_epoch(trainer, loader, position, lambda *_: None, lambda _: None)
+    assert (trained.loss, trained.accuracy, position.skipped_steps) == (None, None, 5)
+
+
 def test_an_epoch_stops_where_it_is_told_and_goes_on_there(accelerator):
     whole, parts = (make_trainer(accelerator, lr=0.01, log_every=1) for _ in range(2))
     rows, position = [], Position()

@@ -24,7 +24,7 @@ from lab.disk import size
 from lab.distributed import build_accelerator
 from lab.errors import UserError, run_script
 from lab.models import MODELS
-from lab.rundir import RunDir, create, write_atomically, writing
+from lab.rundir import RunDir, write_atomically, writing
 from predict import PredictConfig
 
 DIGITS = ("--dataset", "digits", "--recipe", "smoke", "--quiet")
@@ -66,9 +66,10 @@ HELP = "See `python train.py --help`."
         ("--optimizer adam", "--optimizer has no adam. Choose from sgd, nesterov, adamw, muon."),
         (
             "--augment crop,rotate",
-            "--augment has no rotate. "
-            "Choose from crop, flip, cutout, random-augment, mixup, cutmix, or none.",
+            "--augment has no rotate. Choose from crop, flip, cutout, mixup, cutmix, or none.",
         ),
+        ("--hub-images", "--hub-images needs --push-to-hub. Give the repository's name, too."),
+        ("--hub-public", "--hub-public needs --push-to-hub. Give the repository's name, too."),
         ("--augment mixup --mix-alpha 0", "--mix-alpha 0.0 is too low. Give more than 0."),
         ("--name=", "--name is empty. Name it, or leave the option out."),
         ("--augment=", "--augment is empty. Name it, or leave the option out."),
@@ -91,8 +92,8 @@ HELP = "See `python train.py --help`."
         ),
         (
             "--output-dir /proc/runs",
-            "a state takes 987.3 kB, and /proc has 0 bytes left. "
-            "Free some space, or name another --output-dir.",
+            "cannot write /proc/runs/lenet5-digits (No such file or directory). "
+            "Make its folder first, or name another.",
         ),
         (
             "--output-dir dangling",
@@ -222,11 +223,26 @@ def largest_file(size: int):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+def test_p7_an_output_directory_that_cannot_be_written_is_found_before_data_are_read(
+    fails, tmp_path, monkeypatch
+):
+    def load_splits(*_):
+        raise AssertionError("the data were read")
+
+    monkeypatch.setattr("lab.data.load_splits", load_splits)
+    (tmp_path / "file").write_text("x")
+    message = fails(train, *DIGITS, "--output-dir", "file")
+    assert message == f"cannot write file/lenet5-digits (Not a directory). {NO_FOLDER}"
+
+
 def test_p7_a_run_that_cannot_be_begun_leaves_no_folder(tmp_path):
-    run_dir = RunDir(create(str(tmp_path), "x", "", False))
+    run_dir = RunDir(tmp_path / "runs" / "x")
+    assert run_dir.create()
+    run_dir.lock()
     with largest_file(10), pytest.raises(UserError) as caught:
         run_dir.begin({})
-    path = tmp_path / "x/config.json"
+    run_dir.close()
+    path = tmp_path / "runs/x/config.json"
     assert str(caught.value) == f"cannot write {path} (File too large). {FULL}"
     assert list(tmp_path.iterdir()) == []
 

@@ -33,6 +33,11 @@ ANEW = "Delete it, so that it is downloaded anew."
 # Folders
 
 ONE_EACH = "Put the pictures of each class into a folder of its own."
+AMBIGUOUS = (
+    "pictures has the folder train and, beside it, bus, which holds pictures too: train may be a "
+    "split or a class. Move bus elsewhere; if both are classes, move all class folders into a "
+    "folder train."
+)
 TWO = "Two or more are needed, each with the pictures of one class."
 
 
@@ -68,8 +73,24 @@ TWO = "Two or more are needed, each with the pictures of one class."
         ),
         (
             "val/a val/b test/a test/b",
-            "pictures has no folder train beside val or test. Name the folder to train on train.",
+            "pictures has a folder val, but no folder train. Call the folder to train on train; "
+            "if val is a class, move all class folders into a folder train.",
         ),
+        (
+            "valid invalid",
+            "pictures has a folder valid, but no folder train. Call the folder to train on train; "
+            "if valid is a class, move all class folders into a folder train.",
+        ),
+        (
+            "Train/a Train/b training/a training/b",
+            "pictures has both Train and training, two names of one split. Keep one of them.",
+        ),
+        (
+            "train/a train/b val/a val/b Validation/a Validation/b",
+            "pictures has both Validation and val, two names of one split. Keep one of them.",
+        ),
+        ("train bus car", AMBIGUOUS),
+        ("train/express train/freight bus/old", AMBIGUOUS),
     ],
 )
 def test_p7_folders_of_pictures(fails, tmp_path, folders, message):
@@ -88,19 +109,25 @@ def test_p7_too_few_pictures(fails, tmp_path):
         make_picture(tmp_path / "pictures" / name / "0.png")
     words = ("--dataset", "folder", "--data-dir", "pictures", "--quiet")
     assert fails(train, *words) == (
-        "the training split is empty. Add pictures, or change the fractions."
+        "the test split is empty. Add pictures, or change the fractions."
     )
 
 
-def test_p7_a_folder_that_may_not_be_read(fails, tmp_path, monkeypatch):
-    (tmp_path / "pictures").mkdir()
+@pytest.mark.parametrize("refused", ["pictures", "pictures/a", "pictures/a/deep"])
+def test_p7_a_folder_that_may_not_be_read_is_named(fails, tmp_path, monkeypatch, refused):
+    """It is neither passed over nor called empty."""
+    for name in ("a/deep/0.png", "b/0.png", "b/1.png"):
+        make_picture(tmp_path / "pictures" / name)
+    scandir = os.scandir
 
-    def refuse(path):
-        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+    def refuse(path):  # root may read everything
+        if str(path) == refused:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
 
-    monkeypatch.setattr(Path, "iterdir", refuse)  # root may read everything
+    monkeypatch.setattr(os, "scandir", refuse)
     assert fails(train, "--dataset", "folder", "--data-dir", "pictures", "--quiet") == (
-        "cannot read the folder pictures (Permission denied). Mend its permissions."
+        f"cannot read the folder {refused} (Permission denied). Mend its permissions."
     )
 
 

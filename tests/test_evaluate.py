@@ -18,7 +18,7 @@ from lab.data import DataConfig
 from lab.models import build_model
 
 CLASSES = ("dark", "grey", "light")
-CHANGED = "has changed since the training (files added, removed, renamed or edited)"
+CHANGED = "has changed since the training (files added, removed, renamed or replaced)"
 CHOSEN = "note: chosen on the test split"
 
 

@@ -59,9 +59,8 @@ def run(tmp_path):
 
 def found(run: rundir.RunDir) -> states.State:
     """What --resume finds."""
-    state = states.find(replace(CONFIG, resume=str(run.path)), reads=True)
-    state.run.held.release(force=True)
-    return state
+    with states.open_run(replace(CONFIG, resume=str(run.path)), writes=True) as (_, state):
+        return state
 
 
 def every_fault(run, tmp_path, work, check, **fault):
@@ -88,7 +87,7 @@ def lines(path: Path) -> list[dict]:
 
 def require_whole(run: rundir.RunDir, steps: tuple[int, ...]) -> int:
     """The newest state's step; every state is whole, and they are of `steps`."""
-    kept = [int(folder.name[5:]) for folder in states.folders(run)]
+    kept = [int(folder.name[5:]) for folder in run.checkpoints]
     assert set(kept) <= set(steps)
     state = found(run)
     assert state.about["position"]["step"] == kept[0]
@@ -220,7 +219,7 @@ def test_p3_a_disk_that_is_full_at_any_write_loses_that_state_alone(run, tmp_pat
         assert require_whole(run, (10, 20, 30)) == (30 if written else 20)
         save(run, 40)  # once there is space again
         assert require_whole(run, (10, 20, 30, 40)) == 40
-        assert len(states.folders(run)) == 2
+        assert len(run.checkpoints) == 2
         assert capsys.readouterr().err == ""
 
     every_fault(run, tmp_path, lambda run: save(run, 30), check, full=True, lasting=lasting)

@@ -1,5 +1,8 @@
 """Folders of pictures: which files make which split, and that every kind of picture is decoded."""
 
+import errno
+import math
+import os
 import struct
 import zlib
 from pathlib import Path
@@ -9,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lab.data import DataConfig
+from lab.data import DataConfig, load_splits
 from lab.data.folder import decode, read_folder
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
@@ -64,6 +67,64 @@ def test_a_plain_folder_is_one_part_with_sorted_classes(tmp_path):
     ]
 
 
+@pytest.mark.parametrize(
+    ("train", "val", "test"),
+    [
+        ("Train", None, "Test"),
+        ("training", "validation", "testing"),
+        ("TRAIN", "Valid", None),
+        ("train", "VAL", "Testing"),
+    ],
+)
+def test_split_folders_are_found_by_any_usual_name_in_any_case(tmp_path, train, val, test):
+    for folder in filter(None, (train, val, test)):
+        write(tmp_path, f"{folder}/a/0.png", f"{folder}/b/0.png")
+    (tmp_path / "lost+found").mkdir()  # and what holds no pictures may lie beside them
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations/0.xml").write_text("x")
+    for part, folder in (("train", train), ("val", val), ("test", test)):
+        if folder:
+            expected = [("a", f"{folder}/a/0.png"), ("b", f"{folder}/b/0.png")]
+            assert listed(tmp_path, part) == expected
+        else:
+            assert getattr(read_folder(config(tmp_path)), part) is None
+
+
+def test_a_folder_beside_the_splits_that_may_not_be_read_is_ignored(tmp_path, monkeypatch):
+    """Such as lost+found; it is no part of the data."""
+    write(tmp_path, "train/a/0.png", "train/b/0.png", "lost+found/0.png")
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("lost+found"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert len(listed(tmp_path)) == 2
+
+
+def test_a_class_may_be_called_train_inside_a_folder_train(tmp_path):
+    write(tmp_path, "train/train/0.png", "train/test/0.png", "train/bus/0.png")
+    assert [name for name, _ in listed(tmp_path)] == ["bus", "test", "train"]
+
+
+def test_composed_and_decomposed_names_are_one_class(tmp_path):
+    """As macOS and Linux write the same name."""
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    write(tmp_path, f"train/{composed}/0.png", "train/bar/0.png")
+    write(tmp_path, f"train/{decomposed}/1.png", f"train/{decomposed}/-.png")
+    write(tmp_path, f"val/{decomposed}/0.png", "val/bar/0.png")
+    parts = read_folder(config(tmp_path))
+    assert parts.train.class_names == parts.val.class_names == ("bar", composed)
+    assert listed(tmp_path) == [
+        ("bar", "train/bar/0.png"),
+        (composed, f"train/{decomposed}/-.png"),
+        (composed, f"train/{composed}/0.png"),
+        (composed, f"train/{decomposed}/1.png"),
+    ]
+
+
 @pytest.mark.parametrize("others", [(), ("val",), ("test",), ("val", "test")])
 def test_train_val_and_test_folders_are_those_parts(tmp_path, others):
     for part in ("train", *others):
@@ -115,18 +176,19 @@ def test_files_of_other_types_are_told_of_once(tmp_path, capsys):
     for name in ("train/b/x/1.gif", "test/a/notes.txt", "train/a/.DS_Store", "test/b/Thumbs.db"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("x")
-    read_folder(config(tmp_path))
+    write(tmp_path, "train/a/1.png", "train/b/1.png")
+    load_splits(config(tmp_path), math.inf, 1)
     assert capsys.readouterr().err == (
         f"warning: 2 of the files in class folders are left out, as {tmp_path}/test/a/notes.txt: "
         "not .jpg, .jpeg, .png, .webp, .bmp\n"
     )
 
 
-def test_pictures_beside_the_class_folders_are_told_of(tmp_path, capsys):
+def test_pictures_beside_the_class_folders_are_told_of(tmp_path):
     write(tmp_path, "train/a/0.png", "train/b/0.png", "train/c.png", "train/d.png", "train/.e.png")
     assert len(read_folder(config(tmp_path)).train.labels) == 2
     left_out = f"2 pictures are left out, as {tmp_path}/train/c.png: in no class folder"
-    assert capsys.readouterr().err == f"warning: {left_out}\n"
+    assert read_folder(config(tmp_path)).warnings == (left_out,)
 
 
 # Pictures

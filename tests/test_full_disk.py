@@ -42,7 +42,8 @@ def fill(folder: Path) -> Path:
 
 def test_p3_a_training_outlives_a_disk_that_fills_up(small_disk, tmp_path, monkeypatch, capsys):
     words = ["--dataset", "digits", "--recipe", "smoke", "--name", "run", "--quiet"]
-    words += ["--threads", "1", "--save-every", "4", "--log-every", "1", "--output-dir"]
+    words += ["--threads", "1", "--save-every", "4", "--log-every", "1"]
+    words += ["--final-checkpoints", "2", "--output-dir"]
     train.main([*words, str(tmp_path)])
     write, calls = states.write, []
 
@@ -62,7 +63,7 @@ def test_p3_a_training_outlives_a_disk_that_fills_up(small_disk, tmp_path, monke
     [warning] = capsys.readouterr().err.splitlines()
     assert f"{calls[2]} is not written: cannot write" in warning
     assert "No space left on device" in warning
-    assert [f.name for f in states.folders(rundir.RunDir(small_disk / "run"))] == calls[:-3:-1]
+    assert [f.name for f in rundir.RunDir(small_disk / "run").checkpoints] == calls[:-3:-1]
     for name in ("best.safetensors", "predictions.csv", "report.json", "steps.jsonl"):
         assert (small_disk / "run" / name).read_bytes() == (tmp_path / "run" / name).read_bytes()
 

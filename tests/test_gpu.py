@@ -57,9 +57,7 @@ def test_a_step_never_waits_for_the_gpu(model, precision, settings):
 
 
 @gpu
-@pytest.mark.parametrize(
-    "augment", ["crop", "flip", "cutout", "random-augment", "crop,flip,cutout"]
-)
+@pytest.mark.parametrize("augment", ["crop", "flip", "cutout", "crop,flip,cutout"])
 def test_p2_bits_and_augmentation_are_the_cpus_to_the_last_bit(augment):
     images = large_digits()[0]
     found = []
@@ -129,7 +127,7 @@ def test_an_epoch_leaves_no_memory_behind():
 
 
 @gpu
-@pytest.mark.parametrize("augment", [CROPS, (*CROPS, "mixup", "cutmix"), ("random-augment",)])
+@pytest.mark.parametrize("augment", [CROPS, (*CROPS, "mixup", "cutmix")])
 @pytest.mark.parametrize("settings", [*VARIANTS, MUON, {"accumulate": 3}])
 def test_p2_replayed_steps_are_the_same_as_single_kernels(augment, settings):
     cuda, curves, ends = place("cuda"), [], []

@@ -2,7 +2,11 @@
 
 import base64
 import json
+import shlex
+import subprocess
+import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from threading import Thread
 
 import pytest
@@ -11,12 +15,24 @@ from resuming import LENET, resume, start
 
 import train
 from lab import hub
-from lab.errors import UserError, run_script
+from lab.errors import run_script
+from lab.recipes import resolve
 from lab.rundir import RunDir
 
 
 class Handler(BaseHTTPRequestHandler):
     """What of the Hub's interface an upload meets."""
+
+    def do_GET(self):
+        server = self.server
+        if self.headers["Authorization"] != "Bearer hf_right":
+            return self.answer(401, {"error": "Invalid username or password."})
+        if self.path == "/api/whoami-v2":
+            return self.answer(200, {"name": "me", "type": "user", "orgs": []})
+        assert self.path == "/api/models/me/digits"
+        if server.private is None:
+            return self.answer(404, {"error": "Repository not found"}, code="RepoNotFound")
+        self.answer(200, {"id": "me/digits", "private": server.private})
 
     def do_POST(self):
         server = self.server
@@ -43,9 +59,11 @@ class Handler(BaseHTTPRequestHandler):
                 server.files[value["path"]] = base64.b64decode(value["content"])
         self.answer(200, {"commitUrl": f"{server.url}/me/digits/commit/0", "commitOid": "0"})
 
-    def answer(self, status, content):
+    def answer(self, status, content, code=None):
         text = json.dumps(content).encode()
         self.send_response(status)
+        if code:
+            self.send_header("X-Error-Code", code)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(text)))
         self.end_headers()
@@ -57,10 +75,13 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch, tmp_path):
-    """The stand-in, with the login that it takes; it has `created` and `files`."""
+    """The stand-in, with the login that it takes; it has `created` and `files`.
+
+    `private` is that of the repository me/digits, None while that does not exist.
+    """
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.url = f"http://127.0.0.1:{server.server_port}"
-    server.created, server.checked, server.files = [], [], {}
+    server.created, server.checked, server.files, server.private = [], [], {}, None
     thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
     monkeypatch.setattr(constants, "ENDPOINT", server.url)
@@ -75,23 +96,27 @@ def server(monkeypatch, tmp_path):
     server.server_close()
 
 
+DIGITS = resolve({"push_to_hub": "digits"})
 UPLOADED = {"best.safetensors", "config.json", "report.json", "README.md"}
+WITHOUT_IMAGES = {f"plots/{name}.png" for name in ("curves", "confusion_matrix", "per_class")}
+SHOW_IMAGES = {f"plots/{name}.png" for name in ("mistakes", "batch")}
 
 
-def test_a_run_is_uploaded_without_states_and_predictions(copied, server, capsys):
+@pytest.mark.parametrize("images", [False, True])
+def test_plots_of_private_images_are_uploaded_only_where_asked_for(copied, server, images):
     drawn = {f"plots/{path.name}" for path in (copied / "plots").glob("*.png")}
-    assert "plots/confusion_matrix.png" in drawn
+    assert drawn == WITHOUT_IMAGES | SHOW_IMAGES
     (copied / "plots" / "notes.txt").write_text("mine")
-    hub.main([str(copied), "digits"])
+    address = hub.push(RunDir(copied), "digits", **({"images": True} if images else {}))
+    assert address == f"{server.url}/me/digits"
     # Clients of before huggingface_hub 2 say it in the other way.
     [created] = server.created
     assert created.get("visibility") == "private" or created.get("private") is True
     assert created["name"] == "digits"
-    assert server.files.keys() == UPLOADED | drawn
+    assert server.files.keys() == UPLOADED | WITHOUT_IMAGES | (SHOW_IMAGES if images else set())
     for name, content in server.files.items():
         assert content == (copied / name).read_bytes(), name
     assert server.checked == [(copied / "README.md").read_text()]
-    assert capsys.readouterr().out == f"uploaded: {server.url}/me/digits\n"
 
 
 def test_a_training_ends_with_its_upload(tmp_path, server, capsys):
@@ -104,10 +129,12 @@ def test_a_training_ends_with_its_upload(tmp_path, server, capsys):
 
 
 def test_a_resumed_run_is_uploaded_only_where_it_is_told_again(tmp_path, server):
-    start(tmp_path, *LENET, "--epochs", "1", "--push-to-hub", "digits")
+    start(tmp_path, *LENET, "--epochs", "1", "--push-to-hub", "digits", "--hub-public")
     server.files.clear()
     resume(tmp_path / "run", "--epochs", "2")  # a stranger's run must send nothing
     assert not server.files
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (config["push_to_hub"], config["hub_public"], config["hub_images"]) == ("", False, False)
     resume(tmp_path / "run", "--epochs", "3", "--push-to-hub", "digits")
     assert server.files.keys() == UPLOADED
 
@@ -116,29 +143,55 @@ def test_an_upload_that_fails_is_a_warning_with_the_command_to_try_again(
     copied, server, monkeypatch, capfd
 ):
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
-    hub.upload(RunDir(copied), "digits")
+    hub.upload(RunDir(copied), DIGITS)
     error = capfd.readouterr().err
     assert error.startswith(f"warning: {copied} could not be uploaded (")
-    assert error.endswith(f"Try again: python -m lab.hub {copied} digits.\n")
     assert error.count("\n") == 1
     assert server.files == {}
-    # By that command it is an error.
-    with pytest.raises(UserError, match="could not be uploaded"):
-        hub.main([str(copied), "digits"])
+    # huggingface_hub's own command uploads the same files.
+    program, *words = shlex.split(error.split("Try again: ")[1].removesuffix(".\n"))
+    monkeypatch.setenv("HF_TOKEN", "hf_right")
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    monkeypatch.setenv("HF_HUB_DISABLE_UPDATE_CHECK", "1")
+    subprocess.run([Path(sys.executable).with_name(program), *words], check=True, timeout=60)
+    assert server.files.keys() == UPLOADED | WITHOUT_IMAGES
+
+
+@pytest.mark.parametrize("name", ["digits", "me/digits"])
+def test_nothing_is_published_by_accident(copied, server, name, fails, capfd):
+    """An existing repository that is public is refused at the start, and once more at the end."""
+    server.private = False
+    words = ["--dataset", "digits", "--threads", "1", "--push-to-hub", name]
+    assert fails(train, *words) == (
+        "the repository me/digits is public. Give --hub-public to publish the run there, or "
+        "another --push-to-hub."
+    )
+    hub.upload(RunDir(copied), resolve({"push_to_hub": name}))  # published during the training
+    assert "warning: the repository me/digits is public" in capfd.readouterr().err
+    assert server.created == []
+    assert not server.files
+    allowed = resolve({"push_to_hub": name, "hub_public": True})
+    hub.check_upload(allowed)
+    hub.upload(RunDir(copied), allowed)
+    assert server.files.keys() == UPLOADED | WITHOUT_IMAGES
+
+
+def test_an_existing_private_repository_is_taken(copied, server):
+    server.private = True
+    hub.check_upload(DIGITS)
+    hub.upload(RunDir(copied), DIGITS)
+    assert server.files.keys() == UPLOADED | WITHOUT_IMAGES
+
+
+def test_a_hub_that_is_out_of_reach_at_the_start_is_only_a_warning(server, monkeypatch, capfd):
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
+    hub.check_upload(DIGITS)
+    assert capfd.readouterr().err.startswith("warning: whether digits is public is checked before")
 
 
 def test_only_the_main_process_uploads(copied, server):
-    hub.upload(RunDir(copied, writes=False), "digits")
-    hub.upload(RunDir(copied), "")
-    assert server.created == []
-
-
-def test_a_run_that_is_not_finished_is_not_uploaded(copied, server):
-    (copied / "report.json").unlink()
-    with pytest.raises(UserError, match=r"has no report\.json"):
-        hub.main([str(copied), "digits"])
-    with pytest.raises(UserError, match="there is no run"):
-        hub.main([str(copied / "other"), "digits"])
+    hub.upload(RunDir(copied, writes=False), DIGITS)
+    hub.upload(RunDir(copied), resolve({}))
     assert server.created == []
 
 

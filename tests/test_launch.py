@@ -2,12 +2,16 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.utils import DistributedType
 from worlds import ROOT, accelerate, free_port, python, run, run_all, torchrun
 
 import evaluate
+from lab import distributed
+from lab.errors import UserError
 
 CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
 OPTIONS = [
@@ -125,7 +129,7 @@ def test_accelerate_reads_the_config_file(path):
         assert config.distributed_type.value == "NO"
         assert (config.num_machines, config.num_processes) == (1, 1)
     else:
-        assert config.distributed_type.value in ("MULTI_GPU", "FSDP")
+        assert config.distributed_type.value == "MULTI_GPU"
         assert config.num_processes > 1
     if name == "multi_node":
         assert config.num_machines == 2
@@ -143,3 +147,11 @@ def test_there_are_config_files():
     assert {"single_cpu", "multi_cpu", "single_gpu", "multi_gpu", "multi_node"} <= {
         path.stem for path in CONFIGS
     }
+
+
+def test_p7_a_launch_under_fsdp_is_refused(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    sharded = SimpleNamespace(distributed_type=DistributedType.FSDP)
+    monkeypatch.setattr(distributed, "Accelerator", lambda **_: sharded)
+    with pytest.raises(UserError, match="does not train under FSDP yet"):
+        distributed.build_accelerator(quiet=True)

@@ -16,7 +16,7 @@ from lab.data.sources import Split
 WORLDS = [1, 2, 3, 4, 64, 1024]
 CPU = torch.device("cpu")
 NAMES = ("a", "b")
-STEPS = ("crop", "flip", "cutout", "random-augment")
+STEPS = ("crop", "flip", "cutout")
 SIZE, NUM_FILES = 12, 23
 
 
@@ -38,8 +38,10 @@ def pictures(tmp_path_factory):
     return split, make_split(NUM_FILES, ImageFiles(paths, SIZE))
 
 
-def make_loader(split, kind="resident", workers=0, batch_size=5, seed=3, world=(0, 1), steps=STEPS):
-    plan = Plan(len(split.labels), batch_size, seed, *world)
+def make_loader(
+    split, kind="resident", workers=0, batch_size=5, seed=3, world=(0, 1), steps=STEPS, num_parts=1
+):
+    plan = Plan(len(split.labels), batch_size, seed, *world, num_parts)
     preprocess = Preprocess((0.4, 0.5, 0.6), (0.2, 0.3, 0.4), steps, CPU)
     if kind == "resident":
         return ResidentLoader(split, plan, preprocess, CPU)
@@ -57,13 +59,17 @@ def assert_same(found, expected):
         assert torch.equal(a.images, b.images)
 
 
-def global_batches(num_samples, batch_size, seed, world_size, epoch=1):
-    """Each global batch's positions, joined from the parts of all processes in turn."""
-    plans = [Plan(num_samples, batch_size, seed, r, world_size) for r in range(world_size)]
-    order = plans[0].order(epoch)
-    assert all(torch.equal(p.order(epoch), order) for p in plans[1:3])
-    parts = [list(p.cuts()) for p in plans]
-    return [[order[a:b] for a, b, _ in batch] for batch in zip(*parts, strict=True)], parts
+def global_batches(num_samples, batch_size, seed, world_size, num_parts=1):
+    """(each global batch as a list of parts, each a list of ranges by process; all cuts)."""
+    plans = [
+        Plan(num_samples, batch_size, seed, r, world_size, num_parts) for r in range(world_size)
+    ]
+    assert all(torch.equal(p.order(1), plans[0].order(1)) for p in plans[1:3])
+    cuts = [list(p.cuts()) for p in plans]
+    batches = [
+        list(zip(*(cut.parts for cut in batch), strict=True)) for batch in zip(*cuts, strict=True)
+    ]
+    return batches, cuts
 
 
 @pytest.mark.parametrize("world_size", WORLDS)
@@ -105,15 +111,40 @@ def test_p2_order_differs_by_epoch_and_by_seed_and_leaves_global_randomness_alon
 @pytest.mark.parametrize("world_size", WORLDS)
 @pytest.mark.parametrize(("num_samples", "batch_size"), [(1, 4), (99, 10), (100, 10), (101, 10)])
 def test_p2_batches_are_the_same_for_any_world(num_samples, batch_size, world_size):
-    batches, parts = global_batches(num_samples, batch_size, 5, world_size)
-    expected = permutation(num_samples, 5, 1).split(batch_size)
+    batches, cuts = global_batches(num_samples, batch_size, 5, world_size)
+    expected = torch.arange(num_samples).split(batch_size)
     assert len(batches) == len(expected) == Plan(num_samples, batch_size, 5, 0, 1).num_batches
-    for shares, whole in zip(batches, expected, strict=True):
-        assert torch.equal(torch.cat(shares), whole)
+    for [shares], whole in zip(batches, expected, strict=True):
+        assert [i for share in shares for i in share] == whole.tolist()
         sizes = [len(s) for s in shares]
         assert max(sizes) - min(sizes) <= 1
-    for of_a_process in parts:
-        assert [n for _, _, n in of_a_process] == [len(whole) for whole in expected]
+    for of_a_process in cuts:
+        assert [cut.num_global for cut in of_a_process] == [len(whole) for whole in expected]
+
+
+@pytest.mark.parametrize("world_size", WORLDS)
+@pytest.mark.parametrize("num_parts", [2, 3, 8])
+@pytest.mark.parametrize(("num_samples", "batch_size"), [(1, 4), (99, 10), (101, 10), (64, 32)])
+def test_p2_accumulation_parts_are_the_same_for_any_world(
+    num_samples, batch_size, num_parts, world_size
+):
+    """And as many on every process, which so take part in the same collectives."""
+    batches, cuts = global_batches(num_samples, batch_size, 5, world_size, num_parts)
+    alone, _ = global_batches(num_samples, batch_size, 5, 1, num_parts)
+    whole = torch.arange(num_samples).split(batch_size)
+    for parts, expected, samples in zip(batches, alone, whole, strict=True):
+        assert len(parts) == len(expected) == min(num_parts, len(samples))
+        joined = [[i for share in shares for i in share] for shares in parts]
+        assert joined == [list(part) for [part] in expected]
+        assert [i for part in joined for i in part] == samples.tolist()
+        sizes = [len(part) for part in joined]
+        assert 0 < max(sizes) <= min(sizes) + 1
+    plan = Plan(num_samples, batch_size, 5, 0, world_size, num_parts)
+    largest = max(sum(map(len, cut.parts)) for cut in cuts[0])
+    assert largest <= plan.max_local_batch(mixes=False) <= largest + num_parts
+    assert plan.max_local_batch(mixes=True) == plan.max_local_batch(mixes=False) + min(
+        num_parts, num_samples, batch_size
+    )
 
 
 @pytest.mark.parametrize("world_size", WORLDS)
@@ -125,8 +156,8 @@ def test_p1_evaluation_deals_out_whole_batches_and_counts_each_sample_once(
     cuts = [cut for plan in plans for cut in plan.cuts()]
     whole = torch.arange(num_samples).split(batch_size)
     assert torch.equal(plans[0].order(7), torch.arange(num_samples))
-    assert [list(range(a, b)) for a, b, _ in cuts] == [w.tolist() for w in whole]
-    assert [n for _, _, n in cuts] == [len(w) for w in whole]
+    assert [list(part) for cut in cuts for part in cut.parts] == [w.tolist() for w in whole]
+    assert [cut.num_global for cut in cuts] == [len(w) for w in whole]
     counts = [sum(1 for _ in plan.cuts()) for plan in plans]
     assert max(counts) - min(counts) <= 1
 

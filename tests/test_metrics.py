@@ -6,7 +6,7 @@ import pytest
 import torch
 from sklearn import metrics as reference
 
-from lab.metrics import caveat, confusion_matrix, is_better, per_class, report
+from lab.metrics import caveat, confusion_matrix, is_better, per_class, report, scores
 
 
 def drawn(num_samples, num_classes, seed, labels_from=None, predictions_from=None):
@@ -59,6 +59,8 @@ def test_p1_report_equals_scikit_learn(case):
         values = [row[key] for row in found["per_class"]]
         assert values == pytest.approx(column.tolist(), abs=1e-9), key
     assert [row["class"] for row in found["per_class"]] == names
+    of_an_epoch = scores(labels, predictions, losses, num_classes)
+    assert of_an_epoch == {key: found[key] for key in ("loss", "accuracy", "macro_f1")}
 
 
 @pytest.mark.parametrize("num_classes", [1, 2, 3, 99, 100, 1000])
@@ -75,14 +77,17 @@ def test_p1_confusion_matrix_counts_each_sample_once_in_its_cell(num_samples, nu
 
 @pytest.mark.parametrize("wrong", [3, 9])
 def test_p1_a_class_beyond_the_known_is_not_swallowed(wrong):
-    with pytest.raises((AssertionError, RuntimeError)):
-        confusion_matrix(torch.tensor([0, 2]), torch.tensor([0, wrong]), 3)
+    labels, predictions = torch.tensor([0, 2]), torch.tensor([0, wrong])
+    for count in (confusion_matrix, per_class):
+        for either in ((labels, predictions), (predictions, labels)):
+            with pytest.raises(RuntimeError):
+                count(*either, 3)
 
 
 def test_rows_are_true_classes_and_columns_predicted():
-    matrix = confusion_matrix(torch.tensor([0, 0, 0, 1]), torch.tensor([1, 1, 0, 0]), 2)
-    assert matrix.tolist() == [[1, 2], [1, 0]]
-    numbers = per_class(matrix)
+    labels, predictions = torch.tensor([0, 0, 0, 1]), torch.tensor([1, 1, 0, 0])
+    assert confusion_matrix(labels, predictions, 2).tolist() == [[1, 2], [1, 0]]
+    numbers = per_class(labels, predictions, 2)
     assert numbers["precision"].tolist() == [1 / 2, 0]
     assert numbers["recall"].tolist() == [1 / 3, 0]
     assert numbers["support"].tolist() == [3, 1]

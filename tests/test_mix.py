@@ -88,9 +88,9 @@ def pictures(tmp_path_factory):
     return Split(images, labels, names), Split(ImageFiles(paths, SIZE), labels, names)
 
 
-def make_loader(split, kind="resident", world=(0, 1), seed=3, mixes=BOTH, workers=0):
-    plan = Plan(NUM_SAMPLES, 4, seed, *world)  # batches of 4, 4, 4 and 1
-    augment = ("flip", "random-augment", *mixes)
+def make_loader(split, kind="resident", world=(0, 1), seed=3, mixes=BOTH, workers=0, num_parts=1):
+    plan = Plan(NUM_SAMPLES, 4, seed, *world, num_parts)  # batches of 4, 4, 4 and 1
+    augment = ("flip", "crop", *mixes)
     preprocess = Preprocess((0.4, 0.5, 0.6), (0.2, 0.3, 0.4), augment, CPU)
     if kind == "resident":
         return ResidentLoader(split, plan, preprocess, CPU)
@@ -98,16 +98,24 @@ def make_loader(split, kind="resident", world=(0, 1), seed=3, mixes=BOTH, worker
 
 
 @pytest.mark.parametrize("kind", ["resident", "streaming"])
+@pytest.mark.parametrize("num_parts", [1, 3])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-def test_p2_mixed_batches_are_the_same_bits_on_any_world(pictures, world_size, kind):
+def test_p2_mixed_batches_are_the_same_bits_on_any_world(pictures, world_size, num_parts, kind):
     expected = list(make_loader(pictures[0]).batches(2))
     split, workers = pictures[kind == "streaming"], int(world_size == 2)
-    worlds = [make_loader(split, kind, (r, world_size), workers=workers) for r in range(world_size)]
-    parts = [list(loader.batches(2)) for loader in worlds]
+    worlds = [
+        make_loader(split, kind, (r, world_size), workers=workers, num_parts=num_parts)
+        for r in range(world_size)
+    ]
+    batches = [list(loader.batches(2)) for loader in worlds]
+    for loader in worlds:
+        loader.close()
     assert len(expected) == 4
-    for shares, whole in zip(zip(*parts, strict=True), expected, strict=True):
+    for shares, whole in zip(zip(*batches, strict=True), expected, strict=True):
+        assert {len(s.part_sizes) for s in shares} == {min(num_parts, len(whole.labels))}
         for name in ("images", "labels", "index", "partners"):
-            joined = torch.cat([getattr(share, name) for share in shares])
+            parts = zip(*(getattr(s, name).split(s.part_sizes) for s in shares), strict=True)
+            joined = torch.cat([share for part in parts for share in part])
             assert torch.equal(joined, getattr(whole, name))
         assert {share.share for share in shares} == {whole.share}
         assert {share.num_global for share in shares} == {len(whole.labels)}

@@ -12,6 +12,7 @@ from handmade import HOSTILE, make_run, predicted, splits
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import compare
 from lab import pictures, plots, recipes, report
 from lab.data.augment import STEPS, Preprocess, random_bits
 from lab.data.loaders import Plan, ResidentLoader
@@ -59,9 +60,10 @@ def test_what_was_deleted_is_drawn_again(hostile, tmp_path, capsys):
     path = shutil.copytree(hostile, tmp_path / "run")
     shutil.rmtree(path / "plots")
     (path / "report.html").unlink()
-    plots.main([str(path)])
-    report.main([str(path)])
+    (path / "README.md").write_text("edited")
+    compare.main([str(path)])
     assert capsys.readouterr().out == f"written: {path}/plots\nwritten: {path}/report.html\n"
+    assert (path / "README.md").read_text() == "edited"
     for name in PLOTS:
         assert (path / "plots" / name).read_bytes() == (hostile / "plots" / name).read_bytes()
     drawn = (path / "report.html").read_text().replace(str(path), str(hostile))
@@ -222,7 +224,6 @@ def test_large_pictures_are_kept_small_and_a_run_without_mistakes_is_drawn(tmp_p
     assert "There are pictures of 0 of the 0 mistakes" in report.write(path).read_text()
 
 
-@pytest.mark.parametrize("main", [plots.main, report.main], ids=["plots", "report"])
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -231,13 +232,58 @@ def test_large_pictures_are_kept_small_and_a_run_without_mistakes_is_drawn(tmp_p
         ("history.jsonl", "is damaged: history.jsonl (No such file or directory). Copy it back"),
     ],
 )
-def test_p7_a_missing_file_is_one_line(hostile, tmp_path, capsys, main, name, message):
+def test_p7_a_missing_file_is_one_line(hostile, tmp_path, capsys, name, message):
     path = shutil.copytree(hostile, tmp_path / "run")
     (path / name).unlink()
-    assert run_script(lambda: main([str(path)])) == 2
+    assert run_script(lambda: compare.main([str(path)])) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
     assert message in line
+
+
+@pytest.mark.parametrize(("num_logged", "label"), [(0, "epoch"), (1, "epoch"), (3, "step")])
+def test_the_learning_rate_has_a_point_for_each_epoch_at_least(
+    hostile, tmp_path, num_logged, label
+):
+    path = shutil.copytree(hostile, tmp_path / "run")
+    lines = (path / "steps.jsonl").read_text().splitlines(keepends=True)
+    (path / "steps.jsonl").write_text("".join(lines[:num_logged]))
+    axes = plots.curves(read_run(path)).axes[2]
+    [line] = axes.get_lines()
+    assert axes.get_xlabel() == label
+    assert list(line.get_ydata()) == pytest.approx([0.1, 0.05, 0.1 / 3])
+    assert line.get_marker() == "o"
+
+
+def test_the_epochs_of_a_page_have_every_number(hostile, tmp_path):
+    path = shutil.copytree(hostile, tmp_path / "run")
+    rows = [json.loads(line) for line in (path / "history.jsonl").read_text().splitlines()]
+    for k, row in enumerate(rows):
+        row["val_macro_f1"] = 0.4321 + k
+    del rows[2]["val_macro_f1"]  # of an older version
+    (path / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = report.write(path).read_text()
+    table = text[text.index(">Epochs</caption>") :].partition("</table>")[0]
+    heads = [head.strip() for head in re.findall(r"<th[^>]*>([^<]*)</th>", table)]
+    column = heads.index("validation macro-F1") - 1  # the epoch itself is a head of its row
+    cells = [re.findall(r"<td[^>]*>([^<]*)</td>", row) for row in table.split("<tr")[2:]]
+    assert [row[column] for row in cells] == ["0.4321", "1.4321", "-"]
+
+
+def test_class_names_are_whole_where_there_is_room(tmp_path):
+    names = ["cat", "Tomato Yellow Leaf Curl Virus", "n01494475 hammerhead shark",
+             "thirty-six characters of a long name"]  # fmt: skip
+    run = read_run(make_run(tmp_path / "run", names))
+    for draw in (plots.confusion_matrix, plots.per_class):
+        figure = draw(run)
+        figure.draw_without_rendering()
+        labels = figure.axes[0].get_yticklabels()
+        shown = [re.sub(r" \(\d+\)$", "", label.get_text()) for label in labels]
+        assert sorted(shown) == sorted(names)
+        assert min(label.get_window_extent().x0 for label in labels) >= 0
+    page = report.write(run.path).read_text()
+    for name in names:
+        assert f"<span>{name}</span></th>" in page
 
 
 @pytest.mark.parametrize("name", ["pictures.safetensors", "predictions.csv"])

@@ -5,17 +5,19 @@ import shutil
 
 import pytest
 import torch
+from mistakes import tree
 from resuming import ALEXNET, LENET, Killed, cut_off, read_lines, resume, same_end, start
 from safetensors import safe_open
 from worlds import python, run, run_all, torchrun
 
-from lab import rundir, states
+import train
+from lab import checkpoint, evaluation, rundir
 from lab.hardware import multiplies_bfloat16
 
 VARIANTS = {
     "nesterov": [*LENET, "--optimizer", "nesterov", "--lr", "0.05", "--clip-norm", "1"],
     "average, accumulate": [*LENET, "--ema", "0.9", "--accumulate", "2"],
-    "mixed": [*LENET, "--augment", "crop,random-augment,mixup,cutmix"],
+    "mixed": [*LENET, "--augment", "crop,cutout,mixup,cutmix"],
     # Emulated, bfloat16 takes minutes.
     "dropout, bfloat16": [*ALEXNET, *["--mixed-precision", "bf16"] * multiplies_bfloat16("cpu")],
     "muon": [*LENET, "--optimizer", "muon"],
@@ -66,8 +68,38 @@ def test_p3_cut_off_between_an_epoch_s_files(tmp_path, monkeypatch):
     same_end(tmp_path / "run", tmp_path / "whole")
 
 
+@pytest.mark.parametrize("max_steps", [2, 6])  # in the first epoch, in the second
+def test_p6_the_weights_of_a_part_of_an_epoch_do_not_outlive_it(tmp_path, monkeypatch, max_steps):
+    """Its number is the best of all, but the epoch is completed, and evaluated again."""
+
+    def train_with(accuracies, call):
+        class Altered(evaluation.Predictions):
+            def report(self):
+                return super().report() | {"accuracy": next(numbers, 0.0)}
+
+        def altered(*arguments):
+            return Altered(**vars(predict_all(*arguments)))
+
+        numbers, predict_all = iter(accuracies), evaluation.predict_all
+        with monkeypatch.context() as patch:
+            patch.setattr(evaluation, "predict_all", altered)
+            call()
+
+    whole, part = [0.5, 0.4, 0.3], [0.9] if max_steps == 2 else [0.5, 0.9]
+    train_with(whole, lambda: start(tmp_path, *LENET, name="whole"))
+    train_with(part, lambda: start(tmp_path, *LENET, "--max-steps", str(max_steps)))
+    info = checkpoint.read_info(tmp_path / "run" / "best.safetensors")
+    assert info["metrics"]["val_accuracy"] == part[0]  # whole epochs first, where there are any
+    again = whole[len(part) - 1 :]
+    train_with(again, lambda: resume(tmp_path / "run", "--max-steps", "0"))
+    same_end(tmp_path / "run", tmp_path / "whole")
+    info = checkpoint.read_info(tmp_path / "run" / "best.safetensors")
+    row = read_lines(tmp_path / "run" / "history.jsonl")[info["best_epoch"] - 1]
+    assert info["metrics"] == {name: row[name] for name in info["metrics"]}
+
+
 def test_states_are_named_by_their_step_and_the_newest_kept(finished):
-    assert [p.name for p in states.folders(rundir.RunDir(finished))] == [
+    assert [p.name for p in rundir.RunDir(finished).checkpoints] == [
         "step-00000012", "step-00000009",
     ]  # fmt: skip
     assert sorted(p.name for p in finished.glob("state/*/*")) == [
@@ -75,10 +107,18 @@ def test_states_are_named_by_their_step_and_the_newest_kept(finished):
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("keep", "steps"), [(1, [12]), (3, [12, 9, 8]), (99, [12, 9, 8, 6, 4, 3])])
-def test_as_many_states_are_kept_as_told(tmp_path, keep, steps):
-    start(tmp_path, *LENET, "--save-every", "3", "--keep-states", str(keep))
-    found = states.folders(rundir.RunDir(tmp_path / "run"))
+@pytest.mark.parametrize(
+    ("words", "steps"),
+    [
+        ("--keep-states 99", [12]),
+        ("--keep-states 99 --final-checkpoints 0", []),
+        ("--keep-states 99 --final-checkpoints 99", [12, 9, 8, 6, 4, 3]),
+        ("--keep-states 3 --final-checkpoints 99", [12, 9, 8]),
+    ],
+)
+def test_as_many_checkpoints_are_kept_as_told(tmp_path, words, steps):
+    start(tmp_path, *LENET, "--save-every", "3", *words.split())
+    found = rundir.RunDir(tmp_path / "run").checkpoints
     assert [int(p.name.removeprefix("step-")) for p in found] == steps
 
 
@@ -103,9 +143,34 @@ def test_p4_a_state_is_safetensors_and_json(finished):
     assert about["config"]["seed"] == 42
 
 
-def test_a_finished_run_resumed_gives_its_result_again(copied, finished):
+@pytest.mark.parametrize("words", [(), ("--max-steps", "12"), ("--patience", "9")])
+def test_a_finished_run_is_not_trained_evaluated_or_written_again(copied, capsys, words):
+    before = tree(copied)
+    assert train.main(["--resume", str(copied), *words]) == 0
+    assert tree(copied) == before
+    said = f"{copied} is finished; raise --epochs or --max-steps to train it further"
+    assert capsys.readouterr().out.splitlines() == [said]
+    assert resume(copied, "--final-checkpoints", "1") == 0
+    assert [path.name for path in rundir.RunDir(copied).checkpoints] == ["step-00000012"]
+
+
+@pytest.mark.parametrize("name", ["report.json", "README.md"])  # the first and the last written
+def test_p3_a_run_that_was_killed_at_its_end_is_finished(copied, finished, name):
+    (copied / name).unlink()
     assert resume(copied) == 0
     same_end(copied, finished)
+    assert (copied / name).exists()
+
+
+def test_a_run_stopped_by_patience_is_finished(tmp_path, capsys):
+    words = [*LENET, "--epochs", "9", "--lr", "1e-12", "--patience", "1"]
+    start(tmp_path, *words)
+    before = tree(tmp_path)
+    assert resume(tmp_path / "run") == 0
+    assert tree(tmp_path) == before
+    resume(tmp_path / "run", "--patience", "2")
+    epochs = [row["epoch"] for row in read_lines(tmp_path / "run" / "history.jsonl")]
+    assert epochs == [1, 2, 3]
 
 
 def test_a_state_may_be_named_instead_of_its_run(copied, finished):
@@ -119,10 +184,9 @@ def test_more_epochs_go_on_from_the_end(copied):
     assert json.loads((copied / "config.json").read_text())["epochs"] == 4
 
 
-def test_a_run_may_be_moved(copied, finished, tmp_path):
+def test_a_run_may_be_moved(copied, tmp_path):
     moved = copied.rename(tmp_path / "elsewhere")
-    resume(moved)
-    same_end(moved, finished)
+    resume(moved, "--epochs", "4")
     config = json.loads((moved / "config.json").read_text())
     assert (config["output_dir"], config["name"]) == (str(tmp_path), "elsewhere")
 

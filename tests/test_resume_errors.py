@@ -5,10 +5,12 @@ import subprocess
 import sys
 
 import pytest
+from mistakes import tree
 from resuming import LENET, SMALL, resume, same_end, start
 
 import train
 from lab import disk, errors, keeper, rundir, states
+from lab.data.fingerprint import FORMAT
 from lab.errors import UserError
 
 
@@ -71,12 +73,14 @@ def test_p7_there_is_nothing_to_resume(fails, tmp_path, words, message):
 
 
 def test_p7_other_data_are_refused(fails, copied):
-    folder = states.folders(rundir.RunDir(copied))[0]
+    folder = rundir.RunDir(copied).checkpoints[0]
     about, tensors = states.read(folder)
     shutil.rmtree(folder)
-    states.write(folder, tensors, about | {"fingerprints": {**about["fingerprints"], "train": "x"}})
-    assert fails(train, "--resume", copied) == (
-        "the data are not those that the run was trained on. "
+    other = {**about["fingerprints"], "train": f"{FORMAT}-0", "test": f"{FORMAT}-0"}
+    states.write(folder, tensors, about | {"fingerprints": other})
+    assert fails(train, "--resume", copied, "--epochs", 4) == (
+        "the data are not those that the run was trained on (files of these splits were added, "
+        "removed, renamed or replaced: train, test). "
         "Give --data-dir with the same files, or start a new run."
     )
 
@@ -111,7 +115,7 @@ def test_p7_a_full_disk_is_seen_before_training(fails, monkeypatch):
         disk.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 500_000)
     )
     message = fails(train, *SMALL, "--name", "x")
-    assert message.startswith("a state takes 987.3 kB, and . has 500.0 kB left. Free some space")
+    assert message.startswith("a state takes 987.3 kB, and runs has 500.0 kB left. Free some space")
 
 
 def test_a_full_disk_later_loses_that_state_alone(tmp_path, monkeypatch, finished, capsys):
@@ -125,8 +129,9 @@ def test_a_full_disk_later_loses_that_state_alone(tmp_path, monkeypatch, finishe
         require_room(path, size)
 
     monkeypatch.setattr(keeper, "require_room", full_once)
-    start(tmp_path, *LENET, "--save-every", "3", "--keep-states", "9")
-    found = states.folders(rundir.RunDir(tmp_path / "run"))
+    words = ["--save-every", "3", "--keep-states", "9", "--final-checkpoints", "9"]
+    start(tmp_path, *LENET, *words)
+    found = rundir.RunDir(tmp_path / "run").checkpoints
     assert [int(p.name.removeprefix("step-")) for p in found] == [12, 9, 8, 6, 3]
     assert calls[1] == pytest.approx(calls[0], rel=0.35)  # foreseen before there was a state
     assert "step-00000004 is not written: full. Free some." in capsys.readouterr().err
@@ -151,3 +156,27 @@ def test_a_notebook_may_resume_in_the_same_process(copied):
     with pytest.raises(UserError, match="is not the run's"):
         resume(copied, "--lr", "0.7")
     assert errors.run_script(lambda: resume(copied)) == 0
+
+
+def test_p3_a_second_start_neither_deletes_nor_joins_a_run(tmp_path, monkeypatch, finished):
+    """The first reads its data slowly; meanwhile the second trains, or is refused."""
+    import lab.data
+
+    load_splits, refused = lab.data.load_splits, []
+    command = [*LENET, "--resume", "auto"]
+
+    def load_slowly(*arguments):
+        monkeypatch.setattr(lab.data, "load_splits", load_splits)
+        for words in (command, LENET, [*LENET, "--overwrite"]):
+            before = tree(tmp_path)
+            with pytest.raises(UserError) as caught:
+                start(tmp_path, *words)
+            refused.append(caught.value.what)
+            assert tree(tmp_path) == before
+        return load_splits(*arguments)
+
+    monkeypatch.setattr(rundir, "LOCK_PATIENCE", 0.1)
+    monkeypatch.setattr(lab.data, "load_splits", load_slowly)
+    start(tmp_path, *command)
+    assert refused == [f"another training is at work in {tmp_path}/run"] * 3
+    same_end(tmp_path / "run", finished)

@@ -1,12 +1,15 @@
 """Splits: how they are cut, limited, resized, measured and read; P6, what the best is chosen on."""
 
 import gzip
+import hashlib
 import math
 from collections import Counter
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from mistakes import make_picture
 from torchvision.transforms import v2
 
 from lab.config import TrainConfig
@@ -15,6 +18,7 @@ from lab.data.sources import (
     Split,
     channel_statistics,
     limit,
+    random_choice,
     resize,
     stratified_cut,
     stratified_sample,
@@ -32,8 +36,17 @@ def load(dataset, **settings):
 
 def make_labels(sizes, seed=0):
     """Labels of `sizes[k]` samples of class k, shuffled."""
-    labels = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    labels = make_labels_in_order(sizes)
     return labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))]
+
+
+def make_labels_in_order(sizes):
+    return torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+
+
+def digest(*tensors):
+    content = b"".join(tensor.contiguous().numpy().tobytes() for tensor in tensors)
+    return hashlib.blake2b(content, digest_size=8).hexdigest()
 
 
 def pictures(split):
@@ -88,7 +101,7 @@ def test_samples_are_seeded_and_leave_global_randomness_alone():
 def test_a_cut_parts_the_samples_in_two_in_order(num_samples, fraction):
     images = torch.arange(num_samples, dtype=torch.uint8).view(-1, 1, 1, 1)
     rest, cut = stratified_cut(Split(images, make_labels([num_samples]), ("a",)), fraction, 3)
-    assert len(cut.labels) == max(1, round(num_samples * fraction))
+    assert len(cut.labels) == min(num_samples - 1, max(1, round(num_samples * fraction)))
     found = [s.images.flatten().tolist() for s in (rest, cut)]
     assert found == [sorted(part) for part in found]
     assert sorted(found[0] + found[1]) == list(range(num_samples))
@@ -154,7 +167,7 @@ def test_channel_statistics_sample_all_of_a_large_set():
     assert channel_statistics(images)[0][0] == pytest.approx(0.5, abs=1e-3)
 
 
-def write_idx(folder, suffix="", num_train=7, num_test=3, classes=10):
+def write_idx(folder, suffix="", num_train=17, num_test=3, classes=10):
     """A made-up MNIST in IDX files; what is in them."""
     folder.mkdir(parents=True)
     parts = []
@@ -238,11 +251,74 @@ def test_one_split_alone_is_the_same_and_has_the_same_fingerprint(name):
     assert len(set(splits.fingerprints.values())) == 3
 
 
-def test_all_of_the_data_is_uncut():
+def test_all_of_the_data_is_every_sample_of_every_part(tmp_path):
     split, _ = load_split(config("digits"), "all", math.inf, 1)
     assert len(split.labels) == 1797
-    with pytest.raises(ValueError, match="shapes comes in splits"):
-        load_split(config("shapes"), "all", math.inf, 1)
+    split, _ = load_split(config("shapes"), "all", math.inf, 1)
+    splits = load("shapes")
+    expected = [pictures(part) for part in (splits.train, splits.val, splits.test)]
+    assert pictures(split) == expected[0] + expected[1] + expected[2]
+
+    for path in ("train/a/0", "train/b/0", "train/b/1", "val/a/0", "val/b/0"):
+        make_picture(tmp_path / f"{path}.png")
+    folder = config("folder", data_dir=str(tmp_path))
+    for memory in (math.inf, 0):
+        split, _ = load_split(folder, "all", memory, 1)
+        assert split.files() == [
+            f"{path}.png" for path in ("train/a/0", "train/b/0", "train/b/1", "val/a/0", "val/b/0")
+        ]
+        assert split.labels.tolist() == [0, 1, 1, 0, 1]
+        assert split.images[torch.arange(5)].shape == (5, 3, 32, 32)
+
+
+@pytest.mark.parametrize("fraction", [0.01, 0.1, 0.5, 0.9])
+def test_a_cut_leaves_samples_of_every_class_on_both_sides(fraction):
+    sizes = [1, 2, 3, 40]
+    whole = Split(torch.zeros(46, 1, 1, 1, dtype=torch.uint8), make_labels(sizes), tuple("abcd"))
+    rest, cut = (
+        s.labels.bincount(minlength=4).tolist() for s in stratified_cut(whole, fraction, 0)
+    )
+    assert [a + b for a, b in zip(rest, cut, strict=True)] == sizes
+    assert (rest[0], cut[0]) == (1, 0)  # the only sample of a class is trained on
+    assert min(rest[1:] + cut[1:]) >= 1
+
+
+def test_a_split_without_images_of_a_class_is_told_of(tmp_path, capsys):
+    for name, count in (("a", 1), ("b", 2), ("c", 9)):
+        for i in range(count):
+            make_picture(tmp_path / name / f"{i}.png")
+    folder = config("folder", data_dir=str(tmp_path))
+    load_splits(folder, 0, 1)
+    assert capsys.readouterr().err == (
+        "warning: the test split has no image of class a: too few images\n"
+        "warning: the validation split has no image of classes a, b: too few images\n"
+    )
+    load_splits(replace(folder, limit_train=2, limit_eval=1, val_fraction=0.0), 0, 1)
+    assert capsys.readouterr().err == (
+        "warning: the training split has no image of classes a, b: --limit-train is too small\n"
+    )
+
+
+def test_p7_a_class_without_training_images_is_refused(tmp_path):
+    write_idx(tmp_path / "MNIST" / "raw", num_train=7)
+    with pytest.raises(ValueError, match="training split has no image of classes 7, 8, 9"):
+        load("mnist", data_dir=str(tmp_path), val_fraction=0.0)
+
+
+def test_p6_no_release_of_pytorch_can_move_a_sample_to_another_split():
+    """The digests were taken when PyTorch 2.14's torch.randperm drew the splits of results/."""
+    random = np.random.RandomState(7)
+    drawn = [random_choice(num, num, random) for num in (1, 0, 2, 1000, 3, 20_000)]
+    assert [sorted(numbers.tolist()) for numbers in drawn] == [list(range(len(n))) for n in drawn]
+    assert digest(*drawn) == "245bb56a7501b4fc"
+    random = np.random.RandomState(7)
+    for whole in drawn:  # what is drawn later does not depend on how many were asked for
+        count = len(whole) // 3
+        assert torch.equal(random_choice(len(whole), count, random), whole[:count])
+    labels = make_labels_in_order([6000, 5900, 6100])
+    assert digest(stratified_sample(labels, 1800, 2**31 - 1)) == "6db773e36478807b"
+    splits = load("digits")
+    assert digest(splits.train.images, splits.val.images, splits.test.images) == "70526841e7ab6328"
 
 
 def test_p6_the_cut_follows_split_seed_and_nothing_else():
@@ -257,12 +333,12 @@ def test_p6_the_cut_follows_split_seed_and_nothing_else():
         assert pictures(getattr(first, name)) != pictures(getattr(other, name))
 
 
-@pytest.mark.parametrize("num_samples", [10, 99, 100])
+@pytest.mark.parametrize("num_samples", [20, 99, 100])
 def test_shapes_are_drawn_apart_for_training_and_test(num_samples):
     splits = load("shapes", num_samples=num_samples)
     sizes = [len(s.labels) for s in (splits.train, splits.val, splits.test)]
     assert sizes[0] + sizes[1] == num_samples
-    assert sizes[1:] == [max(1, round(num_samples / 10)), num_samples // 5]
+    assert sizes[1:] == [max(10, round(num_samples / 10)), num_samples // 5]
     parts = [pictures(s) for s in (splits.train, splits.val, splits.test)]
     assert sum(len(p) for p in parts) == len(parts[0] | parts[1] | parts[2])
     other = load("shapes", num_samples=num_samples, split_seed=1)

@@ -12,9 +12,11 @@ from safetensors.torch import load_file
 from sklearn import metrics as reference
 
 import evaluate
+import lab.data.loaders
 import train
 from lab import checkpoint, evaluation
 from lab.config import TrainConfig
+from lab.errors import UserError
 from lab.evaluation import Predictions, predict_all
 
 RUN_FILES = {
@@ -237,14 +239,15 @@ def test_average_accumulation_and_clipping_go_together(tmp_path):
 @pytest.mark.parametrize(("select_by", "best"), [("macro_f1", 1), ("loss", 2), ("accuracy", 3)])
 def test_p6_the_epoch_kept_is_the_best_by_the_number_chosen(tmp_path, monkeypatch, select_by, best):
     numbers = {"macro_f1": [0.3, 0.2, 0.1], "loss": [3.0, 1.0, 2.0], "accuracy": [0.1, 0.2, 0.3]}
-    epochs = iter(range(3))
+    epochs = zip(*numbers.values(), strict=True)
 
     class Altered(Predictions):
-        def report(self):
-            epoch = next(epochs, None)  # after the epochs comes the test split
-            return super().report() | {
-                name: values[epoch] for name, values in numbers.items() if epoch is not None
-            }
+        def scores(self):
+            return dict(zip(numbers, next(epochs), strict=True))
+
+        def report(self):  # an epoch's numbers must not cost a report of every class
+            assert next(epochs, None) is None
+            return super().report()
 
     def altered(*arguments):
         return Altered(**vars(predict_all(*arguments)))
@@ -272,6 +275,89 @@ def test_p6_the_notebook_recipe_says_that_it_chose_on_the_test_split(tmp_path, c
         evaluated([str(folder), "--split", "val"])
     evaluated([str(folder)])
     assert read_json(folder / "evaluate-test" / "report.json") == report
+
+
+@pytest.mark.parametrize(
+    ("words", "read"),
+    [
+        ([], ["train", "validation", "train", "validation", "test"]),
+        (["--recipe", "notebook"], ["train", "test", "train", "test", "test"]),
+    ],
+)
+def test_p6_the_test_split_is_read_once_at_the_end(tmp_path, monkeypatch, words, read):
+    """But by the notebook recipe, which selects on it."""
+    found, roles, load_splits = [], {}, lab.data.load_splits
+
+    def load(*arguments):
+        splits = load_splits(*arguments)
+        roles.update({id(splits.train): "train", id(splits.val): "validation"})
+        roles[id(splits.test)] = "test"
+        return splits
+
+    def build(split, *arguments, **settings):
+        loader = build_loader(split, *arguments, **settings)
+        batches = loader.batches
+
+        def logged(*arguments):
+            found.append(roles[id(split)])
+            return batches(*arguments)
+
+        loader.batches = logged
+        return loader
+
+    build_loader = lab.data.loaders.build_loader
+    monkeypatch.setattr(lab.data, "load_splits", load)
+    monkeypatch.setattr(lab.data.loaders, "build_loader", build)
+    run(tmp_path, *words, "--epochs", "2", "--limit-train", "64", "--limit-eval", "20")
+    assert found == read
+
+
+def strict(text):
+    """The value of a JSON text, which has no NaN and no infinity."""
+
+    def refuse(constant):
+        raise ValueError(constant)
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def test_a_loss_that_is_not_finite_is_null_in_every_file(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("LAB_DRAW", "1")
+
+    def without_losses(*arguments):
+        found = predict_all(*arguments)
+        return dataclasses.replace(found, losses=found.losses * math.nan)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "predict_all", without_losses)
+        folder = run(tmp_path, "--max-steps", "12", "--select-by", "loss")
+    assert strict((folder / "report.json").read_text())["loss"] is None
+    rows = [strict(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+    assert [row["val_loss"] for row in rows] == [None, None]
+    info = checkpoint.read_info(folder / "best.safetensors")
+    assert info["metrics"]["val_loss"] is None
+    for path in folder.glob("state/*/state.json"):
+        strict(path.read_text())
+    assert "<dt>loss</dt><dd>-</dd>" in (folder / "report.html").read_text()
+    assert "| - |" in (folder / "README.md").read_text()
+    train.main(["--resume", str(folder), "--max-steps", "15", "--quiet"])  # it can be read back
+    assert math.isfinite(read_lines(folder / "history.jsonl")[1]["val_loss"])
+    assert capfd.readouterr().err == ""
+
+
+def test_p7_a_run_whose_steps_are_all_skipped_ends_in_an_error(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr("lab.engine.train_step", lambda *_: None)
+    words = ["--on-nonfinite", "skip", "--max-steps", "4", "--limit-train", "64"]
+    with pytest.raises(UserError, match="nothing was learnt: the loss or gradient of every step"):
+        run(tmp_path, *words)
+    rows = read_lines(tmp_path / "run" / "history.jsonl")
+    assert [(row["train_loss"], row["train_accuracy"]) for row in rows] == [(None, None)] * 2
+    assert not (tmp_path / "run" / "report.json").exists()
+    assert capfd.readouterr().err.splitlines() == [
+        f"warning: epoch {epoch}: 2 of 2 steps were skipped, as their loss or gradient was not "
+        "finite"
+        for epoch in (1, 2)
+    ]
 
 
 def test_alexnet_trains_on_shapes(tmp_path):

@@ -5,19 +5,21 @@ Listing them imports no torch.
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lab import console
 from lab.errors import UserError, suggestion
 
 if TYPE_CHECKING:
+    from lab.data.fingerprint import Listing
     from lab.data.sources import Parts, Split
 
 Numbers = tuple[float, ...]
+TITLES = {"train": "training", "val": "validation", "test": "test"}  # of splits, for people
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,16 @@ class Splits:
     selected_on: str  # "validation" or "test"
     fingerprints: dict[str, str]  # of "train", "val", "test": which samples are in it
 
+    def class_counts(self) -> dict[str, list[int]]:
+        """Return the number of images of each class in the training, validation and test split."""
+        splits = {"train": self.train, "val": self.val, "test": self.test}
+        if self.val is self.test:
+            del splits["val"]
+        return {
+            TITLES[name]: split.labels.bincount(minlength=len(split.class_names)).tolist()
+            for name, split in splits.items()
+        }
+
 
 def load_splits(config: DataConfig, memory: float, num_workers: int) -> Splits:
     """The splits of a data set; the same for the same settings, on every process.
@@ -111,14 +123,16 @@ def load_splits(config: DataConfig, memory: float, num_workers: int) -> Splits:
     `memory` bytes, and stay in files otherwise. Raises `UserError` where files are missing,
     damaged or too few.
     """
+    from lab.data.fingerprint import fingerprint
     from lab.data.sources import channel_statistics
 
-    cut = _cut(config)
+    cut = _cut(_read(config), config)
     if len(cut["train"].class_names) < 2:
         raise UserError(
             f"{config.data_dir} holds one class, {cut['train'].class_names[0]}",
             "Two or more are needed, each with the pictures of one class",
         )
+    _check_classes(cut, config)
     named = _ready(cut, config, memory, num_workers)
     spec = find_dataset(config.dataset)
     mean, std = spec.mean, spec.std
@@ -126,53 +140,74 @@ def load_splits(config: DataConfig, memory: float, num_workers: int) -> Splits:
         mean, std = channel_statistics(named["train"].images)
     selected_on = "validation" if "val" in named else "test"
     val = named.get("val", named["test"])
-    return Splits(named["train"], val, named["test"], mean, std, selected_on, _fingerprints(cut))
+    fingerprints = {name: fingerprint(split) for name, split in cut.items()}
+    return Splits(named["train"], val, named["test"], mean, std, selected_on, fingerprints)
 
 
 def load_split(
     config: DataConfig, name: str, memory: float, num_workers: int, download: bool = True
-) -> tuple[Split, str | None]:
-    """The split "train", "val" or "test" alone, and its fingerprint; or "all" of the data.
+) -> tuple[Split, str]:
+    """The split "train", "val" or "test" alone, or "all" of the data; and its fingerprint.
 
-    "all" is data that come in one piece, uncut, at most `limit_eval` samples of them. Without
-    `download`, data that are not in `data_dir` are an error. Raises `UserError` where there is no
-    such split.
+    "all" is every sample of every part, or `limit_eval` of them. Without `download`, data that are
+    not in `data_dir` are an error. Raises `UserError` where there is no such split.
     """
-    from lab.data.sources import limit
+    from lab.data.fingerprint import fingerprint
 
-    if name == "all":
-        parts = _read(config, download)
-        if parts.test is not None:
-            raise UserError(f"{config.dataset} comes in splits", "Give --split test, val or train")
-        whole = limit(parts.train, config.limit_eval, config.split_seed)
-        return _ready({name: whole}, config, memory, num_workers)[name], None
-    cut = _cut(config, download)
+    cut = _cut(_read(config, download), config, whole=name == "all")
     if name not in cut:
         raise UserError(
             "this data has no validation split: the best epoch was chosen on the test split",
             "Give --split test",
         )
     split = _ready({name: cut[name]}, config, memory, num_workers)[name]
-    return split, _fingerprints(cut)[name]
+    return split, fingerprint(cut[name])
 
 
 def load_fingerprints(config: DataConfig, download: bool = True) -> dict[str, str]:
     """Return the fingerprints of the splits "train", "test" and, if there is one, "val"."""
-    return _fingerprints(_cut(config, download))
+    from lab.data.fingerprint import fingerprint
+
+    cut = _cut(_source(config, download), config)
+    return {name: fingerprint(split) for name, split in cut.items()}
 
 
-def _read(config: DataConfig, download: bool) -> Parts:
+def list_samples(config: DataConfig, name: str | None = None) -> Listing:
+    """Return what the data hold, to compare with another process's copy of them.
+
+    `name` is that of the only split in use; None: train, val and test are.
+    """
+    from lab.data.fingerprint import Listing
+
+    parts = _source(config, download=False)  # they have been read before
+    cut = _cut(parts, config, whole=name == "all")
+    return Listing.of(parts.named(), cut if name is None else {name: cut[name]})
+
+
+def _source(config: DataConfig, download: bool) -> Parts:
     spec = find_dataset(config.dataset)
     module, name = spec.read.split(":")
     read = getattr(importlib.import_module(f"lab.data.{module}"), name)
     return read(config, download) if spec.downloads else read(config)
 
 
-def _cut(config: DataConfig, download: bool = True) -> dict[str, Split]:
-    """The splits "train", "test" and, where there is one, "val"; files are not decoded yet."""
-    from lab.data.sources import limit, stratified_cut
+def _read(config: DataConfig, download: bool = True) -> Parts:
+    parts = _source(config, download)
+    for warning in parts.warnings:
+        console.warn(warning)
+    return parts
 
-    parts, seed = _read(config, download), config.split_seed
+
+def _cut(parts: Parts, config: DataConfig, whole: bool = False) -> dict[str, Split]:
+    """The splits "train", "test" and, where there is one, "val"; files are not decoded yet.
+
+    Or, of the `whole` data, the split "all".
+    """
+    from lab.data.sources import join, limit, stratified_cut
+
+    seed = config.split_seed
+    if whole:
+        return {"all": limit(join([*parts.named().values()]), config.limit_eval, seed)}
     train, val, test = parts.train, parts.val, parts.test
     if test is None:
         train, test = stratified_cut(train, config.test_fraction, seed)
@@ -185,6 +220,29 @@ def _cut(config: DataConfig, download: bool = True) -> dict[str, Split]:
     return cut
 
 
+def _check_classes(cut: Mapping[str, Split], config: DataConfig) -> None:
+    """Raise `UserError` for a class without training samples; warn of others without any.
+
+    A training split that --limit-train shortens is only warned of; one for evaluation that
+    --limit-eval shortens is left alone.
+    """
+    for name, split in cut.items():
+        counts = split.labels.bincount(minlength=len(split.class_names)).tolist()
+        missing = [c for c, count in zip(split.class_names, counts, strict=True) if not count]
+        limited = len(split.labels) == (
+            config.limit_train if name == "train" else config.limit_eval
+        )
+        if not missing or len(missing) == len(counts) or (limited and name != "train"):
+            continue
+        classes = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" * (len(missing) > 5))
+        what = (
+            f"the {TITLES[name]} split has no image of class{'es' * (len(missing) > 1)} {classes}"
+        )
+        if name == "train" and not limited:
+            raise UserError(what, "Add images of every class, or remove the class")
+        console.warn(f"{what}: " + ("--limit-train is too small" if limited else "too few images"))
+
+
 def _ready(
     named: dict[str, Split], config: DataConfig, memory: float, num_workers: int
 ) -> dict[str, Split]:
@@ -193,19 +251,10 @@ def _ready(
 
     for name, split in named.items():
         if len(split.labels) == 0:
-            title = {"train": "training", "val": "validation"}.get(name, name)
-            raise UserError(f"the {title} split is empty", "Add pictures, or change the fractions")
+            raise UserError(
+                f"the {TITLES.get(name, name)} split is empty",
+                "Add pictures, or change the fractions",
+            )
     if sum(math.prod(split.images.shape) for split in named.values()) <= memory:
         named = {name: in_memory(split, num_workers) for name, split in named.items()}
     return {name: resize(split, config.image_size) for name, split in named.items()}
-
-
-def _fingerprints(cut: dict[str, Split]) -> dict[str, str]:
-    """A digest of each split: its labels and, of files, their last two names."""
-    found = {}
-    for name, split in cut.items():
-        digest = hashlib.blake2b(split.labels.numpy().tobytes(), digest_size=8)
-        for path in getattr(split.images, "paths", ()):
-            digest.update("/".join(Path(path).parts[-2:]).encode("utf-8", "surrogateescape"))
-        found[name] = digest.hexdigest()
-    return found

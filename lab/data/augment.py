@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lab.data import randaugment
 from lab.data.mix import MIXES, Mixer
 
 CROP_PADDING = 4  # pixels at 32; scaled with the image
@@ -30,11 +29,7 @@ def random_bits(
     golden = 0x9E3779B97F4A7C15
     start = golden + seed * 0xD1342543DE82EF95 + epoch * 0xDABA0B6EB09322E3
     start = (start + stream * 0xA24BAED4963EE407) % 2**64
-    return _mixed(torch.arange(num_samples, device=device) * _signed(golden) + _signed(start))
-
-
-def _mixed(x: Tensor) -> Tensor:
-    """The finaliser: other bits from int64 [n], which no longer show how they hang together."""
+    x = torch.arange(num_samples, device=device) * _signed(golden) + _signed(start)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         x = (x ^ _shift_right(x, shift)) * _signed(factor)
     return x ^ _shift_right(x, 31)
@@ -84,17 +79,7 @@ def cutout(images: Tensor, bits: Tensor) -> Tensor:
     return images.masked_fill((in_rows[:, :, None] & in_columns[:, None, :])[:, None], 0)
 
 
-def random_augment(images: Tensor, bits: Tensor) -> Tensor:
-    """Each image [n, C, H, W] changed by operations of RandAugment, drawn with replacement."""
-    bits = _mixed(bits)  # five draws apart from those of the other steps
-    for k in range(randaugment.NUM_OPERATIONS):
-        operations = draw(bits, 2 * k, len(randaugment.OPERATIONS))
-        images = randaugment.apply(images, operations, draw(bits, 2 * k + 1, 2))
-    return images
-
-
-STEPS = {"crop": crop, "flip": flip, "cutout": cutout, "random-augment": random_augment}
-REPLAYABLE = {"crop", "flip", "cutout"}  # the other's kernels depend on what is drawn
+STEPS = {"crop": crop, "flip": flip, "cutout": cutout}
 
 
 class Preprocess:
@@ -114,7 +99,6 @@ class Preprocess:
         self.augment = tuple(name for name in augment if name not in MIXES)
         mixes = tuple(name for name in augment if name in MIXES)
         self.mixer = Mixer(mixes, mix_alpha) if mixes else None
-        self.replayable = REPLAYABLE.issuperset(self.augment)
         self.scale = (1 / (255 * torch.tensor(std))).view(-1, 1, 1).to(device)
         self.shift = (-torch.tensor(mean) / torch.tensor(std)).view(-1, 1, 1).to(device)
 

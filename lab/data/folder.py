@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
-from collections.abc import Callable, Iterator, Sequence
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
-from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as F
 
-from lab import console
 from lab.data.cache import cached
-from lab.data.loaders import BatchDataset, begin_worker
 from lab.data.sources import Parts, Split
+from lab.data.workers import BatchReader
 from lab.errors import UserError
 
 try:
@@ -29,7 +29,11 @@ except ImportError:  # deprecated in torchvision 0.29: Pillow reads on without i
 if TYPE_CHECKING:
     from lab.data import DataConfig
 
-VALIDATION = ("val", "valid", "validation")  # any of these names
+SPLIT_FOLDERS = {  # the names that a split's folder may have, in any case
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation"),
+    "test": ("test", "testing"),
+}
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 
@@ -56,6 +60,10 @@ class ImageFiles:
     def take(self, index: Tensor) -> ImageFiles:
         return ImageFiles(tuple(self.paths[i] for i in index.tolist()), self.size)
 
+    def join(self, others: Sequence[ImageFiles]) -> ImageFiles:
+        """Return the images of several sets as one, in the order given."""
+        return replace(self, paths=tuple(path for files in (self, *others) for path in files.paths))
+
     def decode_all(self, num_workers: int) -> Tensor:
         """All pictures, uint8 [N, 3, size, size]; the second time, from the cache on disk."""
         # Of about 2 MB, as each is sent from a process; fewer, so that all have their share.
@@ -64,19 +72,20 @@ class ImageFiles:
 
         def fill(images: Tensor) -> None:
             # Processes: for small pictures, threads would wait for each other's Python.
-            reader = DataLoader(
-                BatchDataset(self),
-                sampler=batches,
-                batch_size=None,  # the data set returns whole batches
-                num_workers=min(num_workers, len(batches)) if num_workers > 1 else 0,
-                worker_init_fn=begin_worker,
+            reader = BatchReader(
+                self,
+                batches,
+                min(num_workers, len(batches)) if num_workers > 1 else 0,
+                batch_nbytes=len(batches[0]) * 3 * self.size**2,
+                options_without_workers="--loader streaming --workers 0",
             )
             mistakes: dict[str, UserError] = {}
-            for index, decoded in zip(batches, reader, strict=True):
-                if isinstance(decoded, UserError):
-                    mistakes |= self._mistakes(index) or {self.paths[index[0]]: decoded}
-                else:
-                    images[index[0] : index[-1] + 1] = decoded
+            with reader:
+                for index, decoded in zip(batches, reader, strict=True):
+                    if isinstance(decoded, UserError):
+                        mistakes |= self._mistakes(index) or {self.paths[index[0]]: decoded}
+                    else:
+                        images[index[0] : index[-1] + 1] = decoded
             if len(mistakes) > 1:  # all at once: a folder with one damaged file may have more
                 names = ", ".join(list(mistakes)[:3])
                 more = f" and {len(mistakes) - 3} more" if len(mistakes) > 3 else ""
@@ -166,91 +175,123 @@ def pixels(image: Image.Image) -> Tensor:
 
 
 def read_folder(config: DataConfig) -> Parts:
-    """The splits of a folder: its `train`, `val` and `test` where it has a `train`; else one.
+    """Return the splits of a folder: the class folders of its `train`, `val` and `test`; or one.
 
-    Class names are the sorted folder names; names that begin with a dot are passed over. Raises
-    `UserError` for a missing folder, no classes, an empty class, and classes of `val` or `test`
-    that are not those of `train`.
+    Folder names of splits may have any of the usual spellings (SPLIT_FOLDERS), in any case. Class
+    names are the sorted folder names in Unicode's composed form (NFC); names that begin with a dot
+    are ignored. Raises `UserError` for a folder that is missing, unreadable or ambiguous, for no
+    classes, an empty class, and classes of `val` or `test` that are not those of `train`.
     """
     root = Path(config.data_dir)
-    if not os.path.isdir(root):  # Path.is_dir raises for a name that is too long
-        raise UserError(f"there is no folder {root}", "Give --data-dir a folder of CLASS/pictures")
-    train_root = root / "train" if (root / "train").is_dir() else root
-    class_names = tuple(_class_folders(train_root))
-    if train_root == root and {"test", *VALIDATION} & set(class_names):
-        raise UserError(
-            f"{root} has no folder train beside val or test", "Name the folder to train on train"
-        )
+    folders = _split_folders(root)
+    class_folders = {name: _class_folders(folder) for name, folder in folders.items()}
+    class_names = tuple(class_folders["train"])
     if not class_names:
         raise UserError(
-            f"{train_root} holds no class folders",
+            f"{folders['train']} holds no class folders",
             "Put the pictures of each class into a folder of its own",
         )
-
     others: list[str] = []
-
-    def list_split(folder: Path) -> Split:
-        split = _list_split(folder, class_names, config.image_size, others)
-        return replace(split, root=str(root))
-
-    parts = {"train": list_split(train_root)}
-    if train_root != root:
-        for name, folders in (("val", VALIDATION), ("test", ("test",))):
-            found = [root / folder for folder in folders if (root / folder).is_dir()]
-            if len(found) > 1:
-                raise UserError(
-                    f"{root} has both {found[0].name} and {found[1].name}", "Keep one of them"
-                )
-            if found:
-                parts[name] = list_split(found[0])
-    beside = [
-        str(path)
-        for path in train_root.iterdir()
-        if path.name.lower().endswith(SUFFIXES) and path.name[0] != "." and path.is_file()
-    ]
+    parts = {}
+    for name, found in class_folders.items():
+        _check_same_classes(folders[name], found, class_names)
+        paths, labels = _list_split(found, others)
+        files = ImageFiles(tuple(paths), config.image_size)
+        parts[name] = Split(files, torch.tensor(labels), class_names, files.paths, str(root))
+    warnings = []
+    beside = [name for name in _list_folder(folders["train"])[1] if _is_image(name)]
     if beside:
-        console.warn(f"{len(beside)} pictures are left out, as {min(beside)}: in no class folder")
+        warnings.append(
+            f"{len(beside)} pictures are left out, as {folders['train'] / beside[0]}: "
+            "in no class folder"
+        )
     if others:
-        console.warn(
+        warnings.append(
             f"{len(others)} of the files in class folders are left out, as {min(others)}: "
             f"not {', '.join(SUFFIXES)}"
         )
-    return Parts(**parts)
+    return Parts(**parts, warnings=tuple(warnings))
 
 
-def _class_folders(root: Path) -> list[str]:
-    try:
-        return sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
-    except OSError as error:
+def _split_folders(root: Path) -> dict[str, Path]:
+    """Return the folder of each split; the root as "train" alone where it holds the classes.
+
+    Raises `UserError` where the names allow more than one reading.
+    """
+    names, _ = _list_folder(root)
+    found = {
+        split: [name for name in names if name.lower() in spellings]
+        for split, spellings in SPLIT_FOLDERS.items()
+    }
+    for spelled in found.values():
+        if len(spelled) > 1:
+            raise UserError(
+                f"{root} has both {spelled[0]} and {spelled[1]}, two names of one split",
+                "Keep one of them",
+            )
+    present = {split: spelled[0] for split, spelled in found.items() if spelled}
+    if not present:
+        return {"train": root}
+    if "train" not in present:
+        [name, *_] = present.values()
         raise UserError(
-            f"cannot read the folder {root} ({error.strerror})", "Mend its permissions"
-        ) from error
+            f"{root} has a folder {name}, but no folder train",
+            f"Call the folder to train on train; if {name} is a class, move all class folders "
+            "into a folder train",
+        )
+    rest = [name for name in names if name not in present.values()]
+    # Whatever cannot be read there, such as lost+found, is not part of the data.
+    with_pictures = (n for n in rest if any(pictures(root / n, on_error=lambda _: None)))
+    if (beside := next(with_pictures, None)) is not None:
+        raise UserError(
+            f"{root} has the folder {present['train']} and, beside it, {beside}, which holds "
+            f"pictures too: {present['train']} may be a split or a class",
+            f"Move {beside} elsewhere; if both are classes, move all class folders into a folder "
+            "train",
+        )
+    return {split: root / name for split, name in present.items()}
 
 
-def _list_split(root: Path, class_names: tuple[str, ...], size: int, others: list[str]) -> Split:
-    found_names = set(_class_folders(root))
+def _class_folders(root: Path) -> dict[str, list[Path]]:
+    """Return the folders of each class by its name, sorted.
+
+    A class has several where its name was written composed (NFC) and decomposed (NFD), as after a
+    copy from another system; they look the same.
+    """
+    found: dict[str, list[Path]] = {}
+    for name in _list_folder(root)[0]:
+        found.setdefault(normalized(name), []).append(root / name)
+    return dict(sorted(found.items()))
+
+
+def _check_same_classes(root: Path, found: Iterable[str], class_names: Iterable[str]) -> None:
     for problem, names in (
-        ("has classes that are not trained on", found_names - set(class_names)),
-        ("lacks classes that are trained on", set(class_names) - found_names),
+        ("has classes that are not trained on", set(found) - set(class_names)),
+        ("lacks classes that are trained on", set(class_names) - set(found)),
     ):
         if names:
             raise UserError(
                 f"{root} {problem}: {', '.join(sorted(names))}",
                 "Every split needs the same class folders",
             )
+
+
+def _list_split(
+    class_folders: Mapping[str, Sequence[Path]], others: list[str]
+) -> tuple[list[str], list[int]]:
+    """Return the paths of a split's images, sorted within a class, and their labels."""
     paths: list[str] = []
     labels: list[int] = []
-    for label, name in enumerate(class_names):
-        found = sorted(pictures(root / name, others))
+    for label, folders in enumerate(class_folders.values()):
+        found = [path for folder in folders for path in pictures(folder, others)]
         if not found:
             raise UserError(
-                f"the class folder {root / name} holds no pictures",
+                f"the class folder {folders[0]} holds no pictures",
                 f"Add some ({', '.join(SUFFIXES)}) or delete the folder",
             )
-        paths += found
+        paths += sorted(found, key=normalized)
         labels += [label] * len(found)
-    files = ImageFiles(tuple(paths), size)
-    return Split(files, torch.tensor(labels), class_names, files.paths)
+    return paths, labels
 
 
 def pictures(
@@ -258,13 +299,13 @@ def pictures(
     others: list[str] | None = None,
     on_error: Callable[[OSError], None] | None = None,
 ) -> Iterator[str]:
-    """The paths of the pictures at any depth below a folder; hidden ones are passed over.
+    """Yield the paths of the images at any depth below a folder; hidden ones are ignored.
 
-    Files of other types are added to `others`, but for those that file managers leave. `on_error`
-    is called for each directory that cannot be read.
+    Files of other types are added to `others`, except those that file managers leave. A folder
+    that cannot be read raises `UserError`, unless `on_error` takes the error.
     """
     seen = set()
-    for folder, folders, files in os.walk(root, onerror=on_error, followlinks=True):
+    for folder, folders, files in os.walk(root, onerror=on_error or _refuse, followlinks=True):
         if (real := os.path.realpath(folder)) in seen:  # a link back up would list all again
             folders.clear()
             continue
@@ -274,7 +315,40 @@ def pictures(
         for name in files:
             if name.startswith("."):
                 continue
-            if name.lower().endswith(SUFFIXES):
+            if _is_image(name):
                 yield os.path.join(folder, name)
             elif others is not None and name.lower() not in ("thumbs.db", "desktop.ini"):
                 others.append(os.path.join(folder, name))
+
+
+def _list_folder(folder: Path) -> tuple[list[str], list[str]]:
+    """Return the sorted names of the folders and of the other entries; hidden ones are ignored."""
+    folders: list[str] = []
+    files: list[str] = []
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if not entry.name.startswith("."):
+                    (folders if entry.is_dir() else files).append(entry.name)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
+            raise UserError(
+                f"there is no folder {folder}", "Give --data-dir a folder of CLASS/pictures"
+            ) from error
+        _refuse(error)
+    return sorted(folders), sorted(files)
+
+
+def _refuse(error: OSError) -> NoReturn:
+    raise UserError(
+        f"cannot read the folder {error.filename} ({error.strerror})", "Mend its permissions"
+    ) from error
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(SUFFIXES)
+
+
+def normalized(name: str) -> str:
+    """Return a name in Unicode's composed form (NFC): systems store the same name differently."""
+    return name if name.isascii() else unicodedata.normalize("NFC", name)

@@ -13,13 +13,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from lab.data.augment import Preprocess, random_bits
-from lab.data.sources import Images, Split
+from lab.data.sources import Split
+from lab.data.workers import BatchReader
 from lab.errors import UserError
 from lab.graphs import Replayed
-from lab.stopping import ignore_signals
 
 
 @dataclass(frozen=True)
@@ -34,6 +33,8 @@ class Batch:
     # sample's own.
     partners: Tensor | None = None
     share: float | Tensor = 1.0
+    # Samples of each gradient accumulation part, in order; some may be 0. Empty: not cut by a Plan.
+    part_sizes: tuple[int, ...] = ()
 
 
 def permutation(num_samples: int, seed: int, epoch: int) -> Tensor:
@@ -54,16 +55,26 @@ def shard(num_items: int, rank: int, world_size: int) -> slice:
     return slice(-(-num_items * rank // world_size), -(-num_items * (rank + 1) // world_size))
 
 
-Cut = tuple[int, int, int]  # start and stop in an epoch's order, samples of the global batch
+@dataclass(frozen=True)
+class Cut:
+    """One process's part of a global batch, as positions in an epoch's order."""
+
+    start: int  # of the global batch
+    num_global: int  # samples of the global batch
+    parts: tuple[range, ...]  # of this process, one for each gradient accumulation part
 
 
 @dataclass(frozen=True)
 class Plan:
     """Which samples are in which batch, and which of them are this process's.
 
-    In training each batch is cut among the processes. In evaluation (`seed` None) whole batches
-    are dealt out, so that a sample shares its batch with the same others, and gives the same bits,
-    on any number of processes.
+    In training each batch is cut into parts for gradient accumulation, and each part among the
+    processes: part i, of all processes together, is the same samples on any number of them. So
+    BatchNorm statistics that are synchronised are the same, too, and every process has the same
+    number of parts, and takes part in the same collectives.
+
+    In evaluation (`seed` None) whole batches are dealt out, so that a sample shares its batch with
+    the same others, and gives the same bits, on any number of processes.
     """
 
     num_samples: int
@@ -71,6 +82,7 @@ class Plan:
     seed: int | None
     rank: int
     world_size: int
+    num_parts: int = 1  # for gradient accumulation; fewer for a batch with fewer samples
 
     @property
     def num_batches(self) -> int:
@@ -90,23 +102,38 @@ class Plan:
             batches = range(self.num_batches)[shard(self.num_batches, self.rank, self.world_size)]
         for b in batches:
             start = b * self.batch_size
-            num_global = min(self.batch_size, self.num_samples - start)
-            part = slice(0, num_global)
+            samples = range(start, min(start + self.batch_size, self.num_samples))
+            parts: tuple[range, ...] = (samples,)
             if self.seed is not None:
-                part = shard(num_global, self.rank, self.world_size)
-            yield start + part.start, start + part.stop, num_global
+                num_parts = min(self.num_parts, len(samples))
+                wholes = [samples[shard(len(samples), i, num_parts)] for i in range(num_parts)]
+                parts = tuple(w[shard(len(w), self.rank, self.world_size)] for w in wholes)
+            yield Cut(start, len(samples), parts)
+
+    def max_local_batch(self, mixes: bool) -> int:
+        """Return how many images this process reads for a batch at most."""
+        num_images = min(self.batch_size, self.num_samples)
+        if self.seed is None:
+            return num_images
+        num_parts = max(1, min(self.num_parts, num_images))
+        return num_parts * (-(-num_images // (num_parts * self.world_size)) + mixes)
 
     def positions(self, order: Tensor, cut: Cut, mixes: bool) -> Tensor:
         """Positions in the split of a cut's samples, int64 [n].
 
-        Where they are to be mixed, int64 [n + 1], or [0] of none: the sample that the first is
-        mixed with comes before it, as it does in the global batch, whose first has its last.
+        Where they are to be mixed, one more for each part that is not empty: before its first comes
+        the sample that the first is mixed with, which precedes it in the global batch. That of the
+        batch's first is the batch's last.
         """
-        start, stop, num_global = cut
-        if start == stop or not mixes:
-            return order[start:stop]
-        before = start - 1 if start % self.batch_size else start + num_global - 1
-        return torch.cat((order[before : before + 1], order[start:stop]))
+        pieces = []
+        for part in filter(None, cut.parts):
+            if mixes:
+                before = (
+                    part.start - 1 if part.start > cut.start else cut.start + cut.num_global - 1
+                )
+                pieces.append(order[before : before + 1])
+            pieces.append(order[part.start : part.stop])
+        return _join(pieces) if pieces else order[:0]
 
 
 class ResidentLoader:
@@ -127,7 +154,7 @@ class ResidentLoader:
         self.labels = split.labels.to(device)
         self.mixer = preprocess.mixer if plan.seed is not None else None
         # Of the few kernels that pictures take as they are, a graph is no gain.
-        replays = graphs and plan.seed is not None and preprocess.augment and preprocess.replayable
+        replays = graphs and plan.seed is not None and preprocess.augment
         self.cut = Replayed(self._cut) if replays else self._cut
 
     def _cut(self, index: Tensor, bits: Tensor | None = None) -> Tensor:
@@ -142,6 +169,9 @@ class ResidentLoader:
             index = self.plan.positions(order, cut, self.mixer is not None)
             images = self.cut(index) if bits is None else self.cut(index, bits[index])
             yield _finished(self, images, index, epoch, cut)
+
+    def close(self) -> None:
+        """Do nothing: there are no worker processes, as a streaming loader has."""
 
 
 class StreamingLoader:
@@ -164,16 +194,20 @@ class StreamingLoader:
         self.labels = split.labels.to(device)
         self.mixer = preprocess.mixer if plan.seed is not None else None
         self.sampler = _BatchSampler(plan, self.mixer is not None)
-        self.reader = DataLoader(
-            BatchDataset(split.images),
-            sampler=self.sampler,
-            batch_size=None,  # the data set returns whole batches
-            num_workers=num_workers,
-            persistent_workers=num_workers > 0,
-            prefetch_factor=4 if num_workers else None,
-            worker_init_fn=begin_worker,
+        num_values = math.prod(split.images.shape[1:])
+        self.reader = BatchReader(
+            split.images,
+            self.sampler,
+            num_workers,
+            batch_nbytes=plan.max_local_batch(self.mixer is not None) * num_values,
+            prefetch_factor=4,
+            persistent_workers=True,
             pin_memory=device.type == "cuda",
         )
+
+    def close(self) -> None:
+        """End the worker processes; another epoch would start new ones."""
+        self.reader.close()
 
     def batches(self, epoch: int = 0, first: int = 0) -> Iterator[Batch]:
         """This process's part of each batch of an epoch, from batch `first` on."""
@@ -202,26 +236,27 @@ def _epoch_bits(
 
 def _finished(loader: Loader, images: Tensor, index: Tensor, epoch: int, cut: Cut) -> Batch:
     """The Batch of images [n, C, H, W] and their positions, mixed where the loader mixes."""
-    start, _, num_global = cut
     labels, plan = loader.labels[index], loader.plan
+    sizes = tuple(map(len, cut.parts))
     if loader.mixer is None or plan.seed is None:
-        return Batch(images, labels, index, num_global)
+        return Batch(images, labels, index, cut.num_global, part_sizes=sizes)
     height, width = images.shape[2:]
-    mix = loader.mixer.draw(plan.seed, epoch, start // plan.batch_size, height, width)
-    return Batch(mix(images), labels[1:], index[1:], num_global, labels[:-1], mix.share)
+    mix = loader.mixer.draw(plan.seed, epoch, cut.start // plan.batch_size, height, width)
+    runs = [size + 1 for size in sizes if size] or [0]  # each begins with a partner alone
+    return Batch(
+        _join([mix(run) for run in images.split(runs)]),
+        _join([run[1:] for run in labels.split(runs)]),
+        _join([run[1:] for run in index.split(runs)]),
+        cut.num_global,
+        _join([run[:-1] for run in labels.split(runs)]),
+        mix.share,
+        sizes,
+    )
 
 
-class BatchDataset(torch.utils.data.Dataset):
-    """Indexed by the positions of a whole batch, so that a worker decodes into one tensor."""
-
-    def __init__(self, images: Images):
-        self.images = images
-
-    def __getitem__(self, index: Tensor) -> Tensor | UserError:
-        try:
-            return self.images[index]
-        except UserError as error:  # raised in a worker, it would arrive as a RuntimeError
-            return error
+def _join(pieces: list[Tensor]) -> Tensor:
+    """Return the tensors joined; one alone is not copied."""
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
 class _BatchSampler(torch.utils.data.Sampler):
@@ -232,12 +267,6 @@ class _BatchSampler(torch.utils.data.Sampler):
         order = self.plan.order(self.epoch)
         for cut in self.plan.cuts(self.first):
             yield self.plan.positions(order, cut, self.mixes)
-
-
-def begin_worker(worker: int) -> None:
-    """For a worker process: its peers use the other cores, and its parent decides on the end."""
-    torch.set_num_threads(1)
-    ignore_signals()
 
 
 def build_loader(
@@ -253,8 +282,11 @@ def build_loader(
     num_workers: int,
     memory: float,
     graphs: bool = False,
+    num_parts: int = 1,
 ) -> Loader:
     """A loader over `split`; `seed` None: in order, for evaluation.
+
+    `num_parts` is the number of gradient accumulation parts that a training batch is cut into.
 
     `kind` is "resident", "streaming", or "auto": resident where the split is decoded and takes at
     most `memory` bytes. With `graphs` a resident one augments by CUDA graphs. Raises `UserError`
@@ -265,7 +297,7 @@ def build_loader(
             f"--batch-size {batch_size} is smaller than the number of processes, {world_size}",
             "It counts the samples of all processes together: give more",
         )
-    plan = Plan(len(split.labels), batch_size, seed, rank, world_size)
+    plan = Plan(len(split.labels), batch_size, seed, rank, world_size, num_parts)
     if kind == "auto":
         fits = isinstance(split.images, Tensor) and split.images.nbytes <= memory
         kind = "resident" if fits else "streaming"

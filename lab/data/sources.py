@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gzip
 import http.client
+import os
 import socket
 import zlib
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,6 +35,7 @@ class Files(Protocol):
     def __len__(self) -> int: ...
     def __getitem__(self, index: Tensor) -> Tensor: ...
     def take(self, index: Tensor) -> Files: ...
+    def join(self, others: Sequence[Any]) -> Files: ...
     def decode_all(self, num_workers: int) -> Tensor: ...
 
 
@@ -50,10 +53,12 @@ class Split:
     root: str = ""  # the data folder that they lie in
 
     def files(self) -> list[str] | None:
-        """The paths below the data folder, POSIX; None where samples come from no files."""
+        """Return the paths below the data folder, POSIX; None where samples come from no files."""
         if self.paths is None:
             return None
-        return [Path(path).relative_to(self.root).as_posix() for path in self.paths]
+        prefix = os.path.join(self.root, "")
+        files = [path.removeprefix(prefix) for path in self.paths]
+        return files if os.sep == "/" else [file.replace(os.sep, "/") for file in files]
 
     def missing_classes(self) -> list[str]:
         """Return the names of the classes that no sample is of."""
@@ -75,33 +80,86 @@ class Parts:
     train: Split
     val: Split | None = None
     test: Split | None = None
+    warnings: tuple[str, ...] = ()  # what of the data was left out
+
+    def named(self) -> dict[str, Split]:
+        """Return the parts that there are, by name."""
+        parts = {"train": self.train, "val": self.val, "test": self.test}
+        return {name: split for name, split in parts.items() if split is not None}
+
+
+def join(splits: Sequence[Split]) -> Split:
+    """Return the samples of several splits as one, in the order given."""
+    first, *others = splits
+    if not others:
+        return first
+    if isinstance(first.images, Tensor):
+        images: Images = torch.cat([split.images for split in splits])  # type: ignore[misc]
+    else:
+        images = first.images.join([split.images for split in others])
+    labels = torch.cat([split.labels for split in splits])
+    paths = first.paths and tuple(path for split in splits for path in split.paths or ())
+    return replace(first, images=images, labels=labels, paths=paths)
 
 
 def stratified_sample(labels: Tensor, count: int, seed: int) -> Tensor:
-    """The sorted positions, int64 [count], of a random sample with each class's share kept.
+    """Return the sorted positions, int64 [count], of a random sample that keeps class proportions.
 
     Every class gets the whole part of its share; the places left go to the largest remainders.
     """
-    generator = torch.Generator().manual_seed(seed)
     sizes = torch.bincount(labels)
-    quota, remainder = sizes * count // len(labels), sizes * count % len(labels)
-    left = count - int(quota.sum())
-    quota[remainder.argsort(descending=True, stable=True)[:left]] += 1
+    return _sample(labels, sizes, _shares(sizes, count), seed)
+
+
+def stratified_cut(split: Split, fraction: float, seed: int) -> tuple[Split, Split]:
+    """Return (rest, cut): `fraction` of the samples of each class cut off, both in order.
+
+    Each side gets at least one sample of every class that has two or more. The only sample of a
+    class stays in the rest.
+    """
+    sizes = torch.bincount(split.labels)
+    counts = _shares(sizes, max(1, round(len(split.labels) * fraction)))
+    counts = torch.minimum(counts.clamp(min=1), sizes - 1).clamp(min=0)
+    cut = _sample(split.labels, sizes, counts, seed)
+    rest = torch.ones(len(split.labels), dtype=torch.bool)
+    rest[cut] = False
+    return split.take(rest.nonzero().flatten()), split.take(cut)
+
+
+def _shares(sizes: Tensor, count: int) -> Tensor:
+    """Return how many of `count` samples each class gets, int64 [K], by the largest remainder."""
+    total = int(sizes.sum())
+    shares, remainder = sizes * count // total, sizes * count % total
+    left = count - int(shares.sum())
+    shares[remainder.argsort(descending=True, stable=True)[:left]] += 1
+    return shares
+
+
+def _sample(labels: Tensor, sizes: Tensor, counts: Tensor, seed: int) -> Tensor:
+    """Return the sorted positions of `counts[k]` random samples of each class k."""
+    random = np.random.RandomState(seed)
     classes = labels.argsort(stable=True).split(sizes.tolist())
     chosen = [
-        members[torch.randperm(len(members), generator=generator)[:size]]
-        for members, size in zip(classes, quota.tolist(), strict=True)
+        members[random_choice(len(members), count, random)]
+        for members, count in zip(classes, counts.tolist(), strict=True)
     ]
     return torch.cat(chosen).sort().values
 
 
-def stratified_cut(split: Split, fraction: float, seed: int) -> tuple[Split, Split]:
-    """(rest, cut): `fraction` of the samples of each class cut off, seeded; both in order."""
-    num_cut = max(1, round(len(split.labels) * fraction))
-    cut = stratified_sample(split.labels, num_cut, seed)
-    rest = torch.ones(len(split.labels), dtype=torch.bool)
-    rest[cut] = False
-    return split.take(rest.nonzero().flatten()), split.take(cut)
+def random_choice(num_items: int, count: int, random: np.random.RandomState) -> Tensor:
+    """Return the first `count` of the numbers below `num_items`, shuffled, int64 [count].
+
+    This is the Fisher-Yates shuffle on 32-bit outputs of the Mersenne Twister: the numbers that
+    torch.randperm gives for the same seed in PyTorch 2.14, by which all published splits were
+    drawn. PyTorch may change its algorithm; NumPy guarantees that RandomState's stream never
+    changes (NEP 19), so no upgrade can move a sample from one split to another.
+    """
+    outputs = random.randint(2**32, size=max(0, num_items - 1), dtype=np.uint32)
+    offsets = outputs % np.arange(num_items, 1, -1)
+    order = list(range(num_items))
+    for i, offset in enumerate(offsets[:count].tolist()):
+        order[i], order[i + offset] = order[i + offset], order[i]
+    return torch.tensor(order[:count], dtype=torch.long)
 
 
 def limit(split: Split, count: int, seed: int) -> Split:

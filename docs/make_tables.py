@@ -1,0 +1,374 @@
+"""Write the tables of the pages anew, from the logs in results/ and benchmarks/logs.
+
+  python docs/make_tables.py
+
+A table stands between `<!-- table NAME: docs/make_tables.py -->` and `<!-- end -->`; NAME is a key
+of TABLES. `tests/test_results.py` fails where a page and this script disagree.
+"""
+
+import json
+import re
+import statistics
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path += [str(ROOT), str(ROOT / "benchmarks")]  # lab, installed or not; benchmarks
+
+import choices  # noqa: E402
+import saving  # noqa: E402
+from common import ratios, spread  # noqa: E402
+
+from lab.finished import Run, read_run  # noqa: E402
+
+PAGES = ("README.md", "docs/architectures.md", "benchmarks/RESULTS.md")
+BLOCK = r"(<!-- table (\w+): docs/make_tables\.py -->\n).*?(<!-- end -->)"
+
+
+@cache
+def run(name: str) -> Run:
+    """Return the finished run in results/NAME."""
+    return read_run(ROOT / "results" / name)
+
+
+def runs(pattern: str) -> list[Run]:
+    """Return the runs in results/ whose names match, the most accurate first."""
+    names = sorted(path.name for path in (ROOT / "results").glob(pattern) if path.is_dir())
+    return sorted(map(run, names), key=lambda found: -found.report["accuracy"])
+
+
+@cache
+def log(name: str) -> dict[str, Any]:
+    """Return the content of benchmarks/logs/NAME.json."""
+    return json.loads((ROOT / "benchmarks" / "logs" / f"{name}.json").read_text())
+
+
+def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a Markdown table."""
+    return "\n".join(f"| {' | '.join(c)} |" for c in (heads, ["---"] * len(heads), *rows))
+
+
+# README
+
+
+def results() -> str:
+    """Return README's table: a row of one run, or the mean of several seeds."""
+    lines: list[tuple[str, str]] = [
+        ("LeNet-5, MNIST", "lenet5-mnist-notebook"),
+        ("LeNet-5, MNIST, mean of seeds 0 to 4", "lenet5-mnist-modern-seed*"),
+        ("AlexNet, CIFAR-10 as JPEG files", "alexnet-photographs-notebook-8"),
+        ("the same", "alexnet-photographs-notebook"),
+        ("AlexNet, CIFAR-10 as JPEG files", "alexnet-photographs-modern-8"),
+        ("AlexNet, CIFAR-10 as JPEG files", "alexnet-photographs-notebook-20"),
+        (
+            "AlexNet, CIFAR-10 as JPEG files, mean of seeds 42, 0, 1",
+            "alexnet-photographs-modern-20*",
+        ),
+    ]
+    rows = [result(*line) for line in lines]
+    # The notebooks are not part of this repository: no log of theirs is here.
+    own = ["the notebook itself", "5", "test", "0.9856; it prints 0.9858", "-", "-", "-"]
+    rows.insert(0, ["LeNet-5, MNIST", *own])
+    own = ["the notebook itself", "20", "test", "0.8287", "-", "-", "-"]
+    rows.insert(3, ["AlexNet, CIFAR-10", *own])
+    heads = ("row", "recipe", "epochs", "selected on", "test accuracy", "macro-F1", "on")
+    return markdown((*heads, "in `results/`"), rows)
+
+
+def result(title: str, pattern: str) -> list[str]:
+    """Return a row of README's table."""
+    found = runs(pattern)
+    one = found[0]
+    accuracies = [r.report["accuracy"] for r in found]
+    accuracy = f"{statistics.mean(accuracies):.4f}"
+    if len(found) > 1:
+        accuracy += f" (standard deviation {statistics.stdev(accuracies):.4f})"
+    macro_f1 = f"{statistics.mean(r.report['macro_f1'] for r in found):.4f}"
+    selected = one.report["selected_on"]
+    epochs = str(len(one.history))
+    row = [title, one.config["recipe"], epochs, selected, accuracy, macro_f1, place(one)]
+    return [*row, f"`{pattern}`"]
+
+
+def place(found: Run) -> str:
+    """Return where a run trained: a GPU's short name, or how many CPU cores."""
+    if found.config["device"] == "cuda":
+        return found.config["device_name"].split()[1]
+    threads = found.config["threads"]
+    return "one CPU core" if threads == 1 else f"{threads} CPU cores"
+
+
+# docs/architectures.md
+
+
+def networks() -> str:
+    """Return the table of every network after three epochs."""
+    costs = log("networks")["results"]
+    page = (ROOT / "results" / "comparison-photographs-3.md").read_text()
+    rows = []
+    for found in runs("*-photographs-3"):
+        model, config, report = found.config["model"], found.config, found.report
+        median = {
+            key: statistics.median(row[key] for row in costs[model])
+            for key in ("latency_ms", "memory_mb")
+        }
+        speed = statistics.median(ratios(costs, model, "alexnet", "train_images_per_second"))
+        difference = re.search(rf"^\| {found.path.name} .*?(-|-\S+ \[.*?\]) \| val", page, re.M)
+        assert difference
+        numbers = [f"{float(n):.3f}" for n in re.findall(r"-?\d\.\d+", difference[1])]
+        against = "{} [{}, {}]".format(*numbers) if numbers else "-"
+        rows.append(
+            [
+                f"`{model}`",
+                f"{report['accuracy']:.4f}",
+                f"{report['macro_f1']:.4f}",
+                against,
+                str(config["batch_size"]),
+                f"{config['parameters'] / 1e6:.2f} M",
+                f"{config['multiply_adds'] / 1e6:.1f} M",
+                f"{median['latency_ms']:.1f}",
+                f"{speed:.0f}" if speed > 10 else f"{speed:.2f}",
+                f"{median['memory_mb']:,.0f}",
+                f"`{found.path.name}`",
+            ]
+        )
+    heads = ("network", "accuracy", "macro-F1", "to the best", "batch", "parameters")
+    heads += ("multiply-adds", "latency, ms", "training", "memory, MB", "in `results/`")
+    return markdown(heads, rows)
+
+
+def fewer_images() -> str:
+    """Return the table of the short trainings, and what all images bring."""
+    rows = []
+    for found in runs("short-*-photographs"):
+        name = found.path.name
+        more = ROOT / "results" / f"{name.removeprefix('short-')}-3"
+        accuracy = found.report["accuracy"]
+        gain = f"+{run(more.name).report['accuracy'] - accuracy:.3f}" if more.exists() else "-"
+        row = [f"`{found.config['model']}`", f"{accuracy:.4f}", f"{found.report['macro_f1']:.4f}"]
+        rows.append([*row, gain, f"`{name}`"])
+    return markdown(("network", "accuracy", "macro-F1", "gain", "in `results/`"), rows)
+
+
+def both_tasks() -> str:
+    """Return LeNet-5's and AlexNet's short trainings on digits and on photographs."""
+    rows = []
+    for model in ("lenet5", "alexnet"):
+        cells = []
+        for data in ("mnist", "photographs"):
+            name = f"short-{model}-{data}"
+            report = run(name).report
+            cells.append(f"{report['accuracy']:.4f}, {report['macro_f1']:.4f} (`{name}`)")
+        rows.append([f"`{model}`", *cells])
+    return markdown(("test accuracy, macro-F1", "digits (MNIST)", "photographs"), rows)
+
+
+def confusions() -> str:
+    """Return the most frequent confusions of the networks after three epochs."""
+    found = runs("*-photographs-3")
+    names = found[0].report["class_names"]
+    matrices = [r.report["confusion_matrix"] for r in found]
+    cells = []
+    for i, true in enumerate(names):
+        for j, predicted in enumerate(names):
+            if i != j:
+                cells.append((true, predicted, [matrix[i][j] for matrix in matrices]))
+    cells.sort(key=lambda cell: -sum(cell[2]))
+    rows = [
+        [true, predicted, f"{statistics.mean(n):.0f}", f"{min(n)} - {max(n)}"]
+        for true, predicted, n in cells[:8]
+    ]
+    return markdown(("class", "predicted as", "mean of the networks", "least - most"), rows)
+
+
+# benchmarks/RESULTS.md
+
+
+def speed() -> str:
+    """Return the table of what was measured on CPUs."""
+    lenet, lenet_floor = (log(n)["cases"]["LeNet-5, MNIST"] for n in ("lenet5", "lenet5-floor"))
+    alexnet, alexnet_floor = (
+        log(n)["cases"]["AlexNet, photographs"] for n in ("alexnet", "alexnet-floor")
+    )
+    timm, folder = log("timm")["cases"]["LeNet-5, MNIST"], log("folder")["results"]
+    epyc, xeon = log("worlds")["results"], log("worlds-amx")["results"]
+
+    def against(results: dict, name: str, key: str = "both_seconds") -> str:
+        return spread(ratios(results, name, "lab", key))
+
+    def of_floor(results: dict) -> str:
+        return spread(ratios(results, "lab", "floor", "images_per_second"))
+
+    def of_one(results: dict, name: str) -> str:
+        return spread(ratios(results, name, "1 process", "images_per_second"))
+
+    def median(results: list[dict], key: str) -> float:
+        return statistics.median(row[key] for row in results)
+
+    plain, with_saving = log("saving")["plain"], log("saving")["saving"]
+    epoch = statistics.median(plain) / saving.STEPS * saving.STEPS_PER_EPOCH
+    shares = [100 * (b - a) / epoch for a, b in zip(plain, with_saving, strict=True)]
+    first_run = "`train_speed.py --mnist data --contenders notebook,accelerate,lightning,lab,floor`"
+    hidden = "; without any exchange "
+    rows = [
+        ("LeNet-5, MNIST, epoch with evaluation, against the notebook's loop", first_run,
+         "3.5", against(lenet, "notebook")),
+        ("against the Accelerate loop", "the same", "3.5", against(lenet, "accelerate")),
+        ("against Lightning's Trainer", "the same", "3.5", against(lenet, "lightning")),
+        ("evaluation against the notebook's", "the same", "5",
+         against(lenet, "notebook", "eval_seconds")),
+        ("against timm's loader, epoch with evaluation †",
+         "`train_speed.py --mnist data --contenders lab,timm --rounds 3`", "faster",
+         f"{against(timm, 'timm')}; training {against(timm, 'timm', 'train_seconds')}, "
+         f"evaluation {against(timm, 'timm', 'eval_seconds')}"),
+        ("training against the floor",
+         "`train_speed.py --mnist data --contenders lab,floor --rounds 5`", "0.93",
+         f"{of_floor(lenet_floor)}; in the run above {of_floor(lenet)}"),
+        ("memory above the imports", "the same", "250 MB",
+         f"{median(lenet_floor['lab'], 'memory_mb'):.0f} MB"),
+        ("first step after the imports", "the same", "1 s",
+         f"{median(lenet_floor['lab'], 'first_step_seconds'):.1f} s"),
+        ("AlexNet, photographs, training, against the notebook's loop",
+         "`train_speed.py --photographs data/cifar10-jpg --rounds 2`", "2.4",
+         against(alexnet, "notebook", "train_seconds")),
+        ("against the Accelerate loop", "the same", "faster",
+         against(alexnet, "accelerate", "train_seconds")),
+        ("against the floor", "the same with `--contenders lab,floor --rounds 5`", "0.97",
+         f"{of_floor(alexnet_floor)}; in the run above {of_floor(alexnet)}: the floor is as noisy "
+         "as that"),
+        ("evaluation against the notebook's", "the same as the first", "5",
+         against(alexnet, "notebook", "eval_seconds")),
+        ("folder of 50,000 JPEG files, first decode, against ImageFolder",
+         "`folder.py data/cifar10-jpg/train`", "2",
+         spread(ratios(folder, "ImageFolder, 2 workers", "lab, first start", "seconds"))),
+        ("its second start", "the same", "1 s",
+         f"{median(folder['lab, second start'], 'seconds'):.2f} s"),
+        ("one state and one best.safetensors, of an epoch (AlexNet, AdamW, 178 and 59 MB)",
+         "`saving.py --rounds 8`", "2 %", f"{spread(shares)} %"),
+        ("2 processes over gloo against 1, AlexNet †", "`worlds.py --rounds 3`", "0.85",
+         of_one(epyc, "2 processes, gloo") + ", with the bf16 hook "
+         + of_one(epyc, "2 processes, bf16 hook") + hidden
+         + of_one(epyc, "2 processes, no exchange")),
+        ("the same in bfloat16, on the first machine", "`worlds.py --rounds 3`", "0.85",
+         of_one(xeon, "2 processes") + ", with the bf16 hook "
+         + of_one(xeon, "2 processes, bf16 hook") + hidden
+         + of_one(xeon, "2 processes, no exchange") + ": not met"),
+    ]  # fmt: skip
+    return markdown(("what", "command", "target", "measured"), rows)
+
+
+def gpu_steps() -> str:
+    """Return the table of training steps on one H100."""
+    steps, batches = log("gpu")["steps"], log("gpu")["pipeline"]
+    lines = [
+        ("LeNet-5, TF32 (**auto**)", "lenet5 TF32", "lenet5 TF32, kernel by kernel"),
+        ("channels_last", "lenet5 TF32, channels_last", ""),
+        ("bfloat16", "lenet5 bfloat16", ""),
+        ("float32", "lenet5 float32", ""),
+        ("batch 4,096", "lenet5 TF32, batch 4096", ""),
+        ("AlexNet, bfloat16, channels_last (**auto**)", "alexnet bfloat16, channels_last",
+         "alexnet bfloat16, channels_last, by kernels"),
+        ("without channels_last", "alexnet bfloat16", ""),
+        ("TF32, channels_last", "alexnet TF32, channels_last", ""),
+        ("TF32", "alexnet TF32", ""),
+        ("float32", "alexnet float32", ""),
+        ("AdamW", "alexnet bfloat16, AdamW", ""),
+        ("Muon", "alexnet bfloat16, Muon", "alexnet bfloat16, Muon, by kernels"),
+        ("batch 512", "alexnet bfloat16, batch 512", ""),
+        ("batch 2,048", "alexnet bfloat16, batch 2048", ""),
+        ("batch 8,192", "alexnet bfloat16, batch 8192", ""),
+        ("`--compile`", "alexnet bfloat16, compile", ""),
+        ("a batch cut, cropped, flipped", "alexnet, batches", "alexnet, batches, kernel by kernel"),
+    ]  # fmt: skip
+    rows = []
+    for title, name, by_kernels in lines:
+        row, plain = (steps | batches)[name], (steps | batches).get(by_kernels)
+        of_rate = f"{row['utilisation']:.1%}" if row.get("utilisation", 0) > 0.01 else ""
+        cells = [f"{row['ms']:#.3g}", f"{row['images_per_second']:,.0f}", of_rate]
+        cells += [f"{plain['ms']:#.3g}", str(plain["launches"])] if plain else ["", ""]
+        rows.append([title, *cells])
+    heads = ("step", "ms", "images/s", "of the matrix rate", "kernel by kernel, ms")
+    return markdown((*heads, "launches of it"), rows)
+
+
+def gpu_epochs() -> str:
+    """Return the table of whole epochs on one H100."""
+    rows = []
+    for name, row in log("gpu")["epochs"].items():
+        seconds, evaluation = row["train_seconds"], statistics.median(row["eval_seconds"][1:])
+        later = spread(seconds[1:])
+        counts = str(len(seconds))
+        cells = [counts, f"{seconds[0]:.2f}", later, f"{evaluation:.3f}", f"{row['seconds']:.1f}"]
+        rows.append([name, *cells])
+    heads = ("training", "epochs", "training the first, s", "each later one, s", "an evaluation, s")
+    return markdown((*heads, "all, s"), rows)
+
+
+def precisions() -> str:
+    """Return the table of what lab chooses by itself, with two threads."""
+    found = log("choices")["results"]
+    rows = []
+    for model, title in (("lenet5", "LeNet-5"), ("alexnet", "AlexNet")):
+        for part in (model, f"{model}, in processes of their own"):
+            chosen = next(name for name in found[part] if "auto" in name)
+            for name, timed in found[part].items():
+                if "1 threads" in name:
+                    continue
+                label = name.replace(", 2 threads", "").replace("(auto)", "auto")
+                label = label.replace("auto", "**auto**")
+                if part != model:
+                    label += " (a process of its own)"
+                speeds = spread([row["images_per_second"] for row in timed], ",.0f")
+                against = spread(ratios(found[part], name, chosen, "images_per_second"))
+                rows.append([title, label, speeds, against])
+    return markdown(("network", "", "images/s", "/ auto"), rows)
+
+
+def muon() -> str:
+    """Return the table of Muon's iterations in both precisions."""
+    found = log("muon")["results"]["muon"]
+    return choices.table(found, "float32 (auto)", "updates_per_second").strip()
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    function.__name__: function
+    for function in (
+        results,
+        networks,
+        fewer_images,
+        both_tasks,
+        confusions,
+        speed,
+        gpu_steps,
+        gpu_epochs,
+        precisions,
+        muon,
+    )
+}
+
+
+def made(page: str) -> str:
+    """Return a page's text with its tables as the logs have them."""
+
+    def block(found: re.Match[str]) -> str:
+        return f"{found[1]}\n{TABLES[found[2]]()}\n\n{found[3]}"
+
+    return re.sub(BLOCK, block, page, flags=re.DOTALL)
+
+
+def main() -> None:
+    """Write every page whose tables changed."""
+    for name in PAGES:
+        path = ROOT / name
+        before = path.read_text()
+        after = made(before)
+        if after != before:
+            path.write_text(after)
+            print(f"written: {name}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,206 @@
+"""Fingerprints: that other samples are noticed, by a later run and by the other processes."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from mistakes import make_picture
+from worlds import python, run_all, world_by_hand
+
+import train
+from lab.data import DataConfig, list_samples, load_splits
+from lab.data.fingerprint import FORMAT, Listing, changed_splits, fingerprint
+from lab.data.sources import Split
+from lab.distributed import check_same_data
+from lab.errors import UserError
+
+
+def config(root: Path) -> DataConfig:
+    return DataConfig("folder", str(root), 32, 0.1, 0.2, 0, 20, 0, 0)
+
+
+def write_pictures(root: Path, count: int = 6) -> Path:
+    """Two classes of `count` different images."""
+    for name in "ab":
+        for i in range(count):
+            path = make_picture(root / name / f"{i}.bmp")
+            path.write_bytes(path.read_bytes() + f"{name}{i}".encode())
+    return root
+
+
+def fingerprints(root: Path) -> dict[str, str]:
+    return load_splits(config(root), 0, 1).fingerprints
+
+
+def replaced(path: Path) -> None:
+    """Another image of the same size in bytes."""
+    content = bytearray(path.read_bytes())
+    content[-50] ^= 1
+    path.write_bytes(content)
+
+
+# What a fingerprint depends on
+
+
+def test_a_fingerprint_holds_names_labels_sizes_and_contents(tmp_path):
+    root = write_pictures(tmp_path / "pictures")
+    first = fingerprints(root)
+    assert all(value.startswith(f"{FORMAT}-") for value in first.values())
+
+    def altered(change) -> list[str]:
+        copy = Path(shutil.copytree(root, tmp_path / "copy"))
+        assert fingerprints(copy) == first  # wherever the folder lies
+        change(copy)
+        found = changed_splits(first, fingerprints(copy))
+        shutil.rmtree(copy)
+        return found
+
+    for split in (load_splits(config(root), 0, 1).train, load_splits(config(root), 0, 1).test):
+        for name in split.files():
+            assert len(altered(lambda copy, name=name: replaced(copy / name))) == 1
+    assert altered(lambda copy: (copy / "a/0.bmp").rename(copy / "a/9.bmp"))
+    assert altered(lambda copy: (copy / "a/0.bmp").rename(copy / "b/9.bmp"))
+    assert altered(lambda copy: (copy / "a/0.bmp").unlink())
+
+
+def test_the_size_of_every_file_counts_even_where_contents_are_not_read(tmp_path):
+    """Only 256 of the 300 files are read, and of these the first 64 KiB."""
+    paths = []
+    for i in range(300):
+        paths.append(str(tmp_path / f"{i}.png"))
+        Path(paths[-1]).write_bytes(b"x")
+    split = Split(torch.zeros(300, 1), torch.zeros(300).long(), ("a",), tuple(paths), str(tmp_path))
+    seen = {fingerprint(split)}
+    for path in paths[::10]:
+        Path(path).write_bytes(b"xy")
+        seen.add(fingerprint(split))
+    assert len(seen) == 31
+
+
+def test_a_fingerprint_of_images_in_memory_holds_their_pixels():
+    images = torch.zeros(300, 1, 4, 4, dtype=torch.uint8)
+    split = Split(images, torch.zeros(300).long(), ("a",))
+    first = fingerprint(split)
+    assert fingerprint(split) == first
+    images[100:102, 0, 3, 3] = 1
+    assert fingerprint(split) != first
+
+
+def test_composed_and_decomposed_file_names_have_the_same_fingerprint(tmp_path):
+    found = []
+    for folder, name in (("composed", "caf\u00e9"), ("decomposed", "cafe\u0301")):
+        root = write_pictures(tmp_path / folder)
+        (root / "a/0.bmp").rename(root / f"a/{name}.bmp")
+        (root / "b").rename(root / name)
+        found.append(fingerprints(root))
+    assert found[0] == found[1]
+
+
+def test_fingerprints_of_another_format_are_not_compared():
+    current = {"train": f"{FORMAT}-1", "test": f"{FORMAT}-2"}
+    assert changed_splits({"train": f"{FORMAT}-1", "test": f"{FORMAT}-3"}, current) == ["test"]
+    assert changed_splits({"train": "0123456789abcdef", "test": f"{FORMAT}-2"}, current) == []
+    assert changed_splits(current, {"train": "0123456789abcdef"}) == []
+    assert changed_splits({"train": "0123456789abcdef"}, {"train": "123456789abcdef0"}) == ["train"]
+    assert changed_splits({}, current) == []
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: os.symlink("gone", path)])
+def test_p7_what_is_no_file_is_named(tmp_path, make):
+    """Opening a named pipe would wait for ever."""
+    root = write_pictures(tmp_path)
+    make(root / "a/x.png")
+    with pytest.raises(UserError, match=r"cannot read the file .*/a/x\.png"):
+        fingerprints(root)
+
+
+# Processes with other data
+
+LISTING = {"a/0.png": ("a", 10), "b/0.png": ("b", 20)}
+
+
+@pytest.mark.parametrize(
+    ("samples", "digest", "difference"),
+    [
+        (LISTING, b"1", ""),
+        ({"b/0.png": ("b", 20)}, b"1", "a/0.png (class a) is missing"),
+        ({**LISTING, "b/1.png": ("b", 5)}, b"1", "b/1.png (class b) was added"),
+        ({**LISTING, "b/0.png": ("b", 2100)}, b"1", "b/0.png has 2,100 bytes, not 20"),
+        ({**LISTING, "b/0.png": ("c", 20)}, b"1", "b/0.png is of class c, not b"),
+        (LISTING, b"2", "a/0.png has other contents"),
+    ],
+)
+def test_the_first_difference_is_named(samples, digest, difference):
+    reference, other = Listing(LISTING, {"a/0.png": b"1"}), Listing(samples, {"a/0.png": digest})
+    assert reference.first_difference(other) == difference
+
+
+def test_a_replaced_image_is_named(tmp_path):
+    root = write_pictures(tmp_path)
+    for name in (None, "test", "all"):
+        before = list_samples(config(root), name)
+        assert len(before.samples) == 12
+        [path] = list(before.digests)[:1]
+        replaced(root / path)
+        after = list_samples(config(root), name)
+        assert before.first_difference(after) == f"{path} has other contents"
+
+
+def test_images_in_memory_are_named_by_their_position():
+    listing = list_samples(DataConfig("digits", "data", 8, 0.1, 0.2, 0, 20, 0, 0))
+    other = Listing({**listing.samples, "image 7 of train": ("3", 0)}, listing.digests)
+    assert listing.first_difference(other) == "image 7 of train is of class 3, not 7"
+
+
+class World:
+    num_processes = 20
+
+
+def test_processes_that_differ_are_named(monkeypatch):
+    """As process 3 sees it, of twenty whose last half has lost a file."""
+    whole, part = Listing(LISTING, {}), Listing({"a/0.png": ("a", 10)}, {})
+    halves = [{"test": "x"}] * 10 + [{"test": "y"}] * 10
+    gathered = [halves, [None] * 20, [""] * 10 + [whole.first_difference(part)] * 10]
+    monkeypatch.setattr("lab.distributed.gather_object", lambda mine: gathered.pop(0))
+    monkeypatch.setattr("lab.distributed.broadcast_object_list", lambda mine: [whole])
+    with pytest.raises(UserError) as raised:
+        check_same_data(World, {"test": "x"}, lambda: whole)
+    assert str(raised.value) == (
+        "processes 10, 11, 12, 13, 14, 15, 16, 17 and 2 more have other data than process 0 "
+        "(on process 10, b/0.png (class b) is missing). "
+        "Give every machine a copy of the same files."
+    )
+
+
+def test_p7_processes_with_other_data_neither_train_nor_evaluate(tmp_path, capsys):
+    mine = write_pictures(tmp_path / "mine", count=30)
+    short = ["--recipe", "smoke", "--max-steps", "2", "--threads", "1"]
+    words = ["--dataset", "folder", "--data-dir", str(mine), *short, "--output-dir", str(tmp_path)]
+    train.main([*words, "--name", "run"])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    for row in ("class training validation test", "a 21 3 6", "b 22 2 6"):
+        assert lines.count(row.split()) == 1  # each folder run says what it has read
+    train.main([*words, "--name", "quiet", "--quiet"])
+    assert "training" not in capsys.readouterr().out
+
+    theirs = Path(shutil.copytree(mine, tmp_path / "theirs"))
+    (theirs / "a/7.bmp").rename(theirs / "b/x.bmp")
+    run = tmp_path / "run"
+    asked = ["--threads", "1", "--output", tmp_path / "evaluated"]
+    trainings = [python("train.py", *words, "--data-dir", root, "--name", "other")
+                 for root in (mine, theirs)]  # fmt: skip
+    evaluations = [python("evaluate.py", run, "--data-dir", root, *asked)
+                   for root in (mine, theirs)]  # fmt: skip
+    envs = world_by_hand(2) + world_by_hand(2)
+    ends = run_all(trainings + evaluations, limit=100, envs=envs)
+    assert [ended.code for ended in ends] == [2] * 4
+    expected = [
+        "error: process 1 has other data than process 0 (on process 1, a/7.bmp (class a) is "
+        "missing). Give every machine a copy of the same files."
+    ]
+    assert [ended.errors for ended in ends] == [expected, [], expected, []]
+    assert all("Traceback" not in ended.stderr for ended in ends)
+    assert not (tmp_path / "other").exists()
+    assert not (tmp_path / "evaluated").exists()
