@@ -11,12 +11,13 @@ Writes report.json and predictions.csv. The numbers do not depend on the number 
 
 import sys
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 
 from lab import console, tables
 from lab.commandline import parse_arguments
 from lab.config import EvalConfig
-from lab.errors import run_script
+from lab.errors import name_some, run_script
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -27,7 +28,13 @@ def main(argv: list[str] | None = None) -> None:
     import torch
 
     from lab import checkpoint, rundir
-    from lab.data import DataConfig, list_samples, load_split, require_data_dir_is_read
+    from lab.data import (
+        DataConfig,
+        list_samples,
+        load_fingerprints,
+        load_split,
+        require_data_dir_is_read,
+    )
     from lab.data.augment import Preprocess
     from lab.data.fingerprint import changed_splits
     from lab.data.loaders import build_loader
@@ -41,7 +48,6 @@ def main(argv: list[str] | None = None) -> None:
     from lab.engine import lay_out
     from lab.evaluation import eval_batch_size, predict_all
     from lab.metrics import caveat
-    from lab.models import build_model
 
     path = checkpoint.find_weights(config.weights)
     about = checkpoint.read_info(path)
@@ -56,19 +62,28 @@ def main(argv: list[str] | None = None) -> None:
     )
     place = loader_place(accelerator, config.loader, config.workers)
     data = DataConfig(**about["data"] | config.data_overrides())
+    limits = {name: about["data"][name] for name in ("limit_train", "limit_eval")}
+    as_trained = replace(data, **limits)  # the data given, with the number of samples in training
     require_data_dir_is_read(data.dataset, config.data_dir)
     with together(accelerator):
-        network = build_model(**about["model"])
-        checkpoint.load_weights(path, network)
+        network = checkpoint.load_model(path, about)
         with console.working(f"reading {data.dataset}"):
+            # The metadata may be a stranger's: only a folder that the user names is written to.
+            download = config.data_dir is not None
             split, fingerprint = load_split(
-                data, config.split, place["memory"], torch.get_num_threads()
+                data, config.split, place["memory"], torch.get_num_threads(), download
             )
+            current = {config.split: fingerprint}
+            if config.split == "all" or data != as_trained:
+                current = load_fingerprints(as_trained, download)
+            if config.split != "all":
+                current = {config.split: current[config.split]}
+            changed = bool(changed_splits(about["fingerprints"], current))
     check_same_data(
         accelerator, {config.split: fingerprint}, partial(list_samples, data, config.split)
     )
     with together(accelerator):
-        checkpoint.require_same_classes(path, about, split)
+        split = checkpoint.align_classes(path, about, split)
         plain = Preprocess(about["mean"], about["std"], (), accelerator.device)
         size = config.batch_size or eval_batch_size(
             accelerator.device, about["model"]["image_size"]
@@ -79,10 +94,16 @@ def main(argv: list[str] | None = None) -> None:
             tta: rundir.evaluation_dir(path, config.part(about["data"]), config.output, writes, tta)
             for tta in dict.fromkeys(("none", config.tta))
         }
-    if config.same_samples and changed_splits(about["fingerprints"], {config.split: fingerprint}):
+    if changed:
         console.warn(
-            f"the {config.split} split has changed since the training (files added, removed, "
-            "renamed or replaced): it may hold samples that were trained on"
+            f"{'the data' if config.split == 'all' else f'the {config.split} split'} has changed "
+            "since the training (files added, removed, renamed or replaced), or is other data: it "
+            "may hold samples that were trained on"
+        )
+    if missing := split.missing_classes():
+        console.warn(
+            f"the data has no samples of {len(missing)} of the {len(split.class_names)} classes "
+            f"({name_some(missing)}): macro-F1 leaves out those that are not predicted either"
         )
     console.settings(
         f"{model} of {path}",
@@ -115,7 +136,7 @@ def main(argv: list[str] | None = None) -> None:
             report,
             title=title,
             files={"weights": str(path), "report": str(output.path)},
-            note=caveat(config.split, None if config.other_data else about["selected_on"]),
+            note=caveat(config.split, None if changed else about["selected_on"]),
         )
     accelerator.end_training()
 

@@ -95,7 +95,6 @@ def main(argv: list[str] | None = None) -> None:
     from lab import checkpoint, export
     from lab.data.augment import Preprocess
     from lab.distributed import default_threads
-    from lab.models import build_model
 
     path = checkpoint.find_weights(config.weights)
     info = checkpoint.read_info(path)
@@ -104,8 +103,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     export.require_writable(output, path)
     torch.set_num_threads(config.threads or default_threads())
-    network = build_model(**info["model"])
-    checkpoint.load_weights(path, network)
+    network = checkpoint.load_model(path, info)
     about = export.describe(
         info, dynamic_batch=config.dynamic_batch, half=config.half, softmax=config.softmax
     )

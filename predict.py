@@ -5,7 +5,8 @@
   find . -name '*.png' | python predict.py best.safetensors - --json - --top-k 1
   accelerate launch --config_file accelerate_configs/multi_gpu.yaml predict.py WEIGHTS FOLDER
 
-A picture that cannot be read is named, and the others are classified; the exit code is 1 then.
+A picture or folder that cannot be read is named in a warning and in the output; the others are
+classified, and the exit code is 1.
 """
 
 import sys
@@ -58,10 +59,11 @@ def main(argv: list[str] | None = None) -> int:
     config = PredictConfig(**parse_arguments(PredictConfig, argv, prog="predict.py", about=__doc__))
 
     # PyTorch takes seconds to import: --help and a mistyped option are answered before.
+    from accelerate.utils import broadcast_object_list
+
     from lab import checkpoint, prediction
     from lab.distributed import build_accelerator, loader_place, together
     from lab.engine import lay_out
-    from lab.models import build_model
 
     files = {file: flag for flag, file in (("--json", config.json), ("--csv", config.csv)) if file}
     for file, flag in files.items():
@@ -78,9 +80,9 @@ def main(argv: list[str] | None = None) -> int:
         cpu=config.device == "cpu",
     )
     with together(accelerator):
-        network = build_model(**about["model"])
-        checkpoint.load_weights(path, network)
-        paths = prediction.find_pictures(config.pictures)
+        network = checkpoint.load_model(path, about)
+        listed = prediction.find_pictures(config.pictures) if accelerator.is_main_process else None
+    paths, unreadable = broadcast_object_list([listed])[0]
     network = lay_out(network, model, accelerator.device)
     place = loader_place(accelerator, "streaming", config.workers)
     with console.progress("pictures", -(-len(paths) // accelerator.num_processes)) as progress:
@@ -95,14 +97,15 @@ def main(argv: list[str] | None = None) -> int:
             tta=config.tta,
             on_batch=progress.update,
         )
+    found += unreadable
     failed = [one for one in found if one.error]
     for one in failed:
         console.warn(one.error)
     if console.speaks():
         if config.json:
-            prediction.write_text(config.json, "".join(prediction.json_lines(found)))
+            prediction.write_output(config.json, prediction.json_lines(found))
         if config.csv:
-            prediction.write_text(config.csv, prediction.csv_text(found, config.top_k))
+            prediction.write_output(config.csv, prediction.csv_rows(found, config.top_k))
         if "-" not in files:  # standard output is the answer's alone
             for file in files:
                 console.say(f"written: {file}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import lab
-from lab import checkpoint, rundir
+from lab import checkpoint, console, rundir
 from lab.commandline import as_keywords, parse_arguments, words_of
 from lab.config import EVAL_BATCH_SIZE, TrainConfig
 from lab.data.augment import Preprocess
@@ -30,7 +30,6 @@ from lab.data.folder import decode, grey, pixels, square
 from lab.distributed import choose_precision
 from lab.engine import lay_out
 from lab.errors import UserError, mistake_of
-from lab.models import build_model
 from lab.prediction import find_pictures
 
 if TYPE_CHECKING:
@@ -62,6 +61,7 @@ class Prediction:
     probabilities: Tensor  # float32 [N, K]
     class_names: list[str]  # of all K classes
     paths: list[str]  # of the N pictures, where they came from files
+    errors: dict[str, str]  # of files in folders, and folders, by path: why they are left out
 
 
 def train(config: TrainConfig | Mapping[str, Any] | None = None, /, **settings: Any) -> TrainedRun:
@@ -119,8 +119,7 @@ def load_model(weights: File, device: str | torch.device = "auto") -> tuple[nn.M
     """
     path = checkpoint.find_weights(os.fspath(weights))
     info = checkpoint.read_info(path)
-    network = build_model(**info["model"])
-    checkpoint.load_weights(path, network)
+    network = checkpoint.load_model(path, info)
     if device == "auto":
         device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     return lay_out(network, info["model"]["name"], torch.device(device)).eval(), info
@@ -138,32 +137,51 @@ def predict(
     `pictures`: paths of files or folders, Pillow images, or uint8 [N, C, H, W], 0 to 255, of one
     grey or three colour channels. `weights`: a run's folder, its best.safetensors, or what
     `load_model` returned, which is quicker a second time. Pictures are cut to their central square
-    and resized; `batch_size` of them go through the network at once. Raises `UserError`, also for
-    a file that is no picture.
+    and resized; `batch_size` of them go through the network at once.
+
+    Files in a folder, and folders, that cannot be read are left out: each is in `errors`, with a
+    warning on standard error. Raises `UserError` for a file given by name that is missing or no
+    picture, and if nothing can be read.
     """
     network, info = weights if isinstance(weights, tuple) else load_model(weights)
     if batch_size < 1:
         raise UserError(f"batch_size {batch_size} is too low", "Give at least 1")
     model, names = info["model"], list(info["class_names"])
     device = next(network.parameters()).device
-    found, paths = _listed(pictures)
+    found, named, errors = _listed(pictures)
     preprocess = Preprocess(info["mean"], info["std"], (), device)
     precision = choose_precision("auto", device.type, False, trained_in=info["precision"])
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16
     was_training, parts = network.training, []
     network.eval()
     with torch.autocast(device.type, dtype, enabled=precision != "no"):
-        for images in _batches(found, batch_size, model["image_size"], model["channels"]):
+        for start in range(0, len(found), batch_size):
+            part = found[start : start + batch_size]
+            images = _decode(part, model["image_size"], named, errors)
+            if images is None:
+                continue
+            if images.shape[1] > model["channels"]:
+                images = grey(images)
+            images = images.expand(-1, model["channels"], -1, -1)
             logits = network(preprocess(images.to(device)))
             parts.append(logits.float().softmax(1).cpu())
     network.train(was_training)
+    for error in errors.values():
+        console.warn(error)
+    if not parts:
+        raise UserError(
+            f"none of the pictures can be read: {next(iter(errors.values()))}",
+            "Give pictures, or folders of them",
+        )
     probabilities = torch.cat(parts)
     labels = probabilities.argmax(1)
-    return Prediction(labels, [names[k] for k in labels.tolist()], probabilities, names, paths)
+    label_names = [names[k] for k in labels.tolist()]
+    paths = [path for path in found if path not in errors] if named else []
+    return Prediction(labels, label_names, probabilities, names, paths, errors)
 
 
-def _listed(pictures: Pictures) -> tuple[Sequence[Any] | Tensor, list[str]]:
-    """Pictures that can be cut into batches, and their paths where they are files."""
+def _listed(pictures: Pictures) -> tuple[Sequence[Any] | Tensor, set[str], dict[str, str]]:
+    """Return pictures that can be cut into batches, the paths given by name, and errors by path."""
     if isinstance(pictures, (str, os.PathLike, Image.Image)):
         pictures = [pictures]
     if isinstance(pictures, (list, tuple)):
@@ -173,9 +191,9 @@ def _listed(pictures: Pictures) -> tuple[Sequence[Any] | Tensor, list[str]]:
         if files and len(files) < len(pictures):
             raise UserError("pictures mix paths and images", "Give one kind")
         if files or not pictures:
-            paths = find_pictures(files)
-            return paths, paths
-        return pictures, []
+            paths, unreadable = find_pictures(files)
+            return paths, set(files), {one.path: one.error for one in unreadable}
+        return pictures, set(), {}
     tensor = torch.as_tensor(pictures)
     if tensor.dtype != torch.uint8 or tensor.ndim != 4 or tensor.shape[1] not in (1, 3):
         kind = str(tensor.dtype).removeprefix("torch.")
@@ -185,21 +203,24 @@ def _listed(pictures: Pictures) -> tuple[Sequence[Any] | Tensor, list[str]]:
         )
     if not tensor.numel():
         raise UserError("there are no pictures to classify", "Give one or more")
-    return tensor, []
+    return tensor, set(), {}
 
 
-def _batches(
-    pictures: Sequence[Any] | Tensor, batch_size: int, size: int, channels: int
-) -> Iterator[Tensor]:
-    """uint8 [n, channels, size, size], of `batch_size` pictures at a time."""
-    for start in range(0, len(pictures), batch_size):
-        part = pictures[start : start + batch_size]
-        if isinstance(part, Tensor):
-            images = square(part, size)
-        else:
-            images = torch.stack(
-                [decode(p, size) if isinstance(p, str) else square(pixels(p), size) for p in part]
-            )
-        if images.shape[1] > channels:
-            images = grey(images)
-        yield images.expand(-1, channels, -1, -1)
+def _decode(
+    pictures: Sequence[Any] | Tensor, size: int, named: set[str], errors: dict[str, str]
+) -> Tensor | None:
+    """Return the pictures as uint8 [n, C, size, size]; None if there are none left.
+
+    A file that cannot be read is left out and added to `errors`, or raises if it is `named`.
+    """
+    if isinstance(pictures, Tensor):
+        return square(pictures, size)
+    images = []
+    for one in pictures:
+        try:
+            images.append(decode(one, size) if isinstance(one, str) else square(pixels(one), size))
+        except UserError as error:
+            if one in named:
+                raise
+            errors[one] = error.what
+    return torch.stack(images) if images else None

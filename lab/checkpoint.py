@@ -4,10 +4,10 @@ import hashlib
 import json
 import math
 import os
+import stat
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -22,8 +22,8 @@ from lab.config import TrainConfig
 from lab.data import DataConfig, Splits, find_dataset
 from lab.data.sources import Split
 from lab.distributed import together
-from lab.errors import UserError
-from lab.models import find_model
+from lab.errors import UserError, name_some
+from lab.models import build_model, find_model
 from lab.rundir import BEST, RunDir, to_json, write_atomically
 from lab.versions import versions
 
@@ -158,14 +158,18 @@ def checksum(tensors: Mapping[str, Tensor]) -> str:
 
 def find_weights(path: str) -> Path:
     """The weights file of a run's folder, or the file itself; raises `UserError`."""
-    found = Path(path)
-    if os.path.isdir(found):  # Path.is_dir raises for a name that is too long
-        found = found / BEST
-        if not found.exists():
-            raise UserError(f"{path} holds no {BEST}", "Give the folder of a finished run")
-    if not os.path.isfile(found):
-        raise UserError(f"there is no file {found}", "Give a run's folder or its best.safetensors")
-    return found
+    folder = os.path.isdir(path)  # Path.is_dir raises for a name that is too long
+    found = Path(path) / BEST if folder else Path(path)
+    try:
+        if stat.S_ISREG(os.stat(found).st_mode):
+            return found
+    except PermissionError as error:
+        raise _unreadable(found, error) from error
+    except (OSError, ValueError):
+        pass
+    if folder:
+        raise UserError(f"{path} holds no {BEST}", "Give the folder of a finished run")
+    raise _missing(found)
 
 
 def read_info(path: Path) -> dict[str, Any]:
@@ -218,6 +222,8 @@ def _require_usable(info: dict[str, Any]) -> None:
     for name, fit in fits.items():
         if not fit:
             raise ValueError(f"{name} does not fit the rest")
+    # Every name can be written to a file: it is UTF-8, or holds bytes as `os.fsdecode` keeps them.
+    "".join(names).encode("utf-8", "surrogateescape")
 
 
 def require_types(group: Any, types: Mapping[str, type]) -> None:
@@ -241,37 +247,63 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def load_weights(path: Path, network: nn.Module) -> None:
-    """Fills `network` from a file; raises `UserError` where it holds another architecture's."""
-    tensors, expected = read_tensors(path), network.state_dict()
-    for name in sorted(expected.keys() ^ tensors.keys()):
-        raise UserError(
-            f"{path} holds the weights of another architecture: "
-            + (f"it lacks {name}" if name in expected else f"{name} has no place"),
-            "Give the weights of the network that its metadata names",
-        )
-    for name, tensor in tensors.items():
-        if tensor.shape != expected[name].shape:
+def load_model(path: Path, info: Mapping[str, Any]) -> nn.Module:
+    """Return the model that a weights file holds and its metadata `info` describes, on the CPU.
+
+    The metadata may come from a stranger and name millions of classes: it is compared with the
+    file's header before a tensor is allocated. Raises `UserError` if they do not match.
+    """
+    with torch.device("meta"):
+        check_shapes(path, build_model(**info["model"]))
+    model = build_model(**info["model"])
+    load_weights(path, model)
+    return model
+
+
+def check_shapes(path: Path, model: nn.Module) -> None:
+    """Raise `UserError` unless the tensors that a file's header lists are those of `model`."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise _damaged(path, error) from error
+    expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    for name in sorted(expected.keys() | found.keys()):
+        if found.get(name) != expected.get(name):
+            if name not in found:
+                problem = f"it lacks {name}"
+            elif name not in expected:
+                problem = f"{name} has no place"
+            else:
+                problem = f"{name} is {found[name]}, not {expected[name]}"
             raise UserError(
-                f"{path} holds the weights of another architecture: {name} is "
-                f"{list(tensor.shape)}, not {list(expected[name].shape)}",
+                f"{path} holds the weights of another architecture: {problem}",
                 "Give the weights of the network that its metadata names",
             )
-    expected.update(tensors)  # which keeps the modules' versions: MNASNet's asks for its own
-    network.load_state_dict(expected)
 
 
-def require_same_classes(path: Path, about: dict[str, Any], split: Split) -> None:
-    """Nothing; raises `UserError` where the data's classes or channels are not the weights'."""
-    known, found = list(about["class_names"]), list(split.class_names)
-    if known != found:
-        other = sorted(set(known) ^ set(found))
-        more = f" and {len(other) - 5} more" if len(other) > 5 else ""
-        missing = ", ".join(other[:5]) + more or "their order"
+def load_weights(path: Path, network: nn.Module) -> None:
+    """Fills `network` from a file; raises `UserError` where it holds another architecture's."""
+    check_shapes(path, network)
+    state = network.state_dict()
+    state.update(
+        read_tensors(path)
+    )  # which keeps the modules' versions: MNASNet's asks for its own
+    network.load_state_dict(state)
+
+
+def align_classes(path: Path, about: Mapping[str, Any], split: Split) -> Split:
+    """Return the split with the classes, and so the labels, of the weights in `path`.
+
+    Its data may lack some of them. Raises `UserError` for classes that the weights do not know, and
+    for another number of channels.
+    """
+    known = {name: label for label, name in enumerate(about["class_names"])}
+    unknown = [name for name in split.class_names if name not in known]
+    if unknown:
         raise UserError(
-            f"{path} knows {len(known)} classes and the data has {len(found)}, "
-            f"which differ in {missing}",
-            "Give --dataset and --data-dir with the classes that it was trained on",
+            f"the data has classes that {path} does not know: {name_some(unknown)}",
+            "Give --dataset and --data-dir with classes that it was trained on",
         )
     channels = about["model"]["channels"]
     if split.images.shape[1] != channels:
@@ -280,6 +312,8 @@ def require_same_classes(path: Path, about: dict[str, Any], split: Split) -> Non
             f"{split.images.shape[1]}",
             "Give data like that it was trained on",
         )
+    labels = torch.tensor([known[name] for name in split.class_names])[split.labels]
+    return replace(split, labels=labels, class_names=tuple(about["class_names"]))
 
 
 def _foreign(path: Path) -> UserError:
@@ -288,11 +322,27 @@ def _foreign(path: Path) -> UserError:
     )
 
 
+def _missing(path: Path) -> UserError:
+    return UserError(f"there is no file {path}", "Give a run's folder or its best.safetensors")
+
+
+def _unreadable(path: Path, error: OSError) -> UserError:
+    return UserError(
+        f"cannot read {path} ({error.strerror or error})",
+        "Check the permissions of the file and of its folders",
+    )
+
+
 def _damaged(path: Path, error: Exception) -> UserError:
-    """That a file of ours is not whole any more; or that it never was one of ours."""
-    with suppress(OSError), open(path, "rb") as file:
-        start = file.read(START)
-        # Where one of the two was hit, the other is left; an empty file may have been anything.
-        if len(start) > 8 and b"__metadata__" not in start and f'"{KEY}":'.encode() not in start:
-            return _foreign(path)
+    """Return the error for a file that `safetensors` refused: unreadable, foreign or damaged."""
+    try:  # safetensors reports every refusal of the operating system as a missing file
+        with open(path, "rb") as file:
+            start = file.read(START)
+    except FileNotFoundError:
+        return _missing(path)
+    except OSError as refusal:
+        return _unreadable(path, refusal)
+    # Where one of the two was hit, the other is left; an empty file may have been anything.
+    if len(start) > 8 and b"__metadata__" not in start and f'"{KEY}":'.encode() not in start:
+        return _foreign(path)
     return UserError(f"{path} is damaged ({error})", "Train again, or give another file")

@@ -231,7 +231,8 @@ class EvalConfig:
     dataset: str | None = option(None, WEIGHTS,
         "data set; if not given, the one trained on")
     data_dir: str | None = option(None, WEIGHTS,
-        "where it lies; if not given, where it lay in training", metavar="DIR")
+        "where it lies or is downloaded to; if not given, where it lay in training, without a "
+        "download", metavar="DIR")
     limit_eval: int | None = option(None, WEIGHTS,
         "evaluate this many samples; 0: all; if not given, as in training", low=0, metavar="N")
     tta: str = option("none", WEIGHTS,
@@ -261,16 +262,6 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-
-    @property
-    def other_data(self) -> bool:
-        """Whether other data than the training's were named."""
-        return self.dataset is not None or self.data_dir is not None
-
-    @property
-    def same_samples(self) -> bool:
-        """Whether the split has to hold the very samples that it held in training."""
-        return not self.other_data and self.limit_eval is None and self.split != "all"
 
     def part(self, trained: Mapping[str, Any]) -> str:
         """What is evaluated, as a name: the split, and how many of it where that was asked for.

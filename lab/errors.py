@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 
 from lab import console
@@ -39,6 +39,12 @@ def suggestion(word: str, known: Iterable[str]) -> str:
     known = list(known)
     close = difflib.get_close_matches(word, known, 3)
     return f"Did you mean {' or '.join(close)}?" if close else f"Known: {', '.join(known)}"
+
+
+def name_some(names: Sequence[str], count: int = 5) -> str:
+    """Return the first `count` names in one line, and how many more there are."""
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(names[:count]) + more
 
 
 def run_script(main: Callable[[], int | None]) -> int:

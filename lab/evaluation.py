@@ -29,19 +29,26 @@ class Predictions:
     class_names: tuple[str, ...]
 
     def csv(self, files: Sequence[str] | None = None) -> bytes:
-        """A line a sample: index, label, prediction, confidence.
+        """Return a CSV row for each sample: index, label, prediction, confidence, and class names.
 
-        And its file, of `files` [N], in the bytes of its name, where samples come from files.
+        If samples come from `files` [N], the last column is the file. Names are UTF-8, but for
+        names of files and folders that are not: these keep their bytes.
         """
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        names = [] if files is None else ["file"]
-        writer.writerow(["index", "label", "prediction", "confidence", *names])
-        confidence = [f"{value:.6f}" for value in self.confidence.tolist()]
-        columns = [self.labels.tolist(), self.predictions.tolist(), confidence]
+        labels, predictions = self.labels.tolist(), self.predictions.tolist()
+        columns: dict[str, Sequence[object]] = {
+            "index": range(len(labels)),
+            "label": labels,
+            "prediction": predictions,
+            "confidence": [f"{value:.6f}" for value in self.confidence.tolist()],
+            "label_name": [self.class_names[label] for label in labels],
+            "prediction_name": [self.class_names[label] for label in predictions],
+        }
         if files is not None:
-            columns.append(list(files))
-        writer.writerows(zip(range(len(self.labels)), *columns, strict=True))
+            columns["file"] = files
+        writer.writerow(columns)
+        writer.writerows(zip(*columns.values(), strict=True))
         return text.getvalue().encode("utf-8", "surrogateescape")
 
     def scores(self) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """Exact classification metrics from labels and predictions; equal to scikit-learn's (promise P1).
 
-As there with `labels=range(K)` and `zero_division=0`: a class that is never predicted has precision
-0, one that never occurs has recall 0, and macro-F1 is the mean over all K classes.
+As there with `zero_division=0`: a class that is never predicted has precision 0, and one that never
+occurs has recall 0. Macro-F1 is the mean over the classes that occur or are predicted.
 """
 
 import math
@@ -48,10 +48,11 @@ def scores(
 
     Labels and predictions are int64 [N], losses float64 [N], and N is at least 1.
     """
+    present = torch.bincount(torch.cat((labels, predictions)), minlength=num_classes) > 0
     return {
         "loss": losses.mean().item(),
         "accuracy": (labels == predictions).sum().item() / len(labels),
-        "macro_f1": per_class(labels, predictions, num_classes)["f1"].mean().item(),
+        "macro_f1": per_class(labels, predictions, num_classes)["f1"][present].mean().item(),
     }
 
 

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,19 +35,29 @@ class Classified:
     error: str = ""
 
 
-def find_pictures(words: Sequence[str]) -> list[str]:
-    """The files that `words` name: files, folders (at any depth, by name), `-` for standard input.
+def find_pictures(words: Sequence[str]) -> tuple[list[str], list[Classified]]:
+    """Return the paths of the images that `words` name, and an entry for each unreadable directory.
 
-    Raises `UserError` for what is not there, and where nothing is left.
+    A word is a file, a directory (searched at any depth, sorted by name) or `-` for paths on
+    standard input. Raises `UserError` for a word that names nothing, and if there is no image.
+
+    Call it in one process and broadcast the result: processes share one standard input, and each
+    would read a part of it.
     """
     found: list[str] = []
     others: list[str] = []
+    unreadable: list[Classified] = []
+
+    def on_error(error: OSError) -> None:
+        what = f"cannot read the directory {error.filename} ({error.strerror})"
+        unreadable.append(Classified(str(error.filename), (), what))
+
     for word in words:
         if word == "-":
-            found += filter(None, (line.rstrip("\n") for line in sys.stdin))
+            found += filter(None, os.fsdecode(sys.stdin.buffer.read()).split("\n"))
         elif os.path.isdir(word):
-            found += sorted(pictures(Path(word), others))
-        elif os.path.exists(word):
+            found += sorted(pictures(Path(word), others, on_error))
+        elif _exists(word):
             found.append(word)
         else:
             raise UserError(f"there is no file {word}", "Give pictures, or folders of them")
@@ -56,9 +66,20 @@ def find_pictures(words: Sequence[str]) -> list[str]:
             f"{len(others)} of the files in folders are left out, as {min(others)}: "
             f"not {', '.join(SUFFIXES)}. Name them one by one to have them classified."
         )
-    if not found:
+    if not found and not unreadable:
         raise UserError("there are no pictures to classify", "Give pictures, or folders of them")
-    return found
+    return found, unreadable
+
+
+def _exists(path: str) -> bool:
+    """Return whether there is such a file; also if only reading it can tell."""
+    try:
+        os.stat(path)
+    except PermissionError:
+        pass
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 class _Pictures:
@@ -137,16 +158,25 @@ def classify(
     return found
 
 
-def json_lines(found: Sequence[Classified]) -> Iterator[str]:
-    """An object a picture: its path and `classes`, or its path and `error`."""
+def json_lines(found: Sequence[Classified]) -> bytes:
+    """Return one JSON object per line for each image, with its path and `classes` or `error`.
+
+    The text is UTF-8. A byte of a path that is not UTF-8 becomes the JSON escape `\\udcXX`, which
+    Python reads back as the same path.
+    """
+    lines = []
     for one in found:
         classes = [{"class": name, "confidence": round(value, 6)} for name, value in one.classes]
         result = {"error": one.error} if one.error else {"classes": classes}
-        yield json.dumps({"path": one.path, **result}) + "\n"
+        lines.append(json.dumps({"path": one.path, **result}, ensure_ascii=False) + "\n")
+    return "".join(lines).encode("utf-8", "backslashreplace")
 
 
-def csv_text(found: Sequence[Classified], top_k: int) -> str:
-    """A line a picture: path, error, and class and confidence of the likeliest."""
+def csv_rows(found: Sequence[Classified], top_k: int) -> bytes:
+    """Return one CSV row for each image: path, error, and the likeliest classes with confidence.
+
+    The text is UTF-8, but for paths that are not: these keep their bytes.
+    """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     ranks = range(1, 1 + max([len(one.classes) for one in found], default=top_k))
@@ -154,12 +184,11 @@ def csv_text(found: Sequence[Classified], top_k: int) -> str:
     for one in found:
         cells = [cell for name, value in one.classes for cell in (name, f"{value:.6f}")]
         writer.writerow([one.path, one.error, *(cells or [""] * (2 * len(ranks)))])
-    return text.getvalue()
+    return text.getvalue().encode("utf-8", "surrogateescape")
 
 
-def write_text(target: str, text: str) -> None:
-    """Writes to a file, whole or not at all; `-` is standard output."""
-    content = text.encode("utf-8", "surrogateescape")  # a path in the bytes that it has
+def write_output(target: str, content: bytes) -> None:
+    """Write to a file, completely or not at all; `-` is standard output."""
     if target == "-":
         sys.stdout.buffer.write(content)
     else:

@@ -88,7 +88,7 @@ def change(content: bytes, choose: random.Random) -> bytes:
 
 def read_weights(path: Path) -> None:
     info = checkpoint.read_info(path)
-    checkpoint.load_weights(path, build_model(**info["model"]))
+    checkpoint.load_model(path, info)
 
 
 def read_state(folder: Path, trainer) -> None:

@@ -56,6 +56,30 @@ def test_every_form_of_picture_gives_the_answer_of_predict_py(finished, images, 
     assert one.names == [rows[0]["class1"]]
 
 
+def test_what_cannot_be_read_in_a_folder_is_named_and_the_rest_predicted(
+    finished, images, tmp_path, capsys
+):
+    for i, image in enumerate(images):
+        Image.fromarray(image[0].numpy()).save(tmp_path / f"{i}.png")
+    expected = lab.predict(tmp_path, finished)
+    assert expected.errors == {}
+    for i in (0, 4, 5):
+        (tmp_path / f"{i}.png").write_bytes(b"no picture")
+    found = lab.predict(tmp_path, finished, batch_size=2)  # the third batch has nothing left
+    rest = [1, 2, 3, 6, 7, 8]
+    assert found.paths == [str(tmp_path / f"{i}.png") for i in rest]
+    torch.testing.assert_close(found.probabilities, expected.probabilities[rest])
+    assert found.names == [expected.names[i] for i in rest]
+    assert list(found.errors) == [str(tmp_path / f"{i}.png") for i in (0, 4, 5)]
+    warnings = [f"warning: {text}" for text in found.errors.values()]
+    assert capsys.readouterr().err.splitlines() == warnings
+    assert all("in no known format" in text for text in warnings)
+    for path in tmp_path.iterdir():
+        path.write_bytes(b"no picture")
+    with pytest.raises(UserError, match="none of the pictures can be read: cannot read the"):
+        lab.predict(tmp_path, finished)
+
+
 def test_pictures_are_cut_to_their_central_square(finished, images):
     wide = torch.zeros(9, 1, 64, 80, dtype=torch.uint8)
     wide[:, :, :, 8:72] = images.repeat_interleave(2, 2).repeat_interleave(2, 3)

@@ -104,7 +104,8 @@ def run(script: str, words: list[str], config, make_run: Callable[[str], object]
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_is_run_or_read_by_its_script(command, world, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.StringIO("PICTURE.jpg\n"))  # of a pipe
+    pipe = io.TextIOWrapper(io.BytesIO(b"PICTURE.jpg\n"))
+    monkeypatch.setattr(sys, "stdin", pipe)
     program, *words = words_of(command)
     if program == "accelerate":
         from accelerate.commands.launch import launch_command_parser

@@ -32,6 +32,7 @@ ANEW = "Delete it, so that it is downloaded anew."
 
 # Folders
 
+ONE_EACH = "Put the pictures of each class into a folder of its own."
 AMBIGUOUS = (
     "pictures has the folder train and, beside it, bus, which holds pictures too: train may be a "
     "split or a class. Move bus elsewhere; if both are classes, move all class folders into a "
@@ -45,15 +46,15 @@ TWO = "Two or more are needed, each with the pictures of one class."
     [
         (
             "",
-            f"pictures holds no class folders. {TWO}",
+            f"pictures holds no class folders. {ONE_EACH}",
         ),
         (
             "a",
-            f"pictures holds 1 class folder. {TWO}",
+            f"pictures holds one class, a. {TWO}",
         ),
         (
             "train",
-            f"pictures/train holds no class folders. {TWO}",
+            f"pictures/train holds no class folders. {ONE_EACH}",
         ),
         (
             "a b empty/",

@@ -5,6 +5,7 @@ import math
 import os
 import pickle
 import struct
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -13,11 +14,13 @@ import pytest
 import torch
 from mistakes import NO_FOLDER, make_picture, matches
 from safetensors.torch import save
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import evaluate
 from lab import checkpoint, recipes
 from lab.config import EvalConfig
 from lab.data import DataConfig, load_splits
+from lab.data.toy import SHAPE_NAMES
 from lab.errors import UserError
 from lab.models import build_model
 from lab.rundir import RunDir
@@ -64,9 +67,9 @@ def with_metadata(content: bytes, metadata: dict | None) -> bytes:
         ),
         (
             "w --dataset shapes",
-            "w knows 10 classes and the data has 10, which differ in "
-            "0, 1, 2, 3, 4 and 15 more. "
-            "Give --dataset and --data-dir with the classes that it was trained on.",
+            "the data has classes that w does not know: "
+            + ", ".join(SHAPE_NAMES[:5])
+            + " and 5 more. Give --dataset and --data-dir with classes that it was trained on.",
         ),
         (
             "w --dataset folder --data-dir rgb",
@@ -124,6 +127,30 @@ def test_p7_a_damaged_weights_file_is_named(fails, tmp_path, trained, damage):
     assert matches(message, "w is damaged (*). Train again, or give another file.")
 
 
+@pytest.mark.parametrize("locked", ["folder/w", "folder"])
+def test_p7_weights_without_permission_are_not_called_damaged_or_missing(trained, locked):
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        path = Path(folder, "folder", "w")
+        path.parent.mkdir()
+        path.write_bytes(trained[1])
+        Path(folder, locked).chmod(0)
+        root = os.geteuid() == 0
+        try:
+            if root:  # who may read anything
+                os.seteuid(65534)
+            with pytest.raises(UserError) as raised:
+                checkpoint.read_info(checkpoint.find_weights(str(path)))
+        finally:
+            if root:
+                os.seteuid(0)
+            Path(folder, locked).chmod(0o700)
+    assert str(raised.value) == (
+        f"cannot read {path} (Permission denied). "
+        "Check the permissions of the file and of its folders."
+    )
+
+
 @pytest.mark.parametrize(
     "make",
     [
@@ -169,6 +196,7 @@ def test_p7_another_kind_of_file_is_not_called_damaged(fails, tmp_path, trained,
         ({"data.split_seed": ...}, "*"),
         ({"data.epochs": 5}, "*"),
         ({"class_names": [1] * 10}, "class_names does not fit the rest"),
+        ({"class_names": [*"012345678", "\ud800"]}, "*"),
         ({"mean": [None]}, "*"),
         ({"mean": [10**400]}, "*"),
         ({"std": [math.nan]}, "std does not fit the rest"),
@@ -198,6 +226,37 @@ def test_p7_metadata_may_be_a_strangers(fails, tmp_path, trained, change, reason
 def test_p7_weights_of_a_newer_format_say_so(fails, tmp_path, trained):
     (tmp_path / "w").write_bytes(with_metadata(trained[1], {"lab": '{"format": 2}'}))
     assert fails(evaluate, "w") == "w has format 2, not 1. Use a newer version of lab."
+
+
+class Largest(TorchDispatchMode):
+    """Records the size of the largest tensor that takes memory."""
+
+    num_bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, torch.Tensor) and tensor.device.type != "meta":
+                self.num_bytes = max(self.num_bytes, tensor.untyped_storage().nbytes())
+        return result
+
+
+def test_p4_a_small_file_that_names_many_classes_is_refused_before_memory_is_taken(
+    tmp_path, trained
+):
+    about, content = trained
+    names = [str(k) for k in range(300_000)]
+    info = {"format": checkpoint.FORMAT, **about, "class_names": names}
+    info["model"] = about["model"] | {"num_classes": len(names)}
+    path = tmp_path / "w"
+    path.write_bytes(with_metadata(content, {"lab": json.dumps(info)}))
+    with Largest() as largest, pytest.raises(UserError) as raised:
+        checkpoint.load_model(path, checkpoint.read_info(path))
+    assert str(raised.value) == (
+        f"{path} holds the weights of another architecture: classifier.2.bias is [10], "
+        "not [300000]. Give the weights of the network that its metadata names."
+    )
+    assert largest.num_bytes < path.stat().st_size
 
 
 @pytest.mark.parametrize(

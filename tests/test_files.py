@@ -71,7 +71,9 @@ def test_each_row_names_the_file_that_it_tells_of(trained, tmp_path, words, coun
     asked = ["--csv", str(tmp_path / "p.csv"), "--top-k", "1", "--threads", "1", "--workers", "0"]
     assert predict.main([str(run_folder), *paths, *asked]) == 0
     for row, path, one in zip(rows, paths, rows_of(tmp_path / "p.csv"), strict=True):
-        name = CLASSES[int(row["label"])]
+        name = row["label_name"]
+        assert name == CLASSES[int(row["label"])]
+        assert row["prediction_name"] == CLASSES[int(row["prediction"])]
         assert row["file"].startswith("/".join(filter(None, (name, PART[name], f"{name}-"))))
         assert one["path"] == path
         assert one["class1"] == CLASSES[int(row["prediction"])]
@@ -85,7 +87,8 @@ def test_training_and_two_processes_write_the_same_bytes(trained, tmp_path):
     assert ended.code == 0, ended.stderr
     expected = (run_folder / "predictions.csv").read_bytes()
     assert (tmp_path / "e" / "predictions.csv").read_bytes() == expected
-    assert expected.startswith(b"index,label,prediction,confidence,file\n0,0,")
+    columns = b"index,label,prediction,confidence,label_name,prediction_name,file\n"
+    assert expected.startswith(columns + b"0,0,")
 
 
 def test_page_and_picture_name_the_files_of_mistakes(trained, tmp_path, monkeypatch):

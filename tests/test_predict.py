@@ -1,10 +1,13 @@
 """predict.py: pictures in files get evaluation's predictions; what cannot be read is named."""
 
 import csv
+import errno
 import io
 import json
 import os
+import shlex
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -48,6 +51,11 @@ def trained(tmp_path_factory):
 
 def call(*words):
     return predict.main([str(word) for word in (*words, "--threads", "1", "--workers", "0")])
+
+
+def stdin(text):
+    """Standard input that holds `text`."""
+    return io.TextIOWrapper(io.BytesIO(text.encode()))
 
 
 def read_csv(path):
@@ -125,7 +133,7 @@ def test_any_kind_of_picture_is_taken(trained, tmp_path):
 
 def test_paths_come_from_standard_input_in_their_order(trained, tmp_path, monkeypatch, capsys):
     paths = sorted(map(str, trained[1].glob("*/00*")), reverse=True)
-    monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{path}\n" for path in paths)))
+    monkeypatch.setattr("sys.stdin", stdin("".join(f"{path}\n" for path in paths)))
     call(trained[0], "-", "--json", "-")
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row["path"] for row in rows] == paths
@@ -142,6 +150,42 @@ def test_a_name_that_is_no_utf8_keeps_its_bytes(trained, tmp_path, capfdbinary):
     assert call(trained[0], tmp_path, "--csv", "-", "--top-k", "1") == 0
     sys.stdout.flush()
     assert capfdbinary.readouterr().out.splitlines()[1].startswith(path + b",,")
+
+
+def test_json_is_utf8_and_keeps_names_that_are_not(trained, tmp_path, capfdbinary):
+    names = ("caf\u00e9.png", "\u732b.png", "\udcff.png")
+    for name in names:
+        with open(tmp_path / name, "wb") as file:
+            picture(0, 1).save(file, "PNG")
+    assert call(trained[0], tmp_path, "--json", "-") == 0
+    sys.stdout.flush()
+    out = capfdbinary.readouterr().out
+    assert "caf\u00e9.png".encode() in out
+    assert "\u732b.png".encode() in out
+    rows = [json.loads(line) for line in out.decode("utf-8").splitlines()]
+    assert {row["path"] for row in rows} == {str(tmp_path / name) for name in names}
+
+
+@pytest.mark.parametrize("top", [True, False])
+def test_a_directory_that_cannot_be_read_is_named(trained, tmp_path, monkeypatch, capsys, top):
+    """It is not taken for an empty one, and the rest is classified."""
+    locked, scandir = tmp_path / "in" / "locked", os.scandir
+    locked.mkdir(parents=True)
+    picture(0, 1).save(locked.parent / "a.png")
+
+    def refuse(path):
+        if os.fspath(path) == str(locked):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(locked))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)  # root may read any directory
+    given = locked if top else locked.parent
+    assert call(trained[0], given, "--json", tmp_path / "out") == 1
+    error = f"cannot read the directory {locked} (Permission denied)"
+    assert capsys.readouterr().err == f"warning: {error}\n"
+    rows = [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]
+    assert rows[-1] == {"path": str(locked), "error": error}
+    assert [row["path"] for row in rows[:-1]] == ([] if top else [str(locked.parent / "a.png")])
 
 
 def test_what_is_left_out_of_a_folder_is_told(trained, tmp_path, capsys):
@@ -170,22 +214,30 @@ def test_the_table_names_the_likeliest(trained, capsys):
 
 def test_csv_has_a_column_for_every_class_asked_for(trained, tmp_path):
     path = next(trained[1].glob("dark/*"))
-    text = prediction.csv_text([prediction.Classified(str(path), (("a", 0.75), ("b", 0.25)))], 2)
-    assert (
-        text == f"path,error,class1,confidence1,class2,confidence2\n{path},,a,0.750000,b,0.250000\n"
-    )
+    text = prediction.csv_rows([prediction.Classified(str(path), (("a", 0.75), ("b", 0.25)))], 2)
+    expected = f"path,error,class1,confidence1,class2,confidence2\n{path},,a,0.750000,b,0.250000\n"
+    assert text.decode() == expected
 
 
-@pytest.mark.slow
-def test_two_processes_give_what_one_does(trained, tmp_path):
+def test_p1_two_processes_answer_for_each_path_on_standard_input(trained, tmp_path):
+    """The rows are those of one process, in order, and each warning is printed once."""
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no picture")
-    words = ["--csv", tmp_path / "one.csv", "--top-k", "2"]
-    assert call(trained[0], trained[1], broken, *words) == 1
-    words = ["--csv", tmp_path / "two.csv", "--top-k", "2", "--threads", "1"]
-    ended = run(torchrun(2, "predict.py", trained[0], trained[1], broken, *words), limit=100)
-    assert ended.stderr.count(f"warning: cannot read the picture {broken}") == 1
+    picture(0, 1).save(tmp_path / "left-out.gif")
+    paths = sorted(map(str, trained[1].glob("*/*")))[::3][:40]
+    assert len({Path(path).parent for path in paths}) > 1
+    (tmp_path / "list").write_text("".join(f"{path}\n" for path in paths))
+    words = ["--top-k", "1", "--batch-size", "7", "--csv"]
+    assert call(trained[0], *paths, tmp_path, *words, tmp_path / "one.csv") == 1
+    words = ["-", tmp_path, *words, tmp_path / "two.csv", "--threads", "1"]
+    command = torchrun(2, "predict.py", trained[0], *words)
+    script = f"exec {shlex.join(command)} < {shlex.quote(str(tmp_path / 'list'))}"
+    ended = run(["sh", "-c", script], limit=100)
+    assert [row["path"] for row in read_csv(tmp_path / "two.csv")] == [*paths, str(broken)]
     assert (tmp_path / "two.csv").read_bytes() == (tmp_path / "one.csv").read_bytes()
+    warnings = [line for line in ended.stderr.splitlines() if line.startswith("warning: ")]
+    assert len(warnings) == 2, ended.stderr
+    assert warnings[1].startswith(f"warning: cannot read the picture {broken}")
 
 
 @pytest.mark.parametrize(

@@ -115,7 +115,9 @@ def test_p1_report_is_what_scikit_learn_makes_of_the_predictions(trained):
     assert (report["split"], report["selected_on"]) == ("test", "validation")
     with open(trained / "predictions.csv") as file:
         rows = list(csv.DictReader(file))
-    assert list(rows[0]) == ["index", "label", "prediction", "confidence"]
+    assert list(rows[0]) == [
+        "index", "label", "prediction", "confidence", "label_name", "prediction_name",
+    ]  # fmt: skip
     assert [int(row["index"]) for row in rows] == list(range(100))
     labels, predictions = ([int(row[k]) for row in rows] for k in ("label", "prediction"))
     assert all(0.1 <= float(row["confidence"]) <= 1 for row in rows)

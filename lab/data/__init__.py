@@ -30,16 +30,19 @@ class DatasetSpec:
     mean: Numbers | None = None  # a channel, in units of the full range; None: measured
     std: Numbers | None = None
     bundled: bool = False  # it comes with lab: no file below --data-dir is read
+    downloads: bool = False  # `read` takes a second argument: whether it may download
 
 
 DATASETS = {
-    "mnist": DatasetSpec("sources:read_mnist", (0.1307,), (0.3081,)),
-    "fashion-mnist": DatasetSpec("sources:read_fashion_mnist", (0.2860,), (0.3530,)),
+    "mnist": DatasetSpec("sources:read_mnist", (0.1307,), (0.3081,), downloads=True),
+    "fashion-mnist": DatasetSpec(
+        "sources:read_fashion_mnist", (0.2860,), (0.3530,), downloads=True
+    ),
     "cifar10": DatasetSpec(
-        "sources:read_cifar10", (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+        "sources:read_cifar10", (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), downloads=True
     ),
     "cifar100": DatasetSpec(
-        "sources:read_cifar100", (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
+        "sources:read_cifar100", (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), downloads=True
     ),
     "digits": DatasetSpec("sources:read_digits", bundled=True),
     "shapes": DatasetSpec("sources:read_shapes", bundled=True),
@@ -124,6 +127,11 @@ def load_splits(config: DataConfig, memory: float, num_workers: int) -> Splits:
     from lab.data.sources import channel_statistics
 
     cut = _cut(_read(config), config)
+    if len(cut["train"].class_names) < 2:
+        raise UserError(
+            f"{config.data_dir} holds one class, {cut['train'].class_names[0]}",
+            "Two or more are needed, each with the pictures of one class",
+        )
     _check_classes(cut, config)
     named = _ready(cut, config, memory, num_workers)
     spec = find_dataset(config.dataset)
@@ -136,15 +144,17 @@ def load_splits(config: DataConfig, memory: float, num_workers: int) -> Splits:
     return Splits(named["train"], val, named["test"], mean, std, selected_on, fingerprints)
 
 
-def load_split(config: DataConfig, name: str, memory: float, num_workers: int) -> tuple[Split, str]:
+def load_split(
+    config: DataConfig, name: str, memory: float, num_workers: int, download: bool = True
+) -> tuple[Split, str]:
     """The split "train", "val" or "test" alone, or "all" of the data; and its fingerprint.
 
-    "all" is every sample of every part, or `limit_eval` of them. Raises `UserError` where there is
-    no such split.
+    "all" is every sample of every part, or `limit_eval` of them. Without `download`, data that are
+    not in `data_dir` are an error. Raises `UserError` where there is no such split.
     """
     from lab.data.fingerprint import fingerprint
 
-    cut = _cut(_read(config), config, whole=name == "all")
+    cut = _cut(_read(config, download), config, whole=name == "all")
     if name not in cut:
         raise UserError(
             "this data has no validation split: the best epoch was chosen on the test split",
@@ -154,6 +164,14 @@ def load_split(config: DataConfig, name: str, memory: float, num_workers: int) -
     return split, fingerprint(cut[name])
 
 
+def load_fingerprints(config: DataConfig, download: bool = True) -> dict[str, str]:
+    """Return the fingerprints of the splits "train", "test" and, if there is one, "val"."""
+    from lab.data.fingerprint import fingerprint
+
+    cut = _cut(_source(config, download), config)
+    return {name: fingerprint(split) for name, split in cut.items()}
+
+
 def list_samples(config: DataConfig, name: str | None = None) -> Listing:
     """Return what the data hold, to compare with another process's copy of them.
 
@@ -161,18 +179,20 @@ def list_samples(config: DataConfig, name: str | None = None) -> Listing:
     """
     from lab.data.fingerprint import Listing
 
-    parts = _source(config)
+    parts = _source(config, download=False)  # they have been read before
     cut = _cut(parts, config, whole=name == "all")
     return Listing.of(parts.named(), cut if name is None else {name: cut[name]})
 
 
-def _source(config: DataConfig) -> Parts:
-    module, read = find_dataset(config.dataset).read.split(":")
-    return getattr(importlib.import_module(f"lab.data.{module}"), read)(config)
+def _source(config: DataConfig, download: bool) -> Parts:
+    spec = find_dataset(config.dataset)
+    module, name = spec.read.split(":")
+    read = getattr(importlib.import_module(f"lab.data.{module}"), name)
+    return read(config, download) if spec.downloads else read(config)
 
 
-def _read(config: DataConfig) -> Parts:
-    parts = _source(config)
+def _read(config: DataConfig, download: bool = True) -> Parts:
+    parts = _source(config, download)
     for warning in parts.warnings:
         console.warn(warning)
     return parts
@@ -191,7 +211,7 @@ def _cut(parts: Parts, config: DataConfig, whole: bool = False) -> dict[str, Spl
     train, val, test = parts.train, parts.val, parts.test
     if test is None:
         train, test = stratified_cut(train, config.test_fraction, seed)
-    if val is None and config.val_fraction > 0:
+    if val is None and config.val_fraction > 0 and len(train.labels):
         train, val = stratified_cut(train, config.val_fraction, seed)
     cut = {"train": limit(train, config.limit_train, seed)}
     cut["test"] = limit(test, config.limit_eval, seed)

@@ -179,18 +179,17 @@ def read_folder(config: DataConfig) -> Parts:
 
     Folder names of splits may have any of the usual spellings (SPLIT_FOLDERS), in any case. Class
     names are the sorted folder names in Unicode's composed form (NFC); names that begin with a dot
-    are ignored. Raises `UserError` for a folder that is missing, unreadable or ambiguous, an empty
-    class, fewer than two classes, and classes of `val` or `test` that are not those of `train`.
+    are ignored. Raises `UserError` for a folder that is missing, unreadable or ambiguous, for no
+    classes, an empty class, and classes of `val` or `test` that are not those of `train`.
     """
     root = Path(config.data_dir)
     folders = _split_folders(root)
     class_folders = {name: _class_folders(folder) for name, folder in folders.items()}
     class_names = tuple(class_folders["train"])
-    if len(class_names) < 2:
+    if not class_names:
         raise UserError(
-            f"{folders['train']} holds {len(class_names) or 'no'} class folder"
-            f"{'s'[: not class_names]}",
-            "Two or more are needed, each with the pictures of one class",
+            f"{folders['train']} holds no class folders",
+            "Put the pictures of each class into a folder of its own",
         )
     others: list[str] = []
     parts = {}

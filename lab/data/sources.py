@@ -60,6 +60,11 @@ class Split:
         files = [path.removeprefix(prefix) for path in self.paths]
         return files if os.sep == "/" else [file.replace(os.sep, "/") for file in files]
 
+    def missing_classes(self) -> list[str]:
+        """Return the names of the classes that no sample is of."""
+        counts = self.labels.bincount(minlength=len(self.class_names)).tolist()
+        return [name for name, count in zip(self.class_names, counts, strict=True) if not count]
+
     def take(self, index: Tensor) -> Split:
         """The samples at `index`, int64 [M], in that order."""
         images = self.images
@@ -219,29 +224,29 @@ def read_shapes(config: DataConfig) -> Parts:
     return Parts(train, test=test)
 
 
-def read_mnist(config: DataConfig) -> Parts:
+def read_mnist(config: DataConfig, download: bool = True) -> Parts:
     """MNIST (LeCun, Cortes, Burges 1998): 60,000 + 10,000 grey digits, 28 x 28."""
-    return _read_idx("MNIST", config.data_dir, tuple("0123456789"))
+    return _read_idx("MNIST", config.data_dir, download, tuple("0123456789"))
 
 
-def read_fashion_mnist(config: DataConfig) -> Parts:
+def read_fashion_mnist(config: DataConfig, download: bool = True) -> Parts:
     """Fashion-MNIST (Xiao, Rasul, Vollgraf 2017): 60,000 + 10,000 grey clothes, 28 x 28."""
     from torchvision.datasets import FashionMNIST
 
-    return _read_idx("FashionMNIST", config.data_dir, tuple(FashionMNIST.classes))
+    return _read_idx("FashionMNIST", config.data_dir, download, tuple(FashionMNIST.classes))
 
 
-def read_cifar10(config: DataConfig) -> Parts:
+def read_cifar10(config: DataConfig, download: bool = True) -> Parts:
     """CIFAR-10 (Krizhevsky 2009): 50,000 + 10,000 colour photographs, 32 x 32."""
-    return _read_cifar("CIFAR10", config.data_dir)
+    return _read_cifar("CIFAR10", config.data_dir, download)
 
 
-def read_cifar100(config: DataConfig) -> Parts:
+def read_cifar100(config: DataConfig, download: bool = True) -> Parts:
     """CIFAR-100 (Krizhevsky 2009): as CIFAR-10, in 100 classes."""
-    return _read_cifar("CIFAR100", config.data_dir)
+    return _read_cifar("CIFAR100", config.data_dir, download)
 
 
-def _read_idx(name: str, data_dir: str, class_names: tuple[str, ...]) -> Parts:
+def _read_idx(name: str, data_dir: str, download: bool, class_names: tuple[str, ...]) -> Parts:
     """The two splits of a data set in MNIST's IDX format, from DATA_DIR/NAME/raw."""
     raw = Path(data_dir) / name / "raw"
 
@@ -256,7 +261,7 @@ def _read_idx(name: str, data_dir: str, class_names: tuple[str, ...]) -> Parts:
         return not all(find(n).is_file() for n in names)
 
     if missing():
-        _download(name, data_dir, missing)
+        _download(name, data_dir, download, missing)
     arrays = [_read_idx_file(find(n), num_dims=3 if "idx3" in n else 1) for n in names]
     splits = []
     for images, labels in (arrays[:2], arrays[2:]):
@@ -285,7 +290,7 @@ def _read_idx_file(path: Path, num_dims: int) -> Tensor:
         ) from error
 
 
-def _read_cifar(name: str, data_dir: str) -> Parts:
+def _read_cifar(name: str, data_dir: str, download: bool) -> Parts:
     """The two splits of CIFAR through torchvision, which checks each file's MD5 before it reads."""
     from torchvision import datasets
 
@@ -299,7 +304,7 @@ def _read_cifar(name: str, data_dir: str) -> Parts:
         return read(train=True) is None
 
     if missing():
-        _download(name, data_dir, missing)
+        _download(name, data_dir, download, missing)
     splits = []
     for train in (True, False):
         data = read(train)
@@ -312,8 +317,13 @@ def _read_cifar(name: str, data_dir: str) -> Parts:
     return Parts(splits[0], test=splits[1])
 
 
-def _download(name: str, data_dir: str, missing: Callable[[], bool]) -> None:
-    """Lets torchvision download a data set, once a host however many processes ask."""
+def _download(name: str, data_dir: str, allowed: bool, missing: Callable[[], bool]) -> None:
+    """Let torchvision download a dataset once per host. Raises `UserError` unless it is allowed."""
+    if not allowed:
+        raise UserError(
+            f"{name} is not in {data_dir}, the folder that the weights name",
+            "Give --data-dir the folder that holds it, or one to download it to",
+        )
     from torchvision import datasets
 
     timeout = socket.getdefaulttimeout()
