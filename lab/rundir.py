@@ -84,7 +84,7 @@ class RunDir:
         if not held.is_locked or not (self.states / LOCK).exists():  # removed by who held it
             raise UserError(
                 f"another training is at work in {self.path}",
-                f"Wait for its end, or give another --name; if there is none, delete "
+                "Wait for its end, or give another --name; if there is none, delete "
                 f"{self.states / LOCK}",
             )
         self.held = held
@@ -99,7 +99,7 @@ class RunDir:
             self.held = None
 
     def begin(self, settings: Mapping[str, Any]) -> None:
-        """Empty the directory, which is locked; write config.json and two files to add lines to.
+        """Empty the directory, if it is locked; write config.json and two files to add lines to.
 
         config.json holds every setting as resolved, where the run takes place, and the versions of
         the code. Raise `UserError`.
@@ -108,7 +108,7 @@ class RunDir:
             return
         self.made = self.made or [self.path]  # there is no run in it until all this is done
         with writing(self.path):
-            for path in (*self.states.glob("*"), *self.path.iterdir()):
+            for path in (*self.states.iterdir(), *self.path.iterdir()) if self.held else ():
                 if path.name not in (LOCK, CONFIG, STATES):  # it stays known as a run's, and locked
                     _remove(path)
         self._write_config(settings)
@@ -271,10 +271,10 @@ def evaluation_dir(
 def is_blank(path: Path) -> bool:
     """Return whether a directory is empty but for the lock of a run that did not begin."""
     try:
-        names = {str(p.relative_to(path)) for p in path.rglob("*")}
+        names = {p.name for p in path.iterdir()}
+        return names <= {STATES} and not {p.name for p in (path / STATES).glob("*")} - {LOCK}
     except OSError:
         return False
-    return os.path.isdir(path) and names <= {STATES, f"{STATES}{os.sep}{LOCK}"}
 
 
 def is_run(path: Path) -> bool:
