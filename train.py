@@ -187,7 +187,7 @@ def _train(given: dict[str, Any], stack: ExitStack) -> tuple[int, RunDir]:
             kept.save(best, position)
             start = time.perf_counter()
             scores = predict_all(accelerator, trainer.evaluated, val_loader).scores()
-            row = {
+            row: dict[str, Any] = {
                 "epoch": position.epoch,
                 "train_loss": trained.loss,
                 "train_accuracy": trained.accuracy,

@@ -97,8 +97,8 @@ def push(run: RunDir, name: str, *, images: bool = False, public: bool = False) 
     except UserError:
         raise
     except Exception as error:  # raised by the network, the Hub or the clients of both
-        words = ["hf", "upload", name, str(run.path), ".", "--private"]
-        words += [word for file in names for word in ("--include", file)]
+        words = ["python", "train.py", "--resume", str(run.path), "--push-to-hub", name]
+        words += ["--hub-images"] * images + ["--hub-public"] * public
         raise UserError(
             f"{run.path} could not be uploaded ({error})", f"Try again: {shlex.join(words)}"
         ) from error
