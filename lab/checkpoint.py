@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lab.config import TrainConfig
 from lab.data import DataConfig, Splits, find_dataset
-from lab.data.sources import Split
+from lab.data.sources import Split, normalized
 from lab.distributed import together
 from lab.errors import UserError, name_some
 from lab.models import build_model, find_model
@@ -196,6 +196,8 @@ def read_info(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{path} has format {info['format']}, not {FORMAT}", "Use a newer version of lab"
         )
+    # As class folders are listed; earlier versions kept the form that the file system had.
+    info["class_names"] = [normalized(name) for name in info["class_names"]]
     return info
 
 

@@ -75,6 +75,16 @@ def test_p5_the_file_alone_gives_the_same_logits(saved):
     assert torch.equal(logits(loaded), logits(network))
 
 
+def test_p5_class_names_are_read_in_composed_form(saved, splits):
+    """As class folders are listed, whichever form the weights were written with."""
+    run, network = saved
+    about = checkpoint.about_run(CONFIG, splits, "no")
+    names = ("cafe\u0301", "caf\u00e8", *"23456789")
+    save_best(run, network, {**about, "class_names": names}, ROW)
+    found = checkpoint.read_info(run.best)["class_names"]
+    assert found == ["caf\u00e9", "caf\u00e8", *"23456789"]
+
+
 def test_p5_metadata_holds_all_that_is_needed(saved, splits):
     about = checkpoint.read_info(saved[0].best)
     assert about["model"] == {

@@ -1,10 +1,14 @@
 """Splits: how they are cut, limited, resized, measured and read; P6, what the best is chosen on."""
 
+import builtins
+import errno
 import gzip
 import hashlib
+import io
 import math
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -23,6 +27,7 @@ from lab.data.sources import (
     stratified_cut,
     stratified_sample,
 )
+from lab.errors import UserError
 
 
 def config(dataset, **settings):
@@ -208,6 +213,35 @@ def test_p7_a_damaged_idx_file_is_named(tmp_path, file, damage):
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(ValueError, match=f"{file} is damaged"):
         load("mnist", data_dir=str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("dataset", "file"),
+    [
+        ("mnist", "MNIST/raw/t10k-labels-idx1-ubyte"),
+        ("cifar10", "cifar-10-batches-py/data_batch_1"),
+    ],
+)
+def test_p7_an_unreadable_file_is_not_called_damaged_or_missing(
+    tmp_path, monkeypatch, dataset, file
+):
+    write_idx(tmp_path / "MNIST" / "raw")
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    (tmp_path / "cifar-10-batches-py/data_batch_1").write_bytes(b"x")
+    opened, io_opened = builtins.open, io.open
+
+    def refuse(path, *args, real, **kwargs):  # root may read everything
+        if str(path) == str(tmp_path / file):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "open", partial(refuse, real=opened))
+    monkeypatch.setattr(io, "open", partial(refuse, real=io_opened))
+    with pytest.raises(UserError) as raised:
+        load(dataset, data_dir=str(tmp_path))
+    assert str(raised.value) == (
+        f"cannot read {tmp_path / file} (Permission denied). Check its permissions."
+    )
 
 
 def test_p7_labels_of_other_images_are_refused(tmp_path):

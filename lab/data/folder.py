@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import io
 import os
-import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,8 +16,13 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from lab.data.cache import cached
-from lab.data.sources import Parts, Split
+<<<<<<< HEAD
+from lab.data.sources import Parts, Split, normalized
 from lab.data.workers import BatchReader
+=======
+from lab.data.loaders import BatchDataset, begin_worker
+from lab.data.sources import Parts, Split, normalized
+>>>>>>> splits
 from lab.errors import UserError
 
 try:
@@ -347,8 +351,3 @@ def _refuse(error: OSError) -> NoReturn:
 
 def _is_image(name: str) -> bool:
     return name.lower().endswith(SUFFIXES)
-
-
-def normalized(name: str) -> str:
-    """Return a name in Unicode's composed form (NFC): systems store the same name differently."""
-    return name if name.isascii() else unicodedata.normalize("NFC", name)

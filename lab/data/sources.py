@@ -9,6 +9,7 @@ import gzip
 import http.client
 import os
 import socket
+import unicodedata
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -86,6 +87,11 @@ class Parts:
         """Return the parts that there are, by name."""
         parts = {"train": self.train, "val": self.val, "test": self.test}
         return {name: split for name, split in parts.items() if split is not None}
+
+
+def normalized(name: str) -> str:
+    """Return a name in Unicode's composed form (NFC): systems store the same name differently."""
+    return name if name.isascii() else unicodedata.normalize("NFC", name)
 
 
 def join(splits: Sequence[Split]) -> Split:
@@ -285,6 +291,8 @@ def _read_idx_file(path: Path, num_dims: int) -> Tensor:
         data = torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=header)
         return data.view(shape)
     except (OSError, EOFError, ValueError, RuntimeError, zlib.error) as error:
+        if isinstance(error, PermissionError):
+            raise _unreadable(error) from error
         raise UserError(
             f"{path} is damaged ({error})", "Delete it, so that it is downloaded anew"
         ) from error
@@ -297,6 +305,8 @@ def _read_cifar(name: str, data_dir: str, download: bool) -> Parts:
     def read(train: bool) -> Any:
         try:
             return getattr(datasets, name)(data_dir, train=train)
+        except PermissionError as error:
+            raise _unreadable(error) from error
         except (RuntimeError, OSError):  # missing, or not what its MD5 promises
             return None
 
@@ -315,6 +325,10 @@ def _read_cifar(name: str, data_dir: str, download: bool) -> Parts:
         images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
         splits.append(Split(images, torch.tensor(data.targets), tuple(data.classes)))
     return Parts(splits[0], test=splits[1])
+
+
+def _unreadable(error: OSError) -> UserError:
+    return UserError(f"cannot read {error.filename} ({error.strerror})", "Check its permissions")
 
 
 def _download(name: str, data_dir: str, allowed: bool, missing: Callable[[], bool]) -> None:
