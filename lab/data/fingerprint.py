@@ -10,11 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
-
 from lab.errors import UserError
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
     from lab.data.sources import Split
@@ -61,6 +60,8 @@ def _has_format(recorded: Any) -> bool:
 
 def file_sizes(paths: Sequence[str]) -> np.ndarray:
     """Return the sizes in bytes, int64 [N]; raises `UserError` for what is not a readable file."""
+    import numpy as np  # here: compare.py --help imports this module
+
     return np.fromiter(map(_file_size, paths), np.int64, len(paths))
 
 
