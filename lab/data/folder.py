@@ -16,13 +16,8 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from lab.data.cache import cached
-<<<<<<< HEAD
 from lab.data.sources import Parts, Split, normalized
 from lab.data.workers import BatchReader
-=======
-from lab.data.loaders import BatchDataset, begin_worker
-from lab.data.sources import Parts, Split, normalized
->>>>>>> splits
 from lab.errors import UserError
 
 try:
