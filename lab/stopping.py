@@ -41,9 +41,13 @@ class Stopper:
             self.before = {number: signal.signal(number, self._note) for number in SIGNALS.values()}
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type | None, *_: object) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
+        if kind and self.world_size > 1 and self.received == signal.SIGTERM:
+            # A launcher ends the other processes of one that failed and has said why. Without the
+            # signal, which was noted here, this process would report the lost one as well.
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()

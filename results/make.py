@@ -131,7 +131,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     finished = [str(args.runs / name) for name in wanted if (args.runs / name).exists()]
     command = [sys.executable, str(ROOT / "compare.py"), *finished]
-    command += ["--output", str(args.runs / "comparison")]
+    if len(finished) > 1:
+        command += ["--output", str(args.runs / "comparison")]
     return subprocess.run(command, check=False).returncode if finished else 0
 
 

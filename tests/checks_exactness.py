@@ -66,9 +66,9 @@ TRAININGS = {
     "batch-norm-uneven-parts": "--limit-train 65 --epochs 5 --accumulate 3",
     "hook-bf16": "--comm-hook bf16",
     "hook-powersgd": "--comm-hook powersgd",
-    "dropout": "--model alexnet --dataset shapes --num-samples 50 --limit-eval 10 --epochs 1 "
+    "dropout": "--model alexnet --dataset shapes --num-samples 60 --limit-eval 10 --epochs 1 "
     "--max-steps 3 --batch-size 20 --lr 0.01 --init kaiming",
-    "dropout-seed": "--model alexnet --dataset shapes --num-samples 50 --limit-eval 10 --epochs 1 "
+    "dropout-seed": "--model alexnet --dataset shapes --num-samples 60 --limit-eval 10 --epochs 1 "
     "--max-steps 1 --batch-size 20 --lr 0.01 --init kaiming --seed 7",
 }
 

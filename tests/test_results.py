@@ -66,7 +66,7 @@ def test_rows_are_trained_in_pieces_and_once(tmp_path, monkeypatch, capsys):
     assert {file.name for file in (kept / "first").iterdir()} == {*make.KEPT, "log.txt"}
     assert (kept / "first" / "log.txt").read_text().count("$ python train.py ") == 2
 
-    assert (runs / "comparison" / "comparison.md").exists()
+    assert (runs / "first" / "report.html").exists()
 
     before = (runs / "first.log").read_text()
     monkeypatch.setattr(make, "train", lambda *_: pytest.fail("trained again"))

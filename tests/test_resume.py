@@ -74,8 +74,8 @@ def test_p6_the_weights_of_a_part_of_an_epoch_do_not_outlive_it(tmp_path, monkey
 
     def train_with(accuracies, call):
         class Altered(evaluation.Predictions):
-            def report(self):
-                return super().report() | {"accuracy": next(numbers, 0.0)}
+            def scores(self):
+                return super().scores() | {"accuracy": next(numbers, 0.0)}
 
         def altered(*arguments):
             return Altered(**vars(predict_all(*arguments)))

@@ -28,6 +28,7 @@ from lab.errors import UserError
 SHARED_MEMORY = "/dev/shm"  # on Linux, where workers put batches
 POLL_SECONDS = 1  # how often it is checked that all workers are alive
 TIMEOUT_SECONDS = 300  # for one batch
+DEATH_SECONDS = 10  # between the broken pipe of a worker that is killed and its end
 
 
 class BatchReader:
@@ -173,7 +174,11 @@ class BatchReader:
             except (RuntimeError, OSError, EOFError) as error:
                 timed_out = str(error).startswith("DataLoader timed out")
                 if not timed_out:  # a worker that is just being killed may break its pipe first
-                    connection.wait([w.sentinel for w in iterator._workers], POLL_SECONDS)
+                    sentinels = {worker.sentinel: worker for worker in iterator._workers}
+                    ready: list[Any] = connection.wait(list(sentinels), DEATH_SECONDS)
+                    for sentinel in ready:
+                        # The kernel closes the sentinel's pipe before there is an exit code.
+                        sentinels[sentinel].join(DEATH_SECONDS)
                 exit_codes = [w.exitcode for w in iterator._workers if w.exitcode is not None]
                 if -signal.SIGTERM in exit_codes:
                     raise _WorkersTerminatedError from None
