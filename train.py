@@ -96,6 +96,7 @@ def train(given: dict[str, Any]) -> tuple[int, RunDir]:
     with together(accelerator):
         with console.working(f"reading {config.dataset}"):
             splits = load_splits(DataConfig.of(config), place["memory"], torch.get_num_threads())
+        place["kind"] = splits.choose_loader(place["kind"], place["memory"])
         if state:
             state.require_same_data(splits)
         augment = Preprocess(

@@ -19,7 +19,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from lab import console
 from lab.data.augment import Preprocess
-from lab.data.folder import SUFFIXES, decode, grey, pictures
+from lab.data.decode import decode, grey
+from lab.data.folder import SUFFIXES, pictures
 from lab.data.loaders import begin_worker, shard
 from lab.errors import UserError
 from lab.rundir import write_atomically

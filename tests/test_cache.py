@@ -1,5 +1,6 @@
 """The cache of decoded pictures: read the second time, never stale, never half-written."""
 
+import json
 import multiprocessing
 import os
 import time
@@ -9,8 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from lab.data import cache, folder
-from lab.data.folder import ImageFiles
+from lab.data import cache, decode
+from lab.data.decode import ImageFiles
+from lab.data.sources import histogram
 from lab.errors import UserError
 
 
@@ -18,6 +20,7 @@ from lab.errors import UserError
 def cache_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("LAB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(cache, "FEWEST", 3)
+    monkeypatch.setattr(cache, "IN_USE", set())
     return tmp_path / "cache" / "pictures"
 
 
@@ -35,8 +38,8 @@ def files(tmp_path):
 @pytest.fixture
 def decoded(monkeypatch):
     """The paths that were decoded so far."""
-    paths, decode = [], folder.decode
-    monkeypatch.setattr(folder, "decode", lambda p, size: paths.append(p) or decode(p, size))
+    paths, original = [], decode.decode
+    monkeypatch.setattr(decode, "decode", lambda p, size: paths.append(p) or original(p, size))
     return paths
 
 
@@ -129,12 +132,53 @@ def test_what_was_long_unused_is_deleted_and_nothing_of_others(files, cache_fold
     assert not (cache_folder / "killed.tmp").exists()
 
 
-def test_beyond_the_limit_the_longest_unused_go(files, cache_folder, monkeypatch):
+def test_beyond_the_limit_the_longest_unused_go_but_none_that_the_run_uses(
+    files, cache_folder, monkeypatch
+):
+    """Before, the test split pushed out the training split, which each start decoded anew."""
     monkeypatch.setattr(cache, "KEPT_BYTES", 2000)
+    cache_folder.mkdir(parents=True)
+    other = cache_folder / "of-another-run.uint8"
+    other.write_bytes(bytes(10))
+    os.utime(other, (time.time() - 60,) * 2)
     files.decode_all(1)  # 1,500 bytes
+    assert other.exists()
     ImageFiles(files.paths[:4], 10).decode_all(1)  # 1,200 bytes
-    (left,) = cache_folder.glob("*.uint8")
-    assert left.stat().st_size == 1200
+    assert sorted(path.stat().st_size for path in cache_folder.glob("*.uint8")) == [1200, 1500]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("decoded_before", [True, False])
+def test_the_histogram_is_computed_once_and_equals_that_of_the_images(
+    files, decoded, workers, decoded_before
+):
+    index = torch.tensor([4, 0, 3])
+    images = files[torch.arange(5)]
+    expected = histogram(images[index])
+    decoded.clear()
+    found = files.histogram(index, workers, images if decoded_before else None)
+    assert torch.equal(found, expected)
+    if workers == 1:  # what other processes decode is not seen here
+        assert len(decoded) == (0 if decoded_before else 3)
+    decoded.clear()
+    assert torch.equal(files.histogram(index, 1), expected)
+    assert decoded == []
+    Image.new("RGB", (10, 10)).save(files.paths[3])
+    assert torch.equal(files.histogram(index, 1), histogram(files[index]))
+
+
+@pytest.mark.parametrize("content", ["", "[1, 2", None])
+def test_a_damaged_histogram_is_replaced_and_without_a_cache_it_is_computed(
+    files, cache_folder, monkeypatch, content
+):
+    expected = files.histogram(torch.arange(5), 1)
+    (path,) = cache_folder.glob("*.json")
+    if content is None:
+        monkeypatch.setenv("LAB_CACHE", files.paths[0])  # a file, so no folder can be made of it
+    else:
+        path.write_text(content)
+    assert torch.equal(files.histogram(torch.arange(5), 1), expected)
+    assert json.loads(path.read_text()) == expected.tolist()
 
 
 def forked(call, *given):
@@ -146,14 +190,14 @@ def forked(call, *given):
 
 def die(files):
     """Decodes; killed at the third picture."""
-    decode = folder.decode
+    original = decode.decode
 
     def killed(path, size):
         if path == files.paths[2]:
             os.kill(os.getpid(), 9)
-        return decode(path, size)
+        return original(path, size)
 
-    folder.decode = killed
+    decode.decode = killed
     files.decode_all(1)
 
 
@@ -171,14 +215,14 @@ def test_a_process_killed_while_it_writes_leaves_the_next_one_whole_pictures(
 
 def decode_slowly(files, said):
     """Says how many pictures it decoded, and their sum."""
-    decode, paths = folder.decode, []
+    original, paths = decode.decode, []
 
     def slow(path, size):
         paths.append(path)
         time.sleep(0.2)
-        return decode(path, size)
+        return original(path, size)
 
-    folder.decode = slow
+    decode.decode = slow
     images = files.decode_all(1)
     said.put((len(paths), int(images.long().sum())))
 

@@ -22,7 +22,7 @@ import train
 from lab import recipes
 from lab.data import DataConfig, cache, load_splits
 from lab.data.augment import Preprocess
-from lab.data.folder import ImageFiles
+from lab.data.decode import ImageFiles
 from lab.data.loaders import build_loader
 from lab.data.sources import Split
 from lab.errors import UserError

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 from lab.errors import UserError, suggestion
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from lab.data.sources import Parts, Split
 
 Numbers = tuple[float, ...]
@@ -77,6 +79,7 @@ class DataConfig:
     num_samples: int
     limit_train: int
     limit_eval: int
+    skip_unreadable: bool = False
 
     @classmethod
     def of(cls, settings: Any) -> DataConfig:
@@ -100,22 +103,39 @@ class Splits:
     selected_on: str  # "validation" or "test"
     fingerprints: dict[str, str]  # of "train", "val", "test": which samples are in it
 
+    def choose_loader(self, kind: str, memory: float) -> str:
+        """Return which loader `kind` "auto" stands for: "resident" or "streaming".
+
+        Resident where all splits are in memory and take at most `memory` bytes together.
+        """
+        if kind != "auto":
+            return kind
+        from torch import Tensor
+
+        images = {id(s.images): s.images for s in (self.train, self.val, self.test)}.values()
+        decoded = all(isinstance(one, Tensor) for one in images)
+        fits = sum(math.prod(one.shape) for one in images) <= memory
+        return "resident" if decoded and fits else "streaming"
+
 
 def load_splits(config: DataConfig, memory: float, num_workers: int) -> Splits:
     """The splits of a data set; the same for the same settings, on every process.
 
-    Pictures in files are decoded, by `num_workers` processes, where all of them take at most
-    `memory` bytes, and stay in files otherwise. Raises `UserError` where files are missing,
-    damaged or too few.
+    Images are decoded, by `num_workers` processes, and resized where all splits together take at
+    most `memory` bytes; otherwise that is left to the loader. Raises `UserError` where files are
+    missing, damaged or too few.
     """
     from lab.data.sources import channel_statistics
 
     cut = _cut(config)
+    if config.skip_unreadable:
+        cut = _without_unreadable(cut, num_workers)
     named = _ready(cut, config, memory, num_workers)
     spec = find_dataset(config.dataset)
     mean, std = spec.mean, spec.std
     if mean is None or std is None:
-        mean, std = channel_statistics(named["train"].images)
+        counts = _cached_histogram(cut, named["train"], num_workers)
+        mean, std = channel_statistics(named["train"].images, counts)
     selected_on = "validation" if "val" in named else "test"
     val = named.get("val", named["test"])
     return Splits(named["train"], val, named["test"], mean, std, selected_on, _fingerprints(cut))
@@ -135,16 +155,21 @@ def load_split(
         parts = _read(config)
         if parts.test is not None:
             raise UserError(f"{config.dataset} comes in splits", "Give --split test, val or train")
-        whole = limit(parts.train, config.limit_eval, config.split_seed)
-        return _ready({name: whole}, config, memory, num_workers)[name], None
+        whole = {name: limit(parts.train, config.limit_eval, config.split_seed)}
+        if config.skip_unreadable:
+            whole = _without_unreadable(whole, num_workers)
+        return _ready(whole, config, memory, num_workers)[name], None
     cut = _cut(config)
     if name not in cut:
         raise UserError(
             "this data has no validation split: the best epoch was chosen on the test split",
             "Give --split test",
         )
-    split = _ready({name: cut[name]}, config, memory, num_workers)[name]
-    return split, _fingerprints(cut)[name]
+    one = {name: cut[name]}
+    if config.skip_unreadable:
+        one = _without_unreadable(one, num_workers)
+    keep = _worth_keeping(cut)
+    return _ready(one, config, memory, num_workers, keep)[name], _fingerprints(one)[name]
 
 
 def _read(config: DataConfig) -> Parts:
@@ -169,19 +194,94 @@ def _cut(config: DataConfig) -> dict[str, Split]:
     return cut
 
 
+def _without_unreadable(cut: dict[str, Split], num_workers: int) -> dict[str, Split]:
+    """Return the splits without the images that cannot be decoded, and warn of those.
+
+    After the cut, so that the other samples stay where they are.
+    """
+    import torch
+
+    from lab import console
+    from lab.data.decode import ImageFiles, name_some
+
+    left, reasons = {}, []
+    for name, split in cut.items():
+        if not isinstance(split.images, ImageFiles):
+            raise UserError(
+                "--skip-unreadable is for a directory of images",
+                "Leave it out, or give --dataset folder",
+            )
+        unreadable = split.images.unreadable(num_workers)
+        reasons += [split.images.paths[i] for i in unreadable]
+        keep = torch.ones(len(split.labels), dtype=torch.bool)
+        keep[list(unreadable)] = False
+        left[name] = split.take(keep.nonzero().flatten()) if unreadable else split
+        if name == "train":
+            before, after = (s.labels.unique().tolist() for s in (split, left[name]))
+            empty = [split.class_names[label] for label in set(before) - set(after)]
+            if empty:
+                raise UserError(
+                    f"none of the training images of {', '.join(sorted(empty))} can be read",
+                    "Replace some, or delete the class",
+                )
+    if reasons:
+        console.warn(f"{len(reasons)} images cannot be read and are left out: {name_some(reasons)}")
+    return left
+
+
+def _worth_keeping(cut: dict[str, Split]) -> bool:
+    """Whether all splits together hold enough images to write them to the cache once decoded."""
+    from lab.data import cache
+
+    return sum(len(split.labels) for split in cut.values()) >= cache.FEWEST
+
+
+def _cached_histogram(cut: dict[str, Split], train: Split, num_workers: int) -> Tensor | None:
+    """Return the histogram of the training images in files; None where it is not worth a file."""
+    from torch import Tensor
+
+    from lab.data.decode import ImageFiles
+    from lab.data.sources import sample_positions
+
+    files = cut["train"].images
+    decoded = train.images if isinstance(train.images, Tensor) else None
+    if not isinstance(files, ImageFiles) or (decoded is not None and not _worth_keeping(cut)):
+        return None
+    return files.histogram(sample_positions(len(files)), num_workers, decoded)
+
+
 def _ready(
-    named: dict[str, Split], config: DataConfig, memory: float, num_workers: int
+    named: dict[str, Split],
+    config: DataConfig,
+    memory: float,
+    num_workers: int,
+    keep: bool | None = None,
 ) -> dict[str, Split]:
-    """The splits decoded, where all of them fit into `memory`, and at the image size."""
+    """Return the splits at the image size, and in memory where all of them fit into `memory`.
+
+    `keep`: whether to write decoded images to the cache; None: where these splits are worth it.
+    """
+    from lab.data.decode import UnreadableImages
     from lab.data.sources import in_memory, resize
 
     for name, split in named.items():
         if len(split.labels) == 0:
             title = {"train": "training", "val": "validation"}.get(name, name)
             raise UserError(f"the {title} split is empty", "Add pictures, or change the fractions")
-    if sum(math.prod(split.images.shape) for split in named.values()) <= memory:
-        named = {name: in_memory(split, num_workers) for name, split in named.items()}
-    return {name: resize(split, config.image_size) for name, split in named.items()}
+    named = {name: resize(split, config.image_size) for name, split in named.items()}
+    if sum(math.prod(split.images.shape) for split in named.values()) > memory:
+        return named
+    keep = _worth_keeping(named) if keep is None else keep
+    decoded: dict[str, Split] = {}
+    reasons: dict[str, str] = {}
+    for name, split in named.items():
+        try:
+            decoded[name] = in_memory(split, num_workers, keep)
+        except UnreadableImages as error:  # all splits first, so that one message names all files
+            reasons |= error.reasons
+    if reasons:
+        raise UnreadableImages(reasons)
+    return decoded
 
 
 def _fingerprints(cut: dict[str, Split]) -> dict[str, str]:
