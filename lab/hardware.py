@@ -62,7 +62,7 @@ def _left_in_cgroups(root: Path) -> Iterator[int]:
     the outermost directory is there. (Linux, Documentation/admin-guide/cgroup-v2.rst and -v1.)
     """
     mount = root / "sys/fs/cgroup"
-    with suppress(OSError):
+    with suppress(OSError, ValueError):
         for line in (root / "proc/self/cgroup").read_text().splitlines():
             _, controllers, path = line.split(":", 2)
             if not controllers:

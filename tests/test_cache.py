@@ -1,8 +1,10 @@
 """The cache of decoded pictures: read the second time, never stale, never half-written."""
 
 import json
+import math
 import multiprocessing
 import os
+import shutil
 import time
 
 import numpy as np
@@ -10,9 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from lab.data import cache, decode
+from lab.data import DataConfig, cache, decode, load_split, load_splits
 from lab.data.decode import ImageFiles
-from lab.data.sources import histogram
+from lab.data.sources import channel_statistics, histogram
 from lab.errors import UserError
 
 
@@ -179,6 +181,31 @@ def test_a_damaged_histogram_is_replaced_and_without_a_cache_it_is_computed(
         path.write_text(content)
     assert torch.equal(files.histogram(torch.arange(5), 1), expected)
     assert json.loads(path.read_text()) == expected.tolist()
+
+
+@pytest.mark.parametrize("memory", [math.inf, 0], ids=["resident", "streaming"])
+def test_a_folder_of_enough_images_is_decoded_once_whatever_its_splits_hold(
+    files, decoded, tmp_path, monkeypatch, memory
+):
+    """Streamed, the second start decodes none either: mean and deviation are known."""
+    for i, path in enumerate(files.paths * 3):
+        (tmp_path / f"data/{'ab'[i % 2]}").mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, tmp_path / f"data/{'ab'[i % 2]}/{i}.png")
+    config = DataConfig("folder", str(tmp_path / "data"), 10, 0.2, 0.2, 0, 0, 0, 0)
+    monkeypatch.setattr(cache, "FEWEST", 15)
+    first = load_splits(config, memory, 1)
+    assert len(set(decoded)) == (15 if memory else 10)
+    decoded.clear()
+    second = load_splits(config, memory, 1)
+    assert decoded == []
+    assert (second.mean, second.std) == (first.mean, first.std)
+    if memory:
+        for name in ("train", "val", "test"):
+            alone, _ = load_split(config, name, memory, 1)
+            assert torch.equal(alone.images, getattr(first, name).images)
+        assert decoded == []
+    images = first.train.images[torch.arange(10)]
+    assert (first.mean, first.std) == channel_statistics(images)
 
 
 def forked(call, *given):

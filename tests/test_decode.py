@@ -1,4 +1,4 @@
-"""Files that are not what they seem: never another program, never a wait, never all of the memory."""
+"""Files that are not what they seem start no program, make nobody wait, and fill no memory."""
 
 import io
 import os
@@ -22,6 +22,11 @@ def reason(path) -> str:
     what = caught.value.what
     assert what.startswith(f"cannot read the picture {path} (")
     return what.partition(" (")[2].removesuffix(")")
+
+
+def warned(recwarn) -> list[str]:
+    """All warnings but torchvision's own, that it will drop its decoders."""
+    return [str(w.message) for w in recwarn if "deprecated" not in str(w.message)]
 
 
 @pytest.fixture
@@ -66,7 +71,7 @@ def test_damaged_metadata_leaves_the_image_as_it_is(tmp_path, recwarn, image, na
     image.save(tmp_path / f"plain-{name}", quality=95)
     plain = decode(str(tmp_path / f"plain-{name}"), 24)
     assert torch.equal(decode(str(tmp_path / name), 24), plain)
-    assert not recwarn.list
+    assert warned(recwarn) == []
 
 
 @pytest.mark.parametrize("kind", ["EPS", "TIFF", "PPM", "ICO"])
@@ -104,11 +109,11 @@ def test_pixels_are_limited_before_any_is_decoded(tmp_path, monkeypatch, recwarn
     def refuse(*_, **__):
         pytest.fail("it was decoded")
 
+    (tmp_path / "x.png").write_bytes(claim(kind, width, 10_000))
     monkeypatch.setattr(module, "decode_jpeg", refuse)
     monkeypatch.setattr(Image.Image, "load", refuse)
-    (tmp_path / "x.png").write_bytes(claim(kind, width, 10_000))
     assert reason(tmp_path / "x.png") == "more than 100 million pixels"
-    assert not recwarn.list
+    assert warned(recwarn) == []
 
 
 def test_the_pixel_limit_itself_is_decoded(tmp_path, monkeypatch, recwarn, image):
@@ -117,7 +122,7 @@ def test_the_pixel_limit_itself_is_decoded(tmp_path, monkeypatch, recwarn, image
     for name in ("x.jpg", "x.png", "x.webp", "x.bmp"):
         image.save(tmp_path / name)
         assert decode(str(tmp_path / name), 16).shape == (3, 16, 16)
-    assert not recwarn.list
+    assert warned(recwarn) == []
 
 
 def test_what_is_no_regular_file_is_not_opened(tmp_path):

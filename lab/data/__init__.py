@@ -204,7 +204,7 @@ def _without_unreadable(cut: dict[str, Split], num_workers: int) -> dict[str, Sp
     from lab import console
     from lab.data.decode import ImageFiles, name_some
 
-    left, reasons = {}, []
+    left, unread = {}, []
     for name, split in cut.items():
         if not isinstance(split.images, ImageFiles):
             raise UserError(
@@ -212,7 +212,7 @@ def _without_unreadable(cut: dict[str, Split], num_workers: int) -> dict[str, Sp
                 "Leave it out, or give --dataset folder",
             )
         unreadable = split.images.unreadable(num_workers)
-        reasons += [split.images.paths[i] for i in unreadable]
+        unread += [split.images.paths[i] for i in unreadable]
         keep = torch.ones(len(split.labels), dtype=torch.bool)
         keep[list(unreadable)] = False
         left[name] = split.take(keep.nonzero().flatten()) if unreadable else split
@@ -224,8 +224,9 @@ def _without_unreadable(cut: dict[str, Split], num_workers: int) -> dict[str, Sp
                     f"none of the training images of {', '.join(sorted(empty))} can be read",
                     "Replace some, or delete the class",
                 )
-    if reasons:
-        console.warn(f"{len(reasons)} images cannot be read and are left out: {name_some(reasons)}")
+    if unread:
+        images = f"{len(unread)} image{'s' if len(unread) > 1 else ''}"
+        console.warn(f"left out {images} that cannot be read: {name_some(unread)}")
     return left
 
 
