@@ -94,12 +94,24 @@ def test_a_damaged_file_is_replaced(files, cache_folder, content):
     assert torch.equal(files.decode_all(1), expected)
 
 
-def test_a_damaged_picture_leaves_nothing(files, cache_folder):
+def test_a_damaged_picture_leaves_no_images_but_its_name(files, decoded, cache_folder):
+    """The other processes of a host wait; they must not decode all again to say the same."""
     with open(files.paths[3], "wb") as file:
         file.write(b"no picture")
     with pytest.raises(UserError, match=r"cannot read the picture .*3\.png"):
         files.decode_all(1)
-    assert [p.suffix for p in cache_folder.iterdir()] == [".lock"]
+    assert sorted(p.suffix for p in cache_folder.iterdir()) == [".json", ".lock"]
+    decoded.clear()
+    with pytest.raises(UserError, match=r"cannot read the picture .*3\.png"):
+        files.decode_all(1)
+    assert decoded == [files.paths[3]]
+    assert list(files.unreadable(1)) == [3]
+    (path,) = cache_folder.glob("*.json")
+    path.write_text(f'[[1, "a disk that failed for a moment: {files.paths[1]}"]]')
+    with pytest.raises(UserError, match=r"cannot read the picture .*3\.png"):
+        files.decode_all(1)
+    Image.new("RGB", (10, 10)).save(files.paths[3])
+    assert torch.equal(files.decode_all(1), files[torch.arange(5)])
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(files, cache_folder, monkeypatch):
@@ -208,6 +220,22 @@ def test_a_folder_of_enough_images_is_decoded_once_whatever_its_splits_hold(
     assert (first.mean, first.std) == channel_statistics(images)
 
 
+def test_workers_send_nothing_through_shared_memory(files, monkeypatch):
+    """Containers keep /dev/shm small; where it was full, decoding hung for ever."""
+    reducers = multiprocessing.reduction.ForkingPickler._extra_reducers
+    original, sent = reducers[torch.Tensor], multiprocessing.get_context("fork").Value("i", 0)
+
+    def send(tensor):
+        sent.value += 1
+        return original(tensor)
+
+    monkeypatch.setitem(reducers, torch.Tensor, send)
+    assert torch.equal(files.decode_all(2), files[torch.arange(5)])
+    assert files.histogram(torch.arange(5), 2).sum() == 1500
+    assert files.unreadable(2) == {}
+    assert sent.value == 0
+
+
 def forked(call, *given):
     """A process that is a copy of this one, and calls."""
     process = multiprocessing.get_context("fork").Process(target=call, args=given)
@@ -240,7 +268,15 @@ def test_a_process_killed_while_it_writes_leaves_the_next_one_whole_pictures(
     assert not list(cache_folder.glob("*.tmp"))
 
 
-def decode_slowly(files, said):
+def images_sum(files):
+    return int(files.decode_all(1).long().sum())
+
+
+def histogram_sum(files):
+    return int((files.histogram(torch.arange(5), 1) * torch.arange(256)).sum())
+
+
+def decode_slowly(files, said, count):
     """Says how many pictures it decoded, and their sum."""
     original, paths = decode.decode, []
 
@@ -250,13 +286,14 @@ def decode_slowly(files, said):
         return original(path, size)
 
     decode.decode = slow
-    images = files.decode_all(1)
-    said.put((len(paths), int(images.long().sum())))
+    total = count(files)
+    said.put((len(paths), total))
 
 
-def test_of_two_processes_at_once_one_decodes_and_the_other_reads(files):
+@pytest.mark.parametrize("count", [images_sum, histogram_sum])
+def test_of_two_processes_at_once_one_decodes_and_the_other_reads(files, count):
     said = multiprocessing.get_context("fork").SimpleQueue()
-    both = [forked(decode_slowly, files, said) for _ in "ab"]
+    both = [forked(decode_slowly, files, said, count) for _ in "ab"]
     for process in both:
         process.join(120)
     assert [process.exitcode for process in both] == [0, 0]

@@ -62,27 +62,38 @@ def cached_json(key: str, compute: Callable[[], Any]) -> Any:
     As JSON leaves it; the others wait. Where nothing can be written, each process computes it.
     """
     with ExitStack() as held:
-        path = folder() / f"{key}.json"
         with suppress(OSError):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            held.enter_context(FileLock(path.with_suffix(".lock")))
-        with suppress(OSError, ValueError):
-            result = json.loads(path.read_text())
-            _mark_as_used(path)
-            return result
-        result = json.loads(json.dumps(compute()))
-        temporary = path.with_suffix(".tmp")
-        with suppress(OSError):
-            try:
-                with open(temporary, "w") as file:
-                    json.dump(result, file)
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(temporary, path)
-            finally:
-                temporary.unlink(missing_ok=True)
-            _mark_as_used(path)
+            folder().mkdir(parents=True, exist_ok=True)
+            held.enter_context(FileLock(folder() / f"{key}.lock"))
+        result = load_json(key)
+        if result is None:
+            result = json.loads(json.dumps(compute()))
+            store_json(key, result)
     return result
+
+
+def load_json(key: str) -> Any:
+    """Return what `store_json` stored; None where there is nothing, or not all of it."""
+    path = folder() / f"{key}.json"
+    with suppress(OSError, ValueError):
+        result = json.loads(path.read_text())
+        _mark_as_used(path)
+        return result
+    return None
+
+
+def store_json(key: str, value: Any) -> None:
+    """Write a value, whole or not at all; a disk that is full or not to be written is no error."""
+    temporary = folder() / f"{key}-{os.getpid()}.tmp"
+    with suppress(OSError):
+        try:
+            with open(temporary, "w") as file:
+                json.dump(value, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, folder() / f"{key}.json")
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def _mark_as_used(path: Path) -> None:

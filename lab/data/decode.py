@@ -88,15 +88,24 @@ class ImageFiles:
 
         def fill(images: Tensor) -> None:
             reasons: dict[str, str] = {}
+            key = keep and self._unreadable_key()
+            if key and (known := cache.load_json(key)):
+                # Another process has just failed: tell of the same files, in an instant.
+                reasons = self._reasons(torch.tensor([i for i, _ in known]))
+                if reasons:
+                    raise UnreadableImages(reasons)
             batches = self._batches(torch.arange(len(self)), num_workers)
             decoded = _in_workers(self._decode_array, batches, num_workers)
             for index, (part, unreadable) in zip(batches, decoded, strict=True):
                 images[index[0] : index[-1] + 1] = torch.from_numpy(part)
                 reasons |= unreadable
             if reasons:
+                if key:
+                    cache.store_json(key, self._positions(reasons))
                 raise UnreadableImages(reasons)
 
-        if len(self) >= cache.FEWEST if keep is None else keep:
+        keep = len(self) >= cache.FEWEST if keep is None else keep
+        if keep:
             return cache.cached(cache.key_of(self.paths, self.size), self.shape, fill)
         images = torch.empty(tuple(self.shape), dtype=torch.uint8)
         fill(images)
@@ -138,10 +147,15 @@ class ImageFiles:
             found: dict[str, str] = {}
             for reasons in _in_workers(self._reasons, batches, num_workers):
                 found |= reasons
-            return [(i, found[path]) for i, path in enumerate(self.paths) if path in found]
+            return self._positions(found)
 
-        key = cache.key_of(self.paths, self.size, change_time=True)
-        return {int(i): what for i, what in cache.cached_json(f"{key}-unreadable", check)}
+        return {int(i): what for i, what in cache.cached_json(self._unreadable_key(), check)}
+
+    def _unreadable_key(self) -> str:
+        return cache.key_of(self.paths, self.size, change_time=True) + "-unreadable"
+
+    def _positions(self, reasons: Mapping[str, str]) -> list[tuple[int, str]]:
+        return [(i, reasons[path]) for i, path in enumerate(self.paths) if path in reasons]
 
     def _batches(self, index: Tensor, num_workers: int) -> Sequence[Tensor]:
         # About 2 MB each, as they are sent between processes; fewer so that all have their share.
@@ -159,8 +173,8 @@ class ImageFiles:
                 reasons[self.paths[i]] = error.what
         return images, reasons
 
-    # What workers return holds no tensors: PyTorch would send them through /dev/shm, which
-    # containers keep small.
+    # What workers get and return holds no tensors: PyTorch would send them through /dev/shm,
+    # which containers keep small.
 
     def _decode_array(self, index: Tensor) -> tuple[np.ndarray, dict[str, str]]:
         images, reasons = self._decode(index)
@@ -180,8 +194,8 @@ class _Calls(Dataset):
     def __init__(self, function: Callable[[Tensor], Any]):
         self.function = function
 
-    def __getitem__(self, index: Tensor) -> Any:
-        return self.function(index)
+    def __getitem__(self, index: list[int]) -> Any:
+        return self.function(torch.tensor(index))
 
 
 def _in_workers(
@@ -194,7 +208,7 @@ def _in_workers(
     return iter(
         DataLoader(
             _Calls(function),
-            sampler=batches,
+            sampler=[batch.tolist() for batch in batches],
             batch_size=None,
             collate_fn=_unchanged,
             num_workers=min(num_workers, len(batches)) if num_workers > 1 else 0,
