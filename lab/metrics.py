@@ -13,10 +13,21 @@ from torch import Tensor
 
 
 def confusion_matrix(labels: Tensor, predictions: Tensor, num_classes: int) -> Tensor:
-    """Counts int64 [K, K]: row = true class, column = predicted class; from int64 [N] each."""
+    """Return counts, int64 [K, K]: row = true class, column = predicted class; from int64 [N] each.
+
+    Raises `ValueError` if a class is not in 0 ... K - 1, or the counts do not sum to N.
+    """
+    for name, classes in (("label", labels), ("prediction", predictions)):
+        # It would be counted in the cell of other classes.
+        if len(classes) and not 0 <= int(classes.min()) <= int(classes.max()) < num_classes:
+            raise ValueError(f"a {name} is not one of the {num_classes} classes")
     cells = torch.bincount(labels * num_classes + predictions, minlength=num_classes**2)
     matrix = cells.view(num_classes, num_classes)
-    assert int(matrix.sum()) == len(labels)
+    if not int(matrix.sum()) == len(labels) == len(predictions):
+        raise ValueError(
+            f"the confusion matrix of {len(labels)} labels and {len(predictions)} predictions "
+            f"holds {int(matrix.sum())} samples"
+        )
     return matrix
 
 

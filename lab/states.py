@@ -198,8 +198,8 @@ def _best(run: RunDir, about: Mapping[str, Any]) -> dict[str, Any]:
         info = read_info(run.best)
         read_tensors(run.best)  # else the run's end would be the first to see that they are damaged
         kept = {**info["metrics"], "epoch": info["best_epoch"]}
-        assert isinstance(kept[f"val_{about['config']['select_by']}"], float)
-    except (UserError, LookupError, TypeError, AssertionError) as error:
+        require_types(kept, {f"val_{about['config']['select_by']}": float})
+    except (ValueError, LookupError, TypeError) as error:
         console.warn(f"{error} The best epoch is chosen anew.")
         return {}
     return kept

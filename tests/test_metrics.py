@@ -73,10 +73,21 @@ def test_p1_confusion_matrix_counts_each_sample_once_in_its_cell(num_samples, nu
     assert torch.equal(matrix, naive)
 
 
-@pytest.mark.parametrize("wrong", [3, 9])
-def test_p1_a_class_beyond_the_known_is_not_swallowed(wrong):
-    with pytest.raises((AssertionError, RuntimeError)):
-        confusion_matrix(torch.tensor([0, 2]), torch.tensor([0, wrong]), 3)
+@pytest.mark.parametrize("wrong", [-1, 3, 9])
+@pytest.mark.parametrize("other", [0, 1, 2])
+def test_p1_a_class_beyond_the_known_is_not_swallowed(wrong, other):
+    right, spoiled = torch.tensor([0, other]), torch.tensor([0, wrong])
+    with pytest.raises(ValueError, match="a prediction is not one of the 3 classes"):
+        confusion_matrix(right, spoiled, 3)
+    with pytest.raises(ValueError, match="a label is not one of the 3 classes"):
+        confusion_matrix(spoiled, right, 3)
+
+
+@pytest.mark.parametrize("counts", [(1, 4), (4, 1)])
+def test_p1_a_confusion_matrix_of_other_samples_raises(counts):
+    labels, predictions = (torch.zeros(count, dtype=torch.int64) for count in counts)
+    with pytest.raises(ValueError, match="holds 4 samples"):
+        confusion_matrix(labels, predictions, 3)
 
 
 def test_rows_are_true_classes_and_columns_predicted():
