@@ -78,8 +78,9 @@ def predict_all(
 
     `tta` "flip": of each picture and its mirror image together (`lab.tta`).
     `network` is the plain one: processes may have different numbers of batches, and
-    DistributedDataParallel's forward would wait for its peers. A sample that was not seen, or seen
-    twice, raises AssertionError.
+    DistributedDataParallel's forward would wait for its peers.
+
+    Raises `RuntimeError`, on every process, if a sample was not seen exactly once.
     """
     if accelerator.num_processes > 1:  # BatchNorm's statistics are each process's own until here
         for buffer in network.buffers():
@@ -98,9 +99,11 @@ def predict_all(
             table.index_add_(1, batch.index, torch.stack([c.float() for c in columns]))
     table = accelerator.reduce(table).cpu()
     seen, labels, predictions, confidence, losses = table
-    assert bool((seen == 1).all()), (
-        f"{int((seen == 0).sum())} samples unseen, {int((seen > 1).sum())} seen more than once"
-    )
+    if not bool((seen == 1).all()):  # the reduced table is the same everywhere: all raise
+        raise RuntimeError(
+            f"the evaluation did not see every sample exactly once: of {len(seen)} samples, "
+            f"{int((seen == 0).sum())} were missing and {int((seen > 1).sum())} repeated"
+        )
     return Predictions(
         labels.long(),
         predictions.long(),

@@ -12,26 +12,43 @@ import torch
 from torch import Tensor
 
 
+def check_classes(labels: Tensor, predictions: Tensor, num_classes: int) -> None:
+    """Check that every class is in 0 ... K - 1. Raise `ValueError`.
+
+    Another one would be counted in the cell of other classes.
+    """
+    for name, classes in (("label", labels), ("prediction", predictions)):
+        if len(classes) and not 0 <= int(classes.min()) <= int(classes.max()) < num_classes:
+            raise ValueError(f"a {name} is not one of the {num_classes} classes")
+
+
 def confusion_matrix(labels: Tensor, predictions: Tensor, num_classes: int) -> Tensor:
-    """Counts int64 [K, K]: row = true class, column = predicted class; from int64 [N] each."""
+    """Return counts, int64 [K, K]: row = true class, column = predicted class; from int64 [N] each.
+
+    Raises `ValueError` if a class is not in 0 ... K - 1, or the counts do not sum to N.
+    """
+    check_classes(labels, predictions, num_classes)
     cells = torch.bincount(labels * num_classes + predictions, minlength=num_classes**2)
     matrix = cells.view(num_classes, num_classes)
-    if int(matrix.sum()) != len(labels):
-        raise RuntimeError(f"the confusion matrix sums to {int(matrix.sum())}, not {len(labels)}")
+    if not int(matrix.sum()) == len(labels) == len(predictions):
+        raise ValueError(
+            f"the confusion matrix of {len(labels)} labels and {len(predictions)} predictions "
+            f"sums to {int(matrix.sum())}"
+        )
     return matrix
 
 
 def per_class(labels: Tensor, predictions: Tensor, num_classes: int) -> dict[str, Tensor]:
     """Return precision, recall, f1 (float64 [K]) and support (int64 [K]).
 
-    Counts classes without the K x K matrix; `labels` and `predictions` are int64 [N].
+    Counts classes without the K x K matrix; `labels` and `predictions` are int64 [N]. Raises
+    `ValueError` if a class is not in 0 ... K - 1.
     """
+    check_classes(labels, predictions, num_classes)
     hits, predicted, support = (
         torch.bincount(classes, minlength=num_classes)
         for classes in (labels[labels == predictions], predictions, labels)
     )
-    if not len(predicted) == len(support) == num_classes:
-        raise RuntimeError(f"a label or a prediction is not one of the {num_classes} classes")
     hits = hits.double()
     return {
         "precision": hits / predicted.clamp(min=1),

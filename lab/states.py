@@ -232,8 +232,8 @@ def _best(run: RunDir, about: Mapping[str, Any]) -> dict[str, Any]:
         read_tensors(run.best)  # else the run's end would be the first to see that they are damaged
         # Metrics that are not finite are null there.
         kept = {k: math.nan if v is None else v for k, v in info["metrics"].items()}
-        assert isinstance(kept[f"val_{about['config']['select_by']}"], float)
-    except (UserError, LookupError, TypeError, AttributeError, AssertionError) as error:
+        require_types(kept, {f"val_{about['config']['select_by']}": float})
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         console.warn(f"{error} The best epoch is chosen anew.")
         return {}
     before = info["best_epoch"] < about["position"]["epoch"]

@@ -24,7 +24,8 @@ from lab.data import DataConfig
 from lab.data.augment import Preprocess
 from lab.data.folder import read_folder
 from lab.data.loaders import build_loader
-from lab.data.sources import in_memory
+from lab.data.sources import Split, in_memory
+from lab.data.toy import make_shapes
 from lab.distributed import build_accelerator, loader_place
 from lab.errors import run_script
 from lab.evaluation import predict_all
@@ -80,6 +81,7 @@ def main() -> None:
     accelerator = build_accelerator(mixed_precision="no", threads=1)
     results = {
         "evaluations": evaluations(accelerator, pictures),
+        "missing": error_of_a_missing_batch(accelerator),
         **trainings(output, pictures),
     }
     evaluate.main([str(output / "plain"), "--threads", "1", "--quiet"])
@@ -113,6 +115,23 @@ def evaluations(accelerator: Accelerator, pictures: Path) -> dict:
                         "report": found.report(),
                     }
     return results
+
+
+def error_of_a_missing_batch(accelerator: Accelerator) -> str:
+    """Return the error of predict_all when the last process skips its last batch."""
+    pictures, labels = make_shapes(101, seed=7)
+    split = Split(pictures, labels, tuple("0123456789"))
+    place = loader_place(accelerator, "resident", workers=0)
+    preprocess = Preprocess((0.5,) * 3, (0.25,) * 3, (), accelerator.device)
+    loader = build_loader(split, preprocess, batch_size=20, seed=None, **place)
+    if accelerator.is_last_process:
+        batches = list(loader.batches())[:-1]
+        loader.batches = lambda: iter(batches)
+    try:
+        predict_all(accelerator, some_network(accelerator.process_index), loader)
+    except RuntimeError as error:
+        return str(error)
+    return ""
 
 
 def some_network(rank: int) -> nn.Module:

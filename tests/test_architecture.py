@@ -1,4 +1,4 @@
-"""The layout of docs/design.md, held: who may import whom, what is imported when."""
+"""The layout of docs/design.md, held: who may import whom, and what is imported when."""
 
 import ast
 import subprocess

@@ -157,6 +157,23 @@ def test_p4_a_pickle_is_never_read(run, capfd, kind):
     assert error == "error: no state of run is whole. Start a new run."
 
 
+def test_p4_a_run_is_written_and_read_without_pickle(run, capfd, monkeypatch):
+    """No function of pickle may be called, also not by a library."""
+
+    def refuse(*_, **__):
+        raise AssertionError("a pickle is read or written")
+
+    for name in ("dump", "dumps", "load", "loads", "Pickler", "Unpickler"):
+        monkeypatch.setattr(pickle, name, refuse)
+    for name in ("load", "save"):
+        monkeypatch.setattr(torch, name, refuse)
+    words = ("--resume", run, "--quiet", "--max-steps", 15)
+    assert ends(capfd, train, *words) == (0, [], [])
+    words = ("--max-steps", 2, "--save-every", 1, "--output-dir", ".", "--name", "new")
+    assert ends(capfd, train, *WORDS, *words) == (0, [], [])
+    assert ends(capfd, evaluate, "new", "--quiet") == (0, [], [])
+
+
 def test_p4_pickles_beside_a_state_are_left_alone(run, capfd):
     for folder in (run, run / "state", run / "state/step-00000014"):
         for name in ("optimizer.pt", "optimizer.bin", "random_states_0.pkl", "scheduler.bin"):

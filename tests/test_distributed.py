@@ -115,6 +115,12 @@ def test_p1_the_report_equals_scikit_learns(worlds, case):
     assert report["macro_f1"] == pytest.approx(macro, abs=1e-9)
 
 
+def test_p1_a_batch_that_one_process_leaves_out_raises_on_all(worlds):
+    for world in worlds.values():
+        for process in world.processes:
+            assert "of 101 samples, 1 were missing and 0 repeated" in process["missing"]
+
+
 def test_p1_both_loaders_say_the_same(worlds):
     found = worlds[1].processes[0]["evaluations"]
     for case in EVALUATIONS:

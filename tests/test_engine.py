@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from trainers import FakeWorld
 
 from lab.config import TrainConfig
 from lab.data.augment import Preprocess
@@ -81,6 +82,26 @@ def test_p2_a_part_of_a_batch_weighs_by_its_samples(accelerator):
     before, gradient = weights(trainer.network), mean_gradient(trainer.network, batch)
     train_step(trainer, batch)
     assert torch.allclose(before - weights(trainer.network), gradient * 3 / 12, atol=1e-6)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("sizes", [(4, 4), (3, 2), (1, 0), (2, 2, 1), (1, 0, 0)])
+def test_p2_the_mean_of_the_processes_steps_is_the_step_of_one_process(
+    accelerator, sizes, accumulate
+):
+    """DistributedDataParallel averages the gradients of the processes."""
+    whole, start, steps = make_batch(sum(sizes)), 0, []
+    for size in sizes:
+        trainer = make_trainer(accelerator, accumulate=accumulate)
+        trainer.accelerator = FakeWorld(accelerator, len(sizes))
+        before, part = weights(trainer.network), slice(start, start + size)
+        index = whole.index[part]
+        batch = Batch(whole.images[part], whole.labels[part], index, whole.num_global)
+        train_step(trainer, batch)
+        steps.append(before - weights(trainer.network))
+        start += size
+    gradient = mean_gradient(make_trainer(accelerator).network, whole)
+    assert torch.allclose(torch.stack(steps).mean(0), gradient, atol=1e-6)
 
 
 @pytest.mark.parametrize("accumulate", [1, 4])
@@ -296,6 +317,21 @@ def test_p2_dropout_depends_on_the_step_and_the_seed_alone(accelerator):
     assert torch.equal(trained_weights(), first)
     assert not torch.equal(trained_weights(seed=43), first)
     assert not torch.equal(trained_weights(first_step=5), first)
+
+
+def test_p2_dropout_differs_between_processes(accelerator):
+    """Each process draws masks for its own samples."""
+
+    def trained_weights(rank):
+        torch.manual_seed(0)
+        network = build_model("lenet5", num_classes=10, channels=1, image_size=28)
+        network.classifier.insert(0, nn.Dropout(0.5))
+        trainer = prepare(accelerator, network, TrainConfig(**PLAIN | {"dataset": "digits"}))
+        trainer.accelerator = FakeWorld(accelerator, 2, rank)
+        train(trainer)
+        return weights(trainer.network)
+
+    assert not torch.equal(trained_weights(0), trained_weights(1))
 
 
 @pytest.mark.parametrize(("dropout", "expected"), [(-1.0, 0.5), (0.0, 0.0), (0.25, 0.25)])

@@ -7,6 +7,7 @@ import resource
 import sys
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from worlds import python, run
 
 import train
 from export import ExportConfig
-from lab import recipes
+from lab import distributed, recipes
 from lab.commandline import parse_arguments
 from lab.comparison import CompareConfig
 from lab.config import EvalConfig
@@ -169,6 +170,22 @@ def test_p7_a_traceback_comes_with_debug_alone(monkeypatch, capsys):
 def test_p7_an_error_survives_the_way_between_processes():
     error = pickle.loads(pickle.dumps(UserError("a.", "b.", lone=True)))
     assert (error.what, error.hint, error.lone, str(error)) == ("a", "b", True, "a. b.")
+
+
+@pytest.mark.parametrize("own", [UserError("what", "Hint"), None])
+def test_p7_a_mistake_of_one_process_is_raised_on_all(monkeypatch, own):
+    """On the process that made it, and on the other, which learns of it by gathering."""
+    gathered = [("what", "Hint"), None]  # by rank
+
+    def gather_object(said):
+        assert said == (gathered[:1] if own else gathered[1:])
+        return gathered
+
+    monkeypatch.setattr(distributed, "gather_object", gather_object)
+    with pytest.raises(UserError, match=r"^what\. Hint\.$"):  # noqa: SIM117, PT012
+        with distributed.together(SimpleNamespace(num_processes=2)):
+            if own:
+                raise own
 
 
 def test_p7_asking_for_too_much_memory_is_a_users_mistake(capsys):

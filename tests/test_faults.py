@@ -225,6 +225,15 @@ def test_p3_a_disk_that_is_full_at_any_write_loses_that_state_alone(run, tmp_pat
     every_fault(run, tmp_path, lambda run: save(run, 30), check, full=True, lasting=lasting)
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_p3_weights_that_are_not_finite_are_not_saved(run, capsys, bad):
+    network = SimpleNamespace(named_parameters=lambda: [("weight", None)])
+    writer = SimpleNamespace(run=run, trainer=SimpleNamespace(config=CONFIG, network=network))
+    keeper.Keeper._write(writer, {"network.weight": torch.tensor([1.0, bad])}, about(30))
+    assert require_whole(run, (10, 20)) == 20
+    assert "step-00000030 is not written: " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("room", [0, 1, len(json.dumps(row(4)))])  # the last: all but its end
 def test_p3_a_line_that_does_not_fit_leaves_no_part(run, monkeypatch, room):
     class Filling(io.FileIO):

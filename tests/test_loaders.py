@@ -254,6 +254,29 @@ def test_p2_a_sample_is_augmented_alike_whatever_the_batch_size(pictures):
     assert not torch.equal(images[0], other)
 
 
+def test_p2_the_order_depends_on_the_seed_and_the_epoch():
+    def order(seed, epoch):
+        return Plan(50, 10, seed, 0, 1).order(epoch)
+
+    assert torch.equal(order(3, 2), order(3, 2))
+    assert not torch.equal(order(3, 1), order(3, 2))
+    assert not torch.equal(order(4, 2), order(3, 2))
+
+
+@pytest.mark.parametrize("kind", ["resident", "streaming"])
+def test_p2_augmentation_depends_on_the_seed_and_the_epoch(pictures, kind):
+    def augmented(seed, epoch):
+        found = torch.empty(NUM_FILES, 3, SIZE, SIZE)
+        for batch in make_loader(pictures[0], kind, seed=seed).batches(epoch):
+            found[batch.index] = batch.images
+        return found
+
+    first = augmented(3, 2)
+    assert torch.equal(augmented(3, 2), first)
+    assert not torch.equal(augmented(3, 1), first)
+    assert not torch.equal(augmented(4, 2), first)
+
+
 def built(split, kind, memory=math.inf, workers=2, **settings):
     settings = {"batch_size": 4, "seed": 0, "rank": 0, "world_size": 1} | settings
     preprocess = Preprocess((0.5,), (0.5,), (), CPU)

@@ -13,6 +13,7 @@ from worlds import python, run, run_all, torchrun
 import train
 from lab import checkpoint, evaluation, rundir
 from lab.hardware import multiplies_bfloat16
+from lab.states import POSITION, State
 
 VARIANTS = {
     "nesterov": [*LENET, "--optimizer", "nesterov", "--lr", "0.05", "--clip-norm", "1"],
@@ -209,6 +210,19 @@ def test_auto_begins_again_what_was_killed_before_its_first_state(tmp_path, monk
 
 
 # Other numbers of processes
+
+
+@pytest.mark.parametrize("num_processes", [1, 2, 3])
+def test_p3_another_number_of_processes_counts_each_sample_once(tmp_path, num_processes):
+    """A checkpoint of two processes, one of which skipped a step, is resumed on another number."""
+    position = dict.fromkeys(POSITION, 0) | {"epoch": 2, "batch": 5, "step": 13}
+    about = {"position": position, "sums": [[3.0, 2.0, 5.0], [4.0, 1.0, 4.0]]}
+    state = State(rundir.RunDir(tmp_path), about, {})
+    found = [state.position(rank, num_processes) for rank in range(num_processes)]
+    assert sum(p.sums[0].item() for p in found) == 7
+    assert sum(p.sums[1].item() for p in found) == 3
+    assert min(p.sums[2].item() for p in found) == 4
+    assert {(p.epoch, p.batch, p.step) for p in found} == {(2, 5, 13)}
 
 
 def order(folder):

@@ -6,6 +6,8 @@ import gzip
 import hashlib
 import io
 import math
+import os
+import pickle
 from collections import Counter
 from dataclasses import replace
 from functools import partial
@@ -14,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from mistakes import make_picture
+from torchvision import datasets
 from torchvision.transforms import v2
 
 from lab.config import TrainConfig
@@ -250,6 +253,27 @@ def test_p7_labels_of_other_images_are_refused(tmp_path):
     (raw / "train-labels-idx1-ubyte").write_bytes((raw / "t10k-labels-idx1-ubyte").read_bytes())
     with pytest.raises(ValueError, match="do not belong together"):
         load("mnist", data_dir=str(tmp_path))
+
+
+class Payload:
+    """Creates a directory when it is unpickled."""
+
+    def __reduce__(self):
+        return os.mkdir, ("marker",)
+
+
+@pytest.mark.parametrize("dataset", ["cifar10", "cifar100"])
+def test_p4_a_cifar_archive_of_another_md5_is_not_unpickled(tmp_path, monkeypatch, dataset):
+    monkeypatch.chdir(tmp_path)
+    kind = getattr(datasets, dataset.upper())
+    folder = tmp_path / "data" / kind.base_folder
+    folder.mkdir(parents=True)
+    for name, _ in (*kind.train_list, *kind.test_list, (kind.meta["filename"], "")):
+        (folder / name).write_bytes(pickle.dumps(Payload()))
+    monkeypatch.setattr(kind, "download", lambda self: None)  # no network
+    with pytest.raises(UserError):
+        load(dataset, data_dir="data")
+    assert not (tmp_path / "marker").exists()
 
 
 def test_p6_validation_is_cut_from_training_and_test_is_apart():

@@ -18,7 +18,7 @@ from worlds import python, run, torchrun
 from worlds import start as launch
 
 import train
-from lab import stopping
+from lab import engine, stopping
 from lab.errors import UserError
 from lab.stopping import SIGNALS, TIME_LIMIT, Stopper
 
@@ -77,6 +77,37 @@ def test_a_time_limit_counts_from_the_start(monkeypatch):
     assert stopper.reason(1) == 0
     now[0] += 2
     assert stopper.reason(2) == TIME_LIMIT
+
+
+@pytest.mark.parametrize(("sent", "found"), [(signal.SIGTERM, signal.SIGTERM), (TIME_LIMIT, -1)])
+def test_p3_a_signal_to_one_process_stops_all_at_the_same_step(monkeypatch, sent, found):
+    def all_reduce(asked, op):
+        assert op == stopping.distributed.ReduceOp.MAX
+        asked.copy_(asked.maximum(torch.tensor([sent, -sent, 1])))  # what another process requests
+
+    monkeypatch.setattr(stopping.distributed, "all_reduce", all_reduce)
+    stopper = Stopper(SimpleNamespace(num_processes=2, device=torch.device("cpu")), 0, 0, 0)
+    assert stopper.reason(1) == found
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_p3_a_signal_in_a_step_saves_before_the_run_ends(tmp_path, monkeypatch, name):
+    number, steps, original = SIGNALS[name], itertools.count(1), engine.train_step
+
+    def signalled(*arguments):
+        if next(steps) == 6:
+            os.kill(os.getpid(), number)
+        return original(*arguments)
+
+    monkeypatch.setattr(engine, "train_step", signalled)
+    before = signal.signal(number, lambda *_: pytest.fail("training did not catch the signal"))
+    try:
+        code = start(tmp_path, *LENET)
+    finally:
+        signal.signal(number, before)
+    assert code == {"SIGTERM": 143, "SIGINT": 130}[name]
+    assert max(p.name for p in (tmp_path / "run/state").glob("step-*")) == "step-00000006"
+    assert not (tmp_path / "run/report.json").exists()
 
 
 TWICE = """

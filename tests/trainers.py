@@ -33,6 +33,17 @@ def place(device, mixed_precision="no"):
     return accelerator
 
 
+class FakeWorld:
+    """An accelerator that reports the given rank and world size, without other processes."""
+
+    def __init__(self, accelerator, num_processes, process_index=0):
+        self.accelerator = accelerator
+        self.num_processes, self.process_index = num_processes, process_index
+
+    def __getattr__(self, name):
+        return getattr(self.accelerator, name)
+
+
 def make_trainer(accelerator, model="lenet5", **settings):
     channels, size = SIZES[model]
     torch.manual_seed(0)

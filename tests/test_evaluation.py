@@ -1,0 +1,56 @@
+"""P1: predict_all counts every sample exactly once, with the same weights on all processes."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from trainers import FakeWorld, make_loader, place
+
+from lab import evaluation
+from lab.evaluation import predict_all
+
+
+@pytest.fixture(scope="module")
+def accelerator():
+    return place("cpu")
+
+
+def make_network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 4, 28), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 10))
+
+
+@pytest.mark.parametrize(
+    ("change", "counts"),
+    [
+        (lambda batches: batches[:-1], "1 were missing and 0 repeated"),
+        (lambda batches: [*batches, batches[1]], "0 were missing and 8 repeated"),
+        (lambda batches: [*batches[:-1], batches[0]], "1 were missing and 8 repeated"),
+        (lambda batches: [], "33 were missing and 0 repeated"),
+    ],
+    ids=["missing", "repeated", "one instead of another", "all missing"],
+)
+def test_p1_a_missing_or_repeated_sample_raises(accelerator, change, counts):
+    network, loader = (
+        make_network(),
+        make_loader(accelerator, seed=None),
+    )  # 33 samples, batches of 8
+    assert len(predict_all(accelerator, network, loader).labels) == 33
+    batches = change(list(loader.batches()))
+    loader.batches = lambda: batches
+    with pytest.raises(RuntimeError, match=f"of 33 samples, {counts}"):
+        predict_all(accelerator, network, loader)
+
+
+def test_p1_every_process_evaluates_with_the_buffers_of_rank_0(accelerator, monkeypatch):
+    loader, main = make_loader(accelerator, seed=None), make_network()
+    expected = predict_all(accelerator, main, loader)
+    own = copy.deepcopy(main)  # after training on other samples
+    own[1].running_mean += 1
+    assert not torch.equal(predict_all(accelerator, own, loader).losses, expected.losses)
+    buffers = iter(main.buffers())
+    monkeypatch.setattr(evaluation, "broadcast", lambda buffer: buffer.copy_(next(buffers)))
+    found = predict_all(FakeWorld(accelerator, 2), own, loader)
+    assert torch.equal(found.losses, expected.losses)
+    assert next(buffers, None) is None
