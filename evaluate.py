@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
             )
             current = {config.split: fingerprint}
             if config.split == "all" or data != as_trained:
-                current = load_fingerprints(as_trained, download)
+                current = load_fingerprints(as_trained, download, torch.get_num_threads())
             if config.split != "all":
                 current = {config.split: current[config.split]}
             changed = bool(changed_splits(about["fingerprints"], current))

@@ -103,6 +103,7 @@ def _train(given: dict[str, Any], stack: ExitStack) -> tuple[int, RunDir]:
     with together(accelerator), console.working(f"reading {config.dataset}"):
         splits = load_splits(data_config, place["memory"], torch.get_num_threads())
     check_same_data(accelerator, splits.fingerprints, partial(list_samples, data_config))
+    place["kind"] = splits.choose_loader(place["kind"], place["memory"])
     with together(accelerator):
         if state:
             state.require_same_data(splits)

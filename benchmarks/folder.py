@@ -42,7 +42,7 @@ def run_one(reader: str, root: str) -> dict:
     """Pictures read and seconds taken, imports apart."""
     from torchvision import datasets, transforms  # noqa: F401
 
-    from lab.data import folder  # noqa: F401
+    from lab.data import decode, folder  # noqa: F401
 
     start = time.perf_counter()
     count = READERS[reader](root)

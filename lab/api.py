@@ -26,7 +26,7 @@ from lab import checkpoint, console, rundir
 from lab.commandline import as_keywords, parse_arguments, words_of
 from lab.config import EVAL_BATCH_SIZE, TrainConfig
 from lab.data.augment import Preprocess
-from lab.data.folder import decode, grey, pixels, square
+from lab.data.decode import decode, grey, pixels, square
 from lab.distributed import choose_precision
 from lab.engine import lay_out
 from lab.errors import UserError, mistake_of

@@ -207,8 +207,7 @@ def _require_usable(info: dict[str, Any]) -> None:
     model, data = info["model"], info["data"]
     require_types(model, MODEL)
     find_model(model["name"])
-    DataConfig(**data)
-    require_types(data, get_type_hints(DataConfig))
+    require_types(asdict(DataConfig(**data)), get_type_hints(DataConfig))  # older files lack fields
     find_dataset(data["dataset"])
     TrainConfig(mixed_precision=info["precision"], **data)  # checks bounds and choices
     names, mean, std = info["class_names"], info["mean"], info["std"]

@@ -50,6 +50,8 @@ class TrainConfig:
         "train on this many samples of the split; 0: all", low=0, metavar="N", from_recipe=True)
     limit_eval: int = option(0, TASK,
         "validate and test on this many samples each; 0: all", low=0, metavar="N", from_recipe=True)
+    skip_unreadable: bool = option(False, TASK,
+        "leave out the images of a folder that cannot be decoded, and list them")
 
     epochs: int = option(5, TRAINING,
         "passes over the training split", low=1, from_recipe=True)
@@ -235,6 +237,9 @@ class EvalConfig:
         "download", metavar="DIR")
     limit_eval: int | None = option(None, WEIGHTS,
         "evaluate this many samples; 0: all; if not given, as in training", low=0, metavar="N")
+    skip_unreadable: bool = option(False, WEIGHTS,
+        "leave out the images of a folder that cannot be decoded, and list them; on the data of "
+        "the training, as in training")
     tta: str = option("none", WEIGHTS,
         "flip: also with each picture's mirror image, reported apart", choices=TTA)
     batch_size: int = option(0, MACHINE,
@@ -277,9 +282,11 @@ class EvalConfig:
         """The settings of the data that were given, and so replace those of the training."""
         whole = 0 if self.split == "all" else None  # every sample, unless told otherwise
         limit = whole if self.limit_eval is None else self.limit_eval
+        other_data = self.dataset is not None or self.data_dir is not None
         given = {
             "dataset": self.dataset,
             "data_dir": self.data_dir,
             "limit_train" if self.split == "train" else "limit_eval": limit,
+            "skip_unreadable": self.skip_unreadable or (False if other_data else None),
         }
         return {name: value for name, value in given.items() if value is not None}

@@ -24,7 +24,7 @@ from accelerate.utils import (
 from lab import console
 from lab.config import TIMEOUT_SECONDS, TrainConfig
 from lab.errors import UserError
-from lab.hardware import keep_freed_memory, multiplies_bfloat16
+from lab.hardware import available_memory, keep_freed_memory, multiplies_bfloat16
 
 COMM_HOOKS = {
     "none": DDPCommunicationHookType.NO,
@@ -173,8 +173,11 @@ def default_threads() -> int:
 
 
 def memory_for_data(device: torch.device) -> float:
-    """Bytes that a process may fill with decoded pictures: half of its share of what is free."""
-    free = psutil.virtual_memory().available / local_world_size()
+    """Return how many bytes of decoded images a process may hold, those of all splits together.
+
+    Half of its share of what is available on the host, and of what is free on its GPU.
+    """
+    free = available_memory() / local_world_size()
     if device.type == "cuda":
         free = min(free, torch.cuda.mem_get_info(device)[0])
     return free / 2

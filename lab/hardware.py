@@ -4,9 +4,11 @@ import ctypes
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
+from pathlib import Path
 
+import psutil
 import torch
 
 
@@ -43,3 +45,43 @@ def keep_freed_memory() -> None:
     if mallopt:  # glibc's; malloc.h: the thresholds for a mapping of its own, for giving back
         mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD, the highest it takes
         mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
+
+
+def available_memory(root: Path = Path("/")) -> int:
+    """Return the bytes that can be allocated on this host, or in the container if it has less.
+
+    `root` is the directory that contains /proc and /sys.
+    """
+    return min([psutil.virtual_memory().available, *_left_in_cgroups(root)])
+
+
+def _left_in_cgroups(root: Path) -> Iterator[int]:
+    """Yield what each control group that this process is in has left, up to the outermost.
+
+    A limit of any of them holds. Within a container the path is often the host's, of which only
+    the outermost directory is there. (Linux, Documentation/admin-guide/cgroup-v2.rst and -v1.)
+    """
+    mount = root / "sys/fs/cgroup"
+    with suppress(OSError, ValueError):
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if not controllers:
+                mounts, files = [mount, mount / "unified"], ("max", "current", "inactive_file")
+            elif "memory" in controllers.split(","):
+                mounts = [mount / "memory"]
+                files = ("limit_in_bytes", "usage_in_bytes", "total_inactive_file")
+            else:
+                continue
+            inner = Path(path.lstrip("/"))
+            for directory in (base / part for base in mounts for part in (inner, *inner.parents)):
+                with suppress(OSError, ValueError):  # of no limit, the text is "max"
+                    limit, used = (
+                        int((directory / f"memory.{name}").read_text()) for name in files[:2]
+                    )
+                    yield max(0, limit - used + _reclaimable(directory, files[2]))
+
+
+def _reclaimable(directory: Path, name: str) -> int:
+    """Return the bytes of cached files that the kernel drops before a group's limit is reached."""
+    lines = (directory / "memory.stat").read_text().splitlines()
+    return next((int(value) for key, value in map(str.split, lines) if key == name), 0)

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from lab import console
 from lab.data.augment import Preprocess
-from lab.data.folder import SUFFIXES, decode, grey, pictures
+from lab.data.decode import decode, grey
+from lab.data.folder import SUFFIXES, pictures
 from lab.data.loaders import shard
 from lab.data.workers import BatchReader
 from lab.errors import UserError

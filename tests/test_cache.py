@@ -1,7 +1,10 @@
 """The cache of decoded pictures: read the second time, never stale, never half-written."""
 
+import json
+import math
 import multiprocessing
 import os
+import shutil
 import time
 
 import numpy as np
@@ -9,8 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from lab.data import cache, folder
-from lab.data.folder import ImageFiles
+from lab.data import DataConfig, cache, decode, load_split, load_splits
+from lab.data.decode import ImageFiles
+from lab.data.sources import channel_statistics, histogram
 from lab.errors import UserError
 
 
@@ -18,6 +22,7 @@ from lab.errors import UserError
 def cache_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("LAB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(cache, "FEWEST", 3)
+    monkeypatch.setattr(cache, "IN_USE", set())
     return tmp_path / "cache" / "pictures"
 
 
@@ -35,8 +40,8 @@ def files(tmp_path):
 @pytest.fixture
 def decoded(monkeypatch):
     """The paths that were decoded so far."""
-    paths, decode = [], folder.decode
-    monkeypatch.setattr(folder, "decode", lambda p, size: paths.append(p) or decode(p, size))
+    paths, original = [], decode.decode
+    monkeypatch.setattr(decode, "decode", lambda p, size: paths.append(p) or original(p, size))
     return paths
 
 
@@ -89,12 +94,24 @@ def test_a_damaged_file_is_replaced(files, cache_folder, content):
     assert torch.equal(files.decode_all(1), expected)
 
 
-def test_a_damaged_picture_leaves_nothing(files, cache_folder):
+def test_a_damaged_picture_leaves_no_images_but_its_name(files, decoded, cache_folder):
+    """The other processes of a host wait; they must not decode all again to say the same."""
     with open(files.paths[3], "wb") as file:
         file.write(b"no picture")
     with pytest.raises(UserError, match=r"cannot read the picture .*3\.png"):
         files.decode_all(1)
-    assert [p.suffix for p in cache_folder.iterdir()] == [".lock"]
+    assert sorted(p.suffix for p in cache_folder.iterdir()) == [".json", ".lock"]
+    decoded.clear()
+    with pytest.raises(UserError, match=r"cannot read the picture .*3\.png"):
+        files.decode_all(1)
+    assert decoded == [files.paths[3]]
+    assert list(files.unreadable(1)) == [3]
+    (path,) = cache_folder.glob("*.json")
+    path.write_text(f'[[1, "a disk that failed for a moment: {files.paths[1]}"]]')
+    with pytest.raises(UserError, match=r"cannot read the picture .*3\.png"):
+        files.decode_all(1)
+    Image.new("RGB", (10, 10)).save(files.paths[3])
+    assert torch.equal(files.decode_all(1), files[torch.arange(5)])
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(files, cache_folder, monkeypatch):
@@ -129,12 +146,94 @@ def test_what_was_long_unused_is_deleted_and_nothing_of_others(files, cache_fold
     assert not (cache_folder / "killed.tmp").exists()
 
 
-def test_beyond_the_limit_the_longest_unused_go(files, cache_folder, monkeypatch):
+def test_beyond_the_limit_the_longest_unused_go_but_none_that_the_run_uses(
+    files, cache_folder, monkeypatch
+):
+    """Before, the test split pushed out the training split, which each start decoded anew."""
     monkeypatch.setattr(cache, "KEPT_BYTES", 2000)
+    cache_folder.mkdir(parents=True)
+    other = cache_folder / "of-another-run.uint8"
+    other.write_bytes(bytes(10))
+    os.utime(other, (time.time() - 60,) * 2)
     files.decode_all(1)  # 1,500 bytes
+    assert other.exists()
     ImageFiles(files.paths[:4], 10).decode_all(1)  # 1,200 bytes
-    (left,) = cache_folder.glob("*.uint8")
-    assert left.stat().st_size == 1200
+    assert sorted(path.stat().st_size for path in cache_folder.glob("*.uint8")) == [1200, 1500]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("decoded_before", [True, False])
+def test_the_histogram_is_computed_once_and_equals_that_of_the_images(
+    files, decoded, workers, decoded_before
+):
+    index = torch.tensor([4, 0, 3])
+    images = files[torch.arange(5)]
+    expected = histogram(images[index])
+    decoded.clear()
+    found = files.histogram(index, workers, images if decoded_before else None)
+    assert torch.equal(found, expected)
+    # Two workers decode in processes of their own, whose calls are not recorded here.
+    assert len(decoded) == (0 if decoded_before or workers == 2 else 3)
+    decoded.clear()
+    assert torch.equal(files.histogram(index, 1), expected)
+    assert decoded == []
+    Image.new("RGB", (10, 10)).save(files.paths[3])
+    assert torch.equal(files.histogram(index, 1), histogram(files[index]))
+
+
+@pytest.mark.parametrize("content", ["", "[1, 2", None])
+def test_a_damaged_histogram_is_replaced_and_without_a_cache_it_is_computed(
+    files, cache_folder, monkeypatch, content
+):
+    expected = files.histogram(torch.arange(5), 1)
+    (path,) = cache_folder.glob("*.json")
+    if content is None:
+        monkeypatch.setenv("LAB_CACHE", files.paths[0])  # a file, so no folder can be made of it
+    else:
+        path.write_text(content)
+    assert torch.equal(files.histogram(torch.arange(5), 1), expected)
+    assert json.loads(path.read_text()) == expected.tolist()
+
+
+@pytest.mark.parametrize("memory", [math.inf, 0], ids=["resident", "streaming"])
+def test_a_folder_of_enough_images_is_decoded_once_whatever_its_splits_hold(
+    files, decoded, tmp_path, monkeypatch, memory
+):
+    """Streamed, the second start decodes none either: mean and deviation are known."""
+    for i, path in enumerate(files.paths * 3):
+        (tmp_path / f"data/{'ab'[i % 2]}").mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, tmp_path / f"data/{'ab'[i % 2]}/{i}.png")
+    config = DataConfig("folder", str(tmp_path / "data"), 10, 0.2, 0.2, 0, 0, 0, 0)
+    monkeypatch.setattr(cache, "FEWEST", 15)
+    first = load_splits(config, memory, 1)
+    assert len(set(decoded)) == (15 if memory else 10)
+    decoded.clear()
+    second = load_splits(config, memory, 1)
+    assert decoded == []
+    assert (second.mean, second.std) == (first.mean, first.std)
+    if memory:
+        for name in ("train", "val", "test"):
+            alone, _ = load_split(config, name, memory, 1)
+            assert torch.equal(alone.images, getattr(first, name).images)
+        assert decoded == []
+    images = first.train.images[torch.arange(10)]
+    assert (first.mean, first.std) == channel_statistics(images)
+
+
+def test_workers_send_nothing_through_shared_memory(files, monkeypatch):
+    """Containers keep /dev/shm small; where it was full, decoding hung for ever."""
+    reducers = multiprocessing.reduction.ForkingPickler._extra_reducers
+    original, sent = reducers[torch.Tensor], multiprocessing.get_context("fork").Value("i", 0)
+
+    def send(tensor):
+        sent.value += 1
+        return original(tensor)
+
+    monkeypatch.setitem(reducers, torch.Tensor, send)
+    assert torch.equal(files.decode_all(2), files[torch.arange(5)])
+    assert files.histogram(torch.arange(5), 2).sum() == 1500
+    assert files.unreadable(2) == {}
+    assert sent.value == 0
 
 
 def forked(call, *given):
@@ -146,14 +245,14 @@ def forked(call, *given):
 
 def die(files):
     """Decodes; killed at the third picture."""
-    decode = folder.decode
+    original = decode.decode
 
     def killed(path, size):
         if path == files.paths[2]:
             os.kill(os.getpid(), 9)
-        return decode(path, size)
+        return original(path, size)
 
-    folder.decode = killed
+    decode.decode = killed
     files.decode_all(1)
 
 
@@ -169,23 +268,32 @@ def test_a_process_killed_while_it_writes_leaves_the_next_one_whole_pictures(
     assert not list(cache_folder.glob("*.tmp"))
 
 
-def decode_slowly(files, said):
+def images_sum(files):
+    return int(files.decode_all(1).long().sum())
+
+
+def histogram_sum(files):
+    return int((files.histogram(torch.arange(5), 1) * torch.arange(256)).sum())
+
+
+def decode_slowly(files, said, count):
     """Says how many pictures it decoded, and their sum."""
-    decode, paths = folder.decode, []
+    original, paths = decode.decode, []
 
     def slow(path, size):
         paths.append(path)
         time.sleep(0.2)
-        return decode(path, size)
+        return original(path, size)
 
-    folder.decode = slow
-    images = files.decode_all(1)
-    said.put((len(paths), int(images.long().sum())))
+    decode.decode = slow
+    total = count(files)
+    said.put((len(paths), total))
 
 
-def test_of_two_processes_at_once_one_decodes_and_the_other_reads(files):
+@pytest.mark.parametrize("count", [images_sum, histogram_sum])
+def test_of_two_processes_at_once_one_decodes_and_the_other_reads(files, count):
     said = multiprocessing.get_context("fork").SimpleQueue()
-    both = [forked(decode_slowly, files, said) for _ in "ab"]
+    both = [forked(decode_slowly, files, said, count) for _ in "ab"]
     for process in both:
         process.join(120)
     assert [process.exitcode for process in both] == [0, 0]

@@ -18,7 +18,7 @@ from lab import checkpoint
 from lab import export as exporting
 from lab.data import DataConfig, load_split
 from lab.data.augment import Preprocess
-from lab.data.folder import decode, grey
+from lab.data.decode import decode, grey
 from lab.models import build_model
 
 MISSING = "the extra `onnx` is not installed"

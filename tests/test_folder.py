@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 from lab.data import DataConfig, load_splits
-from lab.data.folder import decode, read_folder
+from lab.data.decode import decode
+from lab.data.folder import read_folder
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 

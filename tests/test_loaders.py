@@ -9,7 +9,7 @@ import torch
 from torchvision.io import write_png
 
 from lab.data.augment import Preprocess
-from lab.data.folder import ImageFiles
+from lab.data.decode import ImageFiles
 from lab.data.loaders import Plan, ResidentLoader, StreamingLoader, build_loader, permutation, shard
 from lab.data.sources import Split
 

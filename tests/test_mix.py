@@ -11,7 +11,7 @@ from torchvision.io import write_png
 
 from lab.config import TrainConfig
 from lab.data.augment import Preprocess
-from lab.data.folder import ImageFiles
+from lab.data.decode import ImageFiles
 from lab.data.loaders import Batch, Plan, ResidentLoader, StreamingLoader
 from lab.data.mix import Mix, Mixer
 from lab.data.sources import Split

@@ -20,7 +20,7 @@ import evaluate
 import predict
 from lab import prediction, tables
 from lab.data import DataConfig, load_split
-from lab.data.folder import grey
+from lab.data.decode import grey
 
 CLASSES = ("dark", "light", "striped")
 FEW = ["--recipe", "smoke", "--threads", "1", "--quiet"]

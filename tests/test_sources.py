@@ -19,14 +19,18 @@ from mistakes import make_picture
 from torchvision import datasets
 from torchvision.transforms import v2
 
+import train
+from lab import distributed
 from lab.config import TrainConfig
-from lab.data import DATASETS, DataConfig, load_split, load_splits
+from lab.data import DATASETS, DataConfig, load_split, load_splits, loaders
 from lab.data.sources import (
     Split,
     channel_statistics,
+    in_memory,
     limit,
     random_choice,
     resize,
+    sample_positions,
     stratified_cut,
     stratified_sample,
 )
@@ -127,13 +131,25 @@ def test_limit_takes_that_many_and_all_where_there_are_fewer(count):
         assert limit(split, none, seed=1) is split
 
 
+def resized(images, size):
+    """All of them at that size; those at any positions have to be the same."""
+    lazily = resize(Split(images, torch.zeros(len(images)).long(), ("a",)), size)
+    found = in_memory(lazily, num_workers=1).images
+    some = torch.arange(len(images) - 1, -1, -5)
+    assert lazily.images.shape == found.shape
+    assert torch.equal(lazily.images[some], found[some])
+    assert torch.equal(lazily.take(some).images[torch.arange(len(some))], found[some])
+    assert lazily.images[some[:0]].shape == found[:0].shape
+    return found
+
+
 @pytest.mark.parametrize("size", [7, 28, 32, 64])
 @pytest.mark.parametrize(("num_images", "channels", "height"), [(1, 1, 28), (3, 3, 17)])
 def test_resize_equals_torchvision_on_the_whole(num_images, channels, height, size):
     generator = torch.Generator().manual_seed(0)
     shape = (num_images, channels, height, height + 2)
     images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
-    found = resize(Split(images, torch.zeros(num_images).long(), ("a",)), size).images
+    found = resized(images, size)
     assert found.dtype == torch.uint8
     assert torch.equal(found, v2.Resize((size, size), antialias=True)(images))
 
@@ -141,7 +157,7 @@ def test_resize_equals_torchvision_on_the_whole(num_images, channels, height, si
 @pytest.mark.parametrize("num_images", [4095, 4096, 4097, 8193])
 def test_resize_by_parts_equals_torchvision_on_the_whole(num_images):
     images = torch.arange(16 * num_images).remainder(251).to(torch.uint8).view(-1, 1, 4, 4)
-    found = resize(Split(images, torch.zeros(num_images).long(), ("a",)), 6).images
+    found = resized(images, 6)
     assert torch.equal(found, v2.Resize((6, 6), antialias=True)(images))
 
 
@@ -173,6 +189,71 @@ def test_channel_statistics_sample_all_of_a_large_set():
     images = torch.zeros(30_000, 1, 2, 2, dtype=torch.uint8)
     images[15_000:] = 255
     assert channel_statistics(images)[0][0] == pytest.approx(0.5, abs=1e-3)
+
+
+@pytest.mark.parametrize("num_images", [1, 9999, 10_000, 10_001, 45_000, 2**24, 20_000_000])
+def test_sampled_positions_are_within_any_number_of_images(num_images):
+    """Of 20 million images the last was at position 20,000,000: float32 rounds 19,999,999 up."""
+    found = sample_positions(num_images)
+    assert len(found) == min(num_images, 10_000)
+    assert (found[0], found[-1]) == (0, num_images - 1)
+    assert (found.diff() > 0).all()
+
+
+def memory_of(split):
+    return math.prod(split.images.shape)
+
+
+@pytest.mark.parametrize("dataset", ["digits", "shapes"])
+def test_images_are_resized_in_memory_only_where_all_splits_fit(dataset):
+    """Otherwise batch by batch, to the same bits."""
+    settings = config(dataset, image_size=40, num_samples=50)
+    eager = load_splits(settings, math.inf, 1)
+    needed = sum(map(memory_of, (eager.train, eager.val, eager.test)))
+    assert torch.equal(load_splits(settings, needed, 1).train.images, eager.train.images)
+    lazy = load_splits(settings, needed - 1, 1)
+    for name in ("train", "val", "test"):
+        images = getattr(lazy, name).images
+        assert not isinstance(images, torch.Tensor)
+        assert torch.equal(images[torch.arange(len(images))], getattr(eager, name).images)
+    assert (lazy.mean, lazy.std) == (eager.mean, eager.std)
+    assert lazy.fingerprints == eager.fingerprints
+
+
+def test_splits_are_resident_only_where_all_of_them_fit_together():
+    splits = load("digits")
+    needed = sum(map(memory_of, (splits.train, splits.val, splits.test)))
+    assert splits.choose_loader("auto", needed) == "resident"
+    assert splits.choose_loader("auto", needed - 1) == "streaming"
+    assert memory_of(splits.train) < needed - 1  # ... which alone would fit
+    for kind in ("resident", "streaming"):
+        assert splits.choose_loader(kind, 0) == kind
+    same = load("digits", val_fraction=0.0)  # val and test are one
+    needed = memory_of(same.train) + memory_of(same.test)
+    assert same.choose_loader("auto", needed) == "resident"
+    lazy = load_splits(config("digits", image_size=40), 0, 1)
+    assert lazy.choose_loader("auto", math.inf) == "streaming"
+
+
+@pytest.mark.parametrize(("missing", "kind"), [(0, "resident"), (1, "streaming")])
+def test_training_budgets_memory_for_all_splits_together(tmp_path, monkeypatch, missing, kind):
+    """Split by split, those that fit alone would be loaded until the GPU is full."""
+    words = ["--dataset", "shapes", "--num-samples", "20", "--image-size", "32", "--epochs", "1"]
+    words += ["--recipe", "smoke", "--quiet", "--threads", "1", "--output-dir", str(tmp_path)]
+    needed = 3 * 32**2 * (20 + 4)
+    monkeypatch.setattr(distributed, "memory_for_data", lambda device: needed - missing)
+    loaders_used = []
+
+    def build(*given, **settings):
+        loaders_used.append(build_loader(*given, **settings))
+        return loaders_used[-1]
+
+    build_loader = loaders.build_loader
+    monkeypatch.setattr(loaders, "build_loader", build)
+    assert train.main(words) == 0
+    expected = loaders.ResidentLoader if kind == "resident" else loaders.StreamingLoader
+    assert len(loaders_used) == 3
+    assert {type(loader) for loader in loaders_used} == {expected}
 
 
 def write_idx(folder, suffix="", num_train=17, num_test=3, classes=10):

@@ -12,9 +12,11 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from lab import console
-from lab.errors import UserError, suggestion
+from lab.errors import UserError, name_some, suggestion
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from lab.data.fingerprint import Listing
     from lab.data.sources import Parts, Split
 
@@ -82,6 +84,7 @@ class DataConfig:
     num_samples: int
     limit_train: int
     limit_eval: int
+    skip_unreadable: bool = False
 
     @classmethod
     def of(cls, settings: Any) -> DataConfig:
@@ -115,13 +118,27 @@ class Splits:
             for name, split in splits.items()
         }
 
+    def choose_loader(self, kind: str, memory: float) -> str:
+        """Return which loader `kind` "auto" stands for: "resident" or "streaming".
+
+        Resident where all splits are in memory and take at most `memory` bytes together.
+        """
+        if kind != "auto":
+            return kind
+        from torch import Tensor
+
+        images = {id(s.images): s.images for s in (self.train, self.val, self.test)}.values()
+        decoded = all(isinstance(one, Tensor) for one in images)
+        fits = sum(math.prod(one.shape) for one in images) <= memory
+        return "resident" if decoded and fits else "streaming"
+
 
 def load_splits(config: DataConfig, memory: float, num_workers: int) -> Splits:
     """The splits of a data set; the same for the same settings, on every process.
 
-    Pictures in files are decoded, by `num_workers` processes, where all of them take at most
-    `memory` bytes, and stay in files otherwise. Raises `UserError` where files are missing,
-    damaged or too few.
+    Images are decoded, by `num_workers` processes, and resized where all splits together take at
+    most `memory` bytes; otherwise that is left to the loader. Raises `UserError` where files are
+    missing, damaged or too few.
     """
     from lab.data.fingerprint import fingerprint
     from lab.data.sources import channel_statistics
@@ -133,11 +150,14 @@ def load_splits(config: DataConfig, memory: float, num_workers: int) -> Splits:
             "Two or more are needed, each with the pictures of one class",
         )
     _check_classes(cut, config)
+    if config.skip_unreadable:
+        cut = _skip_unreadable(cut, num_workers)
     named = _ready(cut, config, memory, num_workers)
     spec = find_dataset(config.dataset)
     mean, std = spec.mean, spec.std
     if mean is None or std is None:
-        mean, std = channel_statistics(named["train"].images)
+        counts = _cached_histogram(cut, named["train"], num_workers)
+        mean, std = channel_statistics(named["train"].images, counts)
     selected_on = "validation" if "val" in named else "test"
     val = named.get("val", named["test"])
     fingerprints = {name: fingerprint(split) for name, split in cut.items()}
@@ -160,19 +180,26 @@ def load_split(
             "this data has no validation split: the best epoch was chosen on the test split",
             "Give --split test",
         )
-    split = _ready({name: cut[name]}, config, memory, num_workers)[name]
-    return split, fingerprint(cut[name])
+    one, use_cache = {name: cut[name]}, _is_worth_caching(cut)
+    if config.skip_unreadable:
+        one = _skip_unreadable(one, num_workers)
+    split = _ready(one, config, memory, num_workers, use_cache)[name]
+    return split, fingerprint(one[name])
 
 
-def load_fingerprints(config: DataConfig, download: bool = True) -> dict[str, str]:
+def load_fingerprints(
+    config: DataConfig, download: bool = True, num_workers: int = 1
+) -> dict[str, str]:
     """Return the fingerprints of the splits "train", "test" and, if there is one, "val"."""
     from lab.data.fingerprint import fingerprint
 
     cut = _cut(_source(config, download), config)
+    if config.skip_unreadable:
+        cut = _skip_unreadable(cut, num_workers, warn=False)
     return {name: fingerprint(split) for name, split in cut.items()}
 
 
-def list_samples(config: DataConfig, name: str | None = None) -> Listing:
+def list_samples(config: DataConfig, name: str | None = None, num_workers: int = 1) -> Listing:
     """Return what the data hold, to compare with another process's copy of them.
 
     `name` is that of the only split in use; None: train, val and test are.
@@ -181,7 +208,11 @@ def list_samples(config: DataConfig, name: str | None = None) -> Listing:
 
     parts = _source(config, download=False)  # they have been read before
     cut = _cut(parts, config, whole=name == "all")
-    return Listing.of(parts.named(), cut if name is None else {name: cut[name]})
+    cut = cut if name is None else {name: cut[name]}
+    if config.skip_unreadable:
+        cut = _skip_unreadable(cut, num_workers, warn=False)
+        return Listing.of(cut, cut)
+    return Listing.of(parts.named(), cut)
 
 
 def _source(config: DataConfig, download: bool) -> Parts:
@@ -243,10 +274,86 @@ def _check_classes(cut: Mapping[str, Split], config: DataConfig) -> None:
         console.warn(f"{what}: " + ("--limit-train is too small" if limited else "too few images"))
 
 
-def _ready(
-    named: dict[str, Split], config: DataConfig, memory: float, num_workers: int
+def _skip_unreadable(
+    cut: Mapping[str, Split], num_workers: int, warn: bool = True
 ) -> dict[str, Split]:
-    """The splits decoded, where all of them fit into `memory`, and at the image size."""
+    """Return the splits without the images that cannot be decoded, and warn of those.
+
+    This comes after the cut, so that all other samples stay in their splits. Raises `UserError` if
+    no training image of a class is left.
+    """
+    import torch
+
+    from lab.data.decode import NUM_NAMED, ImageFiles
+
+    readable, skipped = {}, []
+    for name, split in cut.items():
+        if not isinstance(split.images, ImageFiles):
+            raise UserError(
+                "--skip-unreadable is for a directory of images",
+                "Leave it out, or give --dataset folder",
+            )
+        unreadable = split.images.unreadable(num_workers)
+        skipped += [split.images.paths[i] for i in unreadable]
+        is_readable = torch.ones(len(split.labels), dtype=torch.bool)
+        is_readable[list(unreadable)] = False
+        readable[name] = split.take(is_readable.nonzero().flatten()) if unreadable else split
+        empty = sorted({*readable[name].missing_classes()} - {*split.missing_classes()})
+        if name == "train" and empty:
+            raise UserError(
+                f"none of the training images of {', '.join(empty)} can be read",
+                "Replace some, or delete the class",
+            )
+    if skipped and warn:
+        images = f"{len(skipped)} image{'s' if len(skipped) > 1 else ''}"
+        console.warn(f"left out {images} that cannot be read: {name_some(skipped, NUM_NAMED)}")
+    return readable
+
+
+def _is_worth_caching(cut: Mapping[str, Split]) -> bool:
+    """Return whether all splits together have enough images to cache them once decoded."""
+    from lab.data import cache
+
+    return sum(len(split.labels) for split in cut.values()) >= cache.FEWEST
+
+
+def _cached_histogram(cut: dict[str, Split], train: Split, num_workers: int) -> Tensor | None:
+    """Return the histogram of training images in files; None where it is not worth caching.
+
+    Where images of the sample cannot be decoded, `UnreadableImages` names those of all splits.
+    """
+    from torch import Tensor
+
+    from lab.data.decode import ImageFiles, UnreadableImages
+    from lab.data.sources import sample_positions
+
+    files = cut["train"].images
+    decoded = train.images if isinstance(train.images, Tensor) else None
+    if not isinstance(files, ImageFiles) or (decoded is not None and not _is_worth_caching(cut)):
+        return None
+    try:
+        return files.histogram(sample_positions(len(files)), num_workers, decoded)
+    except UnreadableImages as error:
+        reasons = dict(error.reasons)
+        for split in cut.values():
+            if isinstance(split.images, ImageFiles):
+                unreadable = split.images.unreadable(num_workers)
+                reasons |= {split.images.paths[i]: what for i, what in unreadable.items()}
+        raise UnreadableImages(reasons) from error
+
+
+def _ready(
+    named: dict[str, Split],
+    config: DataConfig,
+    memory: float,
+    num_workers: int,
+    use_cache: bool | None = None,
+) -> dict[str, Split]:
+    """Return the splits at the image size, and in memory where all of them fit into `memory`.
+
+    `use_cache`: whether to cache decoded images; None: if these splits are worth it.
+    """
+    from lab.data.decode import UnreadableImages
     from lab.data.sources import in_memory, resize
 
     for name, split in named.items():
@@ -255,6 +362,17 @@ def _ready(
                 f"the {TITLES.get(name, name)} split is empty",
                 "Add pictures, or change the fractions",
             )
-    if sum(math.prod(split.images.shape) for split in named.values()) <= memory:
-        named = {name: in_memory(split, num_workers) for name, split in named.items()}
-    return {name: resize(split, config.image_size) for name, split in named.items()}
+    named = {name: resize(split, config.image_size) for name, split in named.items()}
+    if sum(math.prod(split.images.shape) for split in named.values()) > memory:
+        return named
+    use_cache = _is_worth_caching(named) if use_cache is None else use_cache
+    decoded: dict[str, Split] = {}
+    reasons: dict[str, str] = {}
+    for name, split in named.items():
+        try:
+            decoded[name] = in_memory(split, num_workers, use_cache)
+        except UnreadableImages as error:  # all splits first, so that one message names all files
+            reasons |= error.reasons
+    if reasons:
+        raise UnreadableImages(reasons)
+    return decoded

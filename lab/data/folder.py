@@ -3,27 +3,16 @@
 from __future__ import annotations
 
 import errno
-import io
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
-from torch import Tensor
-from torchvision.transforms.v2 import functional as F
 
-from lab.data.cache import cached
+from lab.data.decode import ImageFiles
 from lab.data.sources import Parts, Split, normalized
-from lab.data.workers import BatchReader
 from lab.errors import UserError
-
-try:
-    from torchvision.io import decode_jpeg
-except ImportError:  # deprecated in torchvision 0.29: Pillow reads on without it
-    decode_jpeg = None
 
 if TYPE_CHECKING:
     from lab.data import DataConfig
@@ -34,143 +23,6 @@ SPLIT_FOLDERS = {  # the names that a split's folder may have, in any case
     "test": ("test", "testing"),
 }
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-
-
-@dataclass(frozen=True)
-class ImageFiles:
-    """Pictures in files, decoded when indexed. Behaves as a uint8 tensor [N, 3, size, size]."""
-
-    paths: tuple[str, ...]
-    size: int
-
-    @property
-    def shape(self) -> Sequence[int]:
-        return (len(self.paths), 3, self.size, self.size)
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: Tensor) -> Tensor:
-        """The pictures at `index`, int64 [n], as uint8 [n, 3, size, size]."""
-        if not len(index):
-            return torch.empty(0, *self.shape[1:], dtype=torch.uint8)
-        return torch.stack([decode(self.paths[i], self.size) for i in index.tolist()])
-
-    def take(self, index: Tensor) -> ImageFiles:
-        return ImageFiles(tuple(self.paths[i] for i in index.tolist()), self.size)
-
-    def join(self, others: Sequence[ImageFiles]) -> ImageFiles:
-        """Return the images of several sets as one, in the order given."""
-        return replace(self, paths=tuple(path for files in (self, *others) for path in files.paths))
-
-    def decode_all(self, num_workers: int) -> Tensor:
-        """All pictures, uint8 [N, 3, size, size]; the second time, from the cache on disk."""
-        # Of about 2 MB, as each is sent from a process; fewer, so that all have their share.
-        num_pictures = min(2**21 // (3 * self.size**2), len(self) // (8 * num_workers))
-        batches = torch.arange(len(self)).split(max(1, num_pictures))
-
-        def fill(images: Tensor) -> None:
-            # Processes: for small pictures, threads would wait for each other's Python.
-            reader = BatchReader(
-                self,
-                batches,
-                min(num_workers, len(batches)) if num_workers > 1 else 0,
-                batch_nbytes=len(batches[0]) * 3 * self.size**2,
-                options_without_workers="--loader streaming --workers 0",
-            )
-            mistakes: dict[str, UserError] = {}
-            with reader:
-                for index, decoded in zip(batches, reader, strict=True):
-                    if isinstance(decoded, UserError):
-                        mistakes |= self._mistakes(index) or {self.paths[index[0]]: decoded}
-                    else:
-                        images[index[0] : index[-1] + 1] = decoded
-            if len(mistakes) > 1:  # all at once: a folder with one damaged file may have more
-                names = ", ".join(list(mistakes)[:3])
-                more = f" and {len(mistakes) - 3} more" if len(mistakes) > 3 else ""
-                raise UserError(
-                    f"cannot read {len(mistakes)} pictures: {names}{more}",
-                    "Replace or delete those files",
-                )
-            for mistake in mistakes.values():
-                raise mistake
-
-        return cached(self, fill)
-
-    def _mistakes(self, index: Tensor) -> dict[str, UserError]:
-        """What is wrong with those of the pictures at `index` that cannot be read, by path."""
-        found = {}
-        for path in (self.paths[i] for i in index.tolist()):
-            try:
-                decode(path, self.size)
-            except UserError as mistake:
-                found[path] = mistake
-        return found
-
-
-def decode(path: str, size: int) -> Tensor:
-    """One picture as uint8 [3, size, size]: its central square, turned as its EXIF data says.
-
-    Transparency is dropped; of an animation it is the first picture. Raises `UserError` that names
-    a file that is damaged or no picture.
-    """
-    try:
-        with open(path, "rb", buffering=0) as file:
-            content = file.read()
-        image = _decode_with_pillow(content) if (jpeg := _decode_jpeg(content)) is None else jpeg
-    except Exception as error:  # Pillow's decoders raise many kinds
-        reason = getattr(error, "strerror", None) or str(error)
-        if isinstance(error, UnidentifiedImageError):
-            reason = "in no known format"
-        raise UserError(
-            f"cannot read the picture {path} ({reason})", "Replace or delete that file"
-        ) from error
-    return square(image, size)
-
-
-def square(images: Tensor, size: int) -> Tensor:
-    """The central squares [..., C, size, size] of uint8 [..., C, H, W]."""
-    if images.shape[-2:] == (size, size):
-        return images
-    # Cut before it is resized: a strip of 1 x 5000 pixels would first become a huge one.
-    images = F.center_crop(images, [min(images.shape[-2:])])
-    return F.resize(images, [size, size], antialias=True)
-
-
-def grey(images: Tensor) -> Tensor:
-    """uint8 [..., 1, H, W] of uint8 [..., 3, H, W]; what is grey already keeps its values.
-
-    torchvision's weights add up to 0.9999, and of uint8 it cuts the fraction off: 255 became 254.
-    """
-    return F.rgb_to_grayscale(images.float()).round().byte()
-
-
-def _decode_jpeg(content: bytes) -> Tensor | None:
-    """A JPEG by torchvision, faster than by Pillow; None for what it cannot read.
-
-    Its PNG decoder is left alone: on some damaged files it ends the process with a segmentation
-    fault (0.29). Its WebP decoder knows no EXIF orientation.
-    """
-    if decode_jpeg is None or not content.startswith(b"\xff\xd8\xff"):
-        return None
-    try:
-        data = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-        return decode_jpeg(data, "RGB", apply_exif_orientation=True)
-    except RuntimeError:
-        return None
-
-
-def _decode_with_pillow(content: bytes) -> Tensor:
-    with Image.open(io.BytesIO(content)) as file:
-        return pixels(file)
-
-
-def pixels(image: Image.Image) -> Tensor:
-    """A Pillow image of any mode as uint8 [3, H, W], turned as its EXIF data says."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16 bits: scaled, as a conversion to RGB would clip
-        image = image.convert("I").point(lambda v: v / 256, "L")
-    return F.pil_to_tensor(image.convert("RGB"))
 
 
 def read_folder(config: DataConfig) -> Parts:

@@ -28,8 +28,11 @@ if TYPE_CHECKING:
     from lab.data import DataConfig
 
 
+SAMPLE_SIZE = 10_000  # images; more would move mean and std by less than 0.001
+
+
 class Files(Protocol):
-    """Pictures in files, which behave as a uint8 tensor [N, C, H, W]; decoded when indexed."""
+    """Images that behave as a uint8 tensor [N, C, H, W], but are decoded when indexed."""
 
     @property
     def shape(self) -> Sequence[int]: ...
@@ -37,7 +40,7 @@ class Files(Protocol):
     def __getitem__(self, index: Tensor) -> Tensor: ...
     def take(self, index: Tensor) -> Files: ...
     def join(self, others: Sequence[Any]) -> Files: ...
-    def decode_all(self, num_workers: int) -> Tensor: ...
+    def decode_all(self, num_workers: int, use_cache: bool | None = None) -> Tensor: ...
 
 
 Images = Tensor | Files
@@ -175,41 +178,92 @@ def limit(split: Split, count: int, seed: int) -> Split:
     return split.take(stratified_sample(split.labels, count, seed))
 
 
-def in_memory(split: Split, num_workers: int) -> Split:
-    """The split with its pictures decoded, where they lie in files."""
+def in_memory(split: Split, num_workers: int, use_cache: bool | None = None) -> Split:
+    """Return the split with its images in a tensor; `use_cache` as in `ImageFiles.decode_all`."""
     if isinstance(split.images, Tensor):
         return split
-    return replace(split, images=split.images.decode_all(num_workers))
+    return replace(split, images=split.images.decode_all(num_workers, use_cache))
+
+
+@dataclass(frozen=True)
+class ResizedImages:
+    """Images in memory that are resized when indexed, as the resized ones may not fit there.
+
+    Bilinear, antialiased, rounded to uint8.
+    """
+
+    images: Tensor  # uint8 [N, C, H, W]
+    size: int
+
+    @property
+    def shape(self) -> Sequence[int]:
+        return (*self.images.shape[:2], self.size, self.size)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: Tensor) -> Tensor:
+        return self._resize(self.images[index])
+
+    def take(self, index: Tensor) -> ResizedImages:
+        return ResizedImages(self.images[index], self.size)
+
+    def join(self, others: Sequence[ResizedImages]) -> ResizedImages:
+        """Return the images of several sets as one, in the order given."""
+        return replace(self, images=torch.cat([one.images for one in (self, *others)]))
+
+    def decode_all(self, num_workers: int, use_cache: bool | None = None) -> Tensor:
+        """Return all images resized, uint8 [N, C, size, size]."""
+        images = torch.empty(tuple(self.shape), dtype=torch.uint8)
+        for part, whole in zip(images.split(4096), self.images.split(4096), strict=True):
+            part.copy_(self._resize(whole))
+        return images
+
+    def _resize(self, images: Tensor) -> Tensor:
+        from torchvision.transforms.v2 import functional as F
+
+        if not len(images):
+            return torch.empty(0, *self.shape[1:], dtype=torch.uint8)
+        return F.resize(images, [self.size, self.size])
 
 
 def resize(split: Split, size: int) -> Split:
-    """The split with images of `size` x `size` pixels: bilinear, antialiased, rounded to uint8."""
+    """Return the split with images of `size` x `size` pixels; `in_memory` resizes all of them."""
     if split.images.shape[-2:] == (size, size):
         return split
-    from torchvision.transforms.v2 import functional as F
-
     assert isinstance(split.images, Tensor)  # files are decoded to their size
-    num_images, channels = split.images.shape[:2]
-    images = torch.empty(num_images, channels, size, size, dtype=torch.uint8)
-    for part, whole in zip(images.split(4096), split.images.split(4096), strict=True):
-        part.copy_(F.resize(whole, [size, size]))
-    return replace(split, images=images)
+    return replace(split, images=ResizedImages(split.images, size))
 
 
-def channel_statistics(images: Images) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """(mean, std) of each channel in units of the full range.
+def sample_positions(num_images: int) -> Tensor:
+    """Return the positions of the images whose mean and std are computed, int64 [n], sorted.
 
-    From every image, or from 10,000 evenly spaced ones where there are more: a larger sample would
-    move neither by 0.001.
+    These are all, or `SAMPLE_SIZE` evenly spaced ones.
     """
-    num_images, num_channels = images.shape[0], images.shape[1]
-    counts = torch.zeros(num_channels, 256, dtype=torch.float64)
-    sample = torch.linspace(0, num_images - 1, min(num_images, 10_000)).long()
-    for index in sample.split(1000):
-        for channel, values in enumerate(images[index].transpose(0, 1).flatten(1)):
-            counts[channel] += torch.bincount(values, minlength=256)
+    # float32 decided on the numbers of all smaller datasets; it cannot hold larger positions.
+    dtype = torch.float32 if num_images <= 2**24 else torch.float64
+    return torch.linspace(0, num_images - 1, min(num_images, SAMPLE_SIZE), dtype=dtype).long()
+
+
+def histogram(images: Tensor) -> Tensor:
+    """Return how often each value occurs in each channel of uint8 [N, C, H, W], int64 [C, 256]."""
+    channels = images.transpose(0, 1).flatten(1)
+    return torch.stack([torch.bincount(values, minlength=256) for values in channels])
+
+
+def channel_statistics(
+    images: Images, counts: Tensor | None = None
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return (mean, std) of each channel in units of the full range.
+
+    `counts`: the histogram [C, 256] of the images at `sample_positions`, where it is known.
+    """
+    if counts is None:
+        counts = torch.zeros(images.shape[1], 256, dtype=torch.int64)
+        for index in sample_positions(images.shape[0]).split(1000):
+            counts += histogram(images[index])
     values = torch.arange(256, dtype=torch.float64) / 255
-    share = counts / counts.sum(1, keepdim=True)
+    share = counts.double() / counts.sum(1, keepdim=True)
     mean = share @ values
     std = (share @ values**2 - mean**2).clamp(min=1e-6).sqrt()
     return tuple(round(m, 4) for m in mean.tolist()), tuple(round(s, 4) for s in std.tolist())

@@ -34,9 +34,10 @@ DEATH_SECONDS = 10  # between the broken pipe of a worker that is killed and its
 class BatchReader:
     """Read whole batches of a dataset in worker processes, in the order of a sampler.
 
-    `dataset[indices]`, where `indices` is int64 [n], is a batch: a tensor, or a tuple with tensors.
-    A `UserError` that it raises is yielded in place of the batch. `batch_nbytes` is the size of
-    the largest batch: no more batches are prefetched than fit into shared memory. With
+    `dataset[indices]`, where `indices` is an item of the sampler, is a batch: a tensor, or a tuple
+    with tensors. A `UserError` that it raises is yielded in place of the batch. `batch_nbytes` is
+    the size of the tensors in the largest batch: no more batches are prefetched than fit into
+    shared memory. It is 0 for batches without tensors, which are sent through pipes. With
     `num_workers` 0 batches are read in this process.
 
     Use it in a `with` statement, or call `close`. Iterating raises `UserError` where a worker
@@ -46,7 +47,7 @@ class BatchReader:
     def __init__(
         self,
         dataset: Any,
-        sampler: Iterable[Tensor],
+        sampler: Iterable[Any],
         num_workers: int,
         *,
         batch_nbytes: int,
@@ -56,7 +57,7 @@ class BatchReader:
         options_without_workers: str = "--workers 0",
     ):
         self.dataset, self.sampler, self.num_workers = _Batches(dataset), sampler, num_workers
-        self.batch_nbytes, self.prefetch_factor = max(1, batch_nbytes), prefetch_factor
+        self.batch_nbytes, self.prefetch_factor = batch_nbytes, prefetch_factor
         self.persistent_workers, self.pin_memory = persistent_workers, pin_memory
         self.fallback = options_without_workers
         self.hint = (
@@ -107,11 +108,13 @@ class BatchReader:
                 worker.kill()
                 worker.join(POLL_SECONDS)
 
-    def _build_loader(self, sampler: Iterable[Tensor], **workers: Any) -> DataLoader:
+    def _build_loader(self, sampler: Iterable[Any], **workers: Any) -> DataLoader:
         return DataLoader(
             self.dataset,
             sampler=sampler,
             batch_size=None,  # the dataset returns whole batches
+            collate_fn=_unchanged,  # the default one makes tensors of arrays
+            generator=torch.Generator(),  # the default one would lose a number
             pin_memory=self.pin_memory,
             **workers,
         )
@@ -141,7 +144,7 @@ class BatchReader:
 
     def _fit_shared_memory(self) -> tuple[int, int]:
         """Return how many workers, and batches for each, fit into this process's shared memory."""
-        if not os.path.isdir(SHARED_MEMORY):  # macOS, Windows
+        if not self.batch_nbytes or not os.path.isdir(SHARED_MEMORY):  # macOS, Windows
             return self.num_workers, self.prefetch_factor
         num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         free = shutil.disk_usage(SHARED_MEMORY).free // num_processes
@@ -220,7 +223,7 @@ class _Batches(Dataset):
     def __init__(self, dataset: Any):
         self.dataset = dataset
 
-    def __getitem__(self, indices: Tensor) -> Any:
+    def __getitem__(self, indices: Any) -> Any:
         try:
             batch = self.dataset[indices]
         except UserError as error:  # raised in a worker, it would arrive as a RuntimeError
@@ -235,6 +238,10 @@ class _Batches(Dataset):
         except RuntimeError:
             return _SharedMemoryFull()
         return batch
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch
 
 
 def _init_worker(worker: int) -> None:

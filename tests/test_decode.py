@@ -1,0 +1,144 @@
+"""Files that are not what they seem start no program, make nobody wait, and fill no memory."""
+
+import io
+import os
+import struct
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, PngImagePlugin
+
+from lab.data import decode as module
+from lab.data.decode import decode
+from lab.errors import UserError
+
+XMP = b"http://ns.adobe.com/xap/1.0/\0<x:xmpmeta xmlns:x='adobe:ns:meta/'></x:xmpmeta>"
+
+
+def reason(path) -> str:
+    with pytest.raises(UserError) as caught:
+        decode(str(path), 16)
+    what = caught.value.what
+    assert what.startswith(f"cannot read the picture {path} (")
+    return what.partition(" (")[2].removesuffix(")")
+
+
+def warned(recwarn) -> list[str]:
+    """All warnings but torchvision's own, that it will drop its decoders."""
+    return [str(w.message) for w in recwarn if "deprecated" not in str(w.message)]
+
+
+@pytest.fixture
+def image():
+    """Of 24 x 40 pixels, smooth, so that JPEG changes little, and different in each corner."""
+    y, x = np.mgrid[:40, :24]
+    return Image.fromarray(np.stack([6 * y, 10 * x, 255 - 6 * y], 2).astype(np.uint8))
+
+
+def segment(marker: int, data: bytes) -> bytes:
+    return struct.pack(">BBH", 0xFF, marker, len(data) + 2) + data
+
+
+@pytest.mark.parametrize("by_pillow", [False, True])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientation_is_found_behind_an_xmp_segment(
+    tmp_path, monkeypatch, image, orientation, by_pillow
+):
+    """As Photoshop and some phones write it; it was missed, and the image stayed as stored."""
+    if by_pillow:
+        monkeypatch.setattr(module, "decode_jpeg", None)
+    exif, plain, stream = Image.Exif(), io.BytesIO(), io.BytesIO()
+    exif[0x112] = orientation
+    image.save(plain, "JPEG", quality=95)
+    image.save(stream, "JPEG", quality=95, exif=exif)
+    path, upright = tmp_path / "x.jpg", tmp_path / "upright.png"
+    content = stream.getvalue()
+    path.write_bytes(content[:2] + segment(0xE1, XMP) + content[2:])
+    turns = [None, None, 0, 3, 1, 5, 4, 6, 2]  # Pillow's numbers for what each orientation undoes
+    seen = Image.open(plain).convert("RGB")
+    (seen if orientation == 1 else seen.transpose(turns[orientation])).save(upright)
+    found, expected = decode(str(path), 24), decode(str(upright), 24)
+    assert (found.int() - expected.int()).abs().max() <= 3
+
+
+@pytest.mark.parametrize(
+    "exif", [b"Exif\0\0", b"Exif\0\0garbage", b"Exif\0\0II*\0\xff\xff\xff\xff"]
+)
+@pytest.mark.parametrize("name", ["x.jpg", "x.png", "x.webp"])
+def test_damaged_metadata_leaves_the_image_as_it_is(tmp_path, recwarn, image, name, exif):
+    image.save(tmp_path / name, quality=95, exif=exif)
+    image.save(tmp_path / f"plain-{name}", quality=95)
+    plain = decode(str(tmp_path / f"plain-{name}"), 24)
+    assert torch.equal(decode(str(tmp_path / name), 24), plain)
+    assert warned(recwarn) == []
+
+
+@pytest.mark.parametrize("kind", ["EPS", "TIFF", "PPM", "ICO"])
+@pytest.mark.parametrize("name", ["x.png", "x.jpg"])
+def test_other_formats_are_not_opened_whatever_a_file_is_called(
+    tmp_path, monkeypatch, image, name, kind
+):
+    """Pillow gives PostScript to Ghostscript, an interpreter."""
+    monkeypatch.setattr("subprocess.check_call", lambda *_, **__: pytest.fail("a program ran"))
+    image.save(tmp_path / name, kind)
+    assert reason(tmp_path / name) == "in no known format"
+
+
+def claim(kind: str, width: int, height: int) -> bytes:
+    """A small file whose header claims that many pixels."""
+    stream = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(stream, kind)
+    content = bytearray(stream.getvalue())
+    if kind == "JPEG":
+        at = content.index(b"\xff\xc0") + 5
+        content[at : at + 4] = struct.pack(">HH", height, width)
+    elif kind == "PNG":
+        header = b"IHDR" + struct.pack(">II", width, height) + bytes(content[24:29])
+        content[12:33] = header + struct.pack(">I", PngImagePlugin._crc32(header))
+    elif kind == "BMP":
+        content[18:26] = struct.pack("<ii", width, height)
+    else:
+        content[6:10] = struct.pack("<HH", width, height)
+    return bytes(content)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "BMP", "GIF"])
+@pytest.mark.parametrize("width", [10_001, 60_000])  # just too many, and too many for Pillow too
+def test_pixels_are_limited_before_any_is_decoded(tmp_path, monkeypatch, recwarn, kind, width):
+    def refuse(*_, **__):
+        pytest.fail("it was decoded")
+
+    (tmp_path / "x.png").write_bytes(claim(kind, width, 10_000))
+    monkeypatch.setattr(module, "decode_jpeg", refuse)
+    monkeypatch.setattr(Image.Image, "load", refuse)
+    assert reason(tmp_path / "x.png") == "more than 100 million pixels"
+    assert warned(recwarn) == []
+
+
+def test_the_pixel_limit_itself_is_decoded(tmp_path, monkeypatch, recwarn, image):
+    monkeypatch.setattr(module, "MAX_PIXELS", 24 * 40)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 24 * 40 - 1)  # Pillow then warns
+    for name in ("x.jpg", "x.png", "x.webp", "x.bmp"):
+        image.save(tmp_path / name)
+        assert decode(str(tmp_path / name), 16).shape == (3, 16, 16)
+    assert warned(recwarn) == []
+
+
+def test_what_is_no_regular_file_is_not_opened(tmp_path, monkeypatch):
+    """Opening a named pipe waits until another process writes into it."""
+    monkeypatch.setattr("builtins.open", lambda *_, **__: pytest.fail("it was opened"))
+    os.mkfifo(tmp_path / "x.png")
+    assert reason(tmp_path / "x.png") == "not a regular file"
+    (tmp_path / "y.png").mkdir()
+    assert reason(tmp_path / "y.png") == "not a regular file"
+    (tmp_path / "z.png").symlink_to(tmp_path / "nothing")
+    assert reason(tmp_path / "z.png") == "No such file or directory"
+
+
+@pytest.mark.parametrize(
+    "content", [b"\xff\xd8\xff", b"\xff\xd8\xff\xe1\0\0", b"\xff\xd8" * 9, b""]
+)
+def test_a_jpeg_that_ends_in_its_header_is_refused(tmp_path, content):
+    (tmp_path / "x.jpg").write_bytes(content)
+    assert reason(tmp_path / "x.jpg")

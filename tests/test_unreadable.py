@@ -1,0 +1,195 @@
+"""Images that cannot be decoded: all named at once, or left out by --skip-unreadable."""
+
+import math
+import os
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+from mistakes import make_picture, matches
+
+import evaluate
+import train
+from lab import checkpoint
+from lab.config import EvalConfig
+from lab.data import DataConfig, cache, decode, list_samples, load_split, load_splits, sources
+from lab.data.decode import ImageFiles, UnreadableImages
+from lab.errors import UserError
+
+CONFIG = DataConfig("folder", "", 32, 0.25, 0.25, 0, 10, 0, 0)
+KINDS = pytest.mark.parametrize("memory", [math.inf, 0], ids=["resident", "streaming"])
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """24 images of each of two classes, and the settings that read them."""
+    paths = [
+        make_picture(tmp_path / f"pictures/{label}/{i:02}.png") for label in "ab" for i in range(24)
+    ]
+    return paths, replace(CONFIG, data_dir=str(tmp_path / "pictures"))
+
+
+def spoil(splits, name: str, *positions: int) -> list[str]:
+    """Damages the files at those positions of a split; their names below the directory."""
+    split = getattr(splits, name)
+    for i in positions:
+        with open(split.paths[i], "wb") as file:
+            file.write(b"not an image")
+    return [split.files()[i] for i in positions]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_one_error_names_all_of_every_split(pictures, workers):
+    _, config = pictures
+    splits = load_splits(config, math.inf, 1)
+    spoiled = spoil(splits, "train", 0, 5) + spoil(splits, "val", 2) + spoil(splits, "test", 1, 3)
+    with pytest.raises(UserError) as caught:
+        load_splits(config, math.inf, workers)
+    assert caught.value.what.startswith("cannot read 5 images: ")
+    assert all(f"{config.data_dir}/{name}" in caught.value.what for name in spoiled)
+    assert caught.value.hint == "Replace or delete those files, or give --skip-unreadable"
+
+
+def test_streamed_training_images_are_named_at_the_start(pictures, monkeypatch):
+    """They, or a sample of many, are decoded for mean and std; after a failure, all are checked."""
+    _, config = pictures
+    splits = load_splits(config, 0, 1)
+    spoiled = spoil(splits, "train", 0, 5, 6)
+    assert_all_are_named(config, spoiled)
+    monkeypatch.setattr(sources, "SAMPLE_SIZE", 2)  # the first one of them is in the sample
+    assert_all_are_named(config, spoiled + spoil(splits, "val", 1) + spoil(splits, "test", 0))
+
+
+def assert_all_are_named(config, spoiled):
+    with pytest.raises(UserError) as caught:
+        load_splits(config, 0, 2)
+    assert caught.value.what.startswith(f"cannot read {len(spoiled)} images: ")
+    assert all(f"{config.data_dir}/{name}" in caught.value.what for name in spoiled)
+
+
+def test_a_batch_names_all_of_its_images_that_cannot_be_read(pictures):
+    paths, _ = pictures
+    for i in (1, 2):
+        paths[i].write_bytes(b"")
+    with pytest.raises(UnreadableImages) as caught:
+        ImageFiles(tuple(map(str, paths)), 32)[torch.arange(4)]
+    assert list(caught.value.reasons) == [str(paths[1]), str(paths[2])]
+
+
+def test_of_very_many_some_are_named_and_all_counted():
+    error = UnreadableImages({f"{i}.png": "" for i in range(25)})
+    assert error.what.startswith("cannot read 25 images: 0.png, 1.png, ")
+    assert error.what.endswith(", 19.png and 5 more")
+
+
+@KINDS
+def test_skipped_images_are_left_out_of_their_splits_and_listed(
+    pictures, monkeypatch, capsys, memory
+):
+    """The samples that are left stay in the split that they were in, in the same order."""
+    _, config = pictures
+    whole = load_splits(config, memory, 1)
+    spoiled = spoil(whole, "train", 0, 7) + spoil(whole, "val", 1) + spoil(whole, "test", 0)
+    config = replace(config, skip_unreadable=True)
+    capsys.readouterr()
+    left = load_splits(config, memory, 1)
+    warning = capsys.readouterr().err
+    assert warning.startswith("warning: left out 4 images that cannot be read: ")
+    assert all(f"{config.data_dir}/{name}" in warning for name in spoiled)
+    for name in ("train", "val", "test"):
+        before, after = getattr(whole, name), getattr(left, name)
+        kept = [i for i, file in enumerate(before.files()) if file not in spoiled]
+        assert after.files() == [before.files()[i] for i in kept]
+        assert torch.equal(after.labels, before.labels[kept])
+        everything = torch.arange(len(kept))
+        assert torch.equal(after.images[everything], before.images[torch.tensor(kept)])
+        alone, fingerprint = load_split(config, name, memory, 1)
+        assert alone.files() == after.files()
+        assert fingerprint == left.fingerprints[name] != whole.fingerprints[name]
+    assert len(load_split(config, "all", memory, 1)[0].labels) == 44
+    # The list is kept: the next process decodes nothing to find it.
+    monkeypatch.setattr(decode, "decode", lambda *_: pytest.fail("decoded again"))
+    monkeypatch.setattr(cache, "FEWEST", 10**9)
+    assert left.test.files() == load_split(config, "test", 0, 1)[0].files()
+
+
+def test_a_named_pipe_and_a_link_to_nothing_are_skipped_without_waiting(pictures):
+    paths, config = pictures
+    paths[3].unlink()
+    os.mkfifo(paths[3])
+    paths[4].unlink()
+    paths[4].symlink_to("nowhere")
+    config = replace(config, skip_unreadable=True)
+    splits = load_splits(config, 0, 1)
+    files = [file for name in ("train", "val", "test") for file in getattr(splits, name).files()]
+    assert len(files) == 46
+    assert set(list_samples(config).samples) == set(files)
+    with pytest.raises(UserError, match="cannot read 2 images"):
+        load_splits(replace(config, skip_unreadable=False), math.inf, 1)
+
+
+def test_the_list_follows_the_files(pictures):
+    paths, config = pictures
+    config = replace(config, skip_unreadable=True)
+    content = paths[3].read_bytes()
+    paths[3].write_bytes(b"")
+    assert len(load_split(config, "all", 0, 1)[0].labels) == 47
+    paths[3].write_bytes(content)
+    assert len(load_split(config, "all", 0, 1)[0].labels) == 48
+    paths[3].unlink()
+    paths[3].symlink_to("nowhere")
+    assert len(load_split(config, "all", 0, 1)[0].labels) == 47
+
+
+def test_a_class_without_readable_training_images_is_an_error(pictures):
+    paths, config = pictures
+    for path in paths[:24]:
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match="none of the training images of a can be read"):
+        load_splits(replace(config, skip_unreadable=True), math.inf, 1)
+
+
+def test_only_a_directory_of_images_has_any_to_skip(fails):
+    assert fails(train, "--dataset", "digits", "--skip-unreadable", "--quiet") == (
+        "--skip-unreadable is for a directory of images. Leave it out, or give --dataset folder."
+    )
+
+
+def test_weights_say_what_their_evaluation_skips(pictures, tmp_path, monkeypatch, fails, capfd):
+    """Of the training's own data: new data are skipped only where the option is given."""
+    _, config = pictures
+    splits = load_splits(config, math.inf, 1)
+    [spoiled] = spoil(splits, "test", 2)
+    words = "--dataset folder --data-dir pictures --recipe smoke --quiet --threads 1 --epochs 1"
+    words += " --val-fraction 0.25 --test-fraction 0.25 --skip-unreadable --name x"
+    assert train.main(words.split()) == 0
+    assert len((tmp_path / "runs/x/predictions.csv").read_text().splitlines()) == 12
+    capfd.readouterr()
+    evaluate.main(["runs/x", "--quiet", "--threads", "1"])
+    assert f"left out 1 image that cannot be read: pictures/{spoiled}" in capfd.readouterr().err
+    evaluated = tmp_path / "runs/x/evaluate-test/predictions.csv"
+    assert evaluated.read_bytes() == (tmp_path / "runs/x/predictions.csv").read_bytes()
+    other = ("runs/x", "--quiet", "--threads", 1, "--data-dir", "pictures", "--split", "all")
+    assert matches(
+        fails(evaluate, *other),
+        f"cannot read the picture pictures/{spoiled} (*). "
+        "Replace or delete that file, or give --skip-unreadable.",
+    )
+    evaluate.main([*map(str, other), "--skip-unreadable"])
+    assert "has changed" not in capfd.readouterr().err
+    info = checkpoint.read_info(tmp_path / "runs/x/best.safetensors")
+    del info["data"]["skip_unreadable"]  # as in weights of before the option
+    checkpoint._require_usable(info)
+    assert not DataConfig(**info["data"]).skip_unreadable
+
+
+def test_new_data_do_not_inherit_the_option():
+    trained = asdict(replace(CONFIG, skip_unreadable=True))
+    for given, expected in (
+        ({}, True),
+        ({"data_dir": "new"}, False),
+        ({"dataset": "digits"}, False),
+        ({"data_dir": "new", "skip_unreadable": True}, True),
+    ):
+        config = EvalConfig(weights="x", **given)
+        assert DataConfig(**trained | config.data_overrides()).skip_unreadable == expected
