@@ -217,7 +217,7 @@ def test_p3_another_number_of_processes_counts_each_sample_once(tmp_path, num_pr
     """A checkpoint of two processes, one of which skipped a step, is resumed on another number."""
     position = dict.fromkeys(POSITION, 0) | {"epoch": 2, "batch": 5, "step": 13}
     about = {"position": position, "sums": [[3.0, 2.0, 5.0], [4.0, 1.0, 4.0]]}
-    state = State(rundir.RunDir(tmp_path), about, {})
+    state = State(rundir.RunDir(tmp_path), tmp_path, about, {})
     found = [state.position(rank, num_processes) for rank in range(num_processes)]
     assert sum(p.sums[0].item() for p in found) == 7
     assert sum(p.sums[1].item() for p in found) == 3
