@@ -12,27 +12,30 @@ files have all of them.
 import sys
 from pathlib import Path
 
-from lab import card, comparison, console, plots, report, scatter, tables
-from lab.commandline import parse_arguments
-from lab.comparison import CompareConfig
+from lab import console
+from lab.checkpoint.run_dir import CARD, PAGE, PLOTS, RunDir
+from lab.config.cli import parse_arguments
 from lab.errors import UserError, run_script
-from lab.rundir import CARD, PAGE, PLOTS, RunDir
+from lab.report import compare, html, model_card, plots
+from lab.report.compare import CompareConfig
 
 
 def main(argv: list[str] | None = None) -> int:
     """Compares as the command line `argv` says; the exit code. Raises `UserError`."""
-    config = CompareConfig(**parse_arguments(CompareConfig, argv, prog="compare.py", about=__doc__))
+    config = CompareConfig(
+        **parse_arguments(CompareConfig, argv, prog="compare.py", description=__doc__)
+    )
     if len(config.runs) == 1:
         return draw_again(config)
     folder = Path(config.output)
-    runs = comparison.read_runs(config.runs)
-    rows = comparison.rows(runs)
-    tables.runs([{name: comparison.text(name, row[name]) for name in row} for row in rows])
-    comparison.make(folder)
-    comparison.write(folder, runs, rows)
-    scatter.accuracy_against_cost(rows, folder / comparison.PICTURE)
-    report.write_comparison(folder, runs, rows)
-    console.print_line(comparison.INTERVAL)
+    runs = compare.read_runs(config.runs)
+    rows = compare.rows(runs)
+    console.runs_table([{name: compare.text(name, row[name]) for name in row} for row in rows])
+    compare.make(folder)
+    compare.write(folder, runs, rows)
+    plots.accuracy_against_cost(rows, folder / compare.COMPARISON_PLOT)
+    html.write_comparison(folder, runs, rows)
+    console.print_line(compare.INTERVAL)
     console.print_line(f"written: {folder}")
     return 0
 
@@ -44,9 +47,9 @@ def draw_again(config: CompareConfig) -> int:
     run = RunDir(config.runs[0])
     written = [run.path / PLOTS, run.path / PAGE]
     plots.draw(run.path)
-    report.write(run.path)
+    html.write(run.path)
     if not (run.path / CARD).exists():  # what was edited in one is not lost
-        card.write(run)
+        model_card.write(run)
         written.append(run.path / CARD)
     for path in written:
         console.print_line(f"written: {path}")

@@ -14,60 +14,62 @@ from contextlib import closing
 from dataclasses import replace
 from functools import partial
 
-from lab import console, tables
-from lab.commandline import parse_arguments
-from lab.config import EvalConfig
+from lab import console
+from lab.config.cli import parse_arguments
+from lab.config.schema import EvalConfig
 from lab.errors import name_some, run_script
 
 
 def main(argv: list[str] | None = None) -> None:
     """Evaluates as the command line `argv` says; raises `UserError`."""
-    config = EvalConfig(**parse_arguments(EvalConfig, argv, prog="evaluate.py", about=__doc__))
+    config = EvalConfig(
+        **parse_arguments(EvalConfig, argv, prog="evaluate.py", description=__doc__)
+    )
 
     # PyTorch takes seconds to import: --help and a mistyped option are answered before.
     import torch
 
-    from lab import checkpoint, rundir
+    from lab.checkpoint import run_dir, weights
     from lab.data import (
         DataConfig,
+        check_data_dir,
         list_samples,
         load_fingerprints,
         load_split,
-        require_data_dir_is_read,
     )
-    from lab.data.augment import Preprocess
     from lab.data.fingerprint import changed_splits
     from lab.data.loaders import build_loader
+    from lab.data.transforms import BatchTransform
     from lab.distributed import (
         build_accelerator,
         check_same_data,
+        device_summary,
         loader_place,
-        place_line,
-        together,
+        raise_on_all_ranks,
     )
-    from lab.engine import lay_out
-    from lab.evaluation import eval_batch_size, predict_all
-    from lab.metrics import caveat
+    from lab.engine.evaluation import eval_batch_size, predict_all
+    from lab.engine.metrics import selection_bias_note
+    from lab.engine.training import to_device
 
-    path = checkpoint.find_weights(config.weights)
-    about = checkpoint.read_info(path)
-    model = about["model"]["name"]
+    path = weights.find_weights(config.weights)
+    metadata = weights.read_metadata(path)
+    model_name = metadata["model"]["name"]
     accelerator = build_accelerator(
         training=False,
         mixed_precision=config.mixed_precision,
-        trained_in=about["precision"],
+        trained_precision=metadata["precision"],
         threads=config.threads,
         timeout_seconds=config.timeout_seconds,
         quiet=config.quiet,
     )
     place = loader_place(accelerator, config.loader, config.workers)
-    data = DataConfig(**about["data"] | config.data_overrides())
-    limits = {name: about["data"][name] for name in ("limit_train", "limit_eval")}
+    data = DataConfig(**metadata["data"] | config.data_overrides())
+    limits = {name: metadata["data"][name] for name in ("max_train_samples", "max_eval_samples")}
     as_trained = replace(data, **limits)  # the data given, with the number of samples in training
-    require_data_dir_is_read(data.dataset, config.data_dir)
-    with together(accelerator):
-        network = checkpoint.load_model(path, about)
-        with console.working(f"reading {data.dataset}"):
+    check_data_dir(data.dataset, config.data_dir)
+    with raise_on_all_ranks(accelerator):
+        model = weights.load_model(path, metadata)
+        with console.status(f"reading {data.dataset}"):
             # The metadata may be a stranger's: only a folder that the user names is written to.
             download = config.data_dir is not None
             split, fingerprint = load_split(
@@ -78,20 +80,22 @@ def main(argv: list[str] | None = None) -> None:
                 current = load_fingerprints(as_trained, download, torch.get_num_threads())
             if config.split != "all":
                 current = {config.split: current[config.split]}
-            changed = bool(changed_splits(about["fingerprints"], current))
+            changed = bool(changed_splits(metadata["fingerprints"], current))
     check_same_data(
         accelerator, {config.split: fingerprint}, partial(list_samples, data, config.split)
     )
-    with together(accelerator):
-        split = checkpoint.align_classes(path, about, split)
-        plain = Preprocess(about["mean"], about["std"], (), accelerator.device)
+    with raise_on_all_ranks(accelerator):
+        split = weights.align_classes(path, metadata, split)
+        plain = BatchTransform(metadata["mean"], metadata["std"], (), accelerator.device)
         size = config.batch_size or eval_batch_size(
-            accelerator.device, about["model"]["image_size"]
+            accelerator.device, metadata["model"]["image_size"]
         )
         loader = build_loader(split, plain, batch_size=size, seed=None, **place)
-        writes = accelerator.is_main_process
+        is_main_process = accelerator.is_main_process
         outputs = {  # the plain result comes first, whatever else is asked for
-            tta: rundir.evaluation_dir(path, config.part(about["data"]), config.output, writes, tta)
+            tta: run_dir.evaluation_dir(
+                path, config.part(metadata["data"]), config.output, is_main_process, tta
+            )
             for tta in dict.fromkeys(("none", config.tta))
         }
     if changed:
@@ -106,37 +110,39 @@ def main(argv: list[str] | None = None) -> None:
             f"({name_some(missing)}): macro-F1 leaves out those that are not predicted either"
         )
     console.settings(
-        f"{model} of {path}",
+        f"{model_name} of {path}",
         {
             "data": f"{config.split} of {data.dataset}: {len(split.labels):,} samples",
-            "place": place_line(accelerator),
+            "place": device_summary(accelerator),
         },
     )
-    network = lay_out(network, model, accelerator.device)
+    model = to_device(model, model_name, accelerator.device)
     for tta, output in outputs.items():
         with closing(loader):
-            predictions = predict_all(accelerator, network, loader, tta)
+            predictions = predict_all(accelerator, model, loader, tta)
         report = {
             "split": config.split,
             **predictions.report(),
-            "best_epoch": about["best_epoch"],
-            "selected_on": about["selected_on"],
+            "best_epoch": metadata["best_epoch"],
+            "selection_split": metadata["selection_split"],
         }
-        title = f"{model} on {data.dataset}"
+        title = f"{model_name} on {data.dataset}"
         if tta != "none":
             report["tta"] = tta
             title += f", apart: mean over each picture and its mirror image (--tta {tta})"
-        with together(accelerator):  # the report last: where it is, all is
+        with raise_on_all_ranks(accelerator):  # the report last: where it is, all is
             output.write_predictions(predictions.csv(split.files()))
             output.write_report(report)
         if tta == "none":
-            tables.class_table(report)
-            tables.confusion_matrix(report)
+            console.class_table(report)
+            console.confusion_matrix(report)
         console.report(
             report,
             title=title,
             files={"weights": str(path), "report": str(output.path)},
-            note=caveat(config.split, None if changed else about["selected_on"]),
+            note=selection_bias_note(
+                config.split, None if changed else metadata["selection_split"]
+            ),
         )
     accelerator.end_training()
 

@@ -13,8 +13,8 @@ square, and resized with a bilinear, antialiased filter:
     import numpy as np
     from PIL import Image, ImageOps
 
-    def prepare(path, about):
-        _, channels, height, width = about["input"]["shape"]
+    def prepare(path, description):
+        _, channels, height, width = description["input"]["shape"]
         image = ImageOps.exif_transpose(Image.open(path)).convert("L" if channels == 1 else "RGB")
         side = min(image.size)
         left, top = round((image.width - side) / 2), round((image.height - side) / 2)
@@ -28,10 +28,10 @@ With ONNX Runtime:
     import onnxruntime
 
     session = onnxruntime.InferenceSession("best.onnx")
-    about = json.loads(session.get_modelmeta().custom_metadata_map["lab"])
-    images = np.stack([prepare(path, about) for path in paths])
-    [outputs] = session.run(None, {about["input"]["name"]: images})
-    names = [about["class_names"][k] for k in outputs.argmax(1)]
+    description = json.loads(session.get_modelmeta().custom_metadata_map["lab"])
+    images = np.stack([prepare(path, description) for path in paths])
+    [outputs] = session.run(None, {description["input"]["name"]: images})
+    names = [description["class_names"][k] for k in outputs.argmax(1)]
 
 With PyTorch:
 
@@ -40,10 +40,10 @@ With PyTorch:
 
     extra = {"lab.json": ""}
     model = torch.export.load("best.pt2", extra_files=extra).module()
-    about = json.loads(extra["lab.json"])
-    images = np.stack([prepare(path, about) for path in paths])
+    description = json.loads(extra["lab.json"])
+    images = np.stack([prepare(path, description) for path in paths])
     outputs = model(torch.from_numpy(images))
-    names = [about["class_names"][k] for k in outputs.argmax(1)]
+    names = [description["class_names"][k] for k in outputs.argmax(1)]
 
 Neither file holds a pickle. But torch.export.load unpickles what a file tells it to: give it none
 of a stranger's. PyTorch says that its next versions may not read a .pt2; keep the weights.
@@ -55,10 +55,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lab import console
-from lab.commandline import parse_arguments
-from lab.config import MACHINE, REPORT, WEIGHTS
+from lab.config.cli import parse_arguments
+from lab.config.schema import MACHINE, REPORT, WEIGHTS, check_fields, option
 from lab.errors import UserError, run_script
-from lab.options import check_fields, option
 
 
 @dataclass(frozen=True)
@@ -87,33 +86,36 @@ class ExportConfig:
 
 def main(argv: list[str] | None = None) -> None:
     """Exports as the command line `argv` says; raises `UserError`."""
-    config = ExportConfig(**parse_arguments(ExportConfig, argv, prog="export.py", about=__doc__))
+    config = ExportConfig(
+        **parse_arguments(ExportConfig, argv, prog="export.py", description=__doc__)
+    )
 
     # PyTorch takes seconds to import: --help and a mistyped option are answered before.
     import torch
 
-    from lab import checkpoint, export
-    from lab.data.augment import Preprocess
+    from lab import export
+    from lab.checkpoint import weights as weights_module
+    from lab.data.transforms import BatchTransform
     from lab.distributed import default_threads
 
-    path = checkpoint.find_weights(config.weights)
-    info = checkpoint.read_info(path)
+    path = weights_module.find_weights(config.weights)
+    metadata = weights_module.read_metadata(path)
     output = (
         Path(config.output) if config.output else path.with_suffix(export.SUFFIXES[config.format])
     )
-    export.require_writable(output, path)
+    export.check_writable(output, path)
     torch.set_num_threads(config.threads or default_threads())
-    network = checkpoint.load_model(path, info)
-    about = export.describe(
-        info, dynamic_batch=config.dynamic_batch, half=config.half, softmax=config.softmax
+    model = weights_module.load_model(path, metadata)
+    description = export.describe(
+        metadata, dynamic_batch=config.dynamic_batch, half=config.half, softmax=config.softmax
     )
-    with console.working(f"exporting {info['model']['name']}"):
-        content = export.pack(copy.deepcopy(network), info, config.format, about)
+    with console.status(f"exporting {metadata['model']['name']}"):
+        content = export.pack(copy.deepcopy(model), metadata, config.format, description)
         difference, bound = export.largest_difference(
             export.load(content, config.format, config.half),
-            about,
-            network,
-            Preprocess(info["mean"], info["std"], (), "cpu"),
+            description,
+            model,
+            BatchTransform(metadata["mean"], metadata["std"], (), "cpu"),
             batch_sizes=(1, 2, 3, 8) if config.dynamic_batch else (1,) * 4,
         )
     if difference > bound:

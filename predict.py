@@ -13,12 +13,11 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from lab import console, tables
-from lab.commandline import parse_arguments
-from lab.config import MACHINE, REPORT, TTA, WEIGHTS
-from lab.disk import require_place
+from lab import console
+from lab.checkpoint.atomic_io import check_output_file
+from lab.config.cli import parse_arguments
+from lab.config.schema import MACHINE, REPORT, TTA, WEIGHTS, check_fields, option
 from lab.errors import UserError, run_script
-from lab.options import check_fields, option
 
 
 @dataclass(frozen=True)
@@ -56,40 +55,43 @@ class PredictConfig:
 
 def main(argv: list[str] | None = None) -> int:
     """Classifies as the command line `argv` says; the exit code. Raises `UserError`."""
-    config = PredictConfig(**parse_arguments(PredictConfig, argv, prog="predict.py", about=__doc__))
+    config = PredictConfig(
+        **parse_arguments(PredictConfig, argv, prog="predict.py", description=__doc__)
+    )
 
     # PyTorch takes seconds to import: --help and a mistyped option are answered before.
     from accelerate.utils import broadcast_object_list
 
-    from lab import checkpoint, prediction
-    from lab.distributed import build_accelerator, loader_place, together
-    from lab.engine import lay_out
+    from lab import inference
+    from lab.checkpoint import weights as weights_module
+    from lab.distributed import build_accelerator, loader_place, raise_on_all_ranks
+    from lab.engine.training import to_device
 
     files = {file: flag for flag, file in (("--json", config.json), ("--csv", config.csv)) if file}
     for file, flag in files.items():
         if file != "-":
-            require_place(flag, Path(file))
-    path = checkpoint.find_weights(config.weights)
-    about = checkpoint.read_info(path)
-    model = about["model"]["name"]
+            check_output_file(flag, Path(file))
+    path = weights_module.find_weights(config.weights)
+    metadata = weights_module.read_metadata(path)
+    model_name = metadata["model"]["name"]
     accelerator = build_accelerator(
         training=False,
-        trained_in=about["precision"],
+        trained_precision=metadata["precision"],
         threads=config.threads,
         quiet=config.quiet,
         cpu=config.device == "cpu",
     )
-    with together(accelerator):
-        network = checkpoint.load_model(path, about)
-        listed = prediction.find_pictures(config.pictures) if accelerator.is_main_process else None
+    with raise_on_all_ranks(accelerator):
+        model = weights_module.load_model(path, metadata)
+        listed = inference.find_images(config.pictures) if accelerator.is_main_process else None
     paths, unreadable = broadcast_object_list([listed])[0]
-    network = lay_out(network, model, accelerator.device)
+    model = to_device(model, model_name, accelerator.device)
     place = loader_place(accelerator, "streaming", config.workers)
     with console.progress("pictures", -(-len(paths) // accelerator.num_processes)) as progress:
-        found = prediction.classify(
+        found = inference.predict_files(
             accelerator,
-            network,
-            about,
+            model,
+            metadata,
             paths,
             batch_size=config.batch_size,
             num_workers=place["num_workers"],
@@ -101,16 +103,16 @@ def main(argv: list[str] | None = None) -> int:
     failed = [one for one in found if one.error]
     for one in failed:
         console.warn(one.error)
-    if console.speaks():
+    if console.is_main_process():
         if config.json:
-            prediction.write_output(config.json, prediction.json_lines(found))
+            inference.write_output(config.json, inference.json_lines(found))
         if config.csv:
-            prediction.write_output(config.csv, prediction.csv_rows(found, config.top_k))
+            inference.write_output(config.csv, inference.csv_rows(found, config.top_k))
         if "-" not in files:  # standard output is the answer's alone
             for file in files:
-                console.say(f"written: {file}")
+                console.info(f"written: {file}")
         if not (config.json or config.csv or config.quiet):
-            tables.predictions([(one.path, one.classes) for one in found if one.classes])
+            console.predictions_table([(one.path, one.classes) for one in found if one.classes])
     accelerator.end_training()
     return 1 if failed else 0
 

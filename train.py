@@ -4,7 +4,7 @@
   python train.py --dataset digits         ... on bundled handwritten digits: no download
   python train.py --model alexnet          AlexNet on CIFAR-10
   python train.py --model alexnet --dataset folder --data-dir PICTURES
-  python train.py --model efficientnet --pretrained  EfficientNet-B0, from ImageNet's weights
+  python train.py --model efficientnet_b0 --pretrained  EfficientNet-B0, from ImageNet's weights
   python train.py --resume runs/lenet5-mnist         ... goes on with a run that was stopped
   accelerate launch --config_file accelerate_configs/multi_gpu.yaml train.py --model alexnet
 
@@ -21,76 +21,82 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-from lab import console, recipes
-from lab.commandline import parse_arguments
-from lab.config import TrainConfig
+from lab import console
+from lab.checkpoint.run_dir import RunDir
+from lab.config import recipes
+from lab.config.cli import parse_arguments
+from lab.config.schema import TrainConfig
 from lab.errors import run_script
-from lab.rundir import RunDir
 
 
 def main(argv: list[str] | None = None) -> int:
     """Trains as the command line `argv` says; the exit code. Raises `UserError`."""
-    return train(parse_arguments(TrainConfig, argv, prog="train.py", about=__doc__))[0]
+    return train(parse_arguments(TrainConfig, argv, prog="train.py", description=__doc__))[0]
 
 
-def train(given: dict[str, Any]) -> tuple[int, RunDir]:
+def train(overrides: dict[str, Any]) -> tuple[int, RunDir]:
     """Trains with the settings that were `given`: (exit code, the run). Raises `UserError`."""
     with ExitStack() as stack:
-        return _train(given, stack)
+        return _train(overrides, stack)
 
 
-def _train(given: dict[str, Any], stack: ExitStack) -> tuple[int, RunDir]:
+def _train(overrides: dict[str, Any], stack: ExitStack) -> tuple[int, RunDir]:
     """`train`; what is entered into `stack` is closed however the training ends."""
     began = time.monotonic()
-    config = recipes.resolve(given)
+    config = recipes.resolve(overrides)
 
     # PyTorch takes seconds to import: --help and a mistyped option are answered before.
     import torch
+    from lab.models.model_stats import model_stats
 
-    from lab import card, checkpoint, finetune, hub, keeper, states, tables, tracking
+    from lab import loggers as loggers_module
+    from lab.checkpoint import init_weights, manager, train_state, weights
+    from lab.checkpoint.interrupt import InterruptHandler
+    from lab.checkpoint.train_state import TrainState
     from lab.data import DataConfig, list_samples, load_splits
-    from lab.data.augment import Preprocess
     from lab.data.loaders import build_loader
+    from lab.data.transforms import BatchTransform
     from lab.distributed import (
         build_accelerator,
         check_same_data,
         describe,
-        join_world,
+        device_summary,
+        init_distributed,
         loader_place,
-        place_line,
-        together,
+        raise_on_all_ranks,
     )
-    from lab.engine import Position, prepare, train_one_epoch
-    from lab.evaluation import eval_batch_size, predict_all
-    from lab.metrics import caveat, is_better
+    from lab.engine.evaluation import eval_batch_size, predict_all
+    from lab.engine.metrics import is_better, selection_bias_note
+    from lab.engine.training import prepare, train_one_epoch
     from lab.models import build_model, find_model
-    from lab.models.cost import cost
-    from lab.report import finish
-    from lab.stopping import Stopper
+    from lab.report import hub, model_card
+    from lab.report.html import finish
 
-    world = join_world(config.timeout_seconds, config.quiet)
-    with together(world):
+    world = init_distributed(config.timeout_seconds, config.quiet)
+    with raise_on_all_ranks(world):
         # Locked first: whether the run is resumed or begun is decided once, by one training.
-        opened = states.open_run(config, writes=world.is_main_process)
+        opened = train_state.open_run(config, is_main_process=world.is_main_process)
         run, state = stack.enter_context(opened)
-    state = states.share(state)  # None: a new run
+    state = train_state.broadcast_checkpoint(state)  # None: a new run
     if state:
-        run, config = state.run, state.config(given)
-    with together(world):  # what would be missed only once the run is begun, or at its end
-        tracking.require_packages(config, needed=world.is_main_process)
+        run, config = state.run, state.config(overrides)
+    with raise_on_all_ranks(
+        world
+    ):  # what would be missed only once the run is begun, or at its end
+        loggers_module.check_packages(config, needed=world.is_main_process)
         hub.check_upload(config, needed=world.is_main_process)
     if state and state.is_finished(config):
-        console.say(f"{run.path} is finished; raise --epochs or --max-steps to train it further")
-        keeper.remove_checkpoints(run, config.final_checkpoints)
+        console.info(f"{run.path} is finished; raise --epochs or --max-steps to train it further")
+        manager.remove_checkpoints(run, config.final_checkpoints)
         hub.upload(run, config)
         return 0, run
     if state:
-        console.say(f"going on from {state.path}")
+        console.info(f"going on from {state.path}")
 
     accelerator = build_accelerator(
         mixed_precision=config.mixed_precision,
-        trained_in=state.about["precision"] if state else None,
-        large_model=find_model(config.model).large,
+        trained_precision=state.metadata["precision"] if state else None,
+        benefits_from_bf16=find_model(config.model).benefits_from_bf16,
         cpu_bf16=find_model(config.model).cpu_bf16,
         threads=config.threads,
         deterministic=config.deterministic,
@@ -100,23 +106,23 @@ def _train(given: dict[str, Any], stack: ExitStack) -> tuple[int, RunDir]:
     )
     place = loader_place(accelerator, config.loader, config.workers, config.cuda_graphs)
     data_config = DataConfig.of(config)
-    with together(accelerator), console.working(f"reading {config.dataset}"):
+    with raise_on_all_ranks(accelerator), console.status(f"reading {config.dataset}"):
         splits = load_splits(data_config, place["memory"], torch.get_num_threads())
     check_same_data(accelerator, splits.fingerprints, partial(list_samples, data_config))
     place["kind"] = splits.choose_loader(place["kind"], place["memory"])
-    with together(accelerator):
+    with raise_on_all_ranks(accelerator):
         if state:
-            state.require_same_data(splits)
-        augment = Preprocess(
-            splits.mean, splits.std, config.augmentations, accelerator.device, config.mix_alpha
+            state.check_same_splits(splits)
+        augment = BatchTransform(
+            splits.mean, splits.std, config.augmentations, accelerator.device, config.mixup_alpha
         )
-        plain = Preprocess(splits.mean, splits.std, (), accelerator.device)
+        plain = BatchTransform(splits.mean, splits.std, (), accelerator.device)
         train_loader = build_loader(
             splits.train,
             augment,
             batch_size=config.batch_size,
             seed=config.seed,
-            num_parts=config.accumulate,
+            num_parts=config.grad_accum_steps,
             **place,
         )
         size = eval_batch_size(accelerator.device, config.image_size)
@@ -125,53 +131,55 @@ def _train(given: dict[str, Any], stack: ExitStack) -> tuple[int, RunDir]:
         )
         if splits.test is not splits.val:
             test_loader = build_loader(splits.test, plain, batch_size=size, seed=None, **place)
-        about = checkpoint.about_run(config, splits, accelerator.mixed_precision)
+        metadata = weights.run_metadata(config, splits, accelerator.mixed_precision)
         torch.manual_seed(config.seed)
-        network = build_model(**about["model"], init=config.init)
+        model = build_model(**metadata["model"], init=config.init)
         if not state:  # which holds the weights to go on from
-            finetune.start_from(network, about["model"], config)
-            finetune.warn_of_few_steps(config, train_loader.plan.num_batches)
-        finetune.freeze(network, about["model"], config.freeze)
-    trainer = prepare(accelerator, network, config)
-    position, best = Position(), {}
-    settings = asdict(config) | describe(accelerator) | cost(**about["model"])
+            init_weights.start_from(model, metadata["model"], config)
+            init_weights.warn_of_few_steps(config, train_loader.plan.num_batches)
+        init_weights.freeze(model, metadata["model"], config.freeze)
+    train_step = prepare(accelerator, model, config)
+    position, best = TrainState(), {}
+    settings = asdict(config) | describe(accelerator) | model_stats(**metadata["model"])
     settings["fingerprints"] = splits.fingerprints
-    with together(accelerator):  # last: a run that cannot start replaces no other
+    with raise_on_all_ranks(accelerator):  # last: a run that cannot start replaces no other
         if state:
-            best = state.about["best"]
-            position = keeper.restore(trainer, state)
-            run.go_on(settings, position.epoch, position.step)
+            best = state.metadata["best"]
+            position = manager.restore(train_step, state)
+            run.resume(settings, position.epoch, position.step)
         else:
-            keeper.require_room_for(trainer)
-            run.begin(settings)
-        told = settings | {"selected_on": splits.selected_on}
-        tracked = tracking.Tracking(run, told, position.step)
+            manager.check_room(train_step)
+            run.create(settings)
+        told = settings | {"selection_split": splits.selection_split}
+        loggers = loggers_module.Loggers(run, told, position.step)
 
     def on_log(row: dict) -> None:
         run.add_steps(row)
-        tracked.step(row)
+        loggers.step(row)
 
     console.settings(
-        f"{config.model} on {config.dataset}", overview(config, splits, place_line(accelerator))
+        f"{config.model} on {config.dataset}", overview(config, splits, device_summary(accelerator))
     )
     if config.dataset == "folder":
-        tables.class_counts(splits.train.class_names, splits.class_counts())
+        console.class_counts(splits.train.class_names, splits.class_counts())
 
     with (
-        Stopper(accelerator, began, config.max_hours, position.step) as stopper,
-        tracked,
-        checkpoint.Writer() as writer,
-        keeper.Keeper(run, writer, stopper, trainer, splits, position.step) as kept,
+        InterruptHandler(accelerator, began, config.max_hours, position.step) as interrupts,
+        loggers,
+        manager.AsyncWriter() as writer,
+        manager.CheckpointManager(
+            run, writer, interrupts, train_step, splits, position.step
+        ) as kept,
         closing(train_loader),
         closing(val_loader),
     ):
-        best_weights = checkpoint.BestWeights(run, writer)
+        best_weights = weights.BestWeights(run, writer)
         while position.epoch <= config.epochs:
             num_steps = train_loader.plan.num_batches
             title = f"epoch {position.epoch}/{config.epochs}"
             with console.progress(title, num_steps) as progress:
                 trained = train_one_epoch(
-                    trainer,
+                    train_step,
                     train_loader,
                     position,
                     progress.update,
@@ -187,7 +195,7 @@ def _train(given: dict[str, Any], stack: ExitStack) -> tuple[int, RunDir]:
                 )
             kept.save(best, position)
             start = time.perf_counter()
-            scores = predict_all(accelerator, trainer.evaluated, val_loader).scores()
+            scores = predict_all(accelerator, train_step.eval_model, val_loader).scores()
             row: dict[str, Any] = {
                 "epoch": position.epoch,
                 "train_loss": trained.loss,
@@ -204,39 +212,39 @@ def _train(given: dict[str, Any], stack: ExitStack) -> tuple[int, RunDir]:
             # Where --max-steps ended an epoch early, its weights are chosen only if there are no
             # others: resuming the run completes that epoch and evaluates it again.
             complete = position.batch == num_steps
-            improved = (complete or not best) and is_better(row, best, config.select_by)
+            improved = (complete or not best) and is_better(row, best, config.monitor)
             if improved:
                 best = row
-                best_weights.save(trainer.evaluated, about, row)
+                best_weights.save(train_step.eval_model, metadata, row)
             run.add_epoch(row)
-            tracked.epoch(row, position.step)
-            console.epoch_row(row, improved, splits.selected_on)
+            loggers.epoch(row, position.step)
+            console.epoch_row(row, improved, splits.selection_split)
             if kept.after_epoch(position):
                 break
             if config.max_steps and position.step >= config.max_steps:
                 break
             if config.patience and position.epoch - best["epoch"] >= config.patience:
-                console.say(f"stopped: no better epoch in the last {config.patience}")
+                console.info(f"stopped: no better epoch in the last {config.patience}")
                 break
             position = position.next_epoch()
 
         if not kept.reason:
             # The test split is read here, once, by the weights as their file holds them.
-            best_weights.load(accelerator, trainer.evaluated)
+            best_weights.load(accelerator, train_step.eval_model)
     if kept.reason:
-        tracked.finish()
-        return kept.goodbye(), run
-    with together(accelerator):
+        loggers.finish()
+        return kept.report_interruption(), run
+    with raise_on_all_ranks(accelerator):
         run.check_learnt()
     with closing(test_loader):
-        predictions = predict_all(accelerator, trainer.evaluated, test_loader)
+        predictions = predict_all(accelerator, train_step.eval_model, test_loader)
     report = {
         "split": "test",
         **predictions.report(),
         "best_epoch": best["epoch"],
-        "selected_on": splits.selected_on,
+        "selection_split": splits.selection_split,
     }
-    with together(accelerator):  # the report last: where it is, the run is finished
+    with raise_on_all_ranks(accelerator):  # the report last: where it is, the run is finished
         run.write_predictions(predictions.csv(splits.test.files()))
         run.write_report(report)
     console.report(
@@ -244,13 +252,13 @@ def _train(given: dict[str, Any], stack: ExitStack) -> tuple[int, RunDir]:
         title=f"{config.model} on {config.dataset}",
         files={"run": str(run.path)},
         command=f"python evaluate.py {shlex.quote(str(run.path))}",
-        note=caveat("test", splits.selected_on),
+        note=selection_bias_note("test", splits.selection_split),
     )
     finish(run, config, splits, predictions)
-    with together(accelerator):
-        card.write(run)
-    tracked.finish(report, position.step)
-    keeper.remove_checkpoints(run, config.final_checkpoints)
+    with raise_on_all_ranks(accelerator):
+        model_card.write(run)
+    loggers.finish(report, position.step)
+    manager.remove_checkpoints(run, config.final_checkpoints)
     hub.upload(run, config)
     return 0, run
 
@@ -260,10 +268,13 @@ def overview(config, splits, place: str) -> dict[str, str]:
     num_train, num_val, num_test = (
         f"{len(split.labels):,}" for split in (splits.train, splits.val, splits.test)
     )
-    limits = {"--limit-train": config.limit_train, "--limit-eval": config.limit_eval}
+    limits = {
+        "--max-train-samples": config.max_train_samples,
+        "--max-eval-samples": config.max_eval_samples,
+    }
     cut = ", ".join(f"{flag} {limit}" for flag, limit in limits.items() if limit)
     return {
-        "samples": f"{num_train} train, {num_val} {splits.selected_on}, {num_test} test"
+        "samples": f"{num_train} train, {num_val} {splits.selection_split}, {num_test} test"
         + (f" ({cut})" if cut else ""),
         "recipe": f"{config.recipe}: {config.epochs} epoch{'s' if config.epochs > 1 else ''}"
         + (f", at most {config.max_steps} steps" if config.max_steps else "")

@@ -36,26 +36,26 @@ def step_timer(
     import torch
     import torch.nn.functional as F
 
+    from lab.config.recipes import resolve
+    from lab.engine.optimizer import build_optimizer
     from lab.models import build_model
-    from lab.optim import build_optimizer
-    from lab.recipes import resolve
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
-    network = build_model(model, num_classes=10, channels=CHANNELS[model], image_size=32)
+    built_model = build_model(model, num_classes=10, in_chans=CHANNELS[model], image_size=32)
     if not own_pooling:
-        use_pytorchs_pooling(network)
+        use_pytorchs_pooling(built_model)
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    network = network.to(device, memory_format=layout)
+    built_model = built_model.to(device, memory_format=layout)
     if compiled:
-        network.compile()
-    optimizer = build_optimizer(network, resolve({"model": model, "recipe": "notebook"}))
+        built_model.compile()
+    optimizer = build_optimizer(built_model, resolve({"model": model, "recipe": "notebook"}))
     images = torch.randn(BATCH_SIZE, CHANNELS[model], 32, 32, device=device)
     labels = torch.randint(10, (BATCH_SIZE,), device=device)
 
     def step() -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            logits = network(images)
+            logits = built_model(images)
         F.cross_entropy(logits.float(), labels).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -81,19 +81,19 @@ def muon_timer(bfloat16: bool, threads: int):
     """A function that orthogonalises what Muon steps of AlexNet, and returns how often a second."""
     import torch
 
-    from lab import muon
+    from lab.engine import muon
     from lab.models import build_model
 
-    network = build_model("alexnet", num_classes=10, channels=3, image_size=32)
+    model = build_model("alexnet", num_classes=10, in_chans=3, image_size=32)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    matrices = [w.detach().flatten(1).to(device) for w in muon.muon_parameters(network)]
+    matrices = [w.detach().flatten(1).to(device) for w in muon.muon_parameters(model)]
 
     def run() -> dict:
         torch.set_num_threads(threads)
-        muon.multiplies_bfloat16 = lambda device_type: bfloat16
+        muon.has_native_bf16 = lambda device_type: bfloat16
         start = time.perf_counter()
         for matrix in matrices:
-            muon.orthogonalized(matrix)
+            muon.zeropower_via_newtonschulz(matrix)
         if device.type == "cuda":
             torch.cuda.synchronize()
         return {"updates_per_second": 1 / (time.perf_counter() - start)}
@@ -104,13 +104,12 @@ def muon_timer(bfloat16: bool, threads: int):
 
 def run_one(model: str, variant: str) -> dict:
     """Images a second of what lab chooses, in this process, but for the `variant`."""
-    from lab.distributed import choose_precision, num_cores
-    from lab.hardware import keep_freed_memory
+    from lab.distributed import choose_precision, keep_freed_memory, num_cores
     from lab.models import MODELS
 
     if variant != "freed memory given back":
         keep_freed_memory()
-    large = MODELS[model].large
+    large = MODELS[model].benefits_from_bf16
     precision, own = choose_precision("auto", "cpu", large), variant != "PyTorch's pooling"
     run = step_timer(model, precision, large, num_cores(), False, own)
     run()
@@ -145,8 +144,7 @@ def main() -> None:
 
     import torch
 
-    from lab.distributed import choose_precision, num_cores
-    from lab.hardware import keep_freed_memory, multiplies_bfloat16
+    from lab.distributed import choose_precision, has_native_bf16, keep_freed_memory, num_cores
     from lab.models import MODELS
 
     keep_freed_memory()
@@ -154,9 +152,9 @@ def main() -> None:
     threads = sorted({1, num_cores()}) if device_type == "cpu" else [1]
     output = {}
     for model in [name for name in STEPS if name in args.parts]:
-        large = MODELS[model].large
+        large = MODELS[model].benefits_from_bf16
         auto = (choose_precision("auto", device_type, large), large, threads[-1], False)
-        precisions = ("no", "bf16") if multiplies_bfloat16(device_type) else ("no",)
+        precisions = ("no", "bf16") if has_native_bf16(device_type) else ("no",)
         variants = [*itertools.product(precisions, (False, True), threads, (False,))]
         variants += [(*auto[:3], True)] * args.compile
         contenders = {}
@@ -179,7 +177,7 @@ def main() -> None:
             print(table(results, "auto"))
             output[f"{model}, in processes of their own"] = results
     if "muon" in args.parts:
-        native = multiplies_bfloat16(device_type)
+        native = has_native_bf16(device_type)
         names = {bf16: "bfloat16" if bf16 else "float32" for bf16 in (False, True)}
         names[native] += " (auto)"
         timers = {name: muon_timer(bf16, threads[-1]) for bf16, name in names.items()}

@@ -50,7 +50,7 @@ def environment() -> dict[str, Any]:
     """The machine, the versions and the commit."""
     import torch
 
-    from lab.versions import commit, versions
+    from lab.checkpoint.provenance import commit, versions
 
     return {
         "command": sys.argv,
@@ -70,13 +70,13 @@ def write_json(path: str | None, content: dict) -> None:
         Path(path).write_text(text + "\n")
 
 
-def use_pytorchs_pooling(network: Any) -> None:
+def use_pytorchs_pooling(model: Any) -> None:
     """Puts nn.AvgPool2d in the place of lab's own average pooling, wherever it is in `network`."""
     from torch import nn
 
-    from lab.models.classic import AveragePool
+    from lab.models.lenet import AveragePool
 
-    for module in network.modules():
+    for module in model.modules():
         for name, layer in module.named_children():
             if isinstance(layer, AveragePool):
                 setattr(module, name, nn.AvgPool2d(layer.kernel_size))

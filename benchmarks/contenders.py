@@ -20,8 +20,8 @@ from torch.utils.data import DataLoader
 from torchvision import datasets
 from torchvision import transforms as T
 
-from lab.config import TrainConfig
-from lab.recipes import resolve
+from lab.config.recipes import resolve
+from lab.config.schema import TrainConfig
 
 BATCH_SIZE, WORKERS = 128, 2
 Contender = tuple[Callable[[int | None], int], Callable[[], float | None]]
@@ -64,28 +64,28 @@ class Case:
             datasets.ImageFolder(str(root / "test"), T.Compose(plain)),
         )
 
-    def usual_network(self) -> nn.Module:
+    def usual_model(self) -> nn.Module:
         """`network` as the notebooks have it: of PyTorch's own layers."""
-        network = self.network()
-        use_pytorchs_pooling(network)
-        return network
+        model = self.make_model()
+        use_pytorchs_pooling(model)
+        return model
 
-    def network(self) -> nn.Module:
+    def make_model(self) -> nn.Module:
         """The case's network with the project's initial weights."""
         from lab.models import build_model
 
         torch.manual_seed(42)
-        channels = 1 if self.dataset == "mnist" else 3
-        return build_model(self.model, num_classes=10, channels=channels, image_size=32)
+        in_chans = 1 if self.dataset == "mnist" else 3
+        return build_model(self.model, num_classes=10, in_chans=in_chans, image_size=32)
 
 
-def measure(network: nn.Module, loader: DataLoader) -> float:
+def measure(model: nn.Module, loader: DataLoader) -> float:
     """The accuracy, as the notebooks measure it."""
-    network.eval()
+    model.eval()
     correct, total = 0, 0
     with torch.no_grad():
         for images, labels in loader:
-            outputs = network(images)
+            outputs = model(images)
             correct += (outputs.argmax(1) == labels).sum().item()
             total += labels.size(0)
     return correct / total
@@ -94,17 +94,17 @@ def measure(network: nn.Module, loader: DataLoader) -> float:
 def notebook(case: Case) -> Contender:
     """The notebooks' loop: per-sample transforms, worker processes, `.item()` in every step."""
     train_set, test_set = case.sets()
-    network = case.usual_network()
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
+    model = case.usual_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
     loader = DataLoader(train_set, BATCH_SIZE, shuffle=True, num_workers=WORKERS)
     test_loader = DataLoader(test_set, BATCH_SIZE, num_workers=WORKERS)
 
     def train(num_steps: int | None) -> int:
-        network.train()
+        model.train()
         running_loss, correct, total = 0.0, 0, 0
         for images, labels in islice(loader, num_steps):
             optimizer.zero_grad()
-            outputs = network(images)
+            outputs = model(images)
             loss = F.cross_entropy(outputs, labels)
             loss.backward()
             optimizer.step()
@@ -113,7 +113,7 @@ def notebook(case: Case) -> Contender:
             total += labels.size(0)
         return total
 
-    return train, lambda: measure(network, test_loader)
+    return train, lambda: measure(model, test_loader)
 
 
 def accelerate(case: Case) -> Contender:
@@ -122,12 +122,12 @@ def accelerate(case: Case) -> Contender:
 
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     train_set, test_set = case.sets()
-    network = case.usual_network()
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
+    built_model = case.usual_model()
+    optimizer = torch.optim.SGD(built_model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
     loader = DataLoader(train_set, BATCH_SIZE, shuffle=True, num_workers=WORKERS)
     test_loader = DataLoader(test_set, BATCH_SIZE, num_workers=WORKERS)
     model, optimizer, loader, test_loader = accelerator.prepare(
-        network, optimizer, loader, test_loader
+        built_model, optimizer, loader, test_loader
     )
 
     def train(num_steps: int | None) -> int:
@@ -160,33 +160,34 @@ def lab(case: Case) -> Contender:
     """This project's loader, engine and evaluation, put together as train.py does."""
     from dataclasses import replace
 
+    from lab.checkpoint.train_state import TrainState
     from lab.data import DataConfig, load_splits
-    from lab.data.augment import Preprocess
     from lab.data.loaders import build_loader
+    from lab.data.transforms import BatchTransform
     from lab.distributed import build_accelerator, loader_place
-    from lab.engine import Position, prepare, train_one_epoch
-    from lab.evaluation import eval_batch_size, predict_all
+    from lab.engine.evaluation import eval_batch_size, predict_all
+    from lab.engine.training import prepare, train_one_epoch
     from lab.models import find_model
 
     config = case.config
-    accelerator = build_accelerator(large_model=find_model(case.model).large)
+    accelerator = build_accelerator(benefits_from_bf16=find_model(case.model).benefits_from_bf16)
     place = loader_place(accelerator, "auto", -1)
     splits = load_splits(DataConfig.of(config), place["memory"], torch.get_num_threads())
-    augment = Preprocess(splits.mean, splits.std, config.augmentations, accelerator.device)
-    plain = Preprocess(splits.mean, splits.std, (), accelerator.device)
+    augment = BatchTransform(splits.mean, splits.std, config.augmentations, accelerator.device)
+    plain = BatchTransform(splits.mean, splits.std, (), accelerator.device)
     loader = build_loader(splits.train, augment, batch_size=BATCH_SIZE, seed=42, **place)
     eval_size = eval_batch_size(accelerator.device, 32)
     test_loader = build_loader(splits.test, plain, batch_size=eval_size, seed=None, **place)
-    trainer = prepare(accelerator, case.network(), config)
+    train_step = prepare(accelerator, case.make_model(), config)
 
     def train(num_steps: int | None) -> int:
-        trainer.config = replace(config, max_steps=num_steps or 0)
-        position = Position()
-        train_one_epoch(trainer, loader, position, lambda *_: None, lambda _: None)
+        train_step.config = replace(config, max_steps=num_steps or 0)
+        position = TrainState()
+        train_one_epoch(train_step, loader, position, lambda *_: None, lambda _: None)
         return min(position.step * BATCH_SIZE, loader.plan.num_samples)
 
     def evaluate() -> float:
-        return predict_all(accelerator, trainer.evaluated, test_loader).scores()["accuracy"]
+        return predict_all(accelerator, train_step.eval_model, test_loader).scores()["accuracy"]
 
     return train, evaluate
 
@@ -219,26 +220,28 @@ def resident(case: Case, *, plain: bool = False) -> Contender:
     It has bfloat16 autocast and channels_last where lab has them; `plain`: neither of them.
     """
     from lab.distributed import choose_precision
-    from lab.engine import lay_out
+    from lab.engine.training import to_device
     from lab.models import find_model
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    network = case.usual_network().to(device)
+    model = case.usual_model().to(device)
     precision = "no"
     if not plain:
-        network = lay_out(network, case.model, device)
+        model = to_device(model, case.model, device)
         spec = find_model(case.model)
-        precision = choose_precision("auto", device.type, spec.large, cpu_bf16=spec.cpu_bf16)
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
+        precision = choose_precision(
+            "auto", device.type, spec.benefits_from_bf16, cpu_bf16=spec.cpu_bf16
+        )
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
     (images, labels), (test_images, test_labels) = (load_images(s, device) for s in case.sets())
     mean, std = (torch.tensor(v, device=device).view(-1, 1, 1) for v in case.statistics)
 
     def forward(batch: Tensor) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            return network((batch.float() / 255 - mean) / std)
+            return model((batch.float() / 255 - mean) / std)
 
     def train(num_steps: int | None) -> int:
-        network.train()
+        model.train()
         order = torch.randperm(len(labels), device=device)
         loss_sum = torch.zeros((), device=device)
         num_correct = torch.zeros((), dtype=torch.int64, device=device)
@@ -258,7 +261,7 @@ def resident(case: Case, *, plain: bool = False) -> Contender:
         return total
 
     def evaluate() -> float:
-        network.eval()
+        model.eval()
         num_correct = 0
         with torch.inference_mode():
             for batch, targets in zip(
@@ -273,21 +276,21 @@ def resident(case: Case, *, plain: bool = False) -> Contender:
 def floor(case: Case) -> Contender:
     """The arithmetic alone: lab's network, precision and optimizer on one batch that lies ready."""
     from lab.distributed import build_accelerator
-    from lab.engine import prepare
+    from lab.engine.training import prepare
     from lab.models import find_model
 
-    accelerator = build_accelerator(large_model=find_model(case.model).large)
-    trainer = prepare(accelerator, case.network(), case.config)
-    channels = 1 if case.dataset == "mnist" else 3
-    images = torch.randn(BATCH_SIZE, channels, 32, 32, device=accelerator.device)
+    accelerator = build_accelerator(benefits_from_bf16=find_model(case.model).benefits_from_bf16)
+    train_step = prepare(accelerator, case.make_model(), case.config)
+    in_chans = 1 if case.dataset == "mnist" else 3
+    images = torch.randn(BATCH_SIZE, in_chans, 32, 32, device=accelerator.device)
     labels = torch.randint(10, (BATCH_SIZE,), device=accelerator.device)
 
     def train(num_steps: int | None) -> int:
-        trainer.model.train()
+        train_step.wrapped_model.train()
         for _ in range(num_steps or 60_000 // BATCH_SIZE):
-            accelerator.backward(F.cross_entropy(trainer.model(images), labels))
-            trainer.optimizer.step()
-            trainer.optimizer.zero_grad()
+            accelerator.backward(F.cross_entropy(train_step.wrapped_model(images), labels))
+            train_step.optimizer.step()
+            train_step.optimizer.zero_grad()
         return (num_steps or 60_000 // BATCH_SIZE) * BATCH_SIZE
 
     return train, lambda: None
@@ -304,23 +307,23 @@ def lightning(case: Case) -> Contender:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
     class Module(L.LightningModule):
-        def __init__(self, network: nn.Module):
+        def __init__(self, model: nn.Module):
             super().__init__()
-            self.network, self.correct, self.total = network, 0, 0
+            self.model, self.correct, self.total = model, 0, 0
 
         def training_step(self, batch, index):
             images, labels = batch
-            return F.cross_entropy(self.network(images), labels)
+            return F.cross_entropy(self.model(images), labels)
 
         def validation_step(self, batch, index):
             images, labels = batch
-            self.correct += (self.network(images).argmax(1) == labels).sum().item()
+            self.correct += (self.model(images).argmax(1) == labels).sum().item()
             self.total += len(labels)
 
         def configure_optimizers(self):
             return torch.optim.SGD(self.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
 
-    module = Module(case.usual_network())
+    module = Module(case.usual_model())
     train_set, test_set = case.sets()
     loader = DataLoader(train_set, BATCH_SIZE, shuffle=True, num_workers=WORKERS)
     test_loader = DataLoader(test_set, BATCH_SIZE, num_workers=WORKERS)
@@ -328,12 +331,12 @@ def lightning(case: Case) -> Contender:
 
     def train(num_steps: int | None) -> int:
         limit = {"limit_train_batches": num_steps} if num_steps else {}
-        L.Trainer(max_epochs=1, **settings, **limit).fit(module, loader)
+        L.TrainStep(max_epochs=1, **settings, **limit).fit(module, loader)
         return min((num_steps or len(loader)) * BATCH_SIZE, len(train_set))
 
     def evaluate() -> float:
         module.correct = module.total = 0
-        L.Trainer(**settings).validate(module, test_loader, verbose=False)
+        L.TrainStep(**settings).validate(module, test_loader, verbose=False)
         return module.correct / module.total
 
     return train, evaluate
@@ -345,8 +348,8 @@ def timm(case: Case) -> Contender:
 
     grey = case.dataset == "mnist"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    network = case.usual_network().to(device)
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
+    model = case.usual_model().to(device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
     settings = {
         "input_size": (1 if grey else 3, 32, 32),
         "batch_size": BATCH_SIZE,
@@ -362,16 +365,16 @@ def timm(case: Case) -> Contender:
     test_loader = create_loader(test_set, crop_pct=1.0, **settings)
 
     def train(num_steps: int | None) -> int:
-        network.train()
+        model.train()
         total = 0
         for images, labels in islice(loader, num_steps):
             optimizer.zero_grad()
-            F.cross_entropy(network(images), labels).backward()
+            F.cross_entropy(model(images), labels).backward()
             optimizer.step()
             total += len(labels)
         return total
 
-    return train, lambda: measure(network, test_loader)
+    return train, lambda: measure(model, test_loader)
 
 
 CONTENDERS = {

@@ -1,7 +1,7 @@
 """Does any (model, data set) pair diverge? A short training of each, with a recipe.
 
   python benchmarks/every_pair.py --mnist data --photographs PICTURES --log every_pair.txt
-  python benchmarks/every_pair.py --models densenet,vit-tiny --datasets shapes --recipe notebook
+  python benchmarks/every_pair.py --models densenet,vit_tiny --datasets shapes --recipe notebook
 
 Each pair trains 200 steps by train.py's own loop: ten epochs, so that the whole course of the
 learning rate is run through, warm-up and peak included. A line a pair is added to the log: the
@@ -23,7 +23,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # lab and train, installed or not
 
 EPOCHS, ENDS = 10, 10  # ENDS: steps that a loss is the mean of
-ALIASES = {"vit": "vit-tiny", "efficientnet": "efficientnet-b0"}
+ALIASES = {"vit": "vit_tiny", "efficientnet": "efficientnet_b0"}
 DATASETS = ("shapes", "digits", "mnist", "photographs")
 COLUMNS = "{:<20} {:<12} {:<9} {:>5} {:>5} {:>7} {:>7}  {}"
 HEADER = ("model", "data set", "recipe", "steps", "batch", "first", "last", "precision, seconds")
@@ -41,7 +41,7 @@ def main() -> int:
     parser.add_argument("--datasets", type=lambda s: s.split(","), default=list(DATASETS))
     parser.add_argument("--mnist", metavar="DIR", help="where MNIST lies or is downloaded to")
     parser.add_argument("--photographs", metavar="DIR", help="a folder of pictures by class")
-    parser.add_argument("--recipe", default="modern")
+    parser.add_argument("--recipe", default="default")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--threads", type=int, default=0)
@@ -78,7 +78,14 @@ def train_pair(model: str, dataset: str, folder: str, args: argparse.Namespace) 
         words += ["--data-dir", folder, "--output-dir", output, "--name", "run", "--log-every", "1"]
         words += ["--recipe", args.recipe, "--max-steps", 0]
         words += ["--epochs", EPOCHS, "--batch-size", args.batch_size, "--threads", args.threads]
-        words += ["--limit-train", num_samples, "--limit-eval", 20, "--num-samples", 2000]
+        words += [
+            "--max-train-samples",
+            num_samples,
+            "--max-eval-samples",
+            20,
+            "--num-samples",
+            2000,
+        ]
         run, outcome = Path(output) / "run", ""
         try:
             if code := train.main([*map(str, words), "--quiet"]):

@@ -28,8 +28,8 @@ def read_with_torchvision(root: str) -> int:
 def read_with_lab(root: str) -> int:
     """This project's reader: from the cache, where LAB_CACHE has the pictures already."""
     from lab.data import DataConfig
-    from lab.data.folder import read_folder
-    from lab.data.sources import in_memory
+    from lab.data.image_folder import read_folder
+    from lab.data.splits import in_memory
 
     parts = read_folder(DataConfig("folder", root, 32, 0.1, 0.2, 0, 0, 0, 0))
     return in_memory(parts.train, num_workers=2).images.shape[0]
@@ -42,7 +42,7 @@ def run_one(reader: str, root: str) -> dict:
     """Pictures read and seconds taken, imports apart."""
     from torchvision import datasets, transforms  # noqa: F401
 
-    from lab.data import decode, folder  # noqa: F401
+    from lab.data import decode  # noqa: F401
 
     start = time.perf_counter()
     count = READERS[reader](root)

@@ -49,11 +49,11 @@ NETWORKS = (
     "densenet",
     "densenet121",
     "mobilenet",
-    "mobilenet-v3-small",
+    "mobilenet_v3_small",
     "efficientnet",
-    "vit-tiny",
-    "vit-small",
-    "vit-hybrid",
+    "vit_tiny",
+    "vit_small",
+    "vit_hybrid",
 )
 ADAMW = (("optimizer", "adamw"), ("lr", 1e-3))
 MUON = (("optimizer", "muon"), ("lr", 2e-3))
@@ -93,7 +93,12 @@ BATCHES = [
     ALEXNET("alexnet, batches"),
     ALEXNET("alexnet, batches, kernel by kernel", graphs=False),
 ]
-UNUSUAL = (("label_smoothing", 0.1), ("ema", 0.99), ("accumulate", 2), ("clip_norm", 1.0))
+UNUSUAL = (
+    ("label_smoothing", 0.1),
+    ("ema_decay", 0.99),
+    ("grad_accum_steps", 2),
+    ("max_grad_norm", 1.0),
+)
 CHECKS = [
     LENET("lenet5", augment="crop,flip,cutout", settings=UNUSUAL),
     BF16("alexnet", augment="crop,flip,cutout", settings=UNUSUAL),
@@ -104,10 +109,10 @@ def load(data_dir: str | None, quick: bool) -> dict[str, Any]:
     """The two data sets as lab's `Splits` at 32 pixels; random where no folder is given."""
     import torch
 
+    from lab.config.recipes import resolve
     from lab.data import DATASETS as SPECS
     from lab.data import DataConfig, Splits, load_splits
-    from lab.data.sources import Split
-    from lab.recipes import resolve
+    from lab.data.types import Split
 
     def draw(name: str, count: int) -> Split:
         generator = torch.Generator().manual_seed(count)
@@ -193,9 +198,9 @@ def is_plain(case: Case) -> bool:
 
 def tiny(case: Case, device_type: str) -> Case:
     """The case for a try: a small batch, and no bfloat16 where it would be emulated for minutes."""
-    from lab.hardware import multiplies_bfloat16
+    from lab.distributed import has_native_bf16
 
-    precision = case.precision if multiplies_bfloat16(device_type) else "no"
+    precision = case.precision if has_native_bf16(device_type) else "no"
     return replace(case, batch_size=4, precision=precision)
 
 

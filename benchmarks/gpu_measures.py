@@ -134,13 +134,13 @@ def build(case: Case, bench: Bench) -> tuple[Any, Any, Any]:
     """(trainer, training loader, test loader) of a case, put together as train.py does."""
     import torch
 
-    from lab.data.augment import Preprocess
+    from lab.config.recipes import resolve
     from lab.data.loaders import build_loader
+    from lab.data.transforms import BatchTransform
     from lab.distributed import build_accelerator, loader_place
-    from lab.engine import prepare
-    from lab.evaluation import eval_batch_size
+    from lab.engine.evaluation import eval_batch_size
+    from lab.engine.training import prepare
     from lab.models import build_model
-    from lab.recipes import resolve
 
     dataset = case.dataset
     settings = {"model": case.model, "dataset": dataset, "recipe": "notebook"}
@@ -152,19 +152,19 @@ def build(case: Case, bench: Bench) -> tuple[Any, Any, Any]:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = case.tf32
     place = loader_place(accelerator, "resident", 0, config.cuda_graphs)
     splits, device = bench.splits[dataset], accelerator.device
-    augment = Preprocess(splits.mean, splits.std, config.augmentations, device)
-    plain = Preprocess(splits.mean, splits.std, (), device)
+    augment = BatchTransform(splits.mean, splits.std, config.augmentations, device)
+    plain = BatchTransform(splits.mean, splits.std, (), device)
     loader = build_loader(splits.train, augment, batch_size=case.batch_size, seed=0, **place)
     size = eval_batch_size(device, 32)
     test = build_loader(splits.test, plain, batch_size=size, seed=None, **place)
     torch.manual_seed(0)
-    network = build_model(case.model, num_classes=10, channels=CHANNELS[dataset], image_size=32)
-    trainer = prepare(accelerator, network, config)
+    model = build_model(case.model, num_classes=10, in_chans=CHANNELS[dataset], image_size=32)
+    train_step = prepare(accelerator, model, config)
     form = torch.channels_last if case.channels_last else torch.contiguous_format
-    trainer.network.to(memory_format=form)
+    train_step.model.to(memory_format=form)
     if case.compile:
-        trainer.network.compile(mode=case.compile)
-    return trainer, loader, test
+        train_step.model.compile(mode=case.compile)
+    return train_step, loader, test
 
 
 def full_batches(loader: Any, number: int) -> list[Any]:
@@ -181,11 +181,11 @@ def count_operations(case: Case, batch: Any) -> int:
 
     from lab.models import build_model
 
-    _, channels, size, _ = batch.images.shape
-    network = build_model(case.model, num_classes=10, channels=channels, image_size=size)
-    network.to(batch.images.device)
+    _, in_chans, size, _ = batch.images.shape
+    model = build_model(case.model, num_classes=10, in_chans=in_chans, image_size=size)
+    model.to(batch.images.device)
     with FlopCounterMode(display=False) as counter:
-        outputs = network(batch.images)  # some have auxiliary classifiers
+        outputs = model(batch.images)  # some have auxiliary classifiers
         several = outputs if isinstance(outputs, tuple) else (outputs,)
         torch.stack([F.cross_entropy(o, batch.labels) for o in several]).sum().backward()
     return counter.get_total_flops()
@@ -195,21 +195,21 @@ def measure_step(case: Case, bench: Bench) -> dict[str, Any]:
     """A training step on batches that lie ready: time, use of the matrix rate, launches, memory."""
     import torch
 
-    trainer, loader, _ = build(case, bench)
+    train_step, loader, _ = build(case, bench)
     batches = full_batches(loader, 8)
     operations = count_operations(case, batches[0])
-    trainer.model.train()
+    train_step.wrapped_model.train()
     turn = cycle(batches)
     if bench.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    row = timing(time_calls(lambda: trainer.step(next(turn)), bench))
+    row = timing(time_calls(lambda: train_step.step(next(turn)), bench))
     row["images_per_second"] = case.batch_size / row["ms"] * 1e3
     row["operations"] = operations
     if bench.matrix_rate:
         row["utilisation"] = operations / row["ms"] * 1e3 / bench.matrix_rate
     if bench.device.type == "cuda":
         row["peak_mb"] = torch.cuda.max_memory_allocated() / 2**20
-    return row | count_launches(lambda: trainer.step(next(turn)), bench)
+    return row | count_launches(lambda: train_step.step(next(turn)), bench)
 
 
 def measure_pipeline(case: Case, bench: Bench) -> dict[str, Any]:
@@ -230,18 +230,21 @@ def measure_pipeline(case: Case, bench: Bench) -> dict[str, Any]:
 
 def measure_epochs(case: Case, bench: Bench, num_epochs: int) -> dict[str, Any]:
     """Seconds of each epoch of training and of its evaluation, from the first step on."""
-    from lab.engine import Position, train_one_epoch
-    from lab.evaluation import predict_all
+    from lab.checkpoint.train_state import TrainState
+    from lab.engine.evaluation import predict_all
+    from lab.engine.training import train_one_epoch
 
-    trainer, loader, test = build(case, bench)
-    position, train_seconds, eval_seconds = Position(), [], []
+    train_step, loader, test = build(case, bench)
+    position, train_seconds, eval_seconds = TrainState(), [], []
     begin = time.perf_counter()
     for _ in range(num_epochs):
-        trained = train_one_epoch(trainer, loader, position, lambda *_: None, lambda _: None)
+        trained = train_one_epoch(train_step, loader, position, lambda *_: None, lambda _: None)
         assert trained is not None
         position = position.next_epoch()
         start = time.perf_counter()
-        accuracy = predict_all(trainer.accelerator, trainer.evaluated, test).scores()["accuracy"]
+        accuracy = predict_all(train_step.accelerator, train_step.eval_model, test).scores()[
+            "accuracy"
+        ]
         train_seconds.append(trained.seconds)
         eval_seconds.append(time.perf_counter() - start)
     seconds = time.perf_counter() - begin
@@ -265,10 +268,11 @@ def check_synchronisation(case: Case, bench: Bench) -> dict[str, Any]:
     """The number of steps in which the host never waited for the device; else raises."""
     import torch
 
-    from lab.engine import Position, train_one_epoch
+    from lab.checkpoint.train_state import TrainState
+    from lab.engine.training import train_one_epoch
 
-    trainer, loader, _ = build(case, bench)
-    trainer.config = replace(trainer.config, max_steps=5, log_every=10**9)
+    train_step, loader, _ = build(case, bench)
+    train_step.config = replace(train_step.config, max_steps=5, log_every=10**9)
 
     def watch(step: int, *_: object) -> None:
         # After the first step, and not after the last: the ends of an epoch may wait.
@@ -276,8 +280,8 @@ def check_synchronisation(case: Case, bench: Bench) -> dict[str, Any]:
             torch.cuda.set_sync_debug_mode("error" if step < 5 else "default")
 
     try:
-        train_one_epoch(trainer, loader, Position(), lambda *_: None, lambda _: None)
-        train_one_epoch(trainer, loader, Position(), watch, lambda _: None)
+        train_one_epoch(train_step, loader, TrainState(), lambda *_: None, lambda _: None)
+        train_one_epoch(train_step, loader, TrainState(), watch, lambda _: None)
     finally:
         if bench.device.type == "cuda":
             torch.cuda.set_sync_debug_mode("default")

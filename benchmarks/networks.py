@@ -19,33 +19,36 @@ from functools import partial
 from common import child, in_turn, spread, write_json
 
 MODELS = (
-    "lenet5,alexnet,googlenet,densenet,densenet121,mobilenet,mobilenet-v3-small,efficientnet,"
-    "vit-tiny,vit-small,vit-hybrid"
+    "lenet5,alexnet,googlenet,densenet,densenet121,mobilenet,mobilenet_v3_small,efficientnet,"
+    "vit_tiny,vit_small,vit_hybrid"
 )
 BATCH_SIZE = 64
 CALLS = {"cpu": (1, 2, 10), "cuda": (10, 100, 200)}  # warm-up and timed steps; single images
 
 
 def run_one(model: str, threads: int) -> dict:
-    """The figures of one network, measured in this process."""
+    """The figures of one built_model, measured in this process."""
     import torch
 
-    from lab.data.loaders import Batch
+    from lab.config.recipes import resolve
+    from lab.data.types import Batch
     from lab.distributed import build_accelerator
-    from lab.engine import prepare, train_step
+    from lab.engine.training import eager_step, prepare
     from lab.models import build_model, find_model
-    from lab.recipes import resolve
 
     spec = find_model(model)
     config = resolve({"model": model, "dataset": "cifar10"})
     accelerator = build_accelerator(
-        large_model=spec.large, cpu_bf16=spec.cpu_bf16, threads=threads, quiet=True
+        benefits_from_bf16=spec.benefits_from_bf16,
+        cpu_bf16=spec.cpu_bf16,
+        threads=threads,
+        quiet=True,
     )
     device = accelerator.device
     idle = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     torch.manual_seed(0)
-    network = build_model(model, num_classes=10, channels=3, image_size=32, init=config.init)
-    trainer = prepare(accelerator, network, config)
+    built_model = build_model(model, num_classes=10, in_chans=3, image_size=32, init=config.init)
+    train_step = prepare(accelerator, built_model, config)
     images = torch.randn(BATCH_SIZE, 3, 32, 32, device=device)
     labels = torch.randint(10, (BATCH_SIZE,), device=device)
     batch = Batch(images, labels, labels, BATCH_SIZE)
@@ -56,29 +59,29 @@ def run_one(model: str, threads: int) -> dict:
         return time.perf_counter()
 
     warm_up, steps, single = CALLS[device.type]
-    trainer.set_training()
+    train_step.set_training()
     for _ in range(warm_up):
-        train_step(trainer, batch)
+        eager_step(train_step, batch)
     start = wait()
     for _ in range(steps):
-        train_step(trainer, batch)
+        eager_step(train_step, batch)
     training = steps * BATCH_SIZE / (wait() - start)
     memory = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - idle) / 1024
     if device.type == "cuda":
         memory = torch.cuda.max_memory_allocated() / 2**20
 
-    network.eval()
+    built_model.eval()
     with torch.inference_mode(), accelerator.autocast():
         for _ in range(warm_up):
-            network(images)
+            built_model(images)
         start = wait()
         for _ in range(warm_up):
-            network(images)
+            built_model(images)
         evaluation = warm_up * BATCH_SIZE / (wait() - start)
         times = []
         for _ in range(single + 3):
             start = wait()
-            network(images[:1])
+            built_model(images[:1])
             times.append(wait() - start)
     return {
         "latency_ms": 1000 * statistics.median(times[3:]),

@@ -29,47 +29,47 @@ def main() -> None:
 
     import torch
 
-    from lab.checkpoint import BestWeights, Writer
+    from lab.checkpoint.interrupt import InterruptHandler
+    from lab.checkpoint.manager import AsyncWriter, CheckpointManager
+    from lab.checkpoint.run_dir import RunDir
+    from lab.checkpoint.train_state import TrainState
+    from lab.checkpoint.weights import BestWeights
+    from lab.config.recipes import resolve
     from lab.data import Splits
-    from lab.data.loaders import Batch
-    from lab.data.sources import Split
+    from lab.data.types import Batch, Split
     from lab.distributed import build_accelerator
-    from lab.engine import Position, prepare, train_step
-    from lab.keeper import Keeper
+    from lab.engine.training import eager_step, prepare
     from lab.models import build_model
-    from lab.recipes import resolve
-    from lab.rundir import RunDir
-    from lab.stopping import Stopper
 
     # AdamW has the largest state: two moments of every weight.
     config = resolve({"model": "alexnet", "dataset": "folder", "optimizer": "adamw", "lr": 1e-3})
-    accelerator = build_accelerator(large_model=True)
+    accelerator = build_accelerator(benefits_from_bf16=True)
     torch.manual_seed(0)
-    network = build_model("alexnet", num_classes=10, channels=3, image_size=32)
-    trainer = prepare(accelerator, network, config)
+    model = build_model("alexnet", num_classes=10, in_chans=3, image_size=32)
+    train_step = prepare(accelerator, model, config)
     images = torch.randn(BATCH_SIZE, 3, 32, 32, device=accelerator.device)
     labels = torch.randint(10, (BATCH_SIZE,), device=accelerator.device)
     batch = Batch(images, labels, labels, BATCH_SIZE)
-    trainer.model.train()
+    train_step.wrapped_model.train()
 
     def steps(count: int) -> None:
         for _ in range(count):
-            train_step(trainer, batch)
+            eager_step(train_step, batch)
         if accelerator.device.type == "cuda":
             torch.cuda.synchronize()
 
     with (
         tempfile.TemporaryDirectory() as folder,
-        Writer() as writer,
-        Stopper(accelerator, 0.0, 0.0, 0) as stopper,
+        AsyncWriter() as writer,
+        InterruptHandler(accelerator, 0.0, 0.0, 0) as interrupts,
     ):
         run = RunDir(folder)
-        run.begin({})
-        run.states.mkdir()
+        run.create({})
+        run.checkpoints_dir.mkdir()
         split = Split(images.cpu(), labels.cpu(), tuple("0123456789"))
         splits = Splits(split, split, split, (0.0,) * 3, (1.0,) * 3, "validation", {})
-        kept = Keeper(run, writer, stopper, trainer, splits, 0)
-        best, position, row = BestWeights(run, writer), Position(), {"epoch": 1}
+        kept = CheckpointManager(run, writer, interrupts, train_step, splits, 0)
+        best, position, row = BestWeights(run, writer), TrainState(), {"epoch": 1}
         steps(5)
         seconds: dict[bool, list[float]] = {False: [], True: []}
         copying = []
@@ -83,7 +83,7 @@ def main() -> None:
                     copying.append(time.perf_counter() - start)
                 steps(STEPS // 2)
                 if saves:
-                    best.save(trainer.evaluated, {}, row)
+                    best.save(train_step.eval_model, {}, row)
                 steps(STEPS // 2)
                 seconds[saves].append(time.perf_counter() - start)
         writer.wait()

@@ -29,33 +29,34 @@ def run_one(hook: str) -> dict | None:
     """Images a second of all processes together, on the main process."""
     import torch
 
-    from lab.data.loaders import Batch, shard
+    from lab.config.recipes import resolve
+    from lab.data.sampler import shard
+    from lab.data.types import Batch
     from lab.distributed import build_accelerator
-    from lab.engine import prepare, train_step
+    from lab.engine.training import eager_step, prepare
     from lab.models import build_model
-    from lab.recipes import resolve
 
     comm_hook = "none" if hook == "off" else hook
     config = resolve(
         {"model": "alexnet", "dataset": "folder", "recipe": "notebook", "comm_hook": comm_hook}
     )
-    accelerator = build_accelerator(large_model=True, comm_hook=comm_hook)
+    accelerator = build_accelerator(benefits_from_bf16=True, comm_hook=comm_hook)
     torch.manual_seed(0)
-    network = build_model("alexnet", num_classes=10, channels=3, image_size=32)
-    trainer = prepare(accelerator, network, config)
+    model = build_model("alexnet", num_classes=10, in_chans=3, image_size=32)
+    train_step = prepare(accelerator, model, config)
     part = shard(BATCH_SIZE, accelerator.process_index, accelerator.num_processes)
     images = torch.randn(BATCH_SIZE, 3, 32, 32)[part].to(accelerator.device)
     labels = torch.randint(10, (BATCH_SIZE,))[part].to(accelerator.device)
     batch = Batch(images, labels, labels, BATCH_SIZE)
     if hook == "off":
-        trainer.model = trainer.network
-    trainer.model.train()
+        train_step.wrapped_model = train_step.model
+    train_step.wrapped_model.train()
     for _ in range(WARM_UP):
-        train_step(trainer, batch)
+        eager_step(train_step, batch)
     accelerator.wait_for_everyone()
     start = time.perf_counter()
     for _ in range(STEPS):
-        train_step(trainer, batch)
+        eager_step(train_step, batch)
     accelerator.wait_for_everyone()
     speed = STEPS * BATCH_SIZE / (time.perf_counter() - start)
     return {"images_per_second": speed} if accelerator.is_main_process else None

@@ -22,19 +22,19 @@ import choices  # noqa: E402
 import saving  # noqa: E402
 from common import ratios, spread  # noqa: E402
 
-from lab.finished import Run, read_run  # noqa: E402
+from lab.report.run_reader import RunResult, read_run  # noqa: E402
 
 PAGES = ("README.md", "docs/architectures.md", "benchmarks/RESULTS.md")
 BLOCK = r"(<!-- table (\w+): docs/make_tables\.py -->\n).*?(<!-- end -->)"
 
 
 @cache
-def run(name: str) -> Run:
+def run(name: str) -> RunResult:
     """Return the finished run in results/NAME."""
     return read_run(ROOT / "results" / name)
 
 
-def runs(pattern: str) -> list[Run]:
+def runs(pattern: str) -> list[RunResult]:
     """Return the runs in results/ whose names match, the most accurate first."""
     names = sorted(path.name for path in (ROOT / "results").glob(pattern) if path.is_dir())
     return sorted(map(run, names), key=lambda found: -found.report["accuracy"])
@@ -58,14 +58,14 @@ def results() -> str:
     """Return README's table: a row of one run, or the mean of several seeds."""
     lines: list[tuple[str, str]] = [
         ("LeNet-5, MNIST", "lenet5-mnist-notebook"),
-        ("LeNet-5, MNIST, mean of seeds 0 to 4", "lenet5-mnist-modern-seed*"),
+        ("LeNet-5, MNIST, mean of seeds 0 to 4", "lenet5-mnist-default-seed*"),
         ("AlexNet, CIFAR-10 as JPEG files", "alexnet-photographs-notebook-8"),
         ("the same", "alexnet-photographs-notebook"),
-        ("AlexNet, CIFAR-10 as JPEG files", "alexnet-photographs-modern-8"),
+        ("AlexNet, CIFAR-10 as JPEG files", "alexnet-photographs-default-8"),
         ("AlexNet, CIFAR-10 as JPEG files", "alexnet-photographs-notebook-20"),
         (
             "AlexNet, CIFAR-10 as JPEG files, mean of seeds 42, 0, 1",
-            "alexnet-photographs-modern-20*",
+            "alexnet-photographs-default-20*",
         ),
     ]
     rows = [result(*line) for line in lines]
@@ -87,13 +87,13 @@ def result(title: str, pattern: str) -> list[str]:
     if len(found) > 1:
         accuracy += f" (standard deviation {statistics.stdev(accuracies):.4f})"
     macro_f1 = f"{statistics.mean(r.report['macro_f1'] for r in found):.4f}"
-    selected = one.report["selected_on"]
+    selected = one.report["selection_split"]
     epochs = str(len(one.history))
     row = [title, one.config["recipe"], epochs, selected, accuracy, macro_f1, place(one)]
     return [*row, f"`{pattern}`"]
 
 
-def place(found: Run) -> str:
+def place(found: RunResult) -> str:
     """Return where a run trained: a GPU's short name, or how many CPU cores."""
     if found.config["device"] == "cuda":
         return found.config["device_name"].split()[1]
@@ -104,7 +104,7 @@ def place(found: Run) -> str:
 # docs/architectures.md
 
 
-def networks() -> str:
+def models() -> str:
     """Return the table of every network after three epochs."""
     costs = log("networks")["results"]
     page = (ROOT / "results" / "comparison-photographs-3.md").read_text()
@@ -128,7 +128,7 @@ def networks() -> str:
                 against,
                 str(config["batch_size"]),
                 f"{config['parameters'] / 1e6:.2f} M",
-                f"{config['multiply_adds'] / 1e6:.1f} M",
+                f"{config['macs'] / 1e6:.1f} M",
                 f"{median['latency_ms']:.1f}",
                 f"{speed:.0f}" if speed > 10 else f"{speed:.2f}",
                 f"{median['memory_mb']:,.0f}",
@@ -337,7 +337,7 @@ TABLES: dict[str, Callable[[], str]] = {
     function.__name__: function
     for function in (
         results,
-        networks,
+        models,
         fewer_images,
         both_tasks,
         confusions,

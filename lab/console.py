@@ -1,9 +1,4 @@
-"""What the scripts say: settings, a live line while training, a row an epoch, the closing report.
-
-The only importer of rich. Silent off the main process. On a terminal that can redraw, lines are
-coloured and progress is live; elsewhere (a pipe, a log file, TERM=dumb) the same facts are plain
-lines, never wrapped, without control codes.
-"""
+"""Tables: a report's numbers by class and its confusion matrix; runs side by side."""
 
 import os
 import re
@@ -23,6 +18,9 @@ from rich.progress_bar import ProgressBar
 from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
+
+pass
+
 
 # Class names and paths come from users and strangers' files: they may not steer the terminal.
 _CONTROL_CODES = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -45,7 +43,7 @@ def configure(*, main_process: bool, quiet: bool = False) -> None:
     _main_process, _quiet, _header_printed = main_process, quiet, False
 
 
-def say(text: str) -> None:
+def info(text: str) -> None:
     """Prints a line on standard output, unless quiet."""
     if chatty():
         print_line(text)
@@ -69,14 +67,14 @@ def settings(title: str, rows: Mapping[str, object]) -> None:
 
 
 @contextmanager
-def working(text: str) -> Iterator[None]:
+def status(text: str) -> Iterator[None]:
     """Shows a spinner while something slow runs; one plain line where there is no terminal."""
     if chatty() and out().is_terminal:
         spinner = Spinner("dots", text=literal(text), style="cyan")
         with _live(lambda: spinner, per_second=8):
             yield
     else:
-        say(f"{text} ...")
+        info(f"{text} ...")
         yield
 
 
@@ -132,12 +130,12 @@ def progress(title: str, num_steps: int) -> Iterator[Progress]:
         yield line
 
 
-def epoch_row(row: Mapping[str, Any], best: bool, selected_on: str) -> None:
+def epoch_row(row: Mapping[str, Any], best: bool, selection_split: str) -> None:
     """Prints a line of history.jsonl, starred when it is the best so far; a header comes first."""
     global _header_printed
     if not chatty():
         return
-    split = "val" if selected_on == "validation" else selected_on
+    split = "val" if selection_split == "validation" else selection_split
     seconds = (row.get("train_seconds") or 0.0) + (row.get("eval_seconds") or 0.0)
     columns = {  # a column is as wide as its name
         "epoch": str(row["epoch"]),
@@ -171,13 +169,13 @@ def report(
 
     Also when quiet. Paths and command stand below the panel, unbroken, so that they can be copied.
     """
-    if not speaks():
+    if not is_main_process():
         return
     forms = {"accuracy": ".4f", "macro_f1": ".4f", "loss": ".4f", "num_samples": ",d"}
     names = {"macro_f1": "macro-F1", "num_samples": "samples"}
     numbers = {
         names.get(key, key.replace("_", " ")): _formatted(report[key], forms.get(key, ""))
-        for key in (*forms, "split", "best_epoch", "selected_on")
+        for key in (*forms, "split", "best_epoch", "selection_split")
         if report.get(key) is not None
     }
     more = {**files, "reproduce": command} if command else files
@@ -195,7 +193,7 @@ def report(
             print_line(f"{key}: {value}")
 
 
-def speaks() -> bool:
+def is_main_process() -> bool:
     """Whether this process is the one that prints."""
     if _main_process is not None:
         return _main_process
@@ -205,7 +203,7 @@ def speaks() -> bool:
 
 def chatty() -> bool:
     """Whether this process prints more than the result."""
-    return speaks() and not _quiet
+    return is_main_process() and not _quiet
 
 
 @cache
@@ -245,7 +243,7 @@ def print_line(value: object, style: str = "") -> None:
 
 
 def _stderr_line(text: str) -> None:
-    if not speaks():
+    if not is_main_process():
         return
     text = " ".join(line.strip() for line in text.splitlines() if line.strip())
     # The live line, if any, is erased first; the next refresh draws it again below.
@@ -343,3 +341,141 @@ def duration(seconds: float) -> str:
         return f"{seconds:.1f}s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes}m{rest:02}s" if minutes < 60 else f"{minutes // 60}h{minutes % 60:02}m"
+
+
+LABEL = 24  # characters that the names of a confusion matrix's rows have at least
+
+
+def class_table(report: Mapping[str, Any]) -> None:
+    """Prints precision, recall, F1 and support of every class; the lowest F1 is marked yellow."""
+    if not chatty():
+        return
+    lowest = min((row["f1"] for row in report["per_class"]), default=0.0)
+    rows = [
+        (row["class"], *(f"{row[key]:.4f}" for key in ("precision", "recall", "f1")),
+         f"{row['support']:,}")
+        for row in report["per_class"]
+    ]  # fmt: skip
+    print_table(
+        ("class", "precision", "recall", "F1", "support"),
+        rows,
+        order=[(1, 2, 3, 4)],
+        styles=["yellow" if row["f1"] == lowest < 1 else "" for row in report["per_class"]],
+    )
+
+
+def class_counts(class_names: Sequence[str], counts: Mapping[str, Sequence[int]]) -> None:
+    """Print the number of images of every class, a column for each split in `counts`, and totals.
+
+    Of more than 20 classes the first and last eight are printed, and the range of the others.
+    """
+    if not chatty():
+        return
+    table = number_table("class", *counts)
+    rows = list(zip(class_names, *counts.values(), strict=True))
+    hidden = rows[8:-8] if len(rows) > 20 else []
+    for row in rows[:8] if hidden else rows:
+        table.add_row(*_count_cells(*row))
+    if hidden:
+        columns = (values[8:-8] for values in counts.values())
+        ranges = [f"{min(column):,} to {max(column):,}" for column in columns]
+        table.add_row(literal(f"... {len(hidden):,} more"), *ranges)
+        for row in rows[-8:]:
+            table.add_row(*_count_cells(*row))
+    total = f"total ({len(rows):,} classes)"
+    table.add_row(*_count_cells(total, *map(sum, counts.values())), style="bold")
+    out().print(table)
+
+
+def _count_cells(name: str, *counts: int) -> list[Any]:
+    return [literal(name), *(f"{count:,}" for count in counts)]
+
+
+def confusion_matrix(report: Mapping[str, Any]) -> None:
+    """Prints the matrix, a row a true class and a column a predicted one.
+
+    Columns are headed by class names where these fit, else by class numbers. With more than 20
+    classes, or too wide for the terminal, the 10 most frequent confusions are listed instead.
+    """
+    if not chatty():
+        return
+    matrix, names, out = report["confusion_matrix"], report["class_names"], out()
+    if len(names) <= 20:
+        room = out.width if out.is_terminal else 120  # wider is unreadable in a log, too
+        numbered = [f"{k} {name}" for k, name in enumerate(names)]
+        for labels, heads in (names, names), (numbered, range(len(names))):
+            table = _matrix_table(matrix, labels, heads)
+            if out.is_terminal:  # a longer name is wrapped
+                table.columns[0].max_width = LABEL
+            unlimited = out.options.update(width=UNLIMITED)
+            spare = room - out.measure(table, options=unlimited).maximum
+            if spare >= 0:
+                if out.is_terminal:
+                    table.columns[0].max_width = LABEL + spare
+                return out.print(table)
+    errors = [(n, i, j) for i, row in enumerate(matrix) for j, n in enumerate(row) if n and i != j]
+    errors.sort(key=lambda error: -error[0])
+    title = "most frequent confusions, true -> predicted" if errors else "no confusions"
+    print_line(title, "bold")
+    for count, i, j in errors[:10]:
+        share = f" ({100 * count / sum(matrix[i]):.1f} % of true)"
+        pair = literal(f"  {names[i]} -> {names[j]}: ")
+        number = literal(f"{count:,}", "bold red")
+        print_line(pair + number + literal(share))
+
+
+def _matrix_table(
+    matrix: Sequence[Sequence[int]], labels: Sequence[str], heads: Sequence[object]
+) -> Any:
+    width = max((len(f"{count:,}") for row in matrix for count in row), default=1)
+    table = number_table("true \\ predicted", *heads)
+    for i, row in enumerate(matrix):
+        cells = []
+        for j, count in enumerate(row):
+            style = "bold green" if i == j else _error_style(count / max(1, sum(row)))
+            cells.append(literal(f"{count:>{width},}", style))
+        table.add_row(literal(labels[i]), *cells)
+    return table
+
+
+def _error_style(share: float) -> str:
+    """Redder, the larger the share of a class that is taken for one other; full at a quarter."""
+    if share < 0.02:
+        return "red" if share else "dim"
+    return f"white on rgb({110 + int(120 * min(1, 4 * share))},0,0)"
+
+
+# Columns of a comparison, the most important first: those that fit are shown. What a run's best
+# epoch was selected on comes early, because without it an optimistic accuracy looks like any other.
+IMPORTANCE = ("accuracy", "chosen on", "to best", "data set", "macro-F1", "model", "seconds",
+              "parameters", "epochs", "images/s", "multiply-adds")  # fmt: skip
+
+
+def runs_table(rows: Sequence[Mapping[str, str]]) -> None:
+    """Print rows of text, all with the columns of the first one; the column "run" is the key."""
+    heads = list(rows[0])
+    print_table(
+        heads,
+        [list(row.values()) for row in rows],
+        order=[(heads.index(name),) for name in IMPORTANCE],
+    )
+
+
+def predictions_table(rows: Sequence[tuple[str, Sequence[tuple[str, float]]]]) -> None:
+    """Print the likeliest classes of each picture with their softmax, as many as there is room for.
+
+    The file name and the likeliest class are always shown.
+    """
+    if rows:
+        ranks = range(1, len(rows[0][1]) + 1)
+        ordinals = ["", *(f" {k}" for k in ranks[1:])]
+        heads = [word + ordinal for ordinal in ordinals for word in ("class", "confidence")]
+        print_table(
+            ["picture", *heads],
+            [
+                [path, *(cell for name, value in classes for cell in (name, f"{value:.4f}"))]
+                for path, classes in rows
+            ],
+            order=[(2 * k - 1, 2 * k) for k in ranks],
+            wrapped=(1,),
+        )

@@ -1,12 +1,16 @@
 """Where a run takes place: the Accelerator, precision and threads; what processes must agree on."""
 
+import ctypes
 import math
 import multiprocessing
 import os
 import platform
+import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -22,9 +26,86 @@ from accelerate.utils import (
 )
 
 from lab import console
-from lab.config import TIMEOUT_SECONDS, TrainConfig
+from lab.config.schema import TIMEOUT_SECONDS, TrainConfig
 from lab.errors import UserError
-from lab.hardware import available_memory, keep_freed_memory, multiplies_bfloat16
+
+pass
+
+
+@cache
+def has_native_bf16(device_type: str) -> bool:
+    """Whether the device has bfloat16 arithmetic; emulated, it is slower than float32."""
+    if device_type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device_type == "cpu":
+        features = torch.cpu.get_capabilities()
+        return bool(features.get("avx512_bf16") or features.get("amx_bf16"))
+    return False
+
+
+@contextmanager
+def no_cudnn_benchmark() -> Iterator[None]:
+    """cuDNN's own choice of kernels meanwhile, not the fastest of a trial: the same in each run."""
+    timed = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = timed
+
+
+def keep_freed_memory() -> None:
+    """Has this process keep what a step frees, in large pages, for the next step's tensors.
+
+    Else each step hands its memory back and gets it again page by page, zeroed: on a CPU up to a
+    quarter of LeNet-5's time (benchmarks/RESULTS.md).
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read at PyTorch's first allocation
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:  # glibc's; malloc.h: the thresholds for a mapping of its own, for giving back
+        mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD, the highest it takes
+        mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
+
+
+def available_memory(root: Path = Path("/")) -> int:
+    """Return the bytes that can be allocated on this host, or in the container if it has less.
+
+    `root` is the directory that contains /proc and /sys.
+    """
+    return min([psutil.virtual_memory().available, *_left_in_cgroups(root)])
+
+
+def _left_in_cgroups(root: Path) -> Iterator[int]:
+    """Yield what each control group that this process is in has left, up to the outermost.
+
+    A limit of any of them holds. Within a container the path is often the host's, of which only
+    the outermost directory is there. (Linux, Documentation/admin-guide/cgroup-v2.rst and -v1.)
+    """
+    mount = root / "sys/fs/cgroup"
+    with suppress(OSError, ValueError):
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if not controllers:
+                mounts, files = [mount, mount / "unified"], ("max", "current", "inactive_file")
+            elif "memory" in controllers.split(","):
+                mounts = [mount / "memory"]
+                files = ("limit_in_bytes", "usage_in_bytes", "total_inactive_file")
+            else:
+                continue
+            inner = Path(path.lstrip("/"))
+            for directory in (base / part for base in mounts for part in (inner, *inner.parents)):
+                with suppress(OSError, ValueError):  # of no limit, the text is "max"
+                    limit, used = (
+                        int((directory / f"memory.{name}").read_text()) for name in files[:2]
+                    )
+                    yield max(0, limit - used + _reclaimable(directory, files[2]))
+
+
+def _reclaimable(directory: Path, name: str) -> int:
+    """Return the bytes of cached files that the kernel drops before a group's limit is reached."""
+    lines = (directory / "memory.stat").read_text().splitlines()
+    return next((int(value) for key, value in map(str.split, lines) if key == name), 0)
+
 
 COMM_HOOKS = {
     "none": DDPCommunicationHookType.NO,
@@ -38,8 +119,8 @@ def build_accelerator(
     *,
     training: bool = True,
     mixed_precision: str = "auto",
-    trained_in: str | None = None,
-    large_model: bool = False,
+    trained_precision: str | None = None,
+    benefits_from_bf16: bool = False,
     cpu_bf16: bool = True,
     threads: int = 0,
     deterministic: bool = False,
@@ -53,8 +134,10 @@ def build_accelerator(
     Raises `UserError` where the launcher's processes would each train alone, and for a precision
     that the device lacks.
     """
-    device_type = join_world(timeout_seconds, quiet, cpu).device.type
-    precision = choose_precision(mixed_precision, device_type, large_model, trained_in, cpu_bf16)
+    device_type = init_distributed(timeout_seconds, quiet, cpu).device.type
+    precision = choose_precision(
+        mixed_precision, device_type, benefits_from_bf16, trained_precision, cpu_bf16
+    )
     AcceleratorState._reset_state()  # a second run in one process may choose another precision
     accelerator = Accelerator(
         mixed_precision=precision,
@@ -86,7 +169,7 @@ def build_accelerator(
     return accelerator
 
 
-def join_world(
+def init_distributed(
     timeout_seconds: int = TIMEOUT_SECONDS, quiet: bool = False, cpu: bool = False
 ) -> PartialState:
     """The world of processes that the launcher started, which this one has joined.
@@ -120,8 +203,8 @@ def join_world(
 def choose_precision(
     requested: str,
     device_type: str,
-    large_model: bool,
-    trained_in: str | None = None,
+    benefits_from_bf16: bool,
+    trained_precision: str | None = None,
     cpu_bf16: bool = True,
 ) -> str:
     """The precision "no", "bf16" or "fp16"; raises `UserError` for fp16 on a CPU.
@@ -129,15 +212,15 @@ def choose_precision(
     "auto" is what the weights were `trained_in`; else what `accelerate launch --mixed_precision`
     names; else bfloat16 where the hardware multiplies it and the network gains (CPU: `cpu_bf16`).
     """
-    if requested == "auto" and trained_in:
-        return "no" if trained_in == "fp16" and device_type == "cpu" else trained_in
+    if requested == "auto" and trained_precision:
+        return "no" if trained_precision == "fp16" and device_type == "cpu" else trained_precision
     if requested == "auto":
         launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
         if launched in ("bf16", "fp16"):
             requested = launched
         else:
-            gains = large_model and (cpu_bf16 or device_type != "cpu")
-            requested = "bf16" if gains and multiplies_bfloat16(device_type) else "no"
+            gains = benefits_from_bf16 and (cpu_bf16 or device_type != "cpu")
+            requested = "bf16" if gains and has_native_bf16(device_type) else "no"
     if requested == "fp16" and device_type == "cpu":
         raise UserError(
             "--mixed-precision fp16: a CPU cannot train in fp16",
@@ -201,7 +284,7 @@ def loader_place(
 
 
 def can_replay(accelerator: Accelerator, config: TrainConfig) -> bool:
-    """Whether training steps can be recorded and replayed (`lab.graphs`).
+    """Whether training steps can be recorded and replayed (`lab.cuda_graph`).
 
     Not where the host looks at gradients. Of processes, gloo's exchange cannot be recorded, and
     NCCL's was not tried.
@@ -230,7 +313,7 @@ def describe(accelerator: Accelerator) -> dict[str, Any]:
     }
 
 
-def place_line(accelerator: Accelerator) -> str:
+def device_summary(accelerator: Accelerator) -> str:
     """What `describe` says, in one line for people."""
     here = describe(accelerator)
     return "{world_size} x {device} ({device_name}), CPU threads: {threads}, {precision}".format(
@@ -239,7 +322,7 @@ def place_line(accelerator: Accelerator) -> str:
 
 
 @contextmanager
-def together(world: Accelerator | PartialState) -> Iterator[None]:
+def raise_on_all_ranks(world: Accelerator | PartialState) -> Iterator[None]:
     """A stretch that all processes pass or none: a `UserError` on one is raised on every process.
 
     So the main process can print it, whoever met it, and no process waits for one that is gone.
@@ -274,7 +357,7 @@ def check_same_data(
     others = [str(rank) for rank, found in enumerate(gathered) if found != gathered[0]]
     if not others:
         return
-    with together(world):
+    with raise_on_all_ranks(world):
         mine = list_samples()
     reference = broadcast_object_list([mine])[0]
     differences = gather_object([reference.first_difference(mine)])
@@ -306,7 +389,7 @@ def _refuse_restarts_in_an_old_store() -> None:
             "--max-restarts would start anew with the addresses of the processes that died",
             "Set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, and give torchrun --standalone, or "
             "--rdzv-backend c10d for several machines",
-            lone=True,
+            rank_local=True,
         )
 
 

@@ -26,9 +26,9 @@ class UserError(ValueError):
     `lone`: one process met it alone, which then has to say so itself.
     """
 
-    def __init__(self, what: str, hint: str, lone: bool = False):
-        super().__init__(what, hint, lone)  # what unpickling calls it with
-        self.what, self.hint, self.lone = what.rstrip("."), hint.rstrip("."), lone
+    def __init__(self, what: str, hint: str, rank_local: bool = False):
+        super().__init__(what, hint, rank_local)  # what unpickling calls it with
+        self.what, self.hint, self.rank_local = what.rstrip("."), hint.rstrip("."), rank_local
 
     def __str__(self) -> str:
         return f"{self.what}. {self.hint}" + ("" if self.hint.endswith("?") else ".")
@@ -62,8 +62,8 @@ def run_script(main: Callable[[], int | None]) -> int:
         code = 130
         _report_to_launcher("interrupted")
     except Exception as error:
-        mistake, lost = mistake_of(error), _lost_a_process(error)
-        if mistake and mistake.lone:
+        mistake, lost = as_user_error(error), _lost_a_process(error)
+        if mistake and mistake.rank_local:
             # The launcher's SIGTERM ends the wait, whatever the script has made of that signal.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             first = os.environ.get("LOCAL_RANK", "0") == "0"
@@ -71,7 +71,7 @@ def run_script(main: Callable[[], int | None]) -> int:
         if mistake is None or "--debug" in sys.argv:
             traceback.print_exc()
         if mistake:
-            if mistake.lone:
+            if mistake.rank_local:
                 console.configure(main_process=True)
             console.error(str(mistake))
         _report_to_launcher(str(mistake) if mistake else f"{type(error).__name__}: {error}")
@@ -99,7 +99,7 @@ def _report_to_launcher(message: str) -> None:
             json.dump({"message": {"message": message, "extraInfo": extra}}, file)
 
 
-def mistake_of(error: Exception) -> UserError | None:
+def as_user_error(error: Exception) -> UserError | None:
     """What of `error` a user can mend; None where that is not known."""
     if isinstance(error, UserError):
         return error
@@ -120,8 +120,8 @@ def _out_of_memory(error: Exception) -> UserError | None:
     asked = re.search(r"allocate ([\d.]+ \w+)", str(error))
     return UserError(
         "out of memory" + (f" ({asked[1]} more were asked for)" if asked else ""),
-        "Lower --batch-size or --image-size, or raise --accumulate",
-        lone=True,
+        "Lower --batch-size or --image-size, or raise --grad-accum-steps",
+        rank_local=True,
     )
 
 
@@ -132,7 +132,7 @@ def _one_value(error: Exception) -> UserError | None:
     return UserError(
         "BatchNorm cannot train on one image of which one pixel is left",
         "Give a larger --image-size, or a --batch-size whose last batch holds more images",
-        lone=True,
+        rank_local=True,
     )
 
 
@@ -145,14 +145,14 @@ def _waited_in_vain(error: Exception) -> UserError | None:
         return UserError(
             f"process {_rank()} cannot reach the others",
             "Name the network interface that joins the machines in GLOO_SOCKET_IFNAME",
-            lone=True,
+            rank_local=True,
         )
     wait = re.search(r"(\d+) ?(m?)s", text)  # gloo and NCCL say milliseconds, the store seconds
     seconds = f" {int(wait[1]) // (1000 if wait[2] else 1)} s" if wait else ""
     return UserError(
         f"process {_rank()} waited{seconds} for the others in vain",
         "One hangs, cannot be reached, or needs longer than --timeout-seconds; " + RESUME,
-        lone=True,
+        rank_local=True,
     )
 
 
@@ -164,7 +164,7 @@ def _lost_a_process(error: Exception) -> UserError | None:
     return UserError(
         f"process {_rank()} lost another one" + (f" (at {address[1]})" if address else ""),
         "See why that one ended; " + RESUME,
-        lone=True,
+        rank_local=True,
     )
 
 

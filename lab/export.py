@@ -13,11 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lab.data.augment import Preprocess
-from lab.disk import require_place
+from lab.checkpoint.atomic_io import check_output_file, write_atomically
+from lab.checkpoint.provenance import versions
+from lab.data.transforms import BatchTransform
 from lab.errors import UserError
-from lab.rundir import write_atomically
-from lab.versions import versions
 
 SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2"}
 EXTRA = ("onnx", "onnxscript", "onnxruntime")  # what the extra `onnx` of pyproject.toml installs
@@ -37,60 +36,69 @@ class Packed(nn.Module):
     scale: Tensor  # [C, 1, 1]
     shift: Tensor
 
-    def __init__(self, network: nn.Module, info: dict[str, Any], dtype: torch.dtype, softmax: bool):
+    def __init__(
+        self, model: nn.Module, metadata: dict[str, Any], dtype: torch.dtype, softmax: bool
+    ):
         super().__init__()
-        plain = Preprocess(info["mean"], info["std"], (), "cpu")
+        plain = BatchTransform(metadata["mean"], metadata["std"], (), "cpu")
         self.register_buffer("scale", plain.scale)
         self.register_buffer("shift", plain.shift)
-        self.network, self.dtype, self.softmax = network.to(dtype), dtype, softmax
+        self.model, self.dtype, self.softmax = model.to(dtype), dtype, softmax
 
     def forward(self, images: Tensor) -> Tensor:
         """float32 [n, K] of uint8 [n, C, H, W]; normalised in float32, whatever the network's."""
         scaled = images.float() * self.scale + self.shift
-        logits = self.network(scaled.to(self.dtype)).float()
+        logits = self.model(scaled.to(self.dtype)).float()
         return logits.softmax(1) if self.softmax else logits
 
 
-def describe(info: dict[str, Any], *, dynamic_batch: bool, half: bool, softmax: bool) -> dict:
+def describe(metadata: dict[str, Any], *, dynamic_batch: bool, half: bool, softmax: bool) -> dict:
     """What the file says of itself: what to give it, what it returns, and of what weights it is.
 
     `info` is the weights' metadata.
     """
-    model = info["model"]
+    architecture = metadata["model"]
     batch = "batch" if dynamic_batch else 1
     return {
         "input": {
             "name": INPUT,
             "dtype": "uint8",  # 0 ... 255; normalisation is in the file
-            "shape": [batch, model["channels"], model["image_size"], model["image_size"]],
+            "shape": [
+                batch,
+                architecture["in_chans"],
+                architecture["image_size"],
+                architecture["image_size"],
+            ],
             "crop": "central square",  # of an image turned as its EXIF data say
             "resize": "bilinear, antialiased",
         },
         "output": {
             "name": PROBABILITIES if softmax else LOGITS,
             "dtype": "float32",
-            "shape": [batch, model["num_classes"]],
+            "shape": [batch, architecture["num_classes"]],
         },
         "arithmetic": "float16" if half else "float32",
-        **{name: info[name] for name in ("class_names", "model", "mean", "std", "best_epoch")},
-        "metrics": info.get("metrics", {}),
-        "weights_sha256": info.get("sha256", ""),
+        **{name: metadata[name] for name in ("class_names", "model", "mean", "std", "best_epoch")},
+        "metrics": metadata.get("metrics", {}),
+        "weights_sha256": metadata.get("sha256", ""),
         "versions": versions(),
     }
 
 
-def pack(network: nn.Module, info: dict[str, Any], kind: str, about: dict[str, Any]) -> bytes:
-    """The content of the file, "onnx" or "torch-export", that is as `about` describes it.
+def pack(
+    model: nn.Module, metadata: dict[str, Any], kind: str, description: dict[str, Any]
+) -> bytes:
+    """The content of the file, "onnx" or "torch-export", that is as `description` describes it.
 
     `network` is on the CPU, with the weights whose metadata is `info`; it is changed to float16
-    where `about` says so. Raises `UserError` where the libraries are missing, and for a network too
+    where `description` says so. Raises `UserError` where the libraries are missing, and for a network too
     large for the format.
     """
     if kind == "onnx":
-        require_extra()
-    dtype = getattr(torch, about["arithmetic"])
-    packed = Packed(network, info, dtype, about["output"]["name"] == PROBABILITIES).eval()
-    batch, *shape = about["input"]["shape"]
+        check_extra()
+    dtype = getattr(torch, description["arithmetic"])
+    packed = Packed(model, metadata, dtype, description["output"]["name"] == PROBABILITIES).eval()
+    batch, *shape = description["input"]["shape"]
     dynamic = batch == "batch"
     num_bytes = sum(tensor.nbytes for tensor in packed.state_dict().values())
     if kind == "onnx" and num_bytes > ONNX_BYTES:
@@ -105,33 +113,37 @@ def pack(network: nn.Module, info: dict[str, Any], kind: str, about: dict[str, A
     try:
         with torch.no_grad(), redirect_stderr(io.StringIO()):  # ... and its print
             program = torch.export.export(packed, (example,), dynamic_shapes=(dimensions,))
-        return _onnx(program, dimensions, about) if kind == "onnx" else _pt2(program, about)
+        return (
+            _onnx(program, dimensions, description)
+            if kind == "onnx"
+            else _pt2(program, description)
+        )
     except Exception as error:  # of many kinds: torchvision's networks are written in many ways
         reason = str(error).strip().split("\n")[0].rstrip(".")
         raise UserError(
-            f"{info['model']['name']} cannot be exported ({reason})",
+            f"{metadata['model']['name']} cannot be exported ({reason})",
             "Try the other --format, or leave --dynamic-batch or --half out",
         ) from error
     finally:
         logging.disable(logging.NOTSET)
 
 
-def _pt2(program: torch.export.ExportedProgram, about: dict[str, Any]) -> bytes:
+def _pt2(program: torch.export.ExportedProgram, description: dict[str, Any]) -> bytes:
     for module in program.graph_module.modules():
         for node in getattr(module, "graph", torch.fx.Graph()).nodes:
             node.meta.pop("stack_trace", None)  # paths of this machine
     # They alone are pickled by torch.export.save; without them it writes tensors' bytes and JSON.
     program.example_inputs = None
     content = io.BytesIO()
-    torch.export.save(program, content, extra_files={f"{KEY}.json": json.dumps(about)})
+    torch.export.save(program, content, extra_files={f"{KEY}.json": json.dumps(description)})
     return content.getvalue()
 
 
-def _onnx(program: torch.export.ExportedProgram, dimensions: dict, about: dict) -> bytes:
+def _onnx(program: torch.export.ExportedProgram, dimensions: dict, description: dict) -> bytes:
     exported = torch.onnx.export(
         program,
         input_names=[INPUT],
-        output_names=[about["output"]["name"]],
+        output_names=[description["output"]["name"]],
         dynamic_shapes=(dimensions,) if dimensions else None,  # for the name of the batch
         dynamo=True,
         external_data=False,
@@ -142,11 +154,11 @@ def _onnx(program: torch.export.ExportedProgram, dimensions: dict, about: dict) 
     nodes = [node for part in (model.graph, *model.functions) for node in part.node]
     for part in (*nodes, *model.graph.value_info, *model.functions, model.graph):
         del part.metadata_props[:]  # the lines of this machine's files that an operator came from
-    model.metadata_props.add(key=KEY, value=json.dumps(about))
+    model.metadata_props.add(key=KEY, value=json.dumps(description))
     return model.SerializeToString()
 
 
-def require_extra() -> None:
+def check_extra() -> None:
     """Nothing; raises `UserError` where a library that ONNX takes is missing."""
     missing = [name for name in EXTRA if find_spec(name) is None]
     if missing:
@@ -177,9 +189,9 @@ def load(content: bytes, kind: str, half: bool) -> Callable[[Tensor], Tensor]:
 @torch.no_grad()
 def largest_difference(
     run: Callable[[Tensor], Tensor],
-    about: dict[str, Any],
-    network: nn.Module,
-    preprocess: Preprocess,
+    description: dict[str, Any],
+    model: nn.Module,
+    transform: BatchTransform,
     batch_sizes: Sequence[int],
 ) -> tuple[float, float]:
     """(the largest difference of an exported file's output to the network's, its bound).
@@ -187,21 +199,21 @@ def largest_difference(
     `network`, float32 on the CPU, and `preprocess` are evaluation's own. An output that is not
     finite, or of another shape, is infinitely far off.
     """
-    share = SHARE[getattr(torch, about["arithmetic"])]
+    share = SHARE[getattr(torch, description["arithmetic"])]
     largest = bound = 0.0
-    network.eval()
+    model.eval()
     for number, n in enumerate(batch_sizes):
-        images = pictures(n, about["input"]["shape"][1:], seed=number)
-        expected = network(preprocess(images)).float()
+        images = pictures(n, description["input"]["shape"][1:], seed=number)
+        expected = model(transform(images)).float()
         # Below 1, a difference of logits hardly moves a probability: a half of it at most.
         bound = max(bound, share * max(1.0, expected.abs().max().item()))
-        if about["output"]["name"] == PROBABILITIES:
+        if description["output"]["name"] == PROBABILITIES:
             expected = expected.softmax(1)
         found = run(images)
         if found.shape != expected.shape or not bool(found.isfinite().all()):
             return float("inf"), bound
         largest = max(largest, (found - expected).abs().max().item())
-    return largest, bound / 2 if about["output"]["name"] == PROBABILITIES else bound
+    return largest, bound / 2 if description["output"]["name"] == PROBABILITIES else bound
 
 
 def pictures(num: int, shape: Sequence[int], seed: int) -> Tensor:
@@ -210,9 +222,9 @@ def pictures(num: int, shape: Sequence[int], seed: int) -> Tensor:
     The first is noise from black to white.
     """
     generator = torch.Generator().manual_seed(seed)
-    channels, *size = shape
+    in_chans, *size = shape
     smooth = F.interpolate(
-        torch.rand(num, channels, 4, 4, generator=generator), size, mode="bicubic"
+        torch.rand(num, in_chans, 4, 4, generator=generator), size, mode="bicubic"
     )
     images = smooth + 0.05 * torch.randn(num, *shape, generator=generator)
     images[0] = torch.rand(*shape, generator=generator)
@@ -224,8 +236,8 @@ def write(path: Path, content: bytes) -> None:
     write_atomically(path, lambda temporary: temporary.write_bytes(content))
 
 
-def require_writable(output: Path, weights: Path) -> None:
+def check_writable(output: Path, weights: Path) -> None:
     """Nothing; raises `UserError` where the file would replace the weights, or has no folder."""
     if output.exists() and output.samefile(weights):
         raise UserError(f"--output {output} is the weights' own file", "Give another name")
-    require_place("--output", output)
+    check_output_file("--output", output)

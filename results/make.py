@@ -21,11 +21,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = ("config.json", "history.jsonl", "report.json")
 LEAST_SECONDS = 60  # too few to start a row in: importing, reading data, an evaluation
-NETWORKS = ("googlenet", "densenet", "densenet121", "mobilenet", "mobilenet-v3-small",
-            "efficientnet", "vit-tiny", "vit-small", "vit-hybrid")  # fmt: skip
+NETWORKS = ("googlenet", "densenet", "densenet121", "mobilenet", "mobilenet_v3_small",
+            "efficientnet", "vit_tiny", "vit_small", "vit_hybrid")  # fmt: skip
 ALL = ("lenet5", "alexnet", *NETWORKS)
-LARGE = {"densenet121", "vit-small"}  # without a short row: too slow on a CPU
-SHORT = "--epochs 3 --batch-size 64 --limit-train 5000 --limit-eval 2000 --threads 1"
+LARGE = {"densenet121", "vit_small"}  # without a short row: too slow on a CPU
+SHORT = "--epochs 3 --batch-size 64 --max-train-samples 5000 --max-eval-samples 2000 --threads 1"
 
 
 def rows(photographs: str, data_dir: str, short: bool, epochs: int = 0) -> dict[str, list[str]]:
@@ -53,14 +53,14 @@ def rows(photographs: str, data_dir: str, short: bool, epochs: int = 0) -> dict[
         found["lenet5-mnist-notebook"] = f"--model lenet5 {digits} --recipe notebook"
         for seed in range(5):
             row = f"--model lenet5 {digits} --seed {seed}"
-            found[f"lenet5-mnist-modern-seed{seed}"] = row
-        for recipe in ("notebook", "modern"):
+            found[f"lenet5-mnist-default-seed{seed}"] = row
+        for recipe in ("notebook", "default"):
             for number in (8, 20):
                 options = f"--model alexnet {pictures} --recipe {recipe} --epochs {number}"
                 found[f"alexnet-{name}-{recipe}-{number}"] = options
         for seed in (0, 1):
             row = f"--model alexnet {pictures} --seed {seed}"
-            found[f"alexnet-{name}-modern-20-seed{seed}"] = row
+            found[f"alexnet-{name}-default-20-seed{seed}"] = row
         found[f"lenet5-{name}"] = f"--model lenet5 {pictures}"
         found["alexnet-mnist"] = f"--model alexnet {digits}"
         for model in NETWORKS:

@@ -19,10 +19,11 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from lab import checkpoint, keeper, states
-from lab.config import TrainConfig
+from lab.checkpoint import manager, train_state
+from lab.checkpoint import weights as weights_module
+from lab.config.schema import TrainConfig
 from lab.distributed import build_accelerator
-from lab.engine import prepare
+from lab.engine.training import prepare
 from lab.errors import UserError
 from lab.models import build_model
 
@@ -74,8 +75,10 @@ def changed_header(content: bytes, choose: random.Random) -> bytes:
     size = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + size])
     if "__metadata__" in header and choose.random() < 0.7:
-        info = changed_json(json.loads(header["__metadata__"][checkpoint.KEY]), choose)
-        header["__metadata__"][checkpoint.KEY] = json.dumps(info)
+        weights_metadata = changed_json(
+            json.loads(header["__metadata__"][weights_module.KEY]), choose
+        )
+        header["__metadata__"][weights_module.KEY] = json.dumps(weights_metadata)
     else:
         header = changed_json(header, choose)
     text = json.dumps(header).encode()
@@ -87,48 +90,53 @@ def change(content: bytes, choose: random.Random) -> bytes:
 
 
 def read_weights(path: Path) -> None:
-    info = checkpoint.read_info(path)
-    checkpoint.load_model(path, info)
+    weights_metadata = weights_module.read_metadata(path)
+    weights_module.load_model(path, weights_metadata)
 
 
-def read_state(folder: Path, trainer) -> None:
-    about, tensors = states.read(folder)
-    run = states.RunDir(folder.parent.parent)
-    about["best"] = states._best(run, about)
-    state = states.State(run, folder, about, tensors)
+def read_state(folder: Path, train_step) -> None:
+    metadata, tensors = train_state.read_checkpoint(folder)
+    run = train_state.RunDir(folder.parent.parent)
+    metadata["best"] = train_state._best(run, metadata)
+    state = train_state.Checkpoint(run, folder, metadata, tensors)
     state.config({"epochs": 10**6})
     state.position(0, 1)
     state.position(0, 2)
-    keeper.restore(trainer, state)
+    manager.restore(train_step, state)
 
 
-def write_changed_state(folder: Path, about: bytes, tensors: bytes, choose: random.Random) -> None:
+def write_changed_state(
+    folder: Path, metadata: bytes, tensors: bytes, choose: random.Random
+) -> None:
     sealed, which = choose.random() < 0.5, choose.randrange(2)
     if which:
         tensors = change(tensors, choose)
     elif not sealed:
-        about = changed_bytes(about, choose)
+        metadata = changed_bytes(metadata, choose)
     if sealed:
-        state = json.loads(about)["state"]
+        state = json.loads(metadata)["state"]
         state = state if which else changed_json(state, choose)
         if isinstance(state, dict):
             state["tensors_sha256"] = hashlib.sha256(tensors).hexdigest()
         digest = hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
-        about = json.dumps({"state": state, "sha256": digest}).encode()
-    (folder / states.ABOUT).write_bytes(about)
-    (folder / states.TENSORS).write_bytes(tensors)
+        metadata = json.dumps({"state": state, "sha256": digest}).encode()
+    (folder / train_state.METADATA_FILE).write_bytes(metadata)
+    (folder / train_state.TENSORS_FILE).write_bytes(tensors)
 
 
 def main() -> None:
-    run, count = states.RunDir(sys.argv[1]), int(sys.argv[2])
+    run, count = train_state.RunDir(sys.argv[1]), int(sys.argv[2])
     weights, folder = run.best.read_bytes(), run.checkpoints[0]
-    about, tensors = ((folder / name).read_bytes() for name in (states.ABOUT, states.TENSORS))
-    config = TrainConfig(**json.loads(about)["state"]["config"])
+    metadata, tensors = (
+        (folder / name).read_bytes()
+        for name in (train_state.METADATA_FILE, train_state.TENSORS_FILE)
+    )
+    config = TrainConfig(**json.loads(metadata)["state"]["config"])
     accelerator = build_accelerator(mixed_precision="no", threads=1, quiet=True)
-    info = checkpoint.read_info(run.best)
-    trainer = prepare(accelerator, build_model(**info["model"]), config)
+    weights_metadata = weights_module.read_metadata(run.best)
+    train_step = prepare(accelerator, build_model(**weights_metadata["model"]), config)
     read_weights(run.best)  # what is imported or allocated once
-    read_state(folder, trainer)
+    read_state(folder, train_step)
     if sys.platform == "linux":
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         limit = pages * os.sysconf("SC_PAGE_SIZE") + MORE
@@ -148,10 +156,10 @@ def main() -> None:
                     read_weights(path)
                 else:
                     path.write_bytes(weights)
-                    write_changed_state(state, about, tensors, choose)
-                    read_state(state, trainer)
+                    write_changed_state(state, metadata, tensors, choose)
+                    read_state(state, train_step)
                 counts[f"{what} loaded"] += 1
-            except (UserError, states.Damaged):
+            except (UserError, train_state.CorruptCheckpointError):
                 counts[f"{what} refused"] += 1
             except BaseException:
                 print(f"file {number}", file=sys.stderr)

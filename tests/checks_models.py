@@ -14,19 +14,19 @@ import torch
 from accelerate import Accelerator
 
 import train
-from lab import engine
+from lab.engine import training
 from lab.errors import run_script
 
 # 25 samples, batches of 12: the last batch has one, and a process has none of it.
-COMMON = """--recipe smoke --dataset shapes --num-samples 100 --limit-train 25 --batch-size 12
-    --image-size 16 --epochs 1 --limit-eval 10 --threads 1 --mixed-precision no --quiet"""
-FROZEN = "mobilenet-v3-small, frozen"
+COMMON = """--recipe smoke --dataset shapes --num-samples 100 --max-train-samples 25 --batch-size 12
+    --image-size 16 --epochs 1 --max-eval-samples 10 --threads 1 --mixed-precision no --quiet"""
+FROZEN = "mobilenet_v3_small, frozen"
 TRAININGS = {
     "googlenet": "--model googlenet",
     "densenet": "--model densenet",
-    "mobilenet-v3-small": "--model mobilenet-v3-small",
-    FROZEN: "--model mobilenet-v3-small --freeze backbone",
-    "vit-hybrid": "--model vit-hybrid",
+    "mobilenet_v3_small": "--model mobilenet_v3_small",
+    FROZEN: "--model mobilenet_v3_small --freeze backbone",
+    "vit_hybrid": "--model vit_hybrid",
 }
 
 
@@ -35,22 +35,22 @@ def main() -> None:
     # A run destroys its process group when it ends; here all runs share one.
     Accelerator.end_training = lambda self: None
     digests = {}
-    original = engine.train_one_epoch
+    original = training.train_one_epoch
 
-    def train_one_epoch(trainer, *args, **kwargs):
-        trained = original(trainer, *args, **kwargs)
+    def train_one_epoch(train_step, *args, **kwargs):
+        trained = original(train_step, *args, **kwargs)
         digest = hashlib.sha256()
-        for parameter in trainer.network.parameters():
+        for parameter in train_step.model.parameters():
             assert torch.isfinite(parameter).all()
             digest.update(parameter.detach().contiguous().numpy().tobytes())
-        digests[trainer.config.name] = digest.hexdigest()
+        digests[train_step.config.name] = digest.hexdigest()
         return trained
 
-    engine.train_one_epoch = train_one_epoch
+    training.train_one_epoch = train_one_epoch
     for name, options in TRAININGS.items():
         words = [*COMMON.split(), *options.split(), "--output-dir", str(output), "--name", name]
         if name == FROZEN:
-            words += ["--init-from", str(output / "mobilenet-v3-small")]
+            words += ["--init-checkpoint", str(output / "mobilenet_v3_small")]
         train.main(words)
     rank = torch.distributed.get_rank()
     (output / f"{rank}.json").write_text(json.dumps(digests))

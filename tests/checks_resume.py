@@ -14,17 +14,21 @@ import sys
 from pathlib import Path
 
 import train
-from lab import engine
+from lab.checkpoint.interrupt import InterruptHandler
 from lab.data.loaders import ResidentLoader
+from lab.engine import training
 from lab.errors import run_script
-from lab.stopping import Stopper
 
 
 def main() -> int:
     folder, stop, spoil, *argv = sys.argv[1:]
     rank = os.environ.get("RANK", "0")
     log = Path(folder) / f"order-{rank}.jsonl"
-    original, train_step, reason = ResidentLoader.batches, engine.train_step, Stopper.reason
+    original, eager_step, reason = (
+        ResidentLoader.batches,
+        training.eager_step,
+        InterruptHandler.reason,
+    )
     steps = []  # begun by this process
 
     def batches(loader, epoch=0, first=0):
@@ -36,16 +40,16 @@ def main() -> int:
                     file.write(json.dumps(row) + "\n")
             yield batch
 
-    def spoiled(trainer, batch):
+    def spoiled(train_step, batch):
         steps.append(len(steps) + 1)
         if spoil == f"{rank}:{steps[-1]}":
             batch.images[:] = math.nan
-        return train_step(trainer, batch)
+        return eager_step(train_step, batch)
 
-    def stopped(stopper, step, must_ask=False):
-        return signal.SIGTERM if step == int(stop) else reason(stopper, step, must_ask)
+    def stopped(interrupts, step, must_ask=False):
+        return signal.SIGTERM if step == int(stop) else reason(interrupts, step, must_ask)
 
-    ResidentLoader.batches, engine.train_step, Stopper.reason = batches, spoiled, stopped
+    ResidentLoader.batches, training.eager_step, InterruptHandler.reason = batches, spoiled, stopped
     return train.main(argv)
 
 

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import torch
 
-from lab import pictures, recipes
+from lab.checkpoint.run_dir import RunDir
+from lab.config import recipes
 from lab.data import Splits
-from lab.data.sources import Split
-from lab.evaluation import Predictions
-from lab.rundir import RunDir
+from lab.data.types import Split
+from lab.engine.evaluation import Predictions
+from lab.report import mistakes
 
 HOSTILE = (
     "<script>alert(1)</script>", "</script><img src=x onerror=alert(2)>", "$\\frac{", '"\'`&amp;',
@@ -20,17 +21,17 @@ HOSTILE = (
 )  # fmt: skip
 
 
-def splits(names: Sequence[str], num_test: int, size: int = 16, channels: int = 3) -> Splits:
+def splits(names: Sequence[str], num_test: int, size: int = 16, in_chans: int = 3) -> Splits:
     """Pictures of noise; the test split has `num_test` samples, the training split 80."""
     noise = torch.Generator().manual_seed(0)
 
     def split(count: int) -> Split:
-        shape = (count, channels, size, size)
+        shape = (count, in_chans, size, size)
         images = torch.randint(0, 256, shape, generator=noise, dtype=torch.uint8)
         return Split(images, torch.arange(count) % len(names), tuple(names))
 
     train, test = split(80), split(num_test)
-    return Splits(train, test, test, (0.5,) * channels, (0.25,) * channels, "validation", {})
+    return Splits(train, test, test, (0.5,) * in_chans, (0.25,) * in_chans, "validation", {})
 
 
 def predicted(split: Split, right: float = 0.6) -> Predictions:
@@ -54,8 +55,8 @@ def make_run(
     path.mkdir(parents=True)
     run = RunDir(path)
     place = {"device": "cpu", "device_name": "<b>a processor</b>", "world_size": 2,
-             "precision": "float32", "parameters": 61_706, "multiply_adds": None}  # fmt: skip
-    run.begin(asdict(config) | place)
+             "precision": "float32", "parameters": 61_706, "macs": None}  # fmt: skip
+    run.create(asdict(config) | place)
     for epoch in (1, 2, 3):
         run.add_epoch(
             {
@@ -67,8 +68,8 @@ def make_run(
         )  # fmt: skip
         run.add_steps({"step": 10 * epoch, "epoch": epoch, "loss": 1, "learning_rate": 0.1 / epoch})
     run.write_report(
-        {"split": "test", **predictions.report(), "best_epoch": 3, "selected_on": "validation"}
+        {"split": "test", **predictions.report(), "best_epoch": 3, "selection_split": "validation"}
     )
     run.write_predictions(predictions.csv())
-    pictures.keep(run, config, data, predictions)
+    mistakes.keep(run, config, data, predictions)
     return path

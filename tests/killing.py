@@ -35,22 +35,22 @@ class Configuration:
     save_seconds: float = 0.002  # in which most of a state is written
 
     @property
-    def save_every(self) -> int:
+    def checkpoint_every(self) -> int:
         """Steps between states."""
-        return self.words[self.words.index("--save-every") + 1]
+        return self.words[self.words.index("--checkpoint-every") + 1]
 
 
-LENET5 = ("--dataset", "digits", "--recipe", "smoke", "--max-steps", 0, "--limit-train", 0,
-          "--limit-eval", 0, "--val-fraction", 0.5, "--batch-size", 8, "--epochs", 6,
-          "--augment", "crop", "--save-every", 5)  # fmt: skip
+LENET5 = ("--dataset", "digits", "--recipe", "smoke", "--max-steps", 0, "--max-train-samples", 0,
+          "--max-eval-samples", 0, "--val-fraction", 0.5, "--batch-size", 8, "--epochs", 6,
+          "--augment", "crop", "--checkpoint-every", 5)  # fmt: skip
 ALEXNET = ("--model", "alexnet", "--dataset", "shapes", "--recipe", "smoke", "--max-steps", 0,
-           "--num-samples", 100, "--batch-size", 12, "--epochs", 3, "--save-every", 2)  # fmt: skip
+           "--num-samples", 100, "--batch-size", 12, "--epochs", 3, "--checkpoint-every", 2)  # fmt: skip
 CONFIGURATIONS = {
     c.name: c
     for c in (
         Configuration("LeNet-5", 1, LENET5),
-        Configuration("LeNet-5, accumulate 2", 1, (*LENET5, "--accumulate", 2)),
-        Configuration("LeNet-5, ema 0.9", 1, (*LENET5, "--ema", 0.9)),
+        Configuration("LeNet-5, accumulate 2", 1, (*LENET5, "--grad-accum-steps", 2)),
+        Configuration("LeNet-5, ema 0.9", 1, (*LENET5, "--ema-decay", 0.9)),
         Configuration("AlexNet, dropout", 1, ALEXNET, save_seconds=0.2),
         Configuration("LeNet-5, 2 processes", 2, LENET5),
         Configuration("AlexNet, dropout, 2 processes", 2, ALEXNET, save_seconds=0.2),
@@ -157,7 +157,7 @@ def survive(
         kills[i].half_state = any(name.startswith("state/.step-") for name in found)
         kills[i].during = during(folder, reference, found, resumed)
     for kill in kills:  # one state may be in the writing; the one before is whole then
-        assert 0 <= kill.step - kill.resumed_from <= 2 * configuration.save_every, kill
+        assert 0 <= kill.step - kill.resumed_from <= 2 * configuration.checkpoint_every, kill
     compare(folder, reference.folder)
     return kills
 

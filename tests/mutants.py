@@ -34,7 +34,7 @@ MUTANTS = (
     Mutant(
         "P1: a missing or repeated sample raises at run time",
         "`predict_all` does not check that every sample was seen once",
-        "lab/evaluation.py",
+        "lab/engine/evaluation.py",
         "if not bool((seen == 1).all()):",
         "if False:",
         "test_evaluation.py::test_p1_a_missing_or_repeated_sample_raises",
@@ -42,7 +42,7 @@ MUTANTS = (
     Mutant(
         "P1: a missing or repeated sample raises at run time",
         "the check is an `assert`, which Python's option -O removes",
-        "lab/evaluation.py",
+        "lab/engine/evaluation.py",
         "    if not bool((seen == 1).all()):",
         "    assert bool((seen == 1).all())\n    if False:",
         "test_evaluation.py::test_p1_a_missing_or_repeated_sample_raises",
@@ -50,7 +50,7 @@ MUTANTS = (
     Mutant(
         "P1: metrics are the same for any number of processes",
         "each process evaluates with its own BatchNorm statistics",
-        "lab/evaluation.py",
+        "lab/engine/evaluation.py",
         "if accelerator.num_processes > 1:",
         "if False:",
         "test_evaluation.py::test_p1_every_process_evaluates_with_the_buffers_of_rank_0",
@@ -58,7 +58,7 @@ MUTANTS = (
     Mutant(
         "P1: the confusion matrix sums to the number of samples, checked at run time",
         "the sum is not checked",
-        "lab/metrics.py",
+        "lab/engine/metrics.py",
         "if not int(matrix.sum()) == len(labels) == len(predictions):",
         "if False:",
         "test_metrics.py::test_p1_labels_and_predictions_of_different_samples_raise",
@@ -66,7 +66,7 @@ MUTANTS = (
     Mutant(
         "P1: each sample is counted in its own cell",
         "a class that is out of range is counted in the cell of another class",
-        "lab/metrics.py",
+        "lab/engine/metrics.py",
         "if len(classes) and not 0 <=",
         "if False and not 0 <=",
         "test_metrics.py::test_p1_an_unknown_class_raises[confusion_matrix-0-3]",
@@ -74,7 +74,7 @@ MUTANTS = (
     Mutant(
         "P1: macro-F1 equals scikit-learn's",
         "the mean includes classes that neither occur nor are predicted",
-        "lab/metrics.py",
+        "lab/engine/metrics.py",
         '["f1"][present].mean()',
         '["f1"].mean()',
         "test_metrics.py::test_p1_report_equals_scikit_learn[neither]",
@@ -82,7 +82,7 @@ MUTANTS = (
     Mutant(
         "P1: accuracy equals scikit-learn's",
         "accuracy is the mean of the recalls of the classes",
-        "lab/metrics.py",
+        "lab/engine/metrics.py",
         "(labels == predictions).sum().item() / len(labels)",
         'per_class(labels, predictions, num_classes)["recall"].mean().item()',
         "test_metrics.py::test_p1_report_equals_scikit_learn[absent class]",
@@ -115,7 +115,7 @@ MUTANTS = (
     Mutant(
         "P2: the loss curve is the same for any number of processes",
         "gradients are divided by the number of processes",
-        "lab/engine.py",
+        "lab/engine/training.py",
         "scale = accelerator.num_processes / batch.num_global",
         "scale = 1 / batch.num_global",
         "test_engine.py::test_p2_the_mean_of_the_processes_steps_is_the_step_of_one_process",
@@ -123,7 +123,7 @@ MUTANTS = (
     Mutant(
         "P2: losses are weighted by the true number of samples",
         "each process weights its mean loss equally",
-        "lab/engine.py",
+        "lab/engine/training.py",
         "scale = accelerator.num_processes / batch.num_global",
         "scale = 1 / max(1, len(batch.labels))",
         "test_engine.py::test_p2_a_part_of_a_batch_weighs_by_its_samples",
@@ -131,7 +131,7 @@ MUTANTS = (
     Mutant(
         "P2: losses are weighted by the true number of samples",
         "the mean loss of an epoch counts the last batch as a full batch",
-        "lab/engine.py",
+        "lab/engine/training.py",
         "num_samples += batch.num_global",
         "num_samples += plan.batch_size",
         "test_engine.py::test_an_epoch_reports_its_steps_and_means_over_samples",
@@ -139,7 +139,7 @@ MUTANTS = (
     Mutant(
         "P2: dropout is seeded by (seed, step, process)",
         "dropout is not seeded per process",
-        "lab/engine.py",
+        "lab/engine/training.py",
         "seed_dropout(fold(config.seed, done.step, accelerator.process_index), device)",
         "seed_dropout(fold(config.seed, done.step), device)",
         "test_engine.py::test_p2_dropout_differs_between_processes",
@@ -156,7 +156,7 @@ MUTANTS = (
     Mutant(
         "P3: a file is replaced atomically",
         "files are written in place",
-        "lab/rundir.py",
+        "lab/checkpoint/run_dir.py",
         "            write(temporary)\n            sync(temporary)\n            os.replace(temporary, path)\n",
         "            write(path)\n            sync(path)\n",
         "test_faults.py::test_p3_best_weights_are_the_old_or_the_new[killed]",
@@ -164,7 +164,7 @@ MUTANTS = (
     Mutant(
         "P3: a power loss leaves the old file or the new one",
         "a file is renamed before its content is on the disk",
-        "lab/rundir.py",
+        "lab/checkpoint/run_dir.py",
         "            sync(temporary)\n",
         "",
         "test_checkpoint.py::test_p3_content_is_on_disk_before_it_takes_the_name",
@@ -172,7 +172,7 @@ MUTANTS = (
     Mutant(
         "P3: a run resumes from its last complete checkpoint",
         "the checksum of the tensors is not checked",
-        "lab/states.py",
+        "lab/checkpoint/train_state.py",
         'if _digest(content) != about["tensors_sha256"]:',
         "if False:",
         "test_damage.py::test_p3_a_damaged_state_gives_way_to_the_one_before[tensors.safetensors-flipped]",
@@ -180,7 +180,7 @@ MUTANTS = (
     Mutant(
         "P3: a resumed run ends with bit-identical weights",
         "the optimizer state is not restored",
-        "lab/keeper.py",
+        "lab/checkpoint/manager.py",
         "trainer.optimizer.state[parameter][slot] = kept.detach()",
         "pass",
         "test_resume.py::test_p3_a_resumed_run_ends_with_the_same_bits[nesterov-2]",
@@ -188,7 +188,7 @@ MUTANTS = (
     Mutant(
         "P3: a resumed run ends with bit-identical weights",
         "dropout is not seeded by the step",
-        "lab/engine.py",
+        "lab/engine/training.py",
         "seed_dropout(fold(config.seed, done.step, accelerator.process_index), device)",
         "pass",
         "test_engine.py::test_p2_dropout_depends_on_the_step_and_the_seed_alone",
@@ -196,7 +196,7 @@ MUTANTS = (
     Mutant(
         "P3: a resumed run sees the same samples in the same order",
         "it restarts the epoch",
-        "lab/engine.py",
+        "lab/engine/training.py",
         "loader.batches(done.epoch, done.batch)",
         "loader.batches(done.epoch)",
         "test_engine.py::test_an_epoch_stops_where_it_is_told_and_goes_on_there",
@@ -204,7 +204,7 @@ MUTANTS = (
     Mutant(
         "P3: SIGTERM and Ctrl-C save a checkpoint first",
         "no checkpoint is saved after a signal",
-        "lab/keeper.py",
+        "lab/checkpoint/manager.py",
         "if self.reason or (every and position.step % every == 0):",
         "if every and position.step % every == 0:",
         "test_stopping.py::test_p3_a_signal_in_a_step_saves_before_the_run_ends",
@@ -212,7 +212,7 @@ MUTANTS = (
     Mutant(
         "P3: a signal stops all processes at the same step",
         "a process ignores the signals of the others",
-        "lab/stopping.py",
+        "lab/checkpoint/interrupt.py",
         "return highest or -lowest",
         "return mine",
         "test_stopping.py::test_p3_a_signal_to_one_process_stops_all_at_the_same_step",
@@ -220,7 +220,7 @@ MUTANTS = (
     Mutant(
         "P3: a full disk loses no complete checkpoint",
         "a full disk ends the run",
-        "lab/keeper.py",
+        "lab/checkpoint/manager.py",
         'except (UserError, OSError) as error:\n            console.warn(f"{folder} is not',
         'except ZeroDivisionError as error:\n            console.warn(f"{folder} is not',
         "test_faults.py::test_p3_a_disk_that_is_full_at_any_write_loses_that_state_alone[False]",
@@ -229,7 +229,7 @@ MUTANTS = (
     Mutant(
         "P4: loading a file from a stranger cannot run code",
         "a checkpoint is read with `torch.load`",
-        "lab/states.py",
+        "lab/checkpoint/train_state.py",
         "safetensors.torch.load(content)",
         'getattr(torch, "load")(__import__("io").BytesIO(content), weights_only=False)',
         "test_damage.py::test_p4_a_pickle_is_never_read",
@@ -237,7 +237,7 @@ MUTANTS = (
     Mutant(
         "P4: weights are written as safetensors",
         "weights are written with `torch.save`",
-        "lab/checkpoint.py",
+        "lab/checkpoint/weights.py",
         "temporary.write_bytes(content)",
         "torch.save(tensors, temporary)",
         "test_architecture.py::test_p4_no_pickle",
@@ -245,7 +245,7 @@ MUTANTS = (
     Mutant(
         "P4: CIFAR's archive is read only after its MD5 is checked",
         "the MD5 is not checked",
-        "lab/data/sources.py",
+        "lab/data/types.py",
         "return getattr(datasets, name)(data_dir, train=train)",
         "setattr(getattr(datasets, name), '_check_integrity', lambda self: True); return getattr(datasets, name)(data_dir, train=train)",
         "test_sources.py::test_p4_a_cifar_archive_of_another_md5_is_not_unpickled",
@@ -254,7 +254,7 @@ MUTANTS = (
     Mutant(
         "P5: the weights file contains everything needed to use it",
         "the metadata lacks the normalisation",
-        "lab/checkpoint.py",
+        "lab/checkpoint/weights.py",
         '        "std": splits.std,\n',
         "",
         "test_checkpoint.py::test_p5_metadata_holds_all_that_is_needed",
@@ -262,7 +262,7 @@ MUTANTS = (
     Mutant(
         "P5: parameter names are those of the plain model",
         "the names of a compiled model have a prefix",
-        "lab/engine.py",
+        "lab/engine/training.py",
         "network.compile()",
         "network = torch.compile(network)",
         "test_checkpoint.py::test_p5_no_wrapper_leaks_into_the_keys[lenet5-settings1]",
@@ -360,7 +360,7 @@ MUTANTS = (
     Mutant(
         "P7: nothing is left half-written",
         "a run that cannot start leaves its directory behind",
-        "lab/rundir.py",
+        "lab/checkpoint/run_dir.py",
         "            if self.made:\n",
         "            if False:\n",
         "test_errors.py::test_p7_a_run_that_cannot_be_begun_leaves_no_folder",

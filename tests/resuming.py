@@ -5,7 +5,7 @@ import json
 import pytest
 
 import train
-from lab import keeper
+from lab.checkpoint import manager
 
 SAME = (
     "best.safetensors", "report.json", "predictions.csv", "steps.jsonl", "pictures.safetensors",
@@ -14,9 +14,17 @@ CLOCK = ("train_seconds", "eval_seconds", "images_per_second")
 SMALL = [
     "--dataset", "digits", "--recipe", "smoke", "--threads", "1", "--quiet", "--log-every", "1",
 ]  # fmt: skip
-LENET = [*SMALL, "--epochs", "3", "--max-steps", "0", "--limit-train", "100"]  # 4 steps an epoch
+LENET = [
+    *SMALL,
+    "--epochs",
+    "3",
+    "--max-steps",
+    "0",
+    "--max-train-samples",
+    "100",
+]  # 4 steps an epoch
 ALEXNET = [*LENET, "--model", "alexnet", "--dataset", "shapes", "--num-samples", "60"]
-ALEXNET += ["--limit-train", "30", "--batch-size", "8"]  # 4 steps an epoch, too
+ALEXNET += ["--max-train-samples", "30", "--batch-size", "8"]  # 4 steps an epoch, too
 
 
 class Killed(BaseException):
@@ -33,7 +41,7 @@ def resume(path, *words):
 
 def cut_off(monkeypatch, step, call):
     """`call()`, which dies after `step` steps."""
-    original = keeper.Keeper.after_step
+    original = manager.CheckpointManager.after_step
 
     def after_step(kept, best, position):
         stops = original(kept, best, position)
@@ -42,7 +50,7 @@ def cut_off(monkeypatch, step, call):
         return stops
 
     with monkeypatch.context() as patch:
-        patch.setattr(keeper.Keeper, "after_step", after_step)
+        patch.setattr(manager.CheckpointManager, "after_step", after_step)
         with pytest.raises(Killed):
             call()
 

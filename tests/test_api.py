@@ -12,20 +12,27 @@ from PIL import Image
 
 import lab
 import predict
-from lab import api, checkpoint
-from lab.commandline import as_keywords, words_of
-from lab.config import TrainConfig
+from lab import inference
+from lab.checkpoint import weights
+from lab.config.cli import as_keywords, words_of
+from lab.config.schema import TrainConfig
 from lab.data import DataConfig, load_split
 from lab.errors import UserError
 
-SMALL = {"dataset": "digits", "recipe": "smoke", "threads": 1, "quiet": True, "limit_train": 64}
+SMALL = {
+    "dataset": "digits",
+    "recipe": "smoke",
+    "threads": 1,
+    "quiet": True,
+    "max_train_samples": 64,
+}
 
 
 @pytest.fixture(scope="module")
 def images(finished):
     """Digits uint8 [9, 1, 32, 32]."""
-    info = checkpoint.read_info(finished / "best.safetensors")
-    return load_split(DataConfig(**info["data"]), "test", 1e9, 1)[0].images[:9]
+    metadata = weights.read_metadata(finished / "best.safetensors")
+    return load_split(DataConfig(**metadata["data"]), "test", 1e9, 1)[0].images[:9]
 
 
 def test_every_form_of_picture_gives_the_answer_of_predict_py(finished, images, tmp_path):
@@ -90,12 +97,12 @@ def test_pictures_are_cut_to_their_central_square(finished, images):
 
 
 def test_predict_leaves_a_network_in_training_as_it_was(finished, images):
-    network, info = lab.load_model(finished)
-    assert not network.training
-    logits = network((images / 255 - torch.tensor(info["mean"])) / torch.tensor(info["std"]))
-    network.train()
-    found = lab.predict(images, (network, info))
-    assert network.training
+    model, metadata = lab.load_model(finished)
+    assert not model.training
+    logits = model((images / 255 - torch.tensor(metadata["mean"])) / torch.tensor(metadata["std"]))
+    model.train()
+    found = lab.predict(images, (model, metadata))
+    assert model.training
     torch.testing.assert_close(found.probabilities, logits.softmax(1))
 
 
@@ -120,14 +127,14 @@ def test_p7_predict_refuses(finished, pictures, message):
 
 
 def test_train_gives_the_run_and_its_report(tmp_path, monkeypatch):
-    run = lab.train(SMALL, output_dir=tmp_path, name="run", epochs=3, limit_train=None)
+    run = lab.train(SMALL, output_dir=tmp_path, name="run", epochs=3, max_train_samples=None)
     assert run.path == tmp_path / "run"
     assert run.weights.is_file()
     assert run.report["num_samples"] == 100
     whole = run.weights.read_bytes()
 
     # Ctrl-C in a notebook: a run without a report, which goes on to the same end.
-    script = api._script()
+    script = inference._script()
     epoch = script.console.epoch_row
 
     def interrupt(*words):
@@ -172,13 +179,13 @@ def test_p7_what_the_scripts_explain_is_explained(monkeypatch):
     def fails(given):
         raise MemoryError
 
-    monkeypatch.setattr(api._script(), "train", fails)
+    monkeypatch.setattr(inference._script(), "train", fails)
     with pytest.raises(UserError, match="out of memory"):
         lab.train(SMALL)
 
 
 def test_p7_a_package_without_its_checkout_says_so(monkeypatch, tmp_path):
-    api._script.cache_clear()
+    inference._script.cache_clear()
     monkeypatch.setattr(lab, "__file__", str(tmp_path / "site" / "lab" / "__init__.py"))
     with pytest.raises(UserError, match=r"there is no .*train\.py\. Install lab from a checkout"):
         lab.train(SMALL)

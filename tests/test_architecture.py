@@ -111,7 +111,7 @@ def imports(path, type_checking=False):
 def test_the_walk_sees_the_project():
     assert {"train.py", "evaluate.py"} <= {p.name for p in SCRIPTS}
     assert {part_of(p) for p in SOURCES} >= set.union(*LEVELS) - {"plots"}
-    assert "lab.engine.prepare" in imports(ROOT / "train.py")
+    assert "lab.engine.training.prepare" in imports(ROOT / "train.py")
     assert "accelerate.Accelerator" in imports(ROOT / "lab" / "engine.py")
 
 
@@ -221,10 +221,10 @@ def test_help_comes_before_the_heavy_imports(script):
 
 def test_listing_models_data_sets_and_recipes_imports_nothing_heavy():
     output, modules = modules_after(
-        "import lab, lab.models, lab.data, lab.recipes, lab.config, lab.rundir\n"
-        "print(*lab.models.MODELS, *lab.data.DATASETS, *lab.recipes.RECIPES)"
+        "import lab, lab.models, lab.data, lab.config.recipes, lab.config, lab.rundir\n"
+        "print(*lab.models.MODELS, *lab.data.DATASETS, *lab.config.recipes.RECIPES)"
     )
-    assert {"lenet5", "mnist", "modern"} <= set(output.split())
+    assert {"lenet5", "mnist", "default"} <= set(output.split())
     assert not modules & HEAVY
 
 

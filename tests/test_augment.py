@@ -6,7 +6,8 @@ import pytest
 import torch
 from torchvision import transforms
 
-from lab.data.augment import Preprocess, crop, cutout, draw, flip, random_bits
+from lab.data.sampler import random_bits
+from lab.data.transforms import BatchTransform, crop, cutout, draw, flip
 
 SIZES = [28, 32, 64]
 STEPS = ("crop", "flip", "cutout")
@@ -17,9 +18,9 @@ GOLDEN = [
 ]  # seed 42, epoch 3, samples 0 to 2
 
 
-def make_images(num_images, channels, size, seed=0):
+def make_images(num_images, in_chans, size, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    shape = (num_images, channels, size, size)
+    shape = (num_images, in_chans, size, size)
     return torch.randint(1, 256, shape, dtype=torch.uint8, generator=generator)  # none is black
 
 
@@ -115,14 +116,14 @@ def test_draws_of_neighbouring_samples_epochs_and_seeds_are_independent():
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("channels", [1, 3])
-def test_crop_is_a_window_of_the_padded_image(size, channels):
-    images, bits = make_images(101, channels, size), random_bits(1, 2, 101, "cpu")
+@pytest.mark.parametrize("in_chans", [1, 3])
+def test_crop_is_a_window_of_the_padded_image(size, in_chans):
+    images, bits = make_images(101, in_chans, size), random_bits(1, 2, 101, "cpu")
     padding = size // 8
     seen = set()
     for image, b, found in zip(images, bits.tolist(), crop(images, bits), strict=True):
         top, left = (reference_draw(b, k, 2 * padding + 1) for k in (0, 1))
-        padded = torch.zeros(channels, size + 2 * padding, size + 2 * padding, dtype=torch.uint8)
+        padded = torch.zeros(in_chans, size + 2 * padding, size + 2 * padding, dtype=torch.uint8)
         padded[:, padding : padding + size, padding : padding + size] = image
         assert torch.equal(found, padded[:, top : top + size, left : left + size])
         seen |= {top, left}
@@ -166,14 +167,14 @@ def test_cutout_blackens_a_square_of_a_quarter_of_the_side(size):
 def test_p2_augmentation_does_not_depend_on_the_batch(augment):
     images = make_images(50, 3, 32)
     bits = random_bits(9, 3, 50, "cpu")
-    preprocess = Preprocess((0.4, 0.5, 0.6), (0.2, 0.3, 0.4), augment, "cpu")
-    whole = preprocess(images, bits)
+    transform = BatchTransform((0.4, 0.5, 0.6), (0.2, 0.3, 0.4), augment, "cpu")
+    whole = transform(images, bits)
     order = torch.randperm(50, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(preprocess(images[order], bits[order]), whole[order])
+    assert torch.equal(transform(images[order], bits[order]), whole[order])
     for part_size in (1, 7, 49):
         parts = zip(images.split(part_size), bits.split(part_size), strict=True)
-        assert torch.equal(torch.cat([preprocess(i, b) for i, b in parts]), whole)
-    other_epoch = preprocess(images, random_bits(9, 4, 50, "cpu"))
+        assert torch.equal(torch.cat([transform(i, b) for i, b in parts]), whole)
+    other_epoch = transform(images, random_bits(9, 4, 50, "cpu"))
     assert torch.equal(other_epoch, whole) == (augment == ())
 
 
@@ -195,6 +196,6 @@ def test_preprocess_equals_totensor_and_normalize(mean, std):
     normalise = transforms.Normalize(mean, std)
     pictures = [image.permute(1, 2, 0).numpy() for image in images]
     expected = torch.stack([normalise(transforms.ToTensor()(p)) for p in pictures])
-    found = Preprocess(mean, std, STEPS, "cpu")(images)  # no bits: not augmented
+    found = BatchTransform(mean, std, STEPS, "cpu")(images)  # no bits: not augmented
     assert found.dtype == torch.float32
     assert torch.allclose(found, expected, rtol=0, atol=1e-6)

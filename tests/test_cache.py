@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 from lab.data import DataConfig, cache, decode, load_split, load_splits
-from lab.data.decode import ImageFiles
-from lab.data.sources import channel_statistics, histogram
+from lab.data.decode import FileImages
+from lab.data.splits import channel_statistics, histogram
 from lab.errors import UserError
 
 
@@ -34,7 +34,7 @@ def files(tmp_path):
     for i in range(5):
         paths.append(str(tmp_path / f"{i}.png"))
         Image.fromarray(rng.integers(0, 256, (10, 10, 3), dtype=np.uint8)).save(paths[-1])
-    return ImageFiles(tuple(paths), 10)
+    return FileImages(tuple(paths), 10)
 
 
 @pytest.fixture
@@ -63,18 +63,18 @@ def test_whatever_changes_is_decoded_anew(files, decoded, change):
     elif change == "time":
         os.utime(files.paths[2], (1, 1))
     elif change == "size":
-        files = ImageFiles(files.paths, 9)
+        files = FileImages(files.paths, 9)
     elif change == "order":
-        files = ImageFiles(files.paths[::-1], 10)
+        files = FileImages(files.paths[::-1], 10)
     else:
-        files = ImageFiles(files.paths[:4], 10)
+        files = FileImages(files.paths[:4], 10)
     images = files.decode_all(1)
     assert len(decoded) == len(files)
     assert torch.equal(images, files[torch.arange(len(files))])
 
 
 def test_few_pictures_are_not_kept(files, cache_folder):
-    ImageFiles(files.paths[:2], 10).decode_all(1)
+    FileImages(files.paths[:2], 10).decode_all(1)
     assert not cache_folder.exists()
 
 
@@ -157,7 +157,7 @@ def test_beyond_the_limit_the_longest_unused_go_but_none_that_the_run_uses(
     os.utime(other, (time.time() - 60,) * 2)
     files.decode_all(1)  # 1,500 bytes
     assert other.exists()
-    ImageFiles(files.paths[:4], 10).decode_all(1)  # 1,200 bytes
+    FileImages(files.paths[:4], 10).decode_all(1)  # 1,200 bytes
     assert sorted(path.stat().st_size for path in cache_folder.glob("*.uint8")) == [1200, 1500]
 
 

@@ -11,13 +11,13 @@ from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
 import compare
-from lab import card
-from lab.commandline import parse_arguments
-from lab.config import TrainConfig
+from lab.checkpoint.run_dir import RunDir
+from lab.config.cli import parse_arguments
+from lab.config.recipes import resolve
+from lab.config.schema import TrainConfig
 from lab.errors import UserError
-from lab.markdown import code, escaped
-from lab.recipes import resolve
-from lab.rundir import RunDir
+from lab.report import model_card
+from lab.report.markdown import code, escaped
 
 EVIL = (
     "a|b", "<script>x</script>", "[x](http://x.yz)", "---\nlicense: mit\n---", "*`_~", "\u202ex",
@@ -35,7 +35,7 @@ def read(path):
 
 def test_every_run_has_a_card_with_valid_metadata_and_the_exact_numbers(finished):
     content, report = (finished / "README.md").read_text(), read(finished / "report.json")
-    assert content == card.card(finished)  # from the files alone, the same again
+    assert content == model_card.card(finished)  # from the files alone, the same again
     found = ModelCard(content)
     results = {(r.metric_type, r.metric_name): r for r in found.data.eval_results}
     assert results["accuracy", None].metric_value == report["accuracy"]
@@ -61,29 +61,29 @@ def test_compare_of_one_run_writes_the_card_that_is_missing(copied, capsys):
     (copied / "README.md").unlink()
     compare.main([str(copied)])
     assert capsys.readouterr().out.endswith(f"written: {copied}/README.md\n")
-    assert (copied / "README.md").read_text() == card.card(copied)
+    assert (copied / "README.md").read_text() == model_card.card(copied)
 
 
 def test_a_data_set_of_the_hub_is_named_as_there(copied):
     change(copied / "config.json", dataset="cifar10")
-    data = ModelCard(card.card(copied)).data
+    data = ModelCard(model_card.card(copied)).data
     assert data.datasets == ["uoft-cs/cifar10"]
     assert data.eval_results[0].dataset_type == "uoft-cs/cifar10"
 
 
 def test_p6_a_card_says_what_the_epoch_was_chosen_on(copied):
-    change(copied / "report.json", selected_on="test")
+    change(copied / "report.json", selection_split="test")
     change(copied / "config.json", recipe="notebook")
-    text = card.card(copied)
+    text = model_card.card(copied)
     assert "on this same test split (the protocol of the recipe notebook)" in text
     assert "these numbers are optimistic.**" in text
     assert "read once" not in text
 
 
 def test_the_matrix_is_shown_where_it_was_drawn(copied):
-    assert "](plots/confusion_matrix.png)" in card.card(copied)
+    assert "](plots/confusion_matrix.png)" in model_card.card(copied)
     (copied / "plots" / "confusion_matrix.png").unlink()
-    assert "confusion_matrix.png" not in card.card(copied)
+    assert "confusion_matrix.png" not in model_card.card(copied)
 
 
 def test_names_steer_neither_yaml_nor_markdown(copied):
@@ -92,7 +92,7 @@ def test_names_steer_neither_yaml_nor_markdown(copied):
         row["class"] = name
     change(copied / "report.json", per_class=report["per_class"], class_names=list(EVIL))
     path = copied.rename(copied.with_name("---\nlicense: 'x'\n---\n# [r](s)"))
-    card.write(RunDir(path))
+    model_card.write(RunDir(path))
     text = (path / "README.md").read_text(encoding="utf-8")
     found = ModelCard(text)
     assert found.data.model_name == path.name
@@ -118,28 +118,28 @@ def test_escaped_markdown_shows_the_value():
     "words",
     [
         "--dataset digits",
-        "--dataset digits --recipe smoke --limit-train 100 --epochs 7 --seed 3 --max-steps 0",
+        "--dataset digits --recipe smoke --max-train-samples 100 --epochs 7 --seed 3 --max-steps 0",
         "--model alexnet --recipe notebook --no-decay-biases --augment none --lr 0.002 --compile",
-        "--model efficientnet --pretrained --freeze backbone --image-size 64 --warmup-epochs 2.5",
+        "--model efficientnet_b0 --pretrained --freeze backbone --image-size 64 --warmup-epochs 2.5",
         "--model torchvision:resnet18 --dataset folder --data-dir /home/me/cats --name x --quiet",
-        "--model vit --init-from /home/me/runs/vit --tracker wandb --push-to-hub x --threads 2",
+        "--model vit_tiny --init-checkpoint /home/me/runs/vit --tracker wandb --push-to-hub x --threads 2",
     ],
 )
 def test_the_command_of_a_card_gives_the_same_settings(words):
-    config = resolve(parse_arguments(TrainConfig, shlex.split(words), prog="x", about="x"))
-    text = card.command(config)
+    config = resolve(parse_arguments(TrainConfig, shlex.split(words), prog="x", metadata="x"))
+    text = model_card.command(config)
     assert "/home/me" not in text
     python, script, *again = shlex.split(text)
     assert (python, script) == ("python", "train.py")
-    found = resolve(parse_arguments(TrainConfig, again, prog="x", about="x"))
-    left_out = set(card.ELSEWHERE) - {"model", "dataset", "recipe"}
+    found = resolve(parse_arguments(TrainConfig, again, prog="x", metadata="x"))
+    left_out = set(model_card.ELSEWHERE) - {"model", "dataset", "recipe"}
     for name in TrainConfig.__dataclass_fields__.keys() - left_out:
         assert getattr(found, name) == getattr(config, name), name
-    assert bool(found.init_from) == bool(config.init_from)
+    assert bool(found.init_checkpoint) == bool(config.init_checkpoint)
 
 
 def test_a_card_goes_where_a_run_goes_on(copied):
-    RunDir(copied).go_on(read(copied / "config.json"), 3, 9)
+    RunDir(copied).resume(read(copied / "config.json"), 3, 9)
     assert not (copied / "README.md").exists()
 
 
@@ -160,7 +160,7 @@ def test_p7_what_is_no_finished_run_gets_no_card(copied, name, content, message)
         (copied / name).write_text(content)
     (copied / "README.md").write_text("before")
     with pytest.raises(UserError, match=message):
-        card.write(RunDir(copied))
+        model_card.write(RunDir(copied))
     assert (copied / "README.md").read_text() == "before"
 
 

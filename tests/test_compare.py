@@ -9,16 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 from handmade import make_run as make_finished
+from lab.models.model_stats import model_stats
 from PIL import Image
 from resuming import LENET, start
 
 import compare
-from lab import comparison, tables
-from lab.comparison import difference
+from lab import console
 from lab.data.fingerprint import FORMAT
 from lab.errors import UserError
-from lab.finished import Run, read_run
-from lab.models.cost import cost
+from lab.report import compare as compare_module
+from lab.report.compare import difference
+from lab.report.run_reader import RunResult, read_run
 
 
 def make_run(tmp_path, right, name="a", dataset="digits"):
@@ -26,7 +27,7 @@ def make_run(tmp_path, right, name="a", dataset="digits"):
     labels = np.arange(len(right)) % 3
     predictions = np.where(right, labels, (labels + 1) % 3)
     report = {"accuracy": float(np.mean(right)), "class_names": ["x", "y", "z"]}
-    return Run(tmp_path / name, {"dataset": dataset}, report, [], labels, predictions)
+    return RunResult(tmp_path / name, {"dataset": dataset}, report, [], labels, predictions)
 
 
 def test_the_interval_is_that_of_drawing_samples(tmp_path):
@@ -63,11 +64,11 @@ def trained(tmp_path_factory):
 
 def test_the_table_has_the_runs_own_numbers(trained):
     runs = [read_run(trained / name) for name in ("slow", "fast", "faster")]
-    rows = comparison.rows(runs)
+    rows = compare_module.rows(runs)
     accuracies = [row["accuracy"] for row in rows]
     assert accuracies == sorted(accuracies, reverse=True)
     assert rows[0]["to best"] is None
-    assert rows[0].keys() == {"run", *tables.IMPORTANCE}  # a column not listed is never printed
+    assert rows[0].keys() == {"run", *console.IMPORTANCE}  # a column not listed is never printed
     for row in rows:
         report = json.loads((trained / row["run"] / "report.json").read_text())
         history = (trained / row["run"] / "history.jsonl").read_text().splitlines()
@@ -81,7 +82,7 @@ def test_the_table_has_the_runs_own_numbers(trained):
 def test_runs_on_other_test_splits_are_not_compared(tmp_path, trained):
     other = start(tmp_path, *LENET, "--split-seed", "1", name="other")
     assert other == 0
-    rows = comparison.rows([read_run(trained / "fast"), read_run(tmp_path / "other")])
+    rows = compare_module.rows([read_run(trained / "fast"), read_run(tmp_path / "other")])
     assert [row["to best"] for row in rows] == [None, None]
 
 
@@ -111,11 +112,11 @@ def test_folders_and_their_classes_are_told_apart(tmp_path):
     for name, names in folders.items():
         make_finished(tmp_path / name, names, dataset="folder", data_dir=f"data/pics {name}/")
     runs = [read_run(tmp_path / name) for name in folders]
-    rows = comparison.rows(runs)
+    rows = compare_module.rows(runs)
     assert [row["data set"] for row in rows] == ["folder (pics a)", "folder (pics b)"]
-    comparison.write(tmp_path, runs, rows)
+    compare_module.write(tmp_path, runs, rows)
     text = (tmp_path / "comparison.md").read_text()
-    assert f"## {comparison.RECALLS}\n" in text
+    assert f"## {compare_module.RECALLS}\n" in text
     for run in runs:
         for row in run.report["per_class"]:
             name = row["class"].replace("|", "\\|")
@@ -126,7 +127,7 @@ def test_folders_and_their_classes_are_told_apart(tmp_path):
 def test_counts_are_brief():
     counts = {0: "0", 999: "999", 1000: "1.00 k", 61_706: "61.7 k", 416_520: "417 k",
               999_499: "999 k", 999_500: "1.00 M", 14_859_082: "14.9 M"}  # fmt: skip
-    assert {count: comparison.brief(count) for count in counts} == counts
+    assert {count: compare_module.brief(count) for count in counts} == counts
 
 
 @pytest.mark.parametrize(
@@ -162,23 +163,23 @@ def test_an_unfinished_run_is_left_out_of_several(trained, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("model", "channels", "size", "parameters", "multiply_adds"),
+    ("model", "in_chans", "size", "parameters", "macs"),
     [
         # Convolutions: outputs x 25 x channels in; then 120 x 84 + 84 x 10.
         ("lenet5", 1, 32, 61_706, 28**2 * 6 * 25 + 100 * 16 * 150 + 120 * 400 + 10_080 + 840),
         ("alexnet", 3, 32, 14_859_082, None),
     ],
 )
-def test_the_cost_of_a_network(model, channels, size, parameters, multiply_adds):
-    found = cost(name=model, num_classes=10, channels=channels, image_size=size)
+def test_the_cost_of_a_network(model, in_chans, size, parameters, macs):
+    found = model_stats(name=model, num_classes=10, in_chans=in_chans, image_size=size)
     assert found["parameters"] == parameters
-    assert multiply_adds is None or found["multiply_adds"] == multiply_adds
+    assert macs is None or found["macs"] == macs
 
 
 def test_runs_are_compared_on_the_same_test_samples_only():
     def run(**config):
         settings = {"dataset": "folder", "split_seed": 0, **config}
-        return Run(Path("run"), settings, {}, [], np.arange(3), None)
+        return RunResult(Path("run"), settings, {}, [], np.arange(3), None)
 
     old, current = ({"test": "0123456789abcdef"}, {"test": f"{FORMAT}-1"})
     a, b = run(fingerprints=current), run(fingerprints={"test": f"{FORMAT}-2"})

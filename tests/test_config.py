@@ -8,12 +8,11 @@ import typing
 
 import pytest
 
-from lab.commandline import parse_arguments
-from lab.config import EvalConfig, TrainConfig
+from lab.config.cli import parse_arguments
+from lab.config.recipes import RECIPES, resolve
+from lab.config.schema import EvalConfig, TrainConfig, flag
 from lab.data import DATASETS
 from lab.models import MODELS
-from lab.options import flag
-from lab.recipes import RECIPES, resolve
 
 FIELDS = {
     config: {f.name: f for f in dataclasses.fields(config)} for config in (TrainConfig, EvalConfig)
@@ -22,7 +21,7 @@ FIELDS = {
 OTHER = {
     "augment": "crop,flip",
     "tracker": "tensorboard,wandb",
-    "mix_alpha": 0.5,
+    "mixup_alpha": 0.5,
     "recipe": "notebook",
     "model": "alexnet",
     "dataset": "digits",
@@ -30,13 +29,13 @@ OTHER = {
     "test_fraction": 0.3,
     "momentum": 0.5,
     "label_smoothing": 0.1,
-    "ema": 0.9,
+    "ema_decay": 0.9,
     "lr_gamma": 0.1,
 }
 
 
 def parse(config, *words):
-    return parse_arguments(config, list(words), prog="x.py", about="About x.")
+    return parse_arguments(config, list(words), prog="x.py", metadata="About x.")
 
 
 def kind_of(config, name):
@@ -176,12 +175,12 @@ def test_a_model_brings_its_own_data_set_and_image_size():
 
 def test_a_family_of_models_shares_its_settings():
     """The name up to the first hyphen or colon; a model's own layer comes after it."""
-    recipe = RECIPES["modern"]
-    assert resolve({"model": "vit-hybrid"}).lr == recipe["vit"]["lr"]
-    assert resolve({"model": "vit"}).clip_norm == recipe["vit"]["clip_norm"]
-    small = resolve({"model": "vit-small", "dataset": "digits"})
+    recipe = RECIPES["default"]
+    assert resolve({"model": "vit_hybrid"}).lr == recipe["vit"]["lr"]
+    assert resolve({"model": "vit"}).max_grad_norm == recipe["vit"]["max_grad_norm"]
+    small = resolve({"model": "vit_small", "dataset": "digits"})
     assert (small.lr, small.epochs) == (recipe["vit/digits"]["lr"], recipe["vit"]["epochs"])
-    assert resolve({"model": "efficientnet-b3"}).epochs == recipe["efficientnet"]["epochs"]
+    assert resolve({"model": "efficientnet_b3"}).epochs == recipe["efficientnet"]["epochs"]
     assert resolve({"model": "densenet121", "epochs": 3}).epochs == 3
 
 
@@ -190,16 +189,16 @@ def test_layers_apply_in_order_and_the_command_line_comes_last(monkeypatch):
         "lenet5/digits": {"batch_size": 4},
         "lenet5": {"batch_size": 3, "epochs": 3},
         "digits": {"batch_size": 2, "epochs": 2, "lr": 0.2},
-        "*": {"batch_size": 1, "epochs": 1, "lr": 0.1, "ema": 0.5},
-        "alexnet": {"ema": 0.9},
-        "lenet5/mnist": {"ema": 0.9},
+        "*": {"batch_size": 1, "epochs": 1, "lr": 0.1, "ema_decay": 0.5},
+        "alexnet": {"ema_decay": 0.9},
+        "lenet5/mnist": {"ema_decay": 0.9},
     }
     monkeypatch.setitem(RECIPES, "tried", layers)
     given = {"recipe": "tried", "model": "lenet5", "dataset": "digits"}
     config = resolve(given)
-    assert (config.ema, config.lr, config.epochs, config.batch_size) == (0.5, 0.2, 3, 4)
+    assert (config.ema_decay, config.lr, config.epochs, config.batch_size) == (0.5, 0.2, 3, 4)
     config = resolve(given | {"batch_size": 5, "lr": 0.05})  # each equal to a default
-    assert (config.ema, config.lr, config.epochs, config.batch_size) == (0.5, 0.05, 3, 5)
+    assert (config.ema_decay, config.lr, config.epochs, config.batch_size) == (0.5, 0.05, 3, 5)
 
 
 @pytest.mark.parametrize(
@@ -218,12 +217,12 @@ def test_unknown_names_are_refused_with_the_known(given):
 
 PUBLISHED = {
     "val_fraction": 0.0,  # the notebooks chose on the test split
-    "limit_train": 0,
-    "limit_eval": 0,
+    "max_train_samples": 0,
+    "max_eval_samples": 0,
     "image_size": 32,
     "batch_size": 128,
     "max_steps": 0,
-    "accumulate": 1,
+    "grad_accum_steps": 1,
     "dropout": -1,
     "optimizer": "sgd",
     "lr": 0.01,
@@ -234,11 +233,11 @@ PUBLISHED = {
     "schedule": "step",
     "warmup_epochs": 0.0,
     "lr_gamma": 0.5,
-    "clip_norm": 0.0,
-    "ema": 0.0,
-    "mix_alpha": 1.0,
+    "max_grad_norm": 0.0,
+    "ema_decay": 0.0,
+    "mixup_alpha": 1.0,
     "init": "default",
-    "select_by": "accuracy",
+    "monitor": "accuracy",
     "seed": 42,
 }
 

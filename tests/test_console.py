@@ -7,8 +7,8 @@ import time
 import pytest
 from rich.console import Console
 
-from lab import console, tables
-from lab.metrics import caveat
+from lab import console
+from lab.engine.metrics import selection_bias_note
 
 ROW = {
     "epoch": 1,
@@ -36,7 +36,7 @@ REPORT = {
     "confusion_matrix": [[5000, 1000], [0, 6000]],
     "class_names": NAMES,
     "best_epoch": 7,
-    "selected_on": "validation",
+    "selection_split": "validation",
 }
 LONG_PATH = "/data/" + "deep [folder]/" * 30 + "best.safetensors"
 
@@ -68,17 +68,19 @@ def without_codes(text):
 
 
 def say_everything(report=REPORT):
-    console.say("hello [bold]you[/bold]")
+    console.info("hello [bold]you[/bold]")
     console.settings("training", {"model": "lenet5", "seed": None})
-    with console.working("reading digits"):
+    with console.status("reading digits"):
         pass
     with console.progress("epoch 1/2", 10) as progress:
         progress.update(1)
         progress.update(5, images_per_second=4400.0, loss=0.1234)
-    console.epoch_row(ROW, best=True, selected_on="validation")
-    console.epoch_row(ROW | {"epoch": 2, "val_loss": None}, best=False, selected_on="validation")
-    tables.class_table(report)
-    tables.confusion_matrix(report)
+    console.epoch_row(ROW, best=True, selection_split="validation")
+    console.epoch_row(
+        ROW | {"epoch": 2, "val_loss": None}, best=False, selection_split="validation"
+    )
+    console.class_table(report)
+    console.confusion_matrix(report)
     console.report(report, title="lenet5", files={"weights": LONG_PATH}, command="python x.py " * 9)
 
 
@@ -96,8 +98,10 @@ def test_plain_output_has_no_control_codes_and_no_markup(capsys):
 
 
 def test_epoch_rows_are_aligned_under_one_header(capsys):
-    console.epoch_row(ROW, best=True, selected_on="validation")
-    console.epoch_row(ROW | {"epoch": 20, "val_loss": None}, best=False, selected_on="validation")
+    console.epoch_row(ROW, best=True, selection_split="validation")
+    console.epoch_row(
+        ROW | {"epoch": 20, "val_loss": None}, best=False, selection_split="validation"
+    )
     header, first, second = capsys.readouterr().out.splitlines()
     assert "val loss" in header
     assert first.endswith(" *")
@@ -111,7 +115,7 @@ def test_epoch_rows_are_aligned_under_one_header(capsys):
 
 
 def test_the_header_names_the_split(capsys):
-    console.epoch_row(ROW, best=False, selected_on="test")
+    console.epoch_row(ROW, best=False, selection_split="test")
     out = capsys.readouterr().out
     assert "test loss" in out
     assert "val" not in out
@@ -131,8 +135,8 @@ def test_plain_report_keeps_long_lines_whole(capsys):
 @pytest.mark.parametrize("mode", ["plain", "screen"])
 def test_p6_a_report_chosen_on_the_test_split_says_so(mode, capsys, request):
     file = request.getfixturevalue(mode)
-    note = caveat("test", "test")
-    console.report(REPORT | {"selected_on": "test"}, title="", files={}, note=note)
+    note = selection_bias_note("test", "test")
+    console.report(REPORT | {"selection_split": "test"}, title="", files={}, note=note)
     out = file.getvalue() if file else capsys.readouterr().out
     assert "chosen on the test split (the notebooks' protocol): an optimistic number" in " ".join(
         without_codes(out).split()
@@ -186,12 +190,12 @@ def test_p7_an_error_is_one_line(capsys):
 def test_a_name_that_the_log_cannot_encode_ends_nothing(monkeypatch):
     log = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr("sys.stdout", log)
-    console.say("猫")
+    console.info("猫")
     assert log.buffer.getvalue() == b"\\u732b\n"
 
 
 def test_plain_matrix_is_aligned(capsys):
-    tables.confusion_matrix(REPORT)
+    console.confusion_matrix(REPORT)
     assert capsys.readouterr().out.splitlines() == [
         "true \\ predicted  [red]cat    dog",
         "[red]cat             5,000  1,000",
@@ -203,7 +207,7 @@ def test_many_classes_list_the_most_frequent_confusions(capsys):
     matrix = [[5 if i == j else 0 for j in range(21)] for i in range(21)]
     matrix[3][4], matrix[0][20] = 1, 15
     report = {"confusion_matrix": matrix, "class_names": [f"[c{k}]" for k in range(21)]}
-    tables.confusion_matrix(report)
+    console.confusion_matrix(report)
     assert capsys.readouterr().out.splitlines()[1:] == [
         "  [c0] -> [c20]: 15 (75.0 % of true)",
         "  [c3] -> [c4]: 1 (16.7 % of true)",
@@ -227,7 +231,7 @@ def test_terminal_is_coloured_and_shows_names_literally(screen):
 def test_terminal_matrix_too_wide_for_names_is_headed_by_numbers(screen):
     names = [f"a long class name {k}" for k in range(6)]
     matrix = [[7] * 6 for _ in names]
-    tables.confusion_matrix({"confusion_matrix": matrix, "class_names": names})
+    console.confusion_matrix({"confusion_matrix": matrix, "class_names": names})
     assert re.search(r"true \\ predicted +0 +1 +2 +3 +4 +5", without_codes(screen.getvalue()))
 
 
@@ -255,7 +259,7 @@ def test_class_counts_list_every_class_and_abbreviate_many(capsys):
     def printed(num_classes):
         names = [f"[red]class {k}" for k in range(num_classes)]
         counts = {"training": [1000 + k for k in range(num_classes)], "test": [7] * num_classes}
-        tables.class_counts(names, counts)
+        console.class_counts(names, counts)
         return [re.split(r"  +", line.strip()) for line in capsys.readouterr().out.splitlines()]
 
     assert printed(2) == [

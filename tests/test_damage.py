@@ -17,7 +17,7 @@ from worlds import ROOT
 
 import evaluate
 import train
-from lab import states
+from lab.checkpoint import train_state
 from lab.errors import run_script
 
 WORDS = ["--dataset", "digits", "--recipe", "smoke", "--quiet", "--threads", "1"]
@@ -37,7 +37,7 @@ class Payload:
 def finished(tmp_path_factory):
     """A run's folder, with the states of steps 12, 13 and 14, in its second epoch."""
     folder = tmp_path_factory.mktemp("finished")
-    words = ["--max-steps", "14", "--save-every", "1", "--keep-states", "3"]
+    words = ["--max-steps", "14", "--checkpoint-every", "1", "--keep-checkpoints", "3"]
     words += ["--final-checkpoints", "3"]
     train.main([*WORDS, *words, "--output-dir", str(folder), "--name", "run"])
     kept = sorted((folder / "run/state").glob("step-*"))
@@ -102,21 +102,21 @@ def test_the_payload_would_run(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", [states.ABOUT, states.TENSORS])
+@pytest.mark.parametrize("name", [train_state.METADATA_FILE, train_state.TENSORS_FILE])
 def test_p3_a_damaged_state_gives_way_to_the_one_before(run, capfd, name, kind):
     damage(run / "state/step-00000014" / name, kind)
     code, warnings, errors = ends(capfd, train, "--resume", run, "--quiet", "--max-steps", 15)
     assert (code, errors) == (0, [])
     [warning] = warnings
     assert warning.startswith("warning: the state run/state/step-00000014 is damaged (")
-    assert states.RunDir(run).checkpoints[0].name == "step-00000015"
+    assert train_state.RunDir(run).checkpoints[0].name == "step-00000015"
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("how", ["--resume run", "--resume auto --name run --output-dir ."])
 def test_p7_where_no_state_is_whole_the_run_says_so(run, capfd, kind, how):
     for number, folder in enumerate(sorted((run / "state").glob("step-*"))):
-        damage(folder / (states.ABOUT, states.TENSORS)[number % 2], kind)
+        damage(folder / (train_state.METADATA_FILE, train_state.TENSORS_FILE)[number % 2], kind)
     code, warnings, errors = ends(capfd, train, *how.split(), "--quiet")
     assert code == 2
     assert len(warnings) == 3
@@ -149,7 +149,7 @@ def test_p7_damaged_best_weights_are_told_at_once(run, capfd, kind):
 @pytest.mark.parametrize("kind", ["pickle", "torch.save"])
 def test_p4_a_pickle_is_never_read(run, capfd, kind):
     for folder in (run / "state").glob("step-*"):
-        damage(folder / states.TENSORS, kind)
+        damage(folder / train_state.TENSORS_FILE, kind)
         seal(folder)
     code, warnings, [error] = ends(capfd, train, "--resume", run, "--quiet")
     assert code == 2
@@ -169,7 +169,7 @@ def test_p4_a_run_is_written_and_read_without_pickle(run, capfd, monkeypatch):
         monkeypatch.setattr(torch, name, refuse)
     words = ("--resume", run, "--quiet", "--max-steps", 15)
     assert ends(capfd, train, *words) == (0, [], [])
-    words = ("--max-steps", 2, "--save-every", 1, "--output-dir", ".", "--name", "new")
+    words = ("--max-steps", 2, "--checkpoint-every", 1, "--output-dir", ".", "--name", "new")
     assert ends(capfd, train, *WORDS, *words) == (0, [], [])
     assert ends(capfd, evaluate, "new", "--quiet") == (0, [], [])
 
@@ -189,15 +189,15 @@ def damage_with_pickle(path: Path) -> None:
 
 HUGE = 10**400
 HOSTILE = [
-    *({key: value} for key in ("position", "sums", "best", "config", "fingerprints", "precision",
+    *({key: value} for key in ("position", "totals", "best", "config", "fingerprints", "precision",
       "format", "scaler") for value in (..., 5, {"a": {}})),
-    *({f"position.{key}": value} for key in states.POSITION
+    *({f"position.{key}": value} for key in train_state.POSITION
       for value in (..., "1", -1, 1.5, HUGE, math.nan)),
     {"position.code": 1},
     {"position.batch": 10**9},
     {"position.step": 2**52},
     {"position.epoch": 0},
-    *({"sums": value} for value in ([], [[]], [[1.0, 2.0]], [[1.0, 2.0, "x"]], [[HUGE, 1.0, 1.0]],
+    *({"totals": value} for value in ([], [[]], [[1.0, 2.0]], [[1.0, 2.0, "x"]], [[HUGE, 1.0, 1.0]],
       [[math.nan] * 3], [None], [[[1.0]] * 3], [[1.0] * 3, [1.0]], [[1.0] * 3] * 1000)),
     *({f"config.{key}": value} for key in ("model", "dataset", "epochs", "lr", "augment", "name",
       "batch_size", "seed", "mixed_precision", "image_size")
@@ -238,7 +238,9 @@ def test_p7_a_strangers_state_ends_in_one_line_or_goes_on(run, capfd, finished):
     for change in HOSTILE:
         shutil.rmtree(states_folder)
         shutil.copytree(finished / "state/step-00000014", states_folder / "step-00000014")
-        state = json.loads((states_folder / "step-00000014" / states.ABOUT).read_bytes())["state"]
+        state = json.loads(
+            (states_folder / "step-00000014" / train_state.METADATA_FILE).read_bytes()
+        )["state"]
         seal(states_folder / "step-00000014", changed(state, change))
         try:
             words = ("--resume", run, "--quiet", "--max-steps", 15, "--patience", 5)
@@ -256,7 +258,7 @@ def test_p7_a_strangers_state_ends_in_one_line_or_goes_on(run, capfd, finished):
 )  # fmt: skip
 def test_p7_a_state_file_of_anything(run, capfd, content):
     for folder in (run / "state").glob("step-*"):
-        (folder / states.ABOUT).write_bytes(content)
+        (folder / train_state.METADATA_FILE).write_bytes(content)
     code, warnings, [error] = ends(capfd, train, "--resume", run, "--quiet")
     assert (code, len(warnings)) == (2, 3)
     assert error == "error: no state of run is whole. Start a new run."
@@ -264,11 +266,11 @@ def test_p7_a_state_file_of_anything(run, capfd, content):
 
 def test_p7_a_strangers_optimizer_is_another_networks(run, capfd):
     folder, words = run / "state/step-00000014", ("--resume", run, "--quiet", "--max-steps", 15)
-    tensors = states.read(folder)[1]
+    tensors = train_state.read_checkpoint(folder)[1]
     name = "optimizer.exp_avg.features.0.weight"
     for value in (None, torch.zeros(3), torch.zeros(())):
         given = {k: v for k, v in (tensors | {name: value}).items() if v is not None}
-        (folder / states.TENSORS).write_bytes(states.safetensors.torch.save(given))
+        (folder / train_state.TENSORS_FILE).write_bytes(train_state.safetensors.torch.save(given))
         seal(folder)
         code, _, [error] = ends(capfd, train, *words)
         assert (code, error) == (
@@ -276,7 +278,7 @@ def test_p7_a_strangers_optimizer_is_another_networks(run, capfd):
         )  # fmt: skip
     # What has no place in the optimizer is not put there.
     given = tensors | {"optimizer.x": torch.zeros(1), "optimizer.code.features.0.weight": value}
-    (folder / states.TENSORS).write_bytes(states.safetensors.torch.save(given))
+    (folder / train_state.TENSORS_FILE).write_bytes(train_state.safetensors.torch.save(given))
     seal(folder)
     assert ends(capfd, train, *words) == (0, [], [])
 

@@ -16,7 +16,7 @@ from sklearn.metrics import (
 )
 from worlds import python, run, run_all, torchrun, world_by_hand
 
-from lab.data.toy import make_shapes
+from lab.data.shapes import make_shapes
 
 pytestmark = pytest.mark.timeout(800)  # the first test waits for three worlds
 WORLDS = (1, 2, 3)
@@ -111,7 +111,7 @@ def test_p1_the_report_equals_scikit_learns(worlds, case):
     columns = precision_recall_fscore_support(labels, predictions, labels=classes, zero_division=0)
     for name, column in zip(("precision", "recall", "f1", "support"), columns, strict=True):
         assert [row[name] for row in report["per_class"]] == pytest.approx(column, abs=1e-9)
-    macro = f1_score(labels, predictions, average="macro", zero_division=0)
+    macro = f1_score(labels, predictions, ema_model="macro", zero_division=0)
     assert report["macro_f1"] == pytest.approx(macro, abs=1e-9)
 
 
@@ -158,7 +158,7 @@ def test_p2_one_curve_on_every_world(worlds, training, num_processes):
 @pytest.mark.parametrize(
     ("training", "same", "tolerance"),
     [
-        ("accumulate", "plain", 1e-4),
+        ("grad_accum_steps", "plain", 1e-4),
         ("accumulate-empty", "empty-shards", 1e-4),
         ("streaming", "plain", 0),
         ("pictures-streaming", "pictures", 0),
@@ -303,7 +303,7 @@ def test_p7_a_damaged_picture_met_by_one_process_is_named(tmp_path):
     assert max((root / "val").glob("*/*")) == broken
     broken.write_bytes(b"no picture")
     options = ["--dataset", "folder", "--data-dir", root, "--output-dir", tmp_path / "runs"]
-    options += ["--loader", "streaming", "--workers", "1", "--limit-eval", "0"]
+    options += ["--loader", "streaming", "--workers", "1", "--max-eval-samples", "0"]
     ended = run(torchrun(2, "train.py", *SHORT, *options), limit=100)
     assert ended.code != 0
     [error] = ended.errors

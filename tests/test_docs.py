@@ -19,9 +19,11 @@ from safetensors.torch import save_file
 
 import evaluate
 import train
-from lab import data, metrics, models, recipes
-from lab.commandline import parse_arguments
-from lab.config import TrainConfig
+from lab import data, models
+from lab.config import recipes
+from lab.config.cli import parse_arguments
+from lab.config.schema import TrainConfig
+from lab.engine import metrics
 
 SCRIPTS = {path.name: path.stem for path in sorted(ROOT.glob("*.py"))}
 COMMANDS = list(dict.fromkeys(command for page in PAGES for command in commands(page)))
@@ -34,8 +36,17 @@ NOT_RUN = {
 }
 # What makes a command of these scripts cheap, after its own words.
 ALONE = ["--threads", "1", "--workers", "0", "--quiet"]
-SHORT = ["--recipe", "smoke", "--max-steps", "2", "--limit-train", "40", "--limit-eval", "20"]
-SMALL = ["--model", "lenet5", "--image-size", "32", "--batch-size", "8", "--accumulate", "1"]
+SHORT = [
+    "--recipe",
+    "smoke",
+    "--max-steps",
+    "2",
+    "--max-train-samples",
+    "40",
+    "--max-eval-samples",
+    "20",
+]
+SMALL = ["--model", "lenet5", "--image-size", "32", "--batch-size", "8", "--grad-accum-steps", "1"]
 CHEAP = {
     "train.py": [*SHORT, *SMALL, *ALONE, "--epochs", "6"],
     "evaluate.py": ALONE,
@@ -155,7 +166,7 @@ def test_the_commands_are_found():
     assert any(command.startswith("find . ") for command in COMMANDS)
     assert set(SCRIPTS) <= {word for command in COMMANDS for word in command.split()}
     long = next(command for command in COMMANDS if "--rdzv-endpoint" in command)
-    assert long.endswith("--save-every 500")  # continued lines, and no remark
+    assert long.endswith("--checkpoint-every 500")  # continued lines, and no remark
 
 
 def test_every_option_named_is_one():
@@ -175,7 +186,7 @@ def test_every_option_named_is_one():
 
 @pytest.mark.parametrize("code", [c for c in inline(ROOT / "docs/training.md") if c[:2] == "--"])
 def test_options_of_the_training_page_are_taken(code):
-    given = parse_arguments(TrainConfig, flags_with_values(code), prog="train.py", about="")
+    given = parse_arguments(TrainConfig, flags_with_values(code), prog="train.py", metadata="")
     if given.keys() & {"pretrained", "freeze"}:
         given |= {"pretrained": True, "model": "efficientnet"}
     recipes.resolve(given)
@@ -186,8 +197,8 @@ def flags_with_values(code: str) -> list[str]:
     words = code.split()
     defaults = {f.name: f.default for f in TrainConfig.__dataclass_fields__.values()}
     default = defaults[words[0][2:].replace("-", "_")]
-    lone = len(words) == 1 and not isinstance(default, bool)
-    return [*words, str(default)] if lone else words
+    rank_local = len(words) == 1 and not isinstance(default, bool)
+    return [*words, str(default)] if rank_local else words
 
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "results/README.md"], ids=lambda p: p.name)
@@ -258,7 +269,7 @@ def test_the_code_to_add_your_own_works(tmp_path, monkeypatch):
     save_file({"images": images, "labels": torch.arange(40) % 2}, "tensors.safetensors")
     assert train.main([*words.split(), *ALONE]) == 0
     config = json.loads(Path("runs/tiny-tensors/config.json").read_text())
-    assert (config["epochs"], config["ema"], config["image_size"]) == (40, 0.999, 16)
+    assert (config["epochs"], config["ema_decay"], config["image_size"]) == (40, 0.999, 16)
     evaluate.main(["runs/tiny-tensors", *ALONE])
     report = json.loads(Path("runs/tiny-tensors/evaluate-test/report.json").read_text())
     assert (report["class_names"], report["num_samples"]) == (["cat", "dog"], 8)
@@ -286,8 +297,8 @@ def test_the_example_of_metrics_is_what_lab_counts():
         [cells] = rows(name)
         assert [int(cell) for cell in cells[:3]] == counts
         for cell, key in zip(cells[3:6], ("precision", "recall", "f1"), strict=True):
-            hits, of = map(int, re.match(r"(\d+)/(\d+)", cell).groups())
-            assert numbers[key] == pytest.approx(hits / max(1, of), abs=1e-12)
+            num_correct, of = map(int, re.match(r"(\d+)/(\d+)", cell).groups())
+            assert numbers[key] == pytest.approx(num_correct / max(1, of), abs=1e-12)
         assert int(cells[6]) == numbers["support"]
 
 

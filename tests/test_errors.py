@@ -16,16 +16,17 @@ from worlds import python, run
 
 import train
 from export import ExportConfig
-from lab import distributed, recipes
-from lab.commandline import parse_arguments
-from lab.comparison import CompareConfig
-from lab.config import EvalConfig
+from lab import distributed
+from lab.checkpoint.atomic_io import format_bytes, write_atomically
+from lab.checkpoint.run_dir import RunDir, writing
+from lab.config import recipes
+from lab.config.cli import parse_arguments
+from lab.config.schema import EvalConfig
 from lab.data import DATASETS
-from lab.disk import size
 from lab.distributed import build_accelerator
 from lab.errors import UserError, run_script
 from lab.models import MODELS
-from lab.rundir import RunDir, write_atomically, writing
+from lab.report.compare import CompareConfig
 from predict import PredictConfig
 
 DIGITS = ("--dataset", "digits", "--recipe", "smoke", "--quiet")
@@ -71,7 +72,7 @@ HELP = "See `python train.py --help`."
         ),
         ("--hub-images", "--hub-images needs --push-to-hub. Give the repository's name, too."),
         ("--hub-public", "--hub-public needs --push-to-hub. Give the repository's name, too."),
-        ("--augment mixup --mix-alpha 0", "--mix-alpha 0.0 is too low. Give more than 0."),
+        ("--augment mixup --mixup-alpha 0", "--mixup-alpha 0.0 is too low. Give more than 0."),
         ("--name=", "--name is empty. Name it, or leave the option out."),
         ("--augment=", "--augment is empty. Name it, or leave the option out."),
         ("--name a/b", "--name a/b is a path. Give the folder with --output-dir."),
@@ -149,14 +150,14 @@ def test_p7_train_refuses(fails, tmp_path, words, message):
     ],
 )
 def test_an_option_may_stand_anywhere(config, words, expected):
-    found = parse_arguments(config, words.split(), prog="x.py", about="")
+    found = parse_arguments(config, words.split(), prog="x.py", metadata="")
     assert {name: found.get(name) for name in expected} == expected
 
 
 def test_p7_an_unknown_option_is_named_wherever_it_stands():
     for words in ("--topk 1 RUN X", "RUN --topk 1 X", "RUN X --topk=1"):
         with pytest.raises(UserError, match=r"no option --topk\. Did you mean --top-k\?"):
-            parse_arguments(PredictConfig, words.split(), prog="predict.py", about="")
+            parse_arguments(PredictConfig, words.split(), prog="predict.py", metadata="")
 
 
 def test_p7_a_traceback_comes_with_debug_alone(monkeypatch, capsys):
@@ -168,8 +169,8 @@ def test_p7_a_traceback_comes_with_debug_alone(monkeypatch, capsys):
 
 
 def test_p7_an_error_survives_the_way_between_processes():
-    error = pickle.loads(pickle.dumps(UserError("a.", "b.", lone=True)))
-    assert (error.what, error.hint, error.lone, str(error)) == ("a", "b", True, "a. b.")
+    error = pickle.loads(pickle.dumps(UserError("a.", "b.", rank_local=True)))
+    assert (error.what, error.hint, error.rank_local, str(error)) == ("a", "b", True, "a. b.")
 
 
 @pytest.mark.parametrize("own", [UserError("what", "Hint"), None])
@@ -183,7 +184,7 @@ def test_p7_a_mistake_of_one_process_is_raised_on_all(monkeypatch, own):
 
     monkeypatch.setattr(distributed, "gather_object", gather_object)
     with pytest.raises(UserError, match=r"^what\. Hint\.$"):  # noqa: SIM117, PT012
-        with distributed.together(SimpleNamespace(num_processes=2)):
+        with distributed.raise_on_all_ranks(SimpleNamespace(num_processes=2)):
             if own:
                 raise own
 
@@ -195,7 +196,7 @@ def test_p7_asking_for_too_much_memory_is_a_users_mistake(capsys):
     assert run_script(ask) == 2
     assert capsys.readouterr().err == (
         f"error: out of memory ({2**50} bytes more were asked for). "
-        "Lower --batch-size or --image-size, or raise --accumulate.\n"
+        "Lower --batch-size or --image-size, or raise --grad-accum-steps.\n"
     )
 
 
@@ -224,7 +225,7 @@ def test_p7_the_hint_is_of_the_system_s_reason(number, hint):
 
 def test_sizes_are_told_in_units_that_fit():
     sizes = (0, 999, 1000, 61_706, 999_949, 999_950, 999_950_000, 2_500_000_000_000)
-    assert [size(number) for number in sizes] == [
+    assert [format_bytes(number) for number in sizes] == [
         "0 bytes", "999 bytes", "1.0 kB", "61.7 kB", "999.9 kB", "1.0 MB", "1.0 GB", "2,500.0 GB",
     ]  # fmt: skip
 
@@ -233,7 +234,7 @@ def test_sizes_are_told_in_units_that_fit():
 def largest_file(size: int):
     """Lets this process write files of at most `size` bytes: EFBIG, as a full disk is ENOSPC."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (format_bytes, hard))
     try:
         yield
     finally:
@@ -254,10 +255,10 @@ def test_p7_an_output_directory_that_cannot_be_written_is_found_before_data_are_
 
 def test_p7_a_run_that_cannot_be_begun_leaves_no_folder(tmp_path):
     run_dir = RunDir(tmp_path / "runs" / "x")
-    assert run_dir.create()
+    assert run_dir.make_directory()
     run_dir.lock()
     with largest_file(10), pytest.raises(UserError) as caught:
-        run_dir.begin({})
+        run_dir.create({})
     run_dir.close()
     path = tmp_path / "runs/x/config.json"
     assert str(caught.value) == f"cannot write {path} (File too large). {FULL}"

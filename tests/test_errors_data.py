@@ -19,12 +19,12 @@ import torch
 from mistakes import make_picture, matches
 
 import train
-from lab import recipes
+from lab.config import recipes
 from lab.data import DataConfig, load_splits
-from lab.data.augment import Preprocess
-from lab.data.decode import ImageFiles
+from lab.data.decode import FileImages
 from lab.data.loaders import build_loader
-from lab.data.sources import Split
+from lab.data.transforms import BatchTransform
+from lab.data.types import Split
 from lab.errors import UserError
 
 ANEW = "Delete it, so that it is downloaded anew."
@@ -114,20 +114,20 @@ def test_p7_too_few_pictures(fails, tmp_path):
 
 
 @pytest.mark.parametrize("refused", ["pictures", "pictures/a", "pictures/a/deep"])
-def test_p7_a_folder_that_may_not_be_read_is_named(fails, tmp_path, monkeypatch, refused):
+def test_p7_a_folder_that_may_not_be_read_is_named(fails, tmp_path, monkeypatch, write_error):
     """It is neither passed over nor called empty."""
     for name in ("a/deep/0.png", "b/0.png", "b/1.png"):
         make_picture(tmp_path / "pictures" / name)
     scandir = os.scandir
 
     def refuse(path):  # root may read everything
-        if str(path) == refused:
+        if str(path) == write_error:
             raise PermissionError(errno.EACCES, "Permission denied", str(path))
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", refuse)
     assert fails(train, "--dataset", "folder", "--data-dir", "pictures", "--quiet") == (
-        f"cannot read the folder {refused} (Permission denied). Mend its permissions."
+        f"cannot read the folder {write_error} (Permission denied). Mend its permissions."
     )
 
 
@@ -183,12 +183,12 @@ def test_p7_a_worker_names_a_damaged_picture(tmp_path):
 
     path = str(tmp_path / "x.png")
     Path(path).write_text("not a picture")
-    split = Split(ImageFiles((path,), 32), torch.zeros(1, dtype=torch.long), ("a", "b"))
+    split = Split(FileImages((path,), 32), torch.zeros(1, dtype=torch.long), ("a", "b"))
     loader = build_loader(split, **LOADER | {"kind": "streaming", "num_workers": 1})
     try:  # pytest.raises would keep the loader, whose workers then end seconds later
         list(loader.batches())
     except Exception as error:
-        assert (type(error), error.what, error.lone) == (  # noqa: PT017
+        assert (type(error), error.what, error.rank_local) == (  # noqa: PT017
             UserError,
             f"cannot read the picture {path} (in no known format)",
             True,
@@ -198,7 +198,7 @@ def test_p7_a_worker_names_a_damaged_picture(tmp_path):
 
 
 LOADER = {
-    "preprocess": Preprocess((0.5,), (0.5,), (), "cpu"),
+    "preprocess": BatchTransform((0.5,), (0.5,), (), "cpu"),
     "batch_size": 3,
     "seed": 0,
     "rank": 0,

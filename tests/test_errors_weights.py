@@ -17,33 +17,34 @@ from safetensors.torch import save
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import evaluate
-from lab import checkpoint, recipes
-from lab.config import EvalConfig
+from lab.checkpoint import weights
+from lab.checkpoint.run_dir import RunDir
+from lab.config import recipes
+from lab.config.schema import EvalConfig
 from lab.data import DataConfig, load_splits
-from lab.data.toy import SHAPE_NAMES
+from lab.data.shapes import SHAPE_NAMES
 from lab.errors import UserError
 from lab.models import build_model
-from lab.rundir import RunDir
 
 FOREIGN = "Give a file that train.py wrote."
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> tuple[dict, bytes]:
-    """The metadata and the file of LeNet-5 for digits, as a run with a validation cut makes it."""
+    """The header and the file of LeNet-5 for digits, as a run with a validation cut makes it."""
     config = recipes.resolve({"model": "lenet5", "dataset": "digits", "recipe": "smoke"})
-    about = checkpoint.about_run(config, load_splits(DataConfig.of(config), math.inf, 1), "no")
-    about |= {"best_epoch": 1, "metrics": {}}
+    metadata = weights.run_metadata(config, load_splits(DataConfig.of(config), math.inf, 1), "no")
+    metadata |= {"best_epoch": 1, "metrics": {}}
     path = tmp_path_factory.mktemp("trained") / "best.safetensors"
-    checkpoint.write_weights(path, checkpoint.copy_of(build_model(**about["model"])), about)
-    return about, path.read_bytes()
+    weights.write_weights(path, weights.copy_of(build_model(**metadata["model"])), metadata)
+    return metadata, path.read_bytes()
 
 
-def with_metadata(content: bytes, metadata: dict | None) -> bytes:
-    """A safetensors file with its metadata replaced."""
+def with_metadata(content: bytes, header: dict | None) -> bytes:
+    """A safetensors file with its header replaced."""
     size = struct.unpack("<Q", content[:8])[0]
     header = json.loads(content[8 : 8 + size])
-    header["__metadata__"] = metadata or {}
+    header["__metadata__"] = header or {}
     text = json.dumps(header).encode()
     return struct.pack("<Q", len(text)) + text + content[8 + size :]
 
@@ -88,9 +89,9 @@ def test_p7_evaluate_refuses(fails, tmp_path, trained, words, message):
 
 
 def test_p7_a_run_without_a_validation_cut_has_no_such_split(fails, tmp_path, trained):
-    about = trained[0] | {"data": trained[0]["data"] | {"val_fraction": 0.0}}
-    checkpoint.write_weights(
-        tmp_path / "w", checkpoint.copy_of(build_model(**about["model"])), about
+    metadata = trained[0] | {"data": trained[0]["data"] | {"val_fraction": 0.0}}
+    weights.write_weights(
+        tmp_path / "w", weights.copy_of(build_model(**metadata["model"])), metadata
     )
     assert fails(evaluate, "w", "--split", "val", "--quiet") == (
         "this data has no validation split: the best epoch was chosen on the test split. "
@@ -140,7 +141,7 @@ def test_p7_weights_without_permission_are_not_called_damaged_or_missing(trained
             if root:  # who may read anything
                 os.seteuid(65534)
             with pytest.raises(UserError) as raised:
-                checkpoint.read_info(checkpoint.find_weights(str(path)))
+                weights.read_metadata(weights.find_weights(str(path)))
         finally:
             if root:
                 os.seteuid(0)
@@ -203,22 +204,22 @@ def test_p7_another_kind_of_file_is_not_called_damaged(fails, tmp_path, trained,
         ({"std": [0]}, "std does not fit the rest"),
         ({"precision": "fp8"}, "--mixed-precision has no fp8"),
         ({"best_epoch": ...}, "no best_epoch"),
-        ({"selected_on": ...}, "no selected_on"),
+        ({"selection_split": ...}, "no selected_on"),
     ],
 )
 def test_p7_metadata_may_be_a_strangers(fails, tmp_path, trained, change, reason):
-    about, content = trained
-    metadata = {"lab": change} if isinstance(change, str) else change
+    metadata, content = trained
+    header = {"lab": change} if isinstance(change, str) else change
     if isinstance(change, dict):
-        info = json.loads(json.dumps({"format": checkpoint.FORMAT, **about}))
+        changed = json.loads(json.dumps({"format": weights.FORMAT, **metadata}))
         for key, value in change.items():
             *groups, name = key.split(".")
-            group = info[groups[0]] if groups else info
+            group = changed[groups[0]] if groups else changed
             group[name] = value
             if value is ...:
                 del group[name]
-        metadata = {"lab": json.dumps(info)}
-    (tmp_path / "w").write_bytes(with_metadata(content, metadata))
+        header = {"lab": json.dumps(changed)}
+    (tmp_path / "w").write_bytes(with_metadata(content, header))
     message = fails(evaluate, "w", "--quiet")
     assert matches(message, f"w does not say what network it holds ({reason}). {FOREIGN}")
 
@@ -244,17 +245,17 @@ class Largest(TorchDispatchMode):
 def test_p4_a_small_file_that_names_many_classes_is_refused_before_memory_is_taken(
     tmp_path, trained
 ):
-    about, content = trained
+    metadata, content = trained
     names = [str(k) for k in range(300_000)]
-    info = {"format": checkpoint.FORMAT, **about, "class_names": names}
-    info["model"] = about["model"] | {"num_classes": len(names)}
+    changed = {"format": weights.FORMAT, **metadata, "class_names": names}
+    changed["model"] = metadata["model"] | {"num_classes": len(names)}
     path = tmp_path / "w"
-    path.write_bytes(with_metadata(content, {"lab": json.dumps(info)}))
+    path.write_bytes(with_metadata(content, {"lab": json.dumps(changed)}))
     with Largest() as largest, pytest.raises(UserError) as raised:
-        checkpoint.load_model(path, checkpoint.read_info(path))
+        weights.load_model(path, weights.read_metadata(path))
     assert str(raised.value) == (
         f"{path} holds the weights of another architecture: classifier.2.bias is [10], "
-        "not [300000]. Give the weights of the network that its metadata names."
+        "not [300000]. Give the weights of the network that its header names."
     )
     assert largest.num_bytes < path.stat().st_size
 
@@ -268,13 +269,13 @@ def test_p4_a_small_file_that_names_many_classes_is_refused_before_memory_is_tak
     ],
 )
 def test_p7_weights_of_another_architecture(fails, tmp_path, trained, tensors, reason):
-    network = build_model(**trained[0]["model"])
-    state = {k: v for k, v in {**network.state_dict(), **tensors}.items() if v is not None}
-    network.state_dict = lambda: state
-    checkpoint.write_weights(tmp_path / "w", checkpoint.copy_of(network), trained[0])
+    model = build_model(**trained[0]["model"])
+    state = {k: v for k, v in {**model.state_dict(), **tensors}.items() if v is not None}
+    model.state_dict = lambda: state
+    weights.write_weights(tmp_path / "w", weights.copy_of(model), trained[0])
     assert fails(evaluate, "w") == (
         f"w holds the weights of another architecture: {reason}. "
-        "Give the weights of the network that its metadata names."
+        "Give the weights of the network that its header names."
     )
 
 
@@ -293,9 +294,9 @@ def test_p7_no_report_is_told_or_left_where_predictions_cannot_be_written(
 
 
 def test_a_part_of_a_split_has_a_folder_of_its_own():
-    trained = {"limit_train": 320, "limit_eval": 100}
+    trained = {"max_train_samples": 320, "max_eval_samples": 100}
     parts = {("test", None): "test", ("test", 100): "test", ("test", 50): "test-50",
              ("test", 0): "test-all", ("train", 100): "train-100", ("train", 320): "train",
              ("all", 0): "all", ("all", 100): "all-100"}  # fmt: skip
     for (split, limit), name in parts.items():
-        assert EvalConfig(weights="w", split=split, limit_eval=limit).part(trained) == name
+        assert EvalConfig(weights="w", split=split, max_eval_samples=limit).part(trained) == name

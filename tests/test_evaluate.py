@@ -13,7 +13,8 @@ from resuming import start
 from sklearn import metrics as reference
 
 import evaluate
-from lab import checkpoint, recipes
+from lab.checkpoint import weights
+from lab.config import recipes
 from lab.data import DataConfig
 from lab.models import build_model
 
@@ -39,7 +40,16 @@ def trained(tmp_path_factory):
     for name in CLASSES:
         make_images(folder / "data" / name, name, 30, seed=0)
     words = ["--recipe", "smoke", "--threads", "1", "--quiet", "--val-fraction", "0"]
-    words += ["--epochs", "8", "--max-steps", "40", "--batch-size", "16", "--limit-eval", "12"]
+    words += [
+        "--epochs",
+        "8",
+        "--max-steps",
+        "40",
+        "--batch-size",
+        "16",
+        "--max-eval-samples",
+        "12",
+    ]
     start(folder, *words, "--dataset", "folder", "--data-dir", f"{folder}/data")
     return folder / "run", folder / "data"
 
@@ -52,11 +62,14 @@ def call(*words) -> None:
     ("words", "note"),
     [
         ([], CHOSEN),
-        (["--limit-eval", "0"], CHOSEN),
-        (["--limit-eval", "5"], CHOSEN),
+        (["--max-eval-samples", "0"], CHOSEN),
+        (["--max-eval-samples", "5"], CHOSEN),
         (["--split", "train"], "note: these are samples that were trained on"),
         (["--split", "all"], "note: these are samples that were trained on"),
-        (["--split", "all", "--limit-eval", "9"], "note: these are samples that were trained on"),
+        (
+            ["--split", "all", "--max-eval-samples", "9"],
+            "note: these are samples that were trained on",
+        ),
     ],
 )
 def test_p6_the_data_are_compared_with_the_trainings_whatever_is_asked_for(
@@ -80,10 +93,10 @@ def test_p6_the_data_are_compared_with_the_trainings_whatever_is_asked_for(
 
 def test_p6_a_change_where_the_training_read_is_told(trained, tmp_path, capsys):
     copy = Path(shutil.copytree(trained[1], tmp_path / "copy"))
-    about = checkpoint.read_info(trained[0] / "best.safetensors")
-    about["data"]["data_dir"] = str(copy)
-    network = build_model(**about["model"])
-    checkpoint.write_weights(tmp_path / "w", checkpoint.copy_of(network), about)
+    metadata = weights.read_metadata(trained[0] / "best.safetensors")
+    metadata["data"]["data_dir"] = str(copy)
+    model = build_model(**metadata["model"])
+    weights.write_weights(tmp_path / "w", weights.copy_of(model), metadata)
     for path in copy.glob("*/*.png"):
         path.rename(path.with_name(f"x{path.name}"))
     call(tmp_path / "w")
@@ -104,7 +117,7 @@ def test_p1_data_with_some_of_the_classes_are_evaluated(trained, tmp_path, capsy
     assert [row["label_name"] for row in rows] == [row["file"].split("/")[0] for row in rows]
     labels, predictions = ([row[k] for row in rows] for k in ("label_name", "prediction_name"))
     assert "grey" in predictions  # a class that is predicted and does not occur counts
-    macro = reference.f1_score(labels, predictions, average="macro", zero_division=0)
+    macro = reference.f1_score(labels, predictions, ema_model="macro", zero_division=0)
     assert report["macro_f1"] == pytest.approx(macro, abs=1e-9)
     assert report["accuracy"] == pytest.approx(reference.accuracy_score(labels, predictions))
     assert report["class_names"] == list(CLASSES)
@@ -148,8 +161,8 @@ def test_p4_nothing_is_downloaded_to_a_folder_that_only_metadata_names(
     monkeypatch.setattr(urllib.request, "urlopen", refuse)
     config = recipes.resolve({"model": "lenet5", "dataset": "digits", "recipe": "smoke"})
     data = DataConfig.of(config)
-    about = {
-        "model": {"name": "lenet5", "num_classes": 10, "channels": 1, "image_size": 32},
+    metadata = {
+        "model": {"name": "lenet5", "num_classes": 10, "in_chans": 1, "image_size": 32},
         "data": {**vars(data), "dataset": dataset, "data_dir": "strangers", "image_size": 32},
         "class_names": list("0123456789"),
         "mean": [0.5],
@@ -157,10 +170,10 @@ def test_p4_nothing_is_downloaded_to_a_folder_that_only_metadata_names(
         "precision": "no",
         "fingerprints": {},
         "best_epoch": 1,
-        "selected_on": "validation",
+        "selection_split": "validation",
     }
-    network = build_model(**about["model"])
-    checkpoint.write_weights(tmp_path / "w", checkpoint.copy_of(network), about)
+    model = build_model(**metadata["model"])
+    weights.write_weights(tmp_path / "w", weights.copy_of(model), metadata)
     (tmp_path / "there").mkdir()
     for words in ("", f"--dataset {dataset}"):
         assert fails(evaluate, "w", "--quiet", *words.split()) == (

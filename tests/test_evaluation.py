@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from trainers import FakeWorld, make_loader, place
 
-from lab import evaluation
-from lab.evaluation import predict_all
+from lab.engine import evaluation
+from lab.engine.evaluation import predict_all
 
 
 @pytest.fixture(scope="module")
@@ -32,15 +32,15 @@ def make_network():
     ids=["missing", "repeated", "one instead of another", "all missing"],
 )
 def test_p1_a_missing_or_repeated_sample_raises(accelerator, change, counts):
-    network, loader = (
+    model, loader = (
         make_network(),
         make_loader(accelerator, seed=None),
     )  # 33 samples, batches of 8
-    assert len(predict_all(accelerator, network, loader).labels) == 33
+    assert len(predict_all(accelerator, model, loader).labels) == 33
     batches = change(list(loader.batches()))
     loader.batches = lambda: batches
     with pytest.raises(RuntimeError, match=f"of 33 samples, {counts}"):
-        predict_all(accelerator, network, loader)
+        predict_all(accelerator, model, loader)
 
 
 def test_p1_every_process_evaluates_with_the_buffers_of_rank_0(accelerator, monkeypatch):

@@ -14,11 +14,11 @@ from PIL import Image, ImageOps
 
 import export
 import lab
-from lab import checkpoint
 from lab import export as exporting
+from lab.checkpoint import weights
 from lab.data import DataConfig, load_split
-from lab.data.augment import Preprocess
 from lab.data.decode import decode, grey
+from lab.data.transforms import BatchTransform
 from lab.models import build_model
 
 MISSING = "the extra `onnx` is not installed"
@@ -36,8 +36,8 @@ def call(*words):
 @pytest.fixture(scope="module")
 def digits(finished):
     """(test images uint8 [N, 1, 32, 32], the run's predictions int64 [N])."""
-    info = checkpoint.read_info(finished / "best.safetensors")
-    images = load_split(DataConfig(**info["data"]), "test", 1e9, 1)[0].images
+    metadata = weights.read_metadata(finished / "best.safetensors")
+    images = load_split(DataConfig(**metadata["data"]), "test", 1e9, 1)[0].images
     rows = np.loadtxt(finished / "predictions.csv", delimiter=",", skiprows=1, usecols=2)
     return images, rows.astype(int)
 
@@ -100,22 +100,22 @@ def test_an_exported_file_repeats_the_runs_predictions(exported, digits, kind):
 
 def test_the_metadata_is_what_the_page_says(exported):
     [text] = onnx.load(exported / "best.onnx").metadata_props
-    about = json.loads(text.value)
+    description = json.loads(text.value)
     page = (Path(export.__file__).parent / "docs/training.md").read_text()
     rows = page.partition("| key | value |\n| --- | --- |\n")[2].partition("\n\n")[0]
     keys = {row.split("|")[1]: set(re.findall(r"`(\w+)`", row.split("|")[2]))
             for row in rows.splitlines()}  # fmt: skip
-    assert set(re.findall(r"`(\w+)`", "".join(keys))) == about.keys()
+    assert set(re.findall(r"`(\w+)`", "".join(keys))) == description.keys()
     for part in ("input", "output", "model"):
-        assert about[part].keys() <= next(named for key, named in keys.items() if part in key)
-    assert about["class_names"] == list("0123456789")
-    assert about["input"] == {"name": "images", "dtype": "uint8", "shape": ["batch", 1, 32, 32],
+        assert description[part].keys() <= next(named for key, named in keys.items() if part in key)
+    assert description["class_names"] == list("0123456789")
+    assert description["input"] == {"name": "images", "dtype": "uint8", "shape": ["batch", 1, 32, 32],
                               "crop": "central square",
                               "resize": "bilinear, antialiased"}  # fmt: skip
-    assert about["output"] == {"name": "logits", "dtype": "float32", "shape": ["batch", 10]}
-    assert about["model"]["image_size"] == 32
-    assert about["mean"]
-    assert about["weights_sha256"]
+    assert description["output"] == {"name": "logits", "dtype": "float32", "shape": ["batch", 10]}
+    assert description["model"]["image_size"] == 32
+    assert description["mean"]
+    assert description["weights_sha256"]
 
 
 def test_the_graph_is_of_plain_operators_and_its_batch_has_a_name(exported):
@@ -173,19 +173,19 @@ def test_p4_no_pickle_and_no_path_of_this_machine_is_in_the_file(exported, name)
 )
 def test_other_networks(model, size):
     """googlenet has auxiliary classifiers, vit a token that is repeated for each image."""
-    arguments = {"name": model, "num_classes": 3, "channels": 3, "image_size": size}
-    info = {"model": arguments, "class_names": list("abc"), "mean": [0.4, 0.5, 0.6],
+    arguments = {"name": model, "num_classes": 3, "in_chans": 3, "image_size": size}
+    metadata = {"model": arguments, "class_names": list("abc"), "mean": [0.4, 0.5, 0.6],
             "std": [0.2, 0.3, 0.2], "best_epoch": 1}  # fmt: skip
     torch.manual_seed(0)
-    network = build_model(**arguments).eval()
-    for parameter in network.parameters():
+    built_model = build_model(**arguments).eval()
+    for parameter in built_model.parameters():
         if len(parameter) == 3:  # heads may begin with zeros
             torch.nn.init.normal_(parameter)
-    about = exporting.describe(info, dynamic_batch=True, half=False, softmax=False)
-    content = exporting.pack(network, info, "torch-export", about)
+    description = exporting.describe(metadata, dynamic_batch=True, half=False, softmax=False)
+    content = exporting.pack(built_model, metadata, "torch-export", description)
     run = exporting.load(content, "torch-export", half=False)
-    plain = Preprocess(info["mean"], info["std"], (), "cpu")
-    difference, bound = exporting.largest_difference(run, about, network, plain, (1, 3))
+    plain = BatchTransform(metadata["mean"], metadata["std"], (), "cpu")
+    difference, bound = exporting.largest_difference(run, description, built_model, plain, (1, 3))
     assert difference < bound
 
 
@@ -193,8 +193,8 @@ def test_other_networks(model, size):
 def test_a_file_that_computes_something_else_is_not_kept(fails, finished, monkeypatch, half):
     pack = exporting.pack
 
-    def without_mean(network, info, kind, about):
-        return pack(network, info | {"mean": [0.0]}, kind, about)
+    def without_mean(model, metadata, kind, description):
+        return pack(model, metadata | {"mean": [0.0]}, kind, description)
 
     monkeypatch.setattr(exporting, "pack", without_mean)
     words = (finished, "--format", "torch-export", "--output", "x.pt2", *half)
@@ -204,14 +204,14 @@ def test_a_file_that_computes_something_else_is_not_kept(fails, finished, monkey
 
 
 def test_an_output_that_is_no_number_is_infinitely_far_off():
-    about = {"input": {"shape": [1, 1, 4, 4]}, "output": {"name": "logits"},
+    description = {"input": {"shape": [1, 1, 4, 4]}, "output": {"name": "logits"},
              "arithmetic": "float32"}  # fmt: skip
-    network = torch.nn.Flatten()
-    plain = Preprocess([0.0], [1.0], (), "cpu")
-    wrong = [lambda x: network(plain(x)) * float("nan"), lambda x: network(plain(x))[:, :3]]
+    model = torch.nn.Flatten()
+    plain = BatchTransform([0.0], [1.0], (), "cpu")
+    wrong = [lambda x: model(plain(x)) * float("nan"), lambda x: model(plain(x))[:, :3]]
     for run in wrong:
-        assert exporting.largest_difference(run, about, network, plain, (1,))[0] == float("inf")
-    right = exporting.largest_difference(lambda x: network(plain(x)), about, network, plain, (1,))
+        assert exporting.largest_difference(run, description, model, plain, (1,))[0] == float("inf")
+    right = exporting.largest_difference(lambda x: model(plain(x)), description, model, plain, (1,))
     assert right[0] == 0 < right[1]
 
 
@@ -229,7 +229,7 @@ def test_p7_a_network_too_large_for_onnx_is_refused(fails, finished, monkeypatch
 
 
 def test_p7_a_network_that_cannot_be_exported_is_named(fails, finished, monkeypatch):
-    def branches(network, images):
+    def branches(model, images):
         return images.float() if images.sum() > 0 else images
 
     monkeypatch.setattr(exporting.Packed, "forward", branches)

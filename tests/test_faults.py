@@ -13,18 +13,19 @@ import torch
 from dying import Fault
 from mistakes import tree
 
-from lab import checkpoint, keeper, rundir, states
+from lab.checkpoint import manager, run_dir, train_state
+from lab.checkpoint import weights as weights_module
+from lab.config.recipes import resolve
 from lab.errors import UserError
-from lab.recipes import resolve
 
-CONFIG = resolve({"dataset": "digits", "recipe": "smoke", "keep_states": 2})
+CONFIG = resolve({"dataset": "digits", "recipe": "smoke", "keep_checkpoints": 2})
 ROOM = 100  # a save takes fewer operations
 DEATHS = pytest.mark.parametrize("power", [False, True], ids=["killed", "power-cut"])
 
 
-def about(step: int) -> dict:
-    position = dict.fromkeys(states.POSITION, 0) | {"epoch": step // 10, "step": step}
-    return {"format": states.FORMAT, "position": position, "sums": [[0.0, 0.0, 0.0]], "best": {},
+def metadata(step: int) -> dict:
+    position = dict.fromkeys(train_state.POSITION, 0) | {"epoch": step // 10, "step": step}
+    return {"format": train_state.CHECKPOINT_FORMAT, "position": position, "totals": [[0.0, 0.0, 0.0]], "best": {},
             "config": asdict(CONFIG), "fingerprints": {}, "precision": "no", "scaler": None,
             "world_size": 1}  # fmt: skip
 
@@ -33,11 +34,13 @@ def tensors(step: int) -> dict[str, torch.Tensor]:
     return {"network.weight": torch.full((1000,), float(step))}
 
 
-def save(run: rundir.RunDir, step: int) -> None:
+def save(run: run_dir.RunDir, step: int) -> None:
     """What the training's writer does for the state of `step`."""
-    network = SimpleNamespace(named_parameters=list)  # none whose values would be looked at
-    trainer = SimpleNamespace(config=CONFIG, network=network)
-    keeper.Keeper._write(SimpleNamespace(run=run, trainer=trainer), tensors(step), about(step))
+    model = SimpleNamespace(named_parameters=list)  # none whose values would be looked at
+    train_step = SimpleNamespace(config=CONFIG, model=model)
+    manager.CheckpointManager._write(
+        SimpleNamespace(run=run, train_step=train_step), tensors(step), metadata(step)
+    )
 
 
 def row(epoch: int) -> dict:
@@ -47,9 +50,9 @@ def row(epoch: int) -> dict:
 @pytest.fixture
 def run(tmp_path):
     """A run that has the states of steps 10 and 20, best weights, and lines of epochs 1 to 3."""
-    run = rundir.RunDir(tmp_path / "run")
-    run.states.mkdir(parents=True)
-    run.begin({})
+    run = run_dir.RunDir(tmp_path / "run")
+    run.checkpoints_dir.mkdir(parents=True)
+    run.create({})
     run.add_epoch(*map(row, (1, 2, 3)))
     run.add_steps(*({"step": step} for step in range(1, 31)))
     save(run, 10)
@@ -57,9 +60,12 @@ def run(tmp_path):
     return run
 
 
-def found(run: rundir.RunDir) -> states.State:
+def found(run: run_dir.RunDir) -> train_state.Checkpoint:
     """What --resume finds."""
-    with states.open_run(replace(CONFIG, resume=str(run.path)), writes=True) as (_, state):
+    with train_state.open_run(replace(CONFIG, resume=str(run.path)), is_main_process=True) as (
+        _,
+        state,
+    ):
         return state
 
 
@@ -69,7 +75,7 @@ def every_fault(run, tmp_path, work, check, **fault):
     Returns how many operations it takes.
     """
     for n in range(1, ROOM):
-        copy = rundir.RunDir(tmp_path / f"{n}" / "run")
+        copy = run_dir.RunDir(tmp_path / f"{n}" / "run")
         shutil.copytree(run.path, copy.path)
         with Fault(copy.path, n, **fault) as struck:
             struck.attempt(lambda copy=copy: work(copy))
@@ -85,14 +91,14 @@ def lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in content.splitlines()]
 
 
-def require_whole(run: rundir.RunDir, steps: tuple[int, ...]) -> int:
+def require_whole(run: run_dir.RunDir, steps: tuple[int, ...]) -> int:
     """The newest state's step; every state is whole, and they are of `steps`."""
     kept = [int(folder.name[5:]) for folder in run.checkpoints]
     assert set(kept) <= set(steps)
     state = found(run)
-    assert state.about["position"]["step"] == kept[0]
+    assert state.metadata["position"]["step"] == kept[0]
     for step in kept:
-        read, values = states.read(run.states / f"step-{step:08}")
+        read, values = train_state.read_checkpoint(run.checkpoints_dir / f"step-{step:08}")
         assert read["position"]["step"] == step
         assert torch.equal(values["network.weight"], tensors(step)["network.weight"])
     assert lines(run.path / "history.jsonl") == [row(1), row(2), row(3)]
@@ -108,7 +114,11 @@ def test_p3_a_save_that_dies_at_any_operation_leaves_whole_states(run, tmp_path,
         newest.append(require_whole(run, (10, 20, 30)))
         save(run, 30)  # the next life
         assert require_whole(run, (20, 30)) == 30
-        assert {p.name for p in run.states.iterdir()} == {"step-00000020", "step-00000030", ".lock"}
+        assert {p.name for p in run.checkpoints_dir.iterdir()} == {
+            "step-00000020",
+            "step-00000030",
+            ".lock",
+        }
 
     assert every_fault(run, tmp_path, lambda run: save(run, 30), check, power=power) > 15
     assert newest == sorted(newest)  # from one operation on, it is the new one
@@ -118,13 +128,13 @@ def test_p3_a_save_that_dies_at_any_operation_leaves_whole_states(run, tmp_path,
 
 @DEATHS
 def test_p3_a_state_that_takes_a_damaged_ones_place(run, tmp_path, power):
-    damaged = run.states / "step-00000030"
-    shutil.copytree(run.states / "step-00000020", damaged)
+    damaged = run.checkpoints_dir / "step-00000030"
+    shutil.copytree(run.checkpoints_dir / "step-00000020", damaged)
     os.truncate(damaged / "tensors.safetensors", 5)
     steps = set()
 
     def check(run, _):
-        steps.add(found(run).about["position"]["step"])
+        steps.add(found(run).metadata["position"]["step"])
         save(run, 30)
         assert require_whole(run, (20, 30)) == 30
 
@@ -138,7 +148,7 @@ def test_p3_best_weights_are_the_old_or_the_new(run, tmp_path, power):
         return {"weight": torch.full((1000,), value)}
 
     def write(run, value=2.0):
-        checkpoint.write_weights(run.best, weights(value), {"seed": value})
+        weights_module.write_weights(run.best, weights(value), {"seed": value})
 
     write(run, 1.0)
     before, values = run.best.read_bytes(), []
@@ -163,13 +173,13 @@ def test_p3_going_on_cuts_lines_whole(run, tmp_path, power):
     for name in ("report.json", ".best.safetensors.1.tmp"):  # of its former end, and of a death
         (run.path / name).write_text("{}")
 
-    def go_on(run):
-        run.go_on({"recipe": "smoke"}, epoch=2, step=15)
+    def resume_run(run):
+        run.resume({"recipe": "smoke"}, epoch=2, step=15)
 
     def check(run, _):
         history = (run.path / "history.jsonl").read_text()
         assert history.startswith(json.dumps(row(1)) + "\n")
-        go_on(run)
+        resume_run(run)
         assert lines(run.path / "history.jsonl") == [row(1)]
         assert [line["step"] for line in lines(run.path / "steps.jsonl")] == list(range(1, 16))
         assert json.loads((run.path / "config.json").read_text())["recipe"] == "smoke"
@@ -177,25 +187,25 @@ def test_p3_going_on_cuts_lines_whole(run, tmp_path, power):
             "config.json", "history.jsonl", "steps.jsonl", "state",
         }  # fmt: skip
 
-    assert every_fault(run, tmp_path, go_on, check, power=power) > 15
+    assert every_fault(run, tmp_path, resume_run, check, power=power) > 15
 
 
 @DEATHS
 def test_p3_a_resumption_that_dies_can_be_resumed(run, tmp_path, power):
     """What `find` removes: damaged states, and what writers that were killed have left."""
     for name in ("step-00000030", ".step-00000040.77", ".step-00000005"):
-        shutil.copytree(run.states / "step-00000010", run.states / name)
-        (run.states / name / "state.json").unlink()
+        shutil.copytree(run.checkpoints_dir / "step-00000010", run.checkpoints_dir / name)
+        (run.checkpoints_dir / name / "state.json").unlink()
 
     def check(run, _):
         assert require_whole_after_damage(run) == 20
 
     def require_whole_after_damage(run):
         state = found(run)
-        assert {p.name for p in run.states.iterdir() if p.is_dir()} == {
+        assert {p.name for p in run.checkpoints_dir.iterdir() if p.is_dir()} == {
             "step-00000010", "step-00000020",
         }  # fmt: skip
-        return state.about["position"]["step"]
+        return state.metadata["position"]["step"]
 
     assert every_fault(run, tmp_path, found, check, power=power) > 5
 
@@ -207,7 +217,7 @@ def test_p3_a_resumption_that_dies_can_be_resumed(run, tmp_path, power):
 def test_p3_a_disk_that_is_full_at_any_write_loses_that_state_alone(run, tmp_path, lasting, capsys):
     def check(run, fault):
         error = capsys.readouterr().err
-        written = (run.states / "step-00000030").exists()
+        written = (run.checkpoints_dir / "step-00000030").exists()
         if fault.struck:
             [line] = error.splitlines()
             assert line.startswith("warning: ")
@@ -227,9 +237,11 @@ def test_p3_a_disk_that_is_full_at_any_write_loses_that_state_alone(run, tmp_pat
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_p3_weights_that_are_not_finite_are_not_saved(run, capsys, bad):
-    network = SimpleNamespace(named_parameters=lambda: [("weight", None)])
-    writer = SimpleNamespace(run=run, trainer=SimpleNamespace(config=CONFIG, network=network))
-    keeper.Keeper._write(writer, {"network.weight": torch.tensor([1.0, bad])}, about(30))
+    model = SimpleNamespace(named_parameters=lambda: [("weight", None)])
+    writer = SimpleNamespace(run=run, train_step=SimpleNamespace(config=CONFIG, model=model))
+    manager.CheckpointManager._write(
+        writer, {"network.weight": torch.tensor([1.0, bad])}, metadata(30)
+    )
     assert require_whole(run, (10, 20)) == 20
     assert "step-00000030 is not written: " in capsys.readouterr().err
 
@@ -242,7 +254,7 @@ def test_p3_a_line_that_does_not_fit_leaves_no_part(run, monkeypatch, room):
 
     before = tree(run.path)
     with monkeypatch.context() as patch:
-        patch.setattr(rundir, "open", lambda *words, **_: Filling(*words), raising=False)
+        patch.setattr(run_dir, "open", lambda *words, **_: Filling(*words), raising=False)
         with pytest.raises(UserError, match=r"cannot write .*history\.jsonl"):
             run.add_epoch(row(4))
     assert tree(run.path) == before

@@ -13,8 +13,8 @@ from worlds import run, torchrun
 
 import evaluate
 import predict
-from lab import plots, report
-from lab.finished import read_run
+from lab.report import html, plots
+from lab.report.run_reader import read_run
 
 CLASSES = ("cat", "dog")
 PART = {"cat": "", "dog": "deep/er"}  # below the class folder
@@ -55,8 +55,8 @@ def rows_of(path: Path) -> list[dict]:
         (["--split", "val"], 5),
         (["--split", "train"], 43),
         (["--split", "all"], 60),
-        (["--limit-eval", "7"], 7),
-        (["--split", "all", "--limit-eval", "9"], 9),
+        (["--max-eval-samples", "7"], 7),
+        (["--split", "all", "--max-eval-samples", "9"], 9),
         (["--loader", "streaming", "--workers", "0", "--tta", "flip"], 12),
     ],
 )
@@ -107,7 +107,7 @@ def test_page_and_picture_name_the_files_of_mistakes(trained, tmp_path, monkeypa
         assert (found.files is not None) == with_files
         wrong = np.flatnonzero(found.labels != found.predictions)
         names = [found.files[i] if with_files else f"#{i}" for i in wrong]
-        shown = report._mistakes(found)
+        shown = html._mistakes(found)
         assert sorted(name for _, _, name, _, _ in shown) == sorted(names) != []
         for label, prediction, name, _, _ in shown:
             i = wrong[names.index(name)]
@@ -115,7 +115,7 @@ def test_page_and_picture_name_the_files_of_mistakes(trained, tmp_path, monkeypa
         ends = {name[-8:] for name in names if name.isprintable()}
         drawn = {caption[-8:] for caption in captions}
         assert (ends <= drawn) == with_files
-        text = report.write(path).read_text()
+        text = html.write(path).read_text()
         assert "<b>" not in text
 
 

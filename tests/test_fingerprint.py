@@ -12,7 +12,7 @@ from worlds import python, run_all, world_by_hand
 import train
 from lab.data import DataConfig, list_samples, load_splits
 from lab.data.fingerprint import FORMAT, Listing, changed_splits, fingerprint
-from lab.data.sources import Split
+from lab.data.types import Split
 from lab.distributed import check_same_data
 from lab.errors import UserError
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from lab.data import DataConfig, load_splits
 from lab.data.decode import decode
-from lab.data.folder import read_folder
+from lab.data.image_folder import read_folder
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 
@@ -169,7 +169,7 @@ def test_sizes_and_formats_may_be_mixed(tmp_path):
     assert (decoded.shape, decoded.dtype) == ((6, 3, 24, 24), torch.uint8)
     index = torch.tensor([5, 0, 3])
     assert torch.equal(images[index], decoded[index])
-    assert torch.equal(images.take(index).decode_all(1), decoded[index])
+    assert torch.equal(images.select(index).decode_all(1), decoded[index])
 
 
 def test_files_of_other_types_are_told_of_once(tmp_path, capsys):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import train
-from lab import keeper, rundir, states
+from lab.checkpoint import manager, run_dir, train_state
 from lab.errors import UserError
 
 
@@ -42,10 +42,10 @@ def fill(folder: Path) -> Path:
 
 def test_p3_a_training_outlives_a_disk_that_fills_up(small_disk, tmp_path, monkeypatch, capsys):
     words = ["--dataset", "digits", "--recipe", "smoke", "--name", "run", "--quiet"]
-    words += ["--threads", "1", "--save-every", "4", "--log-every", "1"]
+    words += ["--threads", "1", "--checkpoint-every", "4", "--log-every", "1"]
     words += ["--final-checkpoints", "2", "--output-dir"]
     train.main([*words, str(tmp_path)])
-    write, calls = states.write, []
+    write, calls = train_state.write_checkpoint, []
 
     def on_a_full_disk(folder, *content):
         calls.append(folder.name)
@@ -57,19 +57,19 @@ def test_p3_a_training_outlives_a_disk_that_fills_up(small_disk, tmp_path, monke
         finally:
             filler.unlink()
 
-    monkeypatch.setattr(keeper, "write", on_a_full_disk)
+    monkeypatch.setattr(manager, "write", on_a_full_disk)
     capsys.readouterr()
     assert train.main([*words, str(small_disk)]) == 0
     [warning] = capsys.readouterr().err.splitlines()
     assert f"{calls[2]} is not written: cannot write" in warning
     assert "No space left on device" in warning
-    assert [f.name for f in rundir.RunDir(small_disk / "run").checkpoints] == calls[:-3:-1]
+    assert [f.name for f in run_dir.RunDir(small_disk / "run").checkpoints] == calls[:-3:-1]
     for name in ("best.safetensors", "predictions.csv", "report.json", "steps.jsonl"):
         assert (small_disk / "run" / name).read_bytes() == (tmp_path / "run" / name).read_bytes()
 
 
 def test_p3_a_line_on_a_full_disk_leaves_no_part(small_disk):
-    run = rundir.RunDir(small_disk)
+    run = run_dir.RunDir(small_disk)
     run.add_steps({"step": 0})
     filler = fill(small_disk)
     rows = [{"step": step} for step in range(1, 1000)]

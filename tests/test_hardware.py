@@ -6,7 +6,7 @@ import psutil
 import pytest
 
 from lab import distributed
-from lab.hardware import available_memory
+from lab.distributed import available_memory
 
 GB, HOST = 10**9, 64 * 10**9
 

@@ -1,6 +1,6 @@
 """Two hosts, network namespaces on this machine, train one run; then the link between them is cut.
 
-`--resume auto` and `--save-every` let a run that was cut go on.
+`--resume auto` and `--checkpoint-every` let a run that was cut go on.
 """
 
 import time
@@ -20,7 +20,7 @@ OPTIONS = [
     *("--recipe", "smoke", "--dataset", "digits", "--threads", 1, "--quiet"),
     *("--epochs", 20, "--max-steps", NUM_STEPS, "--log-every", 1),
     *("--timeout-seconds", TIMEOUT_SECONDS, "--name", "run"),
-    *("--resume", "auto", "--save-every", 2),
+    *("--resume", "auto", "--checkpoint-every", 2),
 ]
 
 
@@ -28,23 +28,23 @@ def training(folder: Path, fault: str = "none") -> list[object]:
     return ["tests/checks_failures.py", fault, *OPTIONS, "--output-dir", folder]
 
 
-def launch(network: Network, folder: Path, cut_after_steps: int = 0) -> tuple[list[Ended], float]:
+def launch(model: Network, folder: Path, cut_after_steps: int = 0) -> tuple[list[Ended], float]:
     """How `accelerate launch`, one process a host, ended on each, and when the link was cut."""
     commands = [
         host.command(
             accelerate(
                 "multi_node",
                 *("--num_machines", 2, "--num_processes", 2, "--machine_rank", machine),
-                *("--main_process_ip", network.hosts[0].address, *training(folder)),
+                *("--main_process_ip", model.hosts[0].address, *training(folder)),
             )
         )
-        for machine, host in enumerate(network.hosts)
+        for machine, host in enumerate(model.hosts)
     ]
     steps = folder / "run" / "steps.jsonl"
     with start(commands[0]) as first, start(commands[1]) as second:
         if cut_after_steps:
             first.until(lambda: steps.exists() and len(rows(steps)) >= cut_after_steps, limit=60)
-            network.cut()
+            model.cut()
         cut_at = time.time()
         return [world.wait(100) for world in (first, second)], cut_at
 
@@ -62,16 +62,16 @@ def require_resumed(ends: list[Ended], folder: Path, whole: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def network():
-    with two_hosts() as network:
-        yield network
+def model():
+    with two_hosts() as model:
+        yield model
 
 
 @pytest.fixture(scope="module")
-def whole(network, tmp_path_factory) -> Path:
+def whole(model, tmp_path_factory) -> Path:
     """The run of two hosts whom nothing befell."""
     folder = tmp_path_factory.mktemp("whole")
-    for ended in launch(network, folder)[0]:
+    for ended in launch(model, folder)[0]:
         assert ended.code == 0, ended.stderr
         assert ended.left_behind == []
         assert steps_taken(ended) == [NUM_STEPS]
@@ -83,11 +83,11 @@ def test_p2_two_hosts_train_as_one_process_does(whole, tmp_path):
     require_same_run(whole, tmp_path / "run", world_size=2)
 
 
-def test_p3_p7_a_cut_link_ends_both_hosts_and_the_run_goes_on_later(network, whole, tmp_path):
+def test_p3_p7_a_cut_link_ends_both_hosts_and_the_run_goes_on_later(model, whole, tmp_path):
     try:
-        ends, cut_at = launch(network, tmp_path, cut_after_steps=20)
+        ends, cut_at = launch(model, tmp_path, cut_after_steps=20)
     finally:
-        network.mend()
+        model.mend()
     for rank, ended in enumerate(ends):
         assert ended.code != 0
         [error] = ended.errors
@@ -98,11 +98,11 @@ def test_p3_p7_a_cut_link_ends_both_hosts_and_the_run_goes_on_later(network, who
     assert 20 <= len(rows(folder / "steps.jsonl")) < NUM_STEPS
     assert not (folder / "report.json").exists()
 
-    require_resumed(launch(network, tmp_path)[0], folder, whole)
+    require_resumed(launch(model, tmp_path)[0], folder, whole)
 
 
-def test_p3_torchrun_restarts_both_hosts(network, whole, tmp_path):
-    first, *_ = network.hosts
+def test_p3_torchrun_restarts_both_hosts(model, whole, tmp_path):
+    first, *_ = model.hosts
     commands = [
         host.command(
             python(
@@ -112,7 +112,7 @@ def test_p3_torchrun_restarts_both_hosts(network, whole, tmp_path):
                 *("--rdzv-conf", f"is_host={host is first}", *training(tmp_path, "killed-once")),
             )
         )
-        for host in network.hosts
+        for host in model.hosts
     ]
     ends = run_all(commands, 150, [{"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}] * 2)
     assert sum(ended.stdout.count("fault at") for ended in ends) == 1

@@ -11,10 +11,10 @@ from huggingface_hub import constants
 from resuming import LENET, resume, start
 
 import train
-from lab import hub
+from lab.checkpoint.run_dir import RunDir
+from lab.config.recipes import resolve
 from lab.errors import run_script
-from lab.recipes import resolve
-from lab.rundir import RunDir
+from lab.report import hub
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -187,7 +187,7 @@ def test_a_hub_that_is_out_of_reach_at_the_start_is_only_a_warning(server, monke
 
 
 def test_only_the_main_process_uploads(copied, server):
-    hub.upload(RunDir(copied, writes=False), DIGITS)
+    hub.upload(RunDir(copied, is_main_process=False), DIGITS)
     hub.upload(RunDir(copied), resolve({}))
     assert server.created == []
 

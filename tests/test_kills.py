@@ -13,7 +13,10 @@ TWO = CONFIGURATIONS["LeNet-5, 2 processes"]
 ALEXNET = CONFIGURATIONS["AlexNet, dropout"]
 CASES = {
     "accumulation-and-average": (
-        replace(LENET5, words=(*LENET5.words, "--accumulate", 2, "--ema", 0.9, "--epochs", 3)),
+        replace(
+            LENET5,
+            words=(*LENET5.words, "--grad-accum-steps", 2, "--ema-decay", 0.9, "--epochs", 3),
+        ),
         [("save", "all"), ("evaluation", "all")],
     ),
     "dropout": (

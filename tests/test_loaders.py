@@ -8,10 +8,11 @@ import pytest
 import torch
 from torchvision.io import write_png
 
-from lab.data.augment import Preprocess
-from lab.data.decode import ImageFiles
-from lab.data.loaders import Plan, ResidentLoader, StreamingLoader, build_loader, permutation, shard
-from lab.data.sources import Split
+from lab.data.decode import FileImages
+from lab.data.loaders import ResidentLoader, StreamingLoader, build_loader
+from lab.data.sampler import ShardedBatchSampler, permutation, shard
+from lab.data.transforms import BatchTransform
+from lab.data.types import Split
 
 WORLDS = [1, 2, 3, 4, 64, 1024]
 CPU = torch.device("cpu")
@@ -35,24 +36,24 @@ def pictures(tmp_path_factory):
     paths = tuple(str(folder / f"{i:03}.png") for i in range(NUM_FILES))
     for path, image in zip(paths, split.images, strict=True):
         write_png(image, path)
-    return split, make_split(NUM_FILES, ImageFiles(paths, SIZE))
+    return split, make_split(NUM_FILES, FileImages(paths, SIZE))
 
 
 def make_loader(
     split, kind="resident", workers=0, batch_size=5, seed=3, world=(0, 1), steps=STEPS, num_parts=1
 ):
-    plan = Plan(len(split.labels), batch_size, seed, *world, num_parts)
-    preprocess = Preprocess((0.4, 0.5, 0.6), (0.2, 0.3, 0.4), steps, CPU)
+    plan = ShardedBatchSampler(len(split.labels), batch_size, seed, *world, num_parts)
+    transform = BatchTransform((0.4, 0.5, 0.6), (0.2, 0.3, 0.4), steps, CPU)
     if kind == "resident":
-        return ResidentLoader(split, plan, preprocess, CPU)
-    return StreamingLoader(split, plan, preprocess, CPU, workers)
+        return ResidentLoader(split, plan, transform, CPU)
+    return StreamingLoader(split, plan, transform, CPU, workers)
 
 
 def assert_same(found, expected):
     found, expected = list(found), list(expected)
     assert len(found) == len(expected)
     for a, b in zip(found, expected, strict=True):
-        assert a.num_global == b.num_global
+        assert a.global_batch_size == b.global_batch_size
         assert torch.equal(a.index, b.index)
         assert torch.equal(a.labels, b.labels)
         assert a.images.dtype == b.images.dtype == torch.float32
@@ -62,10 +63,11 @@ def assert_same(found, expected):
 def global_batches(num_samples, batch_size, seed, world_size, num_parts=1):
     """(each global batch as a list of parts, each a list of ranges by process; all cuts)."""
     plans = [
-        Plan(num_samples, batch_size, seed, r, world_size, num_parts) for r in range(world_size)
+        ShardedBatchSampler(num_samples, batch_size, seed, r, world_size, num_parts)
+        for r in range(world_size)
     ]
     assert all(torch.equal(p.order(1), plans[0].order(1)) for p in plans[1:3])
-    cuts = [list(p.cuts()) for p in plans]
+    cuts = [list(p.slices()) for p in plans]
     batches = [
         list(zip(*(cut.parts for cut in batch), strict=True)) for batch in zip(*cuts, strict=True)
     ]
@@ -93,7 +95,7 @@ def test_p1_an_epoch_holds_each_sample_once(num_samples):
 def test_an_order_of_a_million_is_quick():
     start = time.perf_counter()
     order = permutation(1_281_167, seed=0, epoch=1)
-    num_cuts = sum(1 for _ in Plan(len(order), 256, 0, 0, 8).cuts())
+    num_cuts = sum(1 for _ in ShardedBatchSampler(len(order), 256, 0, 0, 8).slices())
     assert time.perf_counter() - start < 2
     assert num_cuts == 5005
     assert torch.equal(order.bincount(), torch.ones_like(order))
@@ -113,13 +115,17 @@ def test_p2_order_differs_by_epoch_and_by_seed_and_leaves_global_randomness_alon
 def test_p2_batches_are_the_same_for_any_world(num_samples, batch_size, world_size):
     batches, cuts = global_batches(num_samples, batch_size, 5, world_size)
     expected = torch.arange(num_samples).split(batch_size)
-    assert len(batches) == len(expected) == Plan(num_samples, batch_size, 5, 0, 1).num_batches
+    assert (
+        len(batches)
+        == len(expected)
+        == ShardedBatchSampler(num_samples, batch_size, 5, 0, 1).num_batches
+    )
     for [shares], whole in zip(batches, expected, strict=True):
         assert [i for share in shares for i in share] == whole.tolist()
         sizes = [len(s) for s in shares]
         assert max(sizes) - min(sizes) <= 1
     for of_a_process in cuts:
-        assert [cut.num_global for cut in of_a_process] == [len(whole) for whole in expected]
+        assert [cut.global_batch_size for cut in of_a_process] == [len(whole) for whole in expected]
 
 
 @pytest.mark.parametrize("world_size", WORLDS)
@@ -139,7 +145,7 @@ def test_p2_accumulation_parts_are_the_same_for_any_world(
         assert [i for part in joined for i in part] == samples.tolist()
         sizes = [len(part) for part in joined]
         assert 0 < max(sizes) <= min(sizes) + 1
-    plan = Plan(num_samples, batch_size, 5, 0, world_size, num_parts)
+    plan = ShardedBatchSampler(num_samples, batch_size, 5, 0, world_size, num_parts)
     largest = max(sum(map(len, cut.parts)) for cut in cuts[0])
     assert largest <= plan.max_local_batch(mixes=False) <= largest + num_parts
     assert plan.max_local_batch(mixes=True) == plan.max_local_batch(mixes=False) + min(
@@ -152,13 +158,15 @@ def test_p2_accumulation_parts_are_the_same_for_any_world(
 def test_p1_evaluation_deals_out_whole_batches_and_counts_each_sample_once(
     num_samples, batch_size, world_size
 ):
-    plans = [Plan(num_samples, batch_size, None, r, world_size) for r in range(world_size)]
-    cuts = [cut for plan in plans for cut in plan.cuts()]
+    plans = [
+        ShardedBatchSampler(num_samples, batch_size, None, r, world_size) for r in range(world_size)
+    ]
+    cuts = [cut for plan in plans for cut in plan.slices()]
     whole = torch.arange(num_samples).split(batch_size)
     assert torch.equal(plans[0].order(7), torch.arange(num_samples))
     assert [list(part) for cut in cuts for part in cut.parts] == [w.tolist() for w in whole]
-    assert [cut.num_global for cut in cuts] == [len(w) for w in whole]
-    counts = [sum(1 for _ in plan.cuts()) for plan in plans]
+    assert [cut.global_batch_size for cut in cuts] == [len(w) for w in whole]
+    counts = [sum(1 for _ in plan.slices()) for plan in plans]
     assert max(counts) - min(counts) <= 1
 
 
@@ -209,7 +217,7 @@ def test_p3_an_epoch_resumes_at_any_batch(pictures, kind, workers):
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_p2_uneven_and_empty_shards_join_to_the_same_batch(pictures, world_size, kind):
     num_samples = 13  # batches of 4, 4, 4 and 1: the last leaves most processes none
-    split = pictures[kind == "streaming"].take(torch.arange(num_samples))
+    split = pictures[kind == "streaming"].select(torch.arange(num_samples))
     expected = list(make_loader(split, kind, batch_size=4).batches(1))
     parts = [
         list(make_loader(split, kind, 0, 4, world=(r, world_size)).batches(1))
@@ -221,7 +229,7 @@ def test_p2_uneven_and_empty_shards_join_to_the_same_batch(pictures, world_size,
         for name in ("images", "labels", "index"):
             joined = torch.cat([getattr(share, name) for share in shares])
             assert torch.equal(joined, getattr(whole, name))
-        assert {share.num_global for share in shares} == {whole.num_global}
+        assert {share.global_batch_size for share in shares} == {whole.global_batch_size}
 
 
 @pytest.mark.parametrize("kind", ["resident", "streaming"])
@@ -235,7 +243,7 @@ def test_p1_a_process_may_have_nothing_to_evaluate(pictures, kind):
 
 def test_evaluation_is_in_order_and_never_augmented(pictures):
     split = pictures[0]
-    plain = Preprocess((0.4, 0.5, 0.6), (0.2, 0.3, 0.4), (), CPU)
+    plain = BatchTransform((0.4, 0.5, 0.6), (0.2, 0.3, 0.4), (), CPU)
     batches = list(make_loader(split, seed=None).batches())
     assert torch.equal(torch.cat([b.images for b in batches]), plain(split.images))
     assert torch.equal(torch.cat([b.labels for b in batches]), split.labels)
@@ -256,7 +264,7 @@ def test_p2_a_sample_is_augmented_alike_whatever_the_batch_size(pictures):
 
 def test_p2_the_order_depends_on_the_seed_and_the_epoch():
     def order(seed, epoch):
-        return Plan(50, 10, seed, 0, 1).order(epoch)
+        return ShardedBatchSampler(50, 10, seed, 0, 1).order(epoch)
 
     assert torch.equal(order(3, 2), order(3, 2))
     assert not torch.equal(order(3, 1), order(3, 2))
@@ -279,9 +287,9 @@ def test_p2_augmentation_depends_on_the_seed_and_the_epoch(pictures, kind):
 
 def built(split, kind, memory=math.inf, workers=2, **settings):
     settings = {"batch_size": 4, "seed": 0, "rank": 0, "world_size": 1} | settings
-    preprocess = Preprocess((0.5,), (0.5,), (), CPU)
+    transform = BatchTransform((0.5,), (0.5,), (), CPU)
     return build_loader(
-        split, preprocess, device=CPU, kind=kind, num_workers=workers, memory=memory, **settings
+        split, transform, device=CPU, kind=kind, num_workers=workers, memory=memory, **settings
     )
 
 

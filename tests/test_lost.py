@@ -123,7 +123,7 @@ def test_p7_the_process_that_is_left_says_so_and_ends(tmp_path, fault, message):
 def elastic(fault: str, folder: Path) -> Ended:
     launcher = ("-m", "torch.distributed.run", "--standalone", "--max-restarts", 1)
     options = [*SHORT, "--output-dir", folder, "--name", "run"]
-    options += ["--resume", "auto", "--save-every", 2]
+    options += ["--resume", "auto", "--checkpoint-every", 2]
     script = ("tests/checks_failures.py", fault, *options)
     command = python(*launcher, "--nproc-per-node", 2, *script)
     ended = run(command, limit=120, env={"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"})

@@ -6,7 +6,14 @@ import pytest
 import torch
 from sklearn import metrics as reference
 
-from lab.metrics import caveat, confusion_matrix, is_better, per_class, report, scores
+from lab.engine.metrics import (
+    confusion_matrix,
+    is_better,
+    per_class,
+    report,
+    scores,
+    selection_bias_note,
+)
 
 
 def drawn(num_samples, num_classes, seed, labels_from=None, predictions_from=None):
@@ -48,7 +55,7 @@ def test_p1_report_equals_scikit_learn(case):
     assert found["loss"] == pytest.approx(math.fsum(losses.tolist()) / len(labels), abs=1e-9)
     accuracy = reference.accuracy_score(labels, predictions)
     assert found["accuracy"] == pytest.approx(accuracy, abs=1e-9)
-    macro = reference.f1_score(labels, predictions, average="macro", zero_division=0)
+    macro = reference.f1_score(labels, predictions, ema_model="macro", zero_division=0)
     assert found["macro_f1"] == pytest.approx(macro, abs=1e-9)
     matrix = reference.confusion_matrix(labels, predictions, labels=every)
     assert found["confusion_matrix"] == matrix.tolist()
@@ -137,7 +144,7 @@ def test_a_number_that_is_not_finite_never_beats_one_that_is(by, bad):
 
 
 @pytest.mark.parametrize(
-    ("split", "selected_on", "words"),
+    ("split", "selection_split", "words"),
     [
         ("test", "test", "chosen on the test split"),
         ("test", "validation", ""),
@@ -149,7 +156,7 @@ def test_a_number_that_is_not_finite_never_beats_one_that_is(by, bad):
         ("all", None, ""),
     ],
 )
-def test_p6_an_optimistic_number_is_called_so(split, selected_on, words):
-    note = caveat(split, selected_on)
+def test_p6_an_optimistic_number_is_called_so(split, selection_split, words):
+    note = selection_bias_note(split, selection_split)
     assert bool(note) == bool(words)
     assert words in note

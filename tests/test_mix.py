@@ -9,28 +9,28 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.io import write_png
 
-from lab.config import TrainConfig
-from lab.data.augment import Preprocess
-from lab.data.decode import ImageFiles
-from lab.data.loaders import Batch, Plan, ResidentLoader, StreamingLoader
-from lab.data.mix import Mix, Mixer
-from lab.data.sources import Split
+from lab.config.schema import TrainConfig
+from lab.data.decode import FileImages
+from lab.data.loaders import ResidentLoader, StreamingLoader
+from lab.data.sampler import ShardedBatchSampler
+from lab.data.transforms import BatchMix, BatchTransform, Mixup
+from lab.data.types import Batch, Split
 from lab.distributed import build_accelerator
-from lab.engine import prepare, train_step
+from lab.engine.training import eager_step, prepare
 
 CPU = torch.device("cpu")
 SIZE, NUM_SAMPLES = 12, 13
 BOTH = ("mixup", "cutmix")
 GOLDEN = [
-    Mix(0.6875, (4, 24, 14, 28)),
-    Mix(0.6644659048545797),
-    Mix(0.5741001840101685),
-    Mix(0.8035714285714286, (5, 21, 0, 11)),
+    BatchMix(0.6875, (4, 24, 14, 28)),
+    BatchMix(0.6644659048545797),
+    BatchMix(0.5741001840101685),
+    BatchMix(0.8035714285714286, (5, 21, 0, 11)),
 ]  # seed 42, epoch 3, 32 by 28 pixels
 
 
 def test_p2_what_is_drawn_for_a_batch_never_changes():
-    mixer = Mixer(BOTH, 1.0)
+    mixer = Mixup(BOTH, 1.0)
     for batch, expected in enumerate(GOLDEN):
         found = mixer.draw(42, 3, batch, 32, 28)
         assert (found.share, found.box) == (pytest.approx(expected.share), expected.box)
@@ -39,13 +39,13 @@ def test_p2_what_is_drawn_for_a_batch_never_changes():
 @pytest.mark.parametrize(("alpha", "deviation"), [(0.2, 0.42), (1.0, 0.29), (8.0, 0.12)])
 def test_shares_are_of_a_beta_distribution(alpha, deviation):
     """Its standard deviation is sqrt(1 / (8 alpha + 4))."""
-    shares = [Mixer(("mixup",), alpha).draw(1, 1, b, 8, 8).share for b in range(2000)]
+    shares = [Mixup(("mixup",), alpha).draw(1, 1, b, 8, 8).share for b in range(2000)]
     assert statistics.mean(shares) == pytest.approx(0.5, abs=0.04)
     assert statistics.pstdev(shares) == pytest.approx(deviation, abs=0.02)
 
 
 def test_each_batch_takes_one_of_the_two_and_others_for_another_seed_or_epoch():
-    mixer = Mixer(BOTH, 1.0)
+    mixer = Mixup(BOTH, 1.0)
     draws = [mixer.draw(s, e, b, 8, 8) for s in (1, 2) for e in (1, 2) for b in range(500)]
     assert sum(mix.box is None for mix in draws) == pytest.approx(1000, abs=110)
     assert len({mix.share for mix in draws if mix.box is None}) > 850
@@ -55,7 +55,7 @@ def test_the_share_of_cutmix_is_the_area_that_is_left():
     images = torch.cat((torch.zeros(1, 1, 9, 14), torch.ones(1, 1, 9, 14)))
     shares = []
     for batch in range(500):
-        mix = Mixer(("cutmix",), 1.0).draw(0, 1, batch, 9, 14)
+        mix = Mixup(("cutmix",), 1.0).draw(0, 1, batch, 9, 14)
         assert mix(images).mean().item() == pytest.approx(mix.share)
         shares.append(mix.share)
     assert 0 <= min(shares) < 0.4
@@ -65,7 +65,7 @@ def test_the_share_of_cutmix_is_the_area_that_is_left():
 def test_a_picture_is_mixed_with_the_one_before_it():
     images = torch.randn(4, 3, 6, 5)
     before = images.clone()
-    laid_over, cut = Mix(0.25)(images), Mix(0.8, (1, 4, 2, 5))(images)
+    laid_over, cut = BatchMix(0.25)(images), BatchMix(0.8, (1, 4, 2, 5))(images)
     assert torch.equal(images, before)
     for i in range(3):
         torch.testing.assert_close(laid_over[i], 0.25 * images[i + 1] + 0.75 * images[i])
@@ -85,16 +85,16 @@ def pictures(tmp_path_factory):
     for path, image in zip(paths, images, strict=True):
         write_png(image, path)
     names = tuple(map(str, range(NUM_SAMPLES)))
-    return Split(images, labels, names), Split(ImageFiles(paths, SIZE), labels, names)
+    return Split(images, labels, names), Split(FileImages(paths, SIZE), labels, names)
 
 
 def make_loader(split, kind="resident", world=(0, 1), seed=3, mixes=BOTH, workers=0, num_parts=1):
-    plan = Plan(NUM_SAMPLES, 4, seed, *world, num_parts)  # batches of 4, 4, 4 and 1
+    plan = ShardedBatchSampler(NUM_SAMPLES, 4, seed, *world, num_parts)  # batches of 4, 4, 4 and 1
     augment = ("flip", "crop", *mixes)
-    preprocess = Preprocess((0.4, 0.5, 0.6), (0.2, 0.3, 0.4), augment, CPU)
+    transform = BatchTransform((0.4, 0.5, 0.6), (0.2, 0.3, 0.4), augment, CPU)
     if kind == "resident":
-        return ResidentLoader(split, plan, preprocess, CPU)
-    return StreamingLoader(split, plan, preprocess, CPU, workers)
+        return ResidentLoader(split, plan, transform, CPU)
+    return StreamingLoader(split, plan, transform, CPU, workers)
 
 
 @pytest.mark.parametrize("kind", ["resident", "streaming"])
@@ -118,7 +118,7 @@ def test_p2_mixed_batches_are_the_same_bits_on_any_world(pictures, world_size, n
             joined = torch.cat([share for part in parts for share in part])
             assert torch.equal(joined, getattr(whole, name))
         assert {share.share for share in shares} == {whole.share}
-        assert {share.num_global for share in shares} == {len(whole.labels)}
+        assert {share.global_batch_size for share in shares} == {len(whole.labels)}
 
 
 def test_p2_a_batch_is_its_pictures_each_augmented_alone_then_mixed(pictures):
@@ -126,7 +126,7 @@ def test_p2_a_batch_is_its_pictures_each_augmented_alone_then_mixed(pictures):
     for number, (mixed, batch) in enumerate(
         zip(make_loader(pictures[0]).batches(1), plain.batches(1), strict=True)
     ):
-        mix = Mixer(BOTH, 1.0).draw(3, 1, number, SIZE, SIZE)
+        mix = Mixup(BOTH, 1.0).draw(3, 1, number, SIZE, SIZE)
         assert torch.equal(mixed.images, mix(torch.cat((batch.images[-1:], batch.images))))
         assert torch.equal(mixed.index, batch.index)
         assert torch.equal(mixed.labels, batch.labels)
@@ -169,38 +169,38 @@ def accelerator():
     return build_accelerator(mixed_precision="no", threads=1, quiet=True)
 
 
-@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("grad_accum_steps", [1, 3])
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 1.0])
 def test_p2_the_loss_is_that_of_both_labels_by_their_share(
-    accelerator, share, smoothing, accumulate
+    accelerator, share, smoothing, grad_accum_steps
 ):
     """Cross-entropy with the mixed labels as probabilities; of a part of a batch, too."""
     torch.manual_seed(0)
-    network = TwoHeads()
+    model = TwoHeads()
     settings = {"optimizer": "sgd", "momentum": 0.0, "weight_decay": 0.0, "schedule": "constant"}
-    settings |= {"lr": 1.0, "label_smoothing": smoothing, "accumulate": accumulate}
-    trainer = prepare(accelerator, network, TrainConfig(dataset="digits", **settings))
+    settings |= {"lr": 1.0, "label_smoothing": smoothing, "grad_accum_steps": grad_accum_steps}
+    train_step = prepare(accelerator, model, TrainConfig(dataset="digits", **settings))
     images, labels, partners = torch.randn(7, 1, 2, 3), torch.arange(7) % 5, torch.arange(7) % 3
     targets = share * F.one_hot(labels, 5) + (1 - share) * F.one_hot(partners, 5)
-    twin = copy.deepcopy(network).train()
+    twin = copy.deepcopy(model).train()
     losses = [
         F.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing)
         for logits in twin(images)
     ]
     ((losses[0] + 0.3 * losses[1]) / 20).backward()
-    heavier = labels if share >= 0.5 else partners
-    hits = (twin(images)[0].argmax(1) == heavier).sum().item()
-    trainer.set_training()
-    sums = train_step(trainer, Batch(images, labels, torch.arange(7), 20, partners, share))
-    assert sums.tolist() == pytest.approx([losses[0].item(), hits], rel=1e-5)
-    for after, before in zip(network.parameters(), twin.parameters(), strict=True):
+    main_labels = labels if share >= 0.5 else partners
+    num_correct = (twin(images)[0].argmax(1) == main_labels).sum().item()
+    train_step.set_training()
+    totals = eager_step(train_step, Batch(images, labels, torch.arange(7), 20, partners, share))
+    assert totals.tolist() == pytest.approx([losses[0].item(), num_correct], rel=1e-5)
+    for after, before in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(before.detach() - after.detach(), before.grad)
 
 
 def test_a_process_without_samples_takes_a_mixed_step_too(accelerator):
-    trainer = prepare(accelerator, TwoHeads(), TrainConfig(dataset="digits", lr=1.0))
-    trainer.set_training()
+    train_step = prepare(accelerator, TwoHeads(), TrainConfig(dataset="digits", lr=1.0))
+    train_step.set_training()
     none = torch.empty(0, dtype=torch.long)
     batch = Batch(torch.empty(0, 1, 2, 3), none, none, 1, none, 0.3)
-    assert train_step(trainer, batch).tolist() == [0, 0]
+    assert eager_step(train_step, batch).tolist() == [0, 0]

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from lab.models import build_model
-from lab.models.classic import AveragePool, kaiming_init
+from lab.models.alexnet import kaiming_init
+from lab.models.lenet import AveragePool
 
 CLASSIC = ("lenet5", "alexnet")  # the others: test_adapted.py
 LENET5 = [
@@ -47,9 +48,9 @@ ALEXNET = [
 ]
 
 
-def build(name, num_classes=10, channels=3, image_size=32, **settings):
+def build(name, num_classes=10, in_chans=3, image_size=32, **settings):
     return build_model(
-        name, num_classes=num_classes, channels=channels, image_size=image_size, **settings
+        name, num_classes=num_classes, in_chans=in_chans, image_size=image_size, **settings
     )
 
 
@@ -76,58 +77,58 @@ def describe(layer):
     return (name, layer.p) if isinstance(layer, nn.Dropout) else (name,)
 
 
-def layers(network):
+def layers(model):
     """The layers that do something at the network's own image size, in order."""
     idle = (nn.Identity, nn.AdaptiveAvgPool2d)
-    found = [m for m in network.modules() if not list(m.children()) and not isinstance(m, idle)]
+    found = [m for m in model.modules() if not list(m.children()) and not isinstance(m, idle)]
     return [describe(m) for m in found]
 
 
 def test_lenet5_has_the_published_layers():
-    assert layers(build("lenet5", channels=1, image_size=28)) == LENET5
+    assert layers(build("lenet5", in_chans=1, image_size=28)) == LENET5
     first = ("Conv2d", 6, 1, 5, 1, 0)
-    assert layers(build("lenet5", channels=1, image_size=32)) == [first, *LENET5[1:]]
+    assert layers(build("lenet5", in_chans=1, image_size=32)) == [first, *LENET5[1:]]
 
 
 def test_alexnet_has_the_published_layers():
     assert layers(build("alexnet")) == ALEXNET
 
 
-@pytest.mark.parametrize(("name", "channels", "count"), [
+@pytest.mark.parametrize(("name", "in_chans", "count"), [
     ("lenet5", 1, 61_706),
     ("lenet5", 3, 61_706 + 2 * 6 * 25),
     ("alexnet", 3, 14_859_082),
     ("alexnet", 1, 14_859_082 - 2 * 64 * 9),
 ])  # fmt: skip
 @pytest.mark.parametrize("image_size", [28, 32, 64])
-def test_parameter_counts_are_golden(name, channels, count, image_size):
+def test_parameter_counts_are_golden(name, in_chans, count, image_size):
     with torch.device("meta"):
-        network = build(name, channels=channels, image_size=image_size)
-    assert sum(p.numel() for p in network.parameters()) == count
+        model = build(name, in_chans=in_chans, image_size=image_size)
+    assert sum(p.numel() for p in model.parameters()) == count
 
 
 @pytest.mark.parametrize("name", CLASSIC)
-@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("in_chans", [1, 3])
 @pytest.mark.parametrize("image_size", [28, 31, 32, 33, 64])
-def test_logits_are_one_a_class_whatever_the_images(name, channels, image_size):
+def test_logits_are_one_a_class_whatever_the_images(name, in_chans, image_size):
     with torch.device("meta"):  # shapes alone, no arithmetic
-        network = build(name, 7, channels, image_size)
+        model = build(name, 7, in_chans, image_size)
         for num_images in (0, 1, 3):
-            images = torch.empty(num_images, channels, image_size, image_size)
-            assert network(images).shape == (num_images, 7)
+            images = torch.empty(num_images, in_chans, image_size, image_size)
+            assert model(images).shape == (num_images, 7)
 
 
 @pytest.mark.parametrize(("name", "image_size"), [("lenet5", 28), ("lenet5", 32), ("alexnet", 32)])
 def test_each_corner_of_a_picture_counts(name, image_size):
     torch.manual_seed(0)
-    network = build(name, image_size=image_size, init="kaiming").eval()
+    model = build(name, image_size=image_size, init="kaiming").eval()
     images = torch.randn(1, 3, image_size, image_size)
     with torch.no_grad():
-        logits = network(images)
+        logits = model(images)
         for row, column in ((0, 0), (0, -1), (-1, 0), (-1, -1)):
             moved = images.clone()
             moved[:, :, row, column] += 10
-            assert (network(moved) - logits).abs().max() > 1e-4
+            assert (model(moved) - logits).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize(("size", "kernel"), [((8, 6), 2), ((7, 6), 2), ((2, 3), 2), ((9, 9), 3)])
@@ -140,9 +141,9 @@ def test_the_quick_average_pooling_is_pytorchs(size, kernel):
 
 
 def test_shapes_between_the_layers_are_the_commented_ones():
-    def shapes(network, images):
+    def shapes(model, images):
         found = []
-        for layer in network.features:
+        for layer in model.features:
             images = layer(images)
             if isinstance(layer, (nn.Conv2d, nn.AvgPool2d, nn.MaxPool2d)):
                 found.append(tuple(images.shape[1:]))
@@ -150,7 +151,7 @@ def test_shapes_between_the_layers_are_the_commented_ones():
 
     with torch.device("meta"):
         for size in (28, 32):
-            lenet = build("lenet5", channels=1, image_size=size)
+            lenet = build("lenet5", in_chans=1, image_size=size)
             assert shapes(lenet, torch.zeros(1, 1, size, size)) == [
                 (6, 28, 28), (6, 14, 14), (16, 10, 10), (16, 5, 5), (120, 1, 1)
             ]  # fmt: skip
@@ -162,10 +163,10 @@ def test_shapes_between_the_layers_are_the_commented_ones():
 
 @pytest.mark.parametrize("name", CLASSIC)
 def test_dropout_and_all_else_is_off_in_evaluation(name):
-    network, images = build(name), torch.randn(2, 3, 32, 32)
+    model, images = build(name), torch.randn(2, 3, 32, 32)
     with torch.no_grad():
-        assert torch.equal(network.eval()(images), network(images))
-        different = not torch.equal(network.train()(images), network(images))
+        assert torch.equal(model.eval()(images), model(images))
+        different = not torch.equal(model.train()(images), model(images))
     assert different == (name == "alexnet")
 
 
@@ -182,8 +183,8 @@ def test_p2_a_network_is_a_function_of_the_seed(init):
 
 def test_kaiming_keeps_the_variance_through_relus():
     torch.manual_seed(0)
-    network = build("alexnet", init="kaiming")
-    for layer in network.modules():
+    model = build("alexnet", init="kaiming")
+    for layer in model.modules():
         if isinstance(layer, (nn.Conv2d, nn.Linear)):
             fan_in = layer.weight[0].numel()
             expected = (2 / fan_in) ** 0.5
@@ -194,7 +195,7 @@ def test_kaiming_keeps_the_variance_through_relus():
 
 def test_kaiming_changes_every_layer():
     torch.manual_seed(0)
-    network = build("lenet5")
-    before = {name: p.clone() for name, p in network.named_parameters()}
-    kaiming_init(network)
-    assert not any(torch.equal(before[name], p) for name, p in network.named_parameters())
+    model = build("lenet5")
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    kaiming_init(model)
+    assert not any(torch.equal(before[name], p) for name, p in model.named_parameters())

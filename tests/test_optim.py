@@ -8,12 +8,14 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import StepLR
 
-from lab import muon
-from lab.config import TrainConfig
+from lab.checkpoint.train_state import optimizer_state_shapes
+from lab.config.recipes import resolve
+from lab.config.schema import TrainConfig
+from lab.engine import muon
+from lab.engine.lr_schedule import learning_rate
+from lab.engine.muon import Muon, muon_parameters, zeropower_via_newtonschulz
+from lab.engine.optimizer import build_optimizer
 from lab.models import build_model
-from lab.muon import Muon, muon_parameters, orthogonalized
-from lab.optim import build_optimizer, learning_rate, slots
-from lab.recipes import resolve
 
 
 def rates(config, steps_per_epoch, extra=0):
@@ -40,7 +42,7 @@ def test_constant_is_constant():
 
 
 @pytest.mark.parametrize("steps_per_epoch", [1, 7, 100])
-@pytest.mark.parametrize("schedule", ["cosine", "one-cycle"])
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
 def test_decay_starts_at_the_peak_and_falls_to_zero(schedule, steps_per_epoch):
     config = TrainConfig(schedule=schedule, lr=0.4, epochs=6)
     found = rates(config, steps_per_epoch, extra=3)
@@ -56,12 +58,12 @@ def test_cosine_is_a_cosine_and_one_cycle_a_line():
     cosine = rates(TrainConfig(schedule="cosine", lr=2.0, epochs=5), 9)
     expected = [1 + math.cos(math.pi * step / 45) for step in range(45)]
     assert cosine == pytest.approx(expected, rel=1e-12)
-    line = rates(TrainConfig(schedule="one-cycle", lr=2.0, epochs=5), 9)
+    line = rates(TrainConfig(schedule="linear", lr=2.0, epochs=5), 9)
     assert line == pytest.approx([2 * (1 - step / 45) for step in range(45)], rel=1e-12)
 
 
 @pytest.mark.parametrize("warmup", [0.5, 1, 2.3])
-@pytest.mark.parametrize("schedule", ["constant", "step", "cosine", "one-cycle"])
+@pytest.mark.parametrize("schedule", ["constant", "step", "cosine", "linear"])
 def test_warm_up_rises_in_equal_steps_to_the_peak(schedule, warmup):
     config = TrainConfig(schedule=schedule, lr=0.4, epochs=6, warmup_epochs=warmup)
     steps_per_epoch = 10
@@ -73,11 +75,11 @@ def test_warm_up_rises_in_equal_steps_to_the_peak(schedule, warmup):
 
 
 def test_p2_the_rate_depends_on_the_step_alone():
-    config = TrainConfig(schedule="one-cycle", epochs=5, warmup_epochs=1)
+    config = TrainConfig(schedule="linear", epochs=5, warmup_epochs=1)
     forwards = rates(config, 13)
     backwards = [learning_rate(config, step, 13) for step in reversed(range(65))]
     assert forwards == backwards[::-1]
-    limited = TrainConfig(schedule="one-cycle", epochs=5, warmup_epochs=1, max_steps=20)
+    limited = TrainConfig(schedule="linear", epochs=5, warmup_epochs=1, max_steps=20)
     assert rates(limited, 13) == forwards
 
 
@@ -87,14 +89,14 @@ def make_network():
 
 @pytest.mark.parametrize("optimizer", ["sgd", "nesterov", "adamw"])
 def test_weight_decay_spares_biases_and_normalisation_unless_told(optimizer):
-    network = make_network()
+    model = make_network()
     settings = {"optimizer": optimizer, "weight_decay": 0.1}
-    found = build_optimizer(network, TrainConfig(**settings))
-    weights = {id(network[0].weight), id(network[3].weight)}
-    everything = {id(p) for p in network.parameters()}
+    found = build_optimizer(model, TrainConfig(**settings))
+    weights = {id(model[0].weight), id(model[3].weight)}
+    everything = {id(p) for p in model.parameters()}
     groups = {g["weight_decay"]: {id(p) for p in g["params"]} for g in found.param_groups}
     assert groups == {0.1: weights, 0.0: everything - weights}
-    found = build_optimizer(network, TrainConfig(decay_biases=True, **settings))
+    found = build_optimizer(model, TrainConfig(decay_biases=True, **settings))
     assert [{id(p) for p in g["params"]} for g in found.param_groups] == [everything]
     assert found.param_groups[0]["weight_decay"] == 0.1
 
@@ -145,48 +147,50 @@ def test_muons_update_is_nearly_orthogonal(shape, bfloat16, tolerance, monkeypat
     """The singular vectors stay, and the singular values come near 1."""
     monkeypatch.setattr(muon, "multiplies_bfloat16", lambda device_type: bfloat16)
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 1e-3
-    found = orthogonalized(matrix)
+    found = zeropower_via_newtonschulz(matrix)
     assert found.dtype == matrix.dtype
     left, _, right = torch.linalg.svd(matrix, full_matrices=False)
     values = left.T @ found @ right.T
     assert values.diag().min() > 0.6
     assert values.diag().max() < 1.3
     assert (values - values.diag().diag()).abs().max() < tolerance
-    assert orthogonalized(torch.zeros(shape)).eq(0).all()
+    assert zeropower_via_newtonschulz(torch.zeros(shape)).eq(0).all()
 
 
 def test_muon_steps_what_lies_between_the_first_layer_and_the_last():
-    network = build_model("alexnet", num_classes=10, channels=3, image_size=32)
-    names = {n for n, p in network.named_parameters() if p in muon_parameters(network)}
+    model = build_model("alexnet", num_classes=10, in_chans=3, image_size=32)
+    names = {n for n, p in model.named_parameters() if p in muon_parameters(model)}
     # The dense layers are too wide, at 2,048.
     assert names == {f"features.{n}.weight" for n in (3, 6, 8, 10)}
-    optimizer = build_optimizer(network, TrainConfig(optimizer="muon", lr=0.1, momentum=0.8))
+    optimizer = build_optimizer(model, TrainConfig(optimizer="muon", lr=0.1, momentum=0.8))
     assert type(optimizer) is Muon
     assert all(group["fused"] for group in optimizer.param_groups)
     groups = optimizer.param_groups
     assert [(g["muon"], g["weight_decay"]) for g in groups] == [
         (False, 5e-4), (True, 5e-4), (False, 0.0)
     ]  # fmt: skip
-    assert {id(p) for g in groups for p in g["params"]} == {id(p) for p in network.parameters()}
-    network.features[6].weight.requires_grad_(False)  # frozen
-    assert network.features[6].weight not in muon_parameters(network)
+    assert {id(p) for g in groups for p in g["params"]} == {id(p) for p in model.parameters()}
+    model.features[6].weight.requires_grad_(False)  # frozen
+    assert model.features[6].weight not in muon_parameters(model)
 
 
 def test_muon_follows_its_formula_and_adamw_steps_the_rest():
     torch.manual_seed(0)
-    network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 6, 3), nn.Flatten(), nn.Linear(6, 2))
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 6, 3), nn.Flatten(), nn.Linear(6, 2))
     config = TrainConfig(optimizer="muon", lr=0.1, weight_decay=0.5, decay_biases=True)
-    optimizer = build_optimizer(network, config)
-    hidden, other = network[1].weight, network[0].weight
+    optimizer = build_optimizer(model, config)
+    hidden, other = model[1].weight, model[0].weight
     expected, buffer = hidden.detach().clone(), torch.zeros_like(hidden)
     beside = nn.Parameter(other.detach().clone())
     adamw = torch.optim.AdamW([beside], lr=0.1, betas=(0.9, 0.999), weight_decay=0.5)
     for _ in range(3):
-        for p in network.parameters():
+        for p in model.parameters():
             p.grad = torch.randn_like(p)
         beside.grad = other.grad.clone()
         buffer = 0.95 * buffer + 0.05 * hidden.grad
-        update = orthogonalized((0.05 * hidden.grad + 0.95 * buffer).flatten(1)).view_as(hidden)
+        update = zeropower_via_newtonschulz(
+            (0.05 * hidden.grad + 0.95 * buffer).flatten(1)
+        ).view_as(hidden)
         expected = expected * (1 - 0.1 * 0.5) - 0.1 * 0.2 * 36**0.5 * update
         optimizer.step()
         adamw.step()
@@ -196,10 +200,10 @@ def test_muon_follows_its_formula_and_adamw_steps_the_rest():
 
 @pytest.mark.parametrize("name", ["sgd", "nesterov", "adamw", "muon"])
 def test_slots_are_what_the_optimizer_keeps(name):
-    network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 6, 3), nn.Flatten(), nn.Linear(6, 2))
-    optimizer = build_optimizer(network, TrainConfig(optimizer=name))
-    for p in network.parameters():
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 6, 3), nn.Flatten(), nn.Linear(6, 2))
+    optimizer = build_optimizer(model, TrainConfig(optimizer=name))
+    for p in model.parameters():
         p.grad = torch.ones_like(p)
     optimizer.step()
     found = {p: {k: v.shape for k, v in kept.items()} for p, kept in optimizer.state.items()}
-    assert found == slots(optimizer)
+    assert found == optimizer_state_shapes(optimizer)

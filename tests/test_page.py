@@ -5,8 +5,8 @@ import shutil
 import pytest
 from handmade import HOSTILE, make_run
 
-from lab import comparison, report
-from lab.finished import read_run
+from lab.report import compare, html
+from lab.report.run_reader import read_run
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs the package playwright")
 CHROMIUM = shutil.which("chromium")
@@ -34,10 +34,10 @@ def pages(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     names = {"hostile": HOSTILE, "hundred": [f"class number {k}" for k in range(100)]}
     paths = {name: make_run(folder / name, names[name], num_test=1000) for name in names}
-    found = {name: report.write(path) for name, path in paths.items()}
+    found = {name: html.write(path) for name, path in paths.items()}
     runs = [read_run(path) for path in paths.values()]
-    report.write_comparison(folder, runs, comparison.rows(runs))
-    return found | {"comparison": folder / comparison.PAGE}
+    html.write_comparison(folder, runs, compare.rows(runs))
+    return found | {"comparison": folder / compare.COMPARISON_PAGE}
 
 
 @pytest.fixture

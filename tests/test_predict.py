@@ -18,7 +18,7 @@ from worlds import run, torchrun
 
 import evaluate
 import predict
-from lab import prediction, tables
+from lab import console, inference
 from lab.data import DataConfig, load_split
 from lab.data.decode import grey
 
@@ -44,7 +44,7 @@ def trained(tmp_path_factory):
             for i in range(count):
                 suffix = ("png", "jpg", "bmp")[i % 3]
                 picture(label, (i, label, count)).save(folder / split / name / f"{i:03}.{suffix}")
-    words = [*FEW, "--dataset", "folder", "--data-dir", str(folder), "--limit-eval", "0"]
+    words = [*FEW, "--dataset", "folder", "--data-dir", str(folder), "--max-eval-samples", "0"]
     start(folder, *words, "--val-fraction", "0.2")
     return folder / "run", folder / "test"
 
@@ -199,7 +199,7 @@ def test_what_is_left_out_of_a_folder_is_told(trained, tmp_path, capsys):
 
 
 def test_a_picture_has_one_row_whatever_its_name(capsys):
-    tables.predictions([("a\nb\udcff.png", [("dark", 1.0)])])
+    console.predictions_table([("a\nb\udcff.png", [("dark", 1.0)])])
     (row,) = (line for line in capsys.readouterr().out.splitlines() if "dark" in line)
     assert row.split() == ["a?b\\udcff.png", "dark", "1.0000"]
 
@@ -214,7 +214,7 @@ def test_the_table_names_the_likeliest(trained, capsys):
 
 def test_csv_has_a_column_for_every_class_asked_for(trained, tmp_path):
     path = next(trained[1].glob("dark/*"))
-    text = prediction.csv_rows([prediction.Classified(str(path), (("a", 0.75), ("b", 0.25)))], 2)
+    text = inference.csv_rows([inference.ImagePrediction(str(path), (("a", 0.75), ("b", 0.25)))], 2)
     expected = f"path,error,class1,confidence1,class2,confidence2\n{path},,a,0.750000,b,0.250000\n"
     assert text.decode() == expected
 

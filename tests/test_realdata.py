@@ -40,15 +40,15 @@ def test_the_notebook_recipe_gives_the_notebooks_losses_on_mnist(tmp_path):
     report = json.loads((folder / "report.json").read_text())
     assert report["num_samples"] == 10_000
     assert report["accuracy"] >= 0.95
-    assert report["selected_on"] == "test"
+    assert report["selection_split"] == "test"
 
 
 @pytest.mark.slow
 def test_the_modern_recipe_learns_mnist_from_a_sixth_of_it(tmp_path):
-    """`results/lenet5-mnist-modern-seed*` have all of it, and 0.992."""
-    folder = run(tmp_path, "--limit-train", "10000")
+    """`results/lenet5-mnist-default-seed*` have all of it, and 0.992."""
+    folder = run(tmp_path, "--max-train-samples", "10000")
     report = json.loads((folder / "report.json").read_text())
-    assert report["selected_on"] == "validation"
+    assert report["selection_split"] == "validation"
     assert report["num_samples"] == 10_000
     assert report["accuracy"] >= 0.97
 
@@ -56,7 +56,16 @@ def test_the_modern_recipe_learns_mnist_from_a_sixth_of_it(tmp_path):
 def test_p2_pictures_in_files_train_like_pictures_in_memory(tmp_path):
     words = ["--model", "alexnet", "--dataset", "folder", "--mixed-precision", "no"]
     words += ["--augment", "crop,flip", "--batch-size", "16", "--log-every", "1"]
-    words += ["--limit-train", "100", "--limit-eval", "50", "--max-steps", "4", "--epochs", "1"]
+    words += [
+        "--max-train-samples",
+        "100",
+        "--max-eval-samples",
+        "50",
+        "--max-steps",
+        "4",
+        "--epochs",
+        "1",
+    ]
     losses = {}
     for loader in ("resident", "streaming"):
         data_dir = Path(FOLDER) / "cifar10-jpg"

@@ -13,12 +13,15 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import compare
-from lab import pictures, plots, recipes, report
-from lab.data.augment import STEPS, Preprocess, random_bits
-from lab.data.loaders import Plan, ResidentLoader
+from lab.checkpoint.run_dir import RunDir
+from lab.config import recipes
+from lab.data.loaders import ResidentLoader
+from lab.data.sampler import ShardedBatchSampler, random_bits
+from lab.data.transforms import AUGMENTATIONS, BatchTransform
 from lab.errors import UserError, run_script
-from lab.finished import read_run
-from lab.rundir import RunDir
+from lab.report import html as html_module
+from lab.report import mistakes, plots
+from lab.report.run_reader import read_run
 
 PLOTS = {"curves.png", "confusion_matrix.png", "per_class.png", "mistakes.png", "batch.png"}
 LIMIT = 3_000_000  # bytes of a page
@@ -29,7 +32,7 @@ def hostile(tmp_path_factory):
     """A drawn run whose classes have hostile names."""
     path = make_run(tmp_path_factory.mktemp("made") / "hostile", augment="crop,cutout")
     plots.draw(path)
-    report.write(path)
+    html_module.write(path)
     return path
 
 
@@ -39,7 +42,7 @@ def hundred(tmp_path_factory):
     names = [f"class number {k}" for k in range(100)]
     path = make_run(tmp_path_factory.mktemp("made") / "hundred", names, num_test=5000, size=40)
     plots.draw(path)
-    report.write(path)
+    html_module.write(path)
     return path
 
 
@@ -122,7 +125,7 @@ def test_the_page_has_the_run_s_numbers(run, request):
 
 
 def test_what_differs_from_the_recipe_is_marked(hostile):
-    rows = report.settings(read_run(hostile).config)
+    rows = html_module.settings(read_run(hostile).config)
     marked = {name: (own, usual) for name, own, usual, differs in rows if differs}
     assert marked == {"augment": ("crop,cutout", "flip")}
     # Of no recipe, and so none to differ from, whatever they are.
@@ -151,29 +154,29 @@ def test_epochs_are_whole_numbers(hostile, num_epochs):
 
 def test_p6_a_page_says_what_the_epoch_was_chosen_on(hostile, tmp_path):
     path = shutil.copytree(hostile, tmp_path / "run")
-    numbers = json.loads((path / "report.json").read_text()) | {"selected_on": "test"}
+    numbers = json.loads((path / "report.json").read_text()) | {"selection_split": "test"}
     (path / "report.json").write_text(json.dumps(numbers))
-    assert "an optimistic number" in report.write(path).read_text()
+    assert "an optimistic number" in html_module.write(path).read_text()
     assert "an optimistic number" not in (hostile / "report.html").read_text()
 
 
 def test_a_thousand_classes_are_listed_instead(tmp_path):
     path = make_run(tmp_path / "run", [str(k) for k in range(1000)], num_test=2000)
-    text = report.write(path).read_text()
+    text = html_module.write(path).read_text()
     assert len(text) < LIMIT
     assert 'id="matrix"' not in text
-    assert text.count("data-cell=") == report.CONFUSIONS
+    assert text.count("data-cell=") == html_module.CONFUSIONS
 
 
 def test_p2_the_batch_is_what_the_network_sees():
     config = recipes.resolve({"dataset": "shapes", "augment": "crop,flip,cutout", "batch_size": 50})
     data = splits("ab", num_test=2)
-    images, index = pictures.first_batch(config, data)
+    images, index = mistakes.first_batch(config, data)
     assert len(index) == 50
     bits = random_bits(config.seed, 1, 80, "cpu")[index]
     expected = data.train.images[index]
     for name in ("crop", "flip", "cutout"):
-        expected = STEPS[name](expected, bits)
+        expected = AUGMENTATIONS[name](expected, bits)
     assert torch.equal(images, expected)
 
 
@@ -181,12 +184,12 @@ def test_p2_the_batch_is_what_the_network_sees():
 def test_p2_a_mixed_batch_is_the_loaders(mixes):
     words = {"dataset": "shapes", "augment": mixes, "batch_size": 70}
     config, data = recipes.resolve(words), splits("ab", num_test=2)
-    plain = Preprocess(data.mean, data.std, config.augmentations, "cpu", config.mix_alpha)
-    plan = Plan(len(data.train.labels), 70, config.seed, rank=0, world_size=1)
+    plain = BatchTransform(data.mean, data.std, config.augmentations, "cpu", config.mixup_alpha)
+    plan = ShardedBatchSampler(len(data.train.labels), 70, config.seed, rank=0, world_size=1)
     loader = ResidentLoader(data.train, plan, plain, torch.device("cpu"))
     batch = next(iter(loader.batches(1)))
     assert batch.partners is not None
-    images, index = pictures.first_batch(config, data)
+    images, index = mistakes.first_batch(config, data)
     assert torch.equal(index, batch.index[:64])
     seen = ((batch.images[:64] - plain.shift) / plain.scale).round()
     assert torch.equal(images.float(), seen)
@@ -195,7 +198,7 @@ def test_p2_a_mixed_batch_is_the_loaders(mixes):
 def test_the_mistakes_kept_are_the_most_confident_and_of_every_cell():
     found = predicted(splits([str(k) for k in range(30)], num_test=6000, size=1).test)
     wrong = (found.labels != found.predictions).nonzero().flatten().tolist()
-    kept = pictures.chosen(found, 1200).tolist()
+    kept = mistakes.chosen(found, 1200).tolist()
     assert len(set(kept)) == len(kept) == 1200
     assert set(kept) <= set(wrong)
     by_confidence = sorted(wrong, key=lambda i: -found.confidence[i])
@@ -217,11 +220,13 @@ def test_large_pictures_are_kept_small_and_a_run_without_mistakes_is_drawn(tmp_p
     data, run = splits("ab", num_test=60, size=100), RunDir(path)
     config = recipes.resolve({"dataset": "shapes"})
     perfect = predicted(data.test, right=1.1)
-    run.write_report({"split": "test", **perfect.report(), "best_epoch": 3, "selected_on": "test"})
+    run.write_report(
+        {"split": "test", **perfect.report(), "best_epoch": 3, "selection_split": "test"}
+    )
     run.write_predictions(perfect.csv())
-    pictures.keep(run, config, data, perfect)
+    mistakes.keep(run, config, data, perfect)
     plots.draw(path)
-    assert "There are pictures of 0 of the 0 mistakes" in report.write(path).read_text()
+    assert "There are pictures of 0 of the 0 mistakes" in html_module.write(path).read_text()
 
 
 @pytest.mark.parametrize(
@@ -262,7 +267,7 @@ def test_the_epochs_of_a_page_have_every_number(hostile, tmp_path):
         row["val_macro_f1"] = 0.4321 + k
     del rows[2]["val_macro_f1"]  # of an older version
     (path / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    text = report.write(path).read_text()
+    text = html_module.write(path).read_text()
     table = text[text.index(">Epochs</caption>") :].partition("</table>")[0]
     heads = [head.strip() for head in re.findall(r"<th[^>]*>([^<]*)</th>", table)]
     column = heads.index("validation macro-F1") - 1  # the epoch itself is a head of its row
@@ -281,7 +286,7 @@ def test_class_names_are_whole_where_there_is_room(tmp_path):
         shown = [re.sub(r" \(\d+\)$", "", label.get_text()) for label in labels]
         assert sorted(shown) == sorted(names)
         assert min(label.get_window_extent().x0 for label in labels) >= 0
-    page = report.write(run.path).read_text()
+    page = html_module.write(run.path).read_text()
     for name in names:
         assert f"<span>{name}</span></th>" in page
 
@@ -293,7 +298,7 @@ def test_without_pictures_the_rest_is_drawn(hostile, tmp_path, capsys, name):
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("warning: no mistakes and no batch")
     assert {p.name for p in (path / "plots").iterdir()} == PLOTS - {"mistakes.png", "batch.png"}
-    assert embedded(report.write(path))["pictures"] == []
+    assert embedded(html_module.write(path))["pictures"] == []
 
 
 @pytest.mark.parametrize(
@@ -305,7 +310,7 @@ def test_p7_damaged_pictures_are_named(hostile, tmp_path, damage):
     save_file(load_file(file) | damage, file)
     if not damage:
         file.write_bytes(file.read_bytes()[:-1])
-    for make in (plots.draw, report.write):
+    for make in (plots.draw, html_module.write):
         with pytest.raises(UserError, match=r"run is damaged"):
             make(path)
 
@@ -314,6 +319,6 @@ def test_a_run_that_cannot_be_drawn_is_finished_with_a_warning(tmp_path, capsys,
     run, data = RunDir(make_run(tmp_path / "run")), splits("ab", num_test=9)
     monkeypatch.delenv("LAB_DRAW")
     monkeypatch.setattr(plots, "curves", lambda run: 1 / 0)
-    report.finish(run, recipes.resolve({}), data, predicted(data.test))
+    html_module.finish(run, recipes.resolve({}), data, predicted(data.test))
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("warning: the run has no pictures or no page: ")

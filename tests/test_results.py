@@ -10,11 +10,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from lab.models.model_stats import model_stats
 
-from lab import comparison, data, finished, recipes
-from lab.commandline import parse_arguments
-from lab.config import TrainConfig
-from lab.models.cost import cost
+from lab import data
+from lab.config import recipes
+from lab.config.cli import parse_arguments
+from lab.config.schema import TrainConfig
+from lab.report import compare, run_reader
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -33,19 +35,28 @@ make, tables = script("results/make.py"), script("docs/make_tables.py")
 @pytest.mark.parametrize(("short", "epochs"), [(False, 0), (False, 3), (True, 0)])
 def test_rows_are_settings_of_train(photographs, short, epochs):
     for name, options in make.rows(photographs, "data", short, epochs).items():
-        config = recipes.resolve(parse_arguments(TrainConfig, options, prog="", about=""))
+        config = recipes.resolve(parse_arguments(TrainConfig, options, prog="", metadata=""))
         assert name.removeprefix("short-").startswith(config.model)
         if short:
-            assert (config.epochs, config.limit_train) == (3, 5000)
+            assert (config.epochs, config.max_train_samples) == (3, 5000)
         if epochs:
-            assert (config.epochs, config.limit_train) == (epochs, 0)
+            assert (config.epochs, config.max_train_samples) == (epochs, 0)
         if config.dataset == "folder":
             assert config.data_dir == photographs
 
 
 @pytest.mark.slow
 def test_rows_are_trained_in_pieces_and_once(tmp_path, monkeypatch, capsys):
-    options = ["--dataset", "digits", "--epochs", "8", "--threads", "1", "--limit-train", "200"]
+    options = [
+        "--dataset",
+        "digits",
+        "--epochs",
+        "8",
+        "--threads",
+        "1",
+        "--max-train-samples",
+        "200",
+    ]
     monkeypatch.setattr(make, "rows", lambda *_: {"first": options, "second": options})
     monkeypatch.chdir(tmp_path)
     kept, runs = tmp_path / "kept", tmp_path / "runs"
@@ -185,13 +196,13 @@ def test_a_comparison_is_that_of_its_runs(name):
     heads = (ROOT / page).read_text().splitlines()[2]
     [table] = tables_of(page, heads)
     found = {row[0]: row[1:] for row in table}
-    runs = [finished.read_run(ROOT / "results" / run) for run in found]
-    rows = comparison.rows(runs)
+    runs = [run_reader.read_run(ROOT / "results" / run) for run in found]
+    rows = compare.rows(runs)
     assert [Path(row["run"]).name for row in rows] == list(found)  # the most accurate first
     against = list(rows[0]).index("to best") - 1
     for row in rows:
         shown = found[Path(row["run"]).name]
-        cells = [comparison.text(name, value) for name, value in row.items()][1:]
+        cells = [compare.text(name, value) for name, value in row.items()][1:]
         assert [*shown[:against], *shown[against + 1 :]] == [
             *cells[:against],
             *cells[against + 1 :],
@@ -270,7 +281,7 @@ def test_the_costs_of_models():
         found = {}
         for name in re.findall(r"`([\w-]+)`", names):
             name = f"efficientnet{name}" if name.startswith("-") else name
-            counted = cost(name=name, num_classes=10, channels=3, image_size=32)
+            counted = model_stats(name=name, num_classes=10, in_chans=3, image_size=32)
             found[tuple(counted.values())] = None
         millions = re.findall(r"([\d.,]+) M", costs)
         assert len(millions) == 2 * len(found)
@@ -280,9 +291,9 @@ def test_the_costs_of_models():
     [table] = tables_of("docs/architectures.md", "| | LeNet-5 | AlexNet |")
     [_, lenet, alexnet] = table[-1]
     for stated, name in ((lenet, "lenet5"), (alexnet, "alexnet")):
-        counted = cost(name=name, num_classes=10, channels=3, image_size=32)
+        counted = model_stats(name=name, num_classes=10, in_chans=3, image_size=32)
         assert stated.startswith(f"{counted['parameters']:,}")
-        millions, decimals = counted["multiply_adds"] / 1e6, 2 if name == "lenet5" else 0
+        millions, decimals = counted["macs"] / 1e6, 2 if name == "lenet5" else 0
         assert stated.endswith(f"{millions:.{decimals}f} M")
 
 
@@ -293,7 +304,7 @@ def test_the_sentences_of_the_architectures_page():
     accuracy = {name: run.report["accuracy"] for name, run in full.items()}
     few = {name: run.report["accuracy"] for name, run in short.items()}
     digits = {m: tables.run(f"short-{m}-mnist").report["accuracy"] for m in ("lenet5", "alexnet")}
-    costs = {name: run.config["multiply_adds"] for name, run in full.items()}
+    costs = {name: run.config["macs"] for name, run in full.items()}
     weights = {name: run.config["parameters"] for name, run in full.items()}
     measured = log("networks")["results"]
     memory, latency = (
@@ -316,10 +327,10 @@ def test_the_sentences_of_the_architectures_page():
             del row[true]
             assert max(row, key=row.get) == predicted
 
-    def less(run: finished.Run) -> str:
+    def less(run: run_reader.Run) -> str:
         return f"{run.report['accuracy'] - run.report['macro_f1']:.3f}"
 
-    def recall(run: finished.Run, label: str) -> float:
+    def recall(run: run_reader.Run, label: str) -> float:
         return next(row["recall"] for row in run.report["per_class"] if row["class"] == label)
 
     def confused(model: str, true: str, predicted: str) -> int:
@@ -346,19 +357,19 @@ def test_the_sentences_of_the_architectures_page():
         f"third, {behind['densenet']:.2f} behind AlexNet",
         f"at a quarter of its speed and {memory['densenet'] / memory['alexnet']:.1f} times its",
         f"slower ({speed['mobilenet']:.2f}), and {behind['mobilenet']:.2f} behind",
-        f"and {few['mobilenet-v3-small'] - few['mobilenet']:.2f} ahead of V2",
+        f"and {few['mobilenet_v3_small'] - few['mobilenet']:.2f} ahead of V2",
         f"fourth: {costs['efficientnet'] / costs['alexnet']:.2f} of AlexNet's multiply-adds",
         f"last but two of 237, {accuracy['efficientnet'] - accuracy['mobilenet']:.2f} ahead of "
         f"MobileNetV2 after {steps['efficientnet']:,}",
-        f"for {costs['vit-tiny'] / costs['lenet5']:.0f} times the multiply-adds",
-        f"The stem is worth {accuracy['vit-hybrid'] - accuracy['vit-tiny']:.2f}",
+        f"for {costs['vit_tiny'] / costs['lenet5']:.0f} times the multiply-adds",
+        f"The stem is worth {accuracy['vit_hybrid'] - accuracy['vit_tiny']:.2f}",
         f"by {less(full['googlenet'])} for `googlenet`, by {less(lenet)} for `lenet5`",
         f"finds {recall(lenet, 'horse'):.0%} of the".replace("%", " %"),
         f"and {recall(lenet, 'cat'):.0%} of the cats".replace("%", " %"),
         f"the difference is {less(short['efficientnet'])} for `efficientnet`",
         f"({confused('googlenet', 'cat', 'dog')} cats for dogs against "
-        f"{confused('vit-tiny', 'cat', 'dog')}, {confused('googlenet', 'airplane', 'ship')} "
-        f"airplanes for ships against {confused('vit-tiny', 'airplane', 'ship')})",
+        f"{confused('vit_tiny', 'cat', 'dog')}, {confused('googlenet', 'airplane', 'ship')} "
+        f"airplanes for ships against {confused('vit_tiny', 'airplane', 'ship')})",
     ):
         assert sentence in text, sentence
     for ratio, stated in (
@@ -367,7 +378,7 @@ def test_the_sentences_of_the_architectures_page():
         (latency["alexnet"] / latency["mobilenet"], 1 / 2),
         (latency["alexnet"] / latency["efficientnet"], 1 / 2),
         (speed["efficientnet"], 1 / 2),
-        (speed["mobilenet-v3-small"], 2),
+        (speed["mobilenet_v3_small"], 2),
     ):
         assert ratio == pytest.approx(stated, rel=0.15)
 

@@ -11,16 +11,17 @@ from safetensors import safe_open
 from worlds import python, run, run_all, torchrun
 
 import train
-from lab import checkpoint, evaluation, rundir
-from lab.hardware import multiplies_bfloat16
-from lab.states import POSITION, State
+from lab.checkpoint import run_dir, weights
+from lab.checkpoint.train_state import POSITION, Checkpoint
+from lab.distributed import has_native_bf16
+from lab.engine import evaluation
 
 VARIANTS = {
-    "nesterov": [*LENET, "--optimizer", "nesterov", "--lr", "0.05", "--clip-norm", "1"],
-    "average, accumulate": [*LENET, "--ema", "0.9", "--accumulate", "2"],
+    "nesterov": [*LENET, "--optimizer", "nesterov", "--lr", "0.05", "--max-grad-norm", "1"],
+    "average, accumulate": [*LENET, "--ema-decay", "0.9", "--grad-accum-steps", "2"],
     "mixed": [*LENET, "--augment", "crop,cutout,mixup,cutmix"],
     # Emulated, bfloat16 takes minutes.
-    "dropout, bfloat16": [*ALEXNET, *["--mixed-precision", "bf16"] * multiplies_bfloat16("cpu")],
+    "dropout, bfloat16": [*ALEXNET, *["--mixed-precision", "bf16"] * has_native_bf16("cpu")],
     "muon": [*LENET, "--optimizer", "muon"],
 }
 
@@ -36,7 +37,7 @@ def whole(request, tmp_path_factory):
 @pytest.mark.parametrize("step", [2, 4, 9])
 def test_p3_a_resumed_run_ends_with_the_same_bits(tmp_path, monkeypatch, whole, step):
     words, expected = whole
-    words = [*words, "--save-every", "2"]
+    words = [*words, "--checkpoint-every", "2"]
     cut_off(monkeypatch, step, lambda: start(tmp_path, *words))
     torch.manual_seed(step)  # whatever the next process's random state is
     assert resume(tmp_path / "run") == 0
@@ -45,7 +46,7 @@ def test_p3_a_resumed_run_ends_with_the_same_bits(tmp_path, monkeypatch, whole, 
 
 def test_p3_a_run_cut_off_again_and_again_ends_with_the_same_bits(tmp_path, monkeypatch):
     start(tmp_path, *LENET, name="whole")
-    command = [*LENET, "--save-every", "1", "--resume", "auto"]
+    command = [*LENET, "--checkpoint-every", "1", "--resume", "auto"]
     for step in (1, 3, 4, 8, 11):
         cut_off(monkeypatch, step, lambda: start(tmp_path, *command))
     start(tmp_path, *command)
@@ -59,10 +60,10 @@ def test_p3_cut_off_between_an_epoch_s_files(tmp_path, monkeypatch):
     def die(run, *rows):
         if rows and rows[0]["epoch"] == 2:
             raise Killed
-        rundir.RunDir._append(run, rundir.HISTORY, rows)
+        run_dir.RunDir._append(run, run_dir.HISTORY, rows)
 
     with monkeypatch.context() as patch:
-        patch.setattr(rundir.RunDir, "add_epoch", die)
+        patch.setattr(run_dir.RunDir, "add_epoch", die)
         with pytest.raises(Killed):
             start(tmp_path, *LENET)
     resume(tmp_path / "run")
@@ -89,18 +90,18 @@ def test_p6_the_weights_of_a_part_of_an_epoch_do_not_outlive_it(tmp_path, monkey
     whole, part = [0.5, 0.4, 0.3], [0.9] if max_steps == 2 else [0.5, 0.9]
     train_with(whole, lambda: start(tmp_path, *LENET, name="whole"))
     train_with(part, lambda: start(tmp_path, *LENET, "--max-steps", str(max_steps)))
-    info = checkpoint.read_info(tmp_path / "run" / "best.safetensors")
-    assert info["metrics"]["val_accuracy"] == part[0]  # whole epochs first, where there are any
+    metadata = weights.read_metadata(tmp_path / "run" / "best.safetensors")
+    assert metadata["metrics"]["val_accuracy"] == part[0]  # whole epochs first, where there are any
     again = whole[len(part) - 1 :]
     train_with(again, lambda: resume(tmp_path / "run", "--max-steps", "0"))
     same_end(tmp_path / "run", tmp_path / "whole")
-    info = checkpoint.read_info(tmp_path / "run" / "best.safetensors")
-    row = read_lines(tmp_path / "run" / "history.jsonl")[info["best_epoch"] - 1]
-    assert info["metrics"] == {name: row[name] for name in info["metrics"]}
+    metadata = weights.read_metadata(tmp_path / "run" / "best.safetensors")
+    row = read_lines(tmp_path / "run" / "history.jsonl")[metadata["best_epoch"] - 1]
+    assert metadata["metrics"] == {name: row[name] for name in metadata["metrics"]}
 
 
 def test_states_are_named_by_their_step_and_the_newest_kept(finished):
-    assert [p.name for p in rundir.RunDir(finished).checkpoints] == [
+    assert [p.name for p in run_dir.RunDir(finished).checkpoints] == [
         "step-00000012", "step-00000009",
     ]  # fmt: skip
     assert sorted(p.name for p in finished.glob("state/*/*")) == [
@@ -111,15 +112,15 @@ def test_states_are_named_by_their_step_and_the_newest_kept(finished):
 @pytest.mark.parametrize(
     ("words", "steps"),
     [
-        ("--keep-states 99", [12]),
-        ("--keep-states 99 --final-checkpoints 0", []),
-        ("--keep-states 99 --final-checkpoints 99", [12, 9, 8, 6, 4, 3]),
-        ("--keep-states 3 --final-checkpoints 99", [12, 9, 8]),
+        ("--keep-checkpoints 99", [12]),
+        ("--keep-checkpoints 99 --final-checkpoints 0", []),
+        ("--keep-checkpoints 99 --final-checkpoints 99", [12, 9, 8, 6, 4, 3]),
+        ("--keep-checkpoints 3 --final-checkpoints 99", [12, 9, 8]),
     ],
 )
 def test_as_many_checkpoints_are_kept_as_told(tmp_path, words, steps):
-    start(tmp_path, *LENET, "--save-every", "3", *words.split())
-    found = rundir.RunDir(tmp_path / "run").checkpoints
+    start(tmp_path, *LENET, "--checkpoint-every", "3", *words.split())
+    found = run_dir.RunDir(tmp_path / "run").checkpoints
     assert [int(p.name.removeprefix("step-")) for p in found] == steps
 
 
@@ -134,14 +135,14 @@ def test_p4_a_state_is_safetensors_and_json(finished):
         f"optimizer.{slot}.{n}" for n in names for slot in ("exp_avg", "exp_avg_sq", "step")
     }
     assert keys == expected
-    about = json.loads((folder / "state.json").read_text())["state"]
-    assert about["position"] | {"seconds": 0} == {
+    metadata = json.loads((folder / "state.json").read_text())["state"]
+    assert metadata["position"] | {"seconds": 0} == {
         "learning_rate": 0.002,
         "epoch": 3, "batch": 1, "step": 9, "skipped_steps": 0, "skipped_samples": 0, "seconds": 0,
     }  # fmt: skip
-    assert about["samples_seen"] == 2 * 100 + 32
-    assert about["best"] == read_lines(finished / "history.jsonl")[about["best"]["epoch"] - 1]
-    assert about["config"]["seed"] == 42
+    assert metadata["samples_seen"] == 2 * 100 + 32
+    assert metadata["best"] == read_lines(finished / "history.jsonl")[metadata["best"]["epoch"] - 1]
+    assert metadata["config"]["seed"] == 42
 
 
 @pytest.mark.parametrize("words", [(), ("--max-steps", "12"), ("--patience", "9")])
@@ -152,7 +153,7 @@ def test_a_finished_run_is_not_trained_evaluated_or_written_again(copied, capsys
     said = f"{copied} is finished; raise --epochs or --max-steps to train it further"
     assert capsys.readouterr().out.splitlines() == [said]
     assert resume(copied, "--final-checkpoints", "1") == 0
-    assert [path.name for path in rundir.RunDir(copied).checkpoints] == ["step-00000012"]
+    assert [path.name for path in run_dir.RunDir(copied).checkpoints] == ["step-00000012"]
 
 
 @pytest.mark.parametrize("name", ["report.json", "README.md"])  # the first and the last written
@@ -216,12 +217,12 @@ def test_auto_begins_again_what_was_killed_before_its_first_state(tmp_path, monk
 def test_p3_another_number_of_processes_counts_each_sample_once(tmp_path, num_processes):
     """A checkpoint of two processes, one of which skipped a step, is resumed on another number."""
     position = dict.fromkeys(POSITION, 0) | {"epoch": 2, "batch": 5, "step": 13}
-    about = {"position": position, "sums": [[3.0, 2.0, 5.0], [4.0, 1.0, 4.0]]}
-    state = State(rundir.RunDir(tmp_path), tmp_path, about, {})
+    metadata = {"position": position, "totals": [[3.0, 2.0, 5.0], [4.0, 1.0, 4.0]]}
+    state = Checkpoint(run_dir.RunDir(tmp_path), tmp_path, metadata, {})
     found = [state.position(rank, num_processes) for rank in range(num_processes)]
-    assert sum(p.sums[0].item() for p in found) == 7
-    assert sum(p.sums[1].item() for p in found) == 3
-    assert min(p.sums[2].item() for p in found) == 4
+    assert sum(p.totals[0].item() for p in found) == 7
+    assert sum(p.totals[1].item() for p in found) == 3
+    assert min(p.totals[2].item() for p in found) == 4
     assert {(p.epoch, p.batch, p.step) for p in found} == {(2, 5, 13)}
 
 
@@ -287,7 +288,7 @@ def test_p3_stopped_on_two_processes_and_resumed_on_one_and_three(tmp_path):
 @pytest.mark.timeout(300)
 def test_p7_a_loss_that_is_not_finite_on_one_process(tmp_path):
     """It ends all, and says where; or all skip that step, and count it."""
-    words = [*LENET, "--output-dir", tmp_path, "--save-every", "2", "--keep-states", "9"]
+    words = [*LENET, "--output-dir", tmp_path, "--checkpoint-every", "2", "--keep-checkpoints", "9"]
     check = "tests/checks_resume.py"
     stopped = run(torchrun(2, check, tmp_path, 0, "1:6", *words, "--name", "stopped"), limit=120)
     assert stopped.code != 0

@@ -9,7 +9,8 @@ from mistakes import tree
 from resuming import LENET, SMALL, resume, same_end, start
 
 import train
-from lab import disk, errors, keeper, rundir, states
+from lab import errors
+from lab.checkpoint import atomic_io, manager, run_dir, train_state
 from lab.data.fingerprint import FORMAT
 from lab.errors import UserError
 
@@ -73,11 +74,11 @@ def test_p7_there_is_nothing_to_resume(fails, tmp_path, words, message):
 
 
 def test_p7_other_data_are_refused(fails, copied):
-    folder = rundir.RunDir(copied).checkpoints[0]
-    about, tensors = states.read(folder)
+    folder = run_dir.RunDir(copied).checkpoints[0]
+    metadata, tensors = train_state.read_checkpoint(folder)
     shutil.rmtree(folder)
-    other = {**about["fingerprints"], "train": f"{FORMAT}-0", "test": f"{FORMAT}-0"}
-    states.write(folder, tensors, about | {"fingerprints": other})
+    other = {**metadata["fingerprints"], "train": f"{FORMAT}-0", "test": f"{FORMAT}-0"}
+    train_state.write_checkpoint(folder, tensors, metadata | {"fingerprints": other})
     assert fails(train, "--resume", copied, "--epochs", 4) == (
         "the data are not those that the run was trained on (files of these splits were added, "
         "removed, renamed or replaced: train, test). "
@@ -95,43 +96,43 @@ sys.stdin.read()
 
 
 def test_p7_two_trainings_do_not_write_into_one_folder(fails, monkeypatch, copied):
-    monkeypatch.setattr(rundir, "LOCK_PATIENCE", 0.1)
+    monkeypatch.setattr(run_dir, "LOCK_PATIENCE", 0.1)
     command = [sys.executable, "-c", HOLD, str(copied / "state" / ".lock")]
-    refused = f"another training is at work in {copied}. "
-    refused += "Wait for its end, or give another --name; if there is none, delete "
-    refused += f"{copied}/state/.lock."
+    write_error = f"another training is at work in {copied}. "
+    write_error += "Wait for its end, or give another --name; if there is none, delete "
+    write_error += f"{copied}/state/.lock."
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         other.stdout.readline()
-        assert fails(train, "--resume", copied) == refused
+        assert fails(train, "--resume", copied) == write_error
         words = ("--name", copied.name, "--output-dir", copied.parent)
-        assert fails(train, *SMALL, *words, "--overwrite") == refused
-        assert fails(train, *SMALL, *words, "--resume", "auto", "--epochs", 3) == refused
+        assert fails(train, *SMALL, *words, "--overwrite") == write_error
+        assert fails(train, *SMALL, *words, "--resume", "auto", "--epochs", 3) == write_error
         other.kill()
     resume(copied)  # the lock's file stays, and nobody holds it
 
 
 def test_p7_a_full_disk_is_seen_before_training(fails, monkeypatch):
     monkeypatch.setattr(
-        disk.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 500_000)
+        atomic_io.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 500_000)
     )
     message = fails(train, *SMALL, "--name", "x")
     assert message.startswith("a state takes 987.3 kB, and runs has 500.0 kB left. Free some space")
 
 
 def test_a_full_disk_later_loses_that_state_alone(tmp_path, monkeypatch, finished, capsys):
-    require_room = disk.require_room
+    check_free_space = atomic_io.check_free_space
     calls = []
 
     def full_once(path, size):
         calls.append(size)
         if len(calls) == 3:
             raise UserError("full", "Free some")
-        require_room(path, size)
+        check_free_space(path, size)
 
-    monkeypatch.setattr(keeper, "require_room", full_once)
-    words = ["--save-every", "3", "--keep-states", "9", "--final-checkpoints", "9"]
+    monkeypatch.setattr(manager, "require_room", full_once)
+    words = ["--checkpoint-every", "3", "--keep-checkpoints", "9", "--final-checkpoints", "9"]
     start(tmp_path, *LENET, *words)
-    found = rundir.RunDir(tmp_path / "run").checkpoints
+    found = run_dir.RunDir(tmp_path / "run").checkpoints
     assert [int(p.name.removeprefix("step-")) for p in found] == [12, 9, 8, 6, 3]
     assert calls[1] == pytest.approx(calls[0], rel=0.35)  # foreseen before there was a state
     assert "step-00000004 is not written: full. Free some." in capsys.readouterr().err
@@ -162,7 +163,7 @@ def test_p3_a_second_start_neither_deletes_nor_joins_a_run(tmp_path, monkeypatch
     """The first reads its data slowly; meanwhile the second trains, or is refused."""
     import lab.data
 
-    load_splits, refused = lab.data.load_splits, []
+    load_splits, write_error = lab.data.load_splits, []
     command = [*LENET, "--resume", "auto"]
 
     def load_slowly(*arguments):
@@ -171,12 +172,12 @@ def test_p3_a_second_start_neither_deletes_nor_joins_a_run(tmp_path, monkeypatch
             before = tree(tmp_path)
             with pytest.raises(UserError) as caught:
                 start(tmp_path, *words)
-            refused.append(caught.value.what)
+            write_error.append(caught.value.what)
             assert tree(tmp_path) == before
         return load_splits(*arguments)
 
-    monkeypatch.setattr(rundir, "LOCK_PATIENCE", 0.1)
+    monkeypatch.setattr(run_dir, "LOCK_PATIENCE", 0.1)
     monkeypatch.setattr(lab.data, "load_splits", load_slowly)
     start(tmp_path, *command)
-    assert refused == [f"another training is at work in {tmp_path}/run"] * 3
+    assert write_error == [f"another training is at work in {tmp_path}/run"] * 3
     same_end(tmp_path / "run", finished)

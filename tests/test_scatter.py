@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from matplotlib.text import Text
 
-from lab import scatter
+from lab.report import plots
 
 
 def row(accuracy=0.9, seconds=10.0, model="lenet5", run="runs/a", dataset="digits"):
@@ -22,10 +22,10 @@ def row(accuracy=0.9, seconds=10.0, model="lenet5", run="runs/a", dataset="digit
 def test_an_axis_has_two_to_eight_labels_whatever_its_limits():
     for low in np.geomspace(1e-2, 1e12, 97):
         for decades in np.arange(0.05, 9, 0.05):
-            at = scatter.ticks(low, low * 10**decades)
-            assert 2 <= len(at) <= scatter.TICKS, (low, decades, at)
+            at = plots.ticks(low, low * 10**decades)
+            assert 2 <= len(at) <= plots.TICKS, (low, decades, at)
             assert low <= min(at) < max(at) <= low * 10**decades
-            assert len({scatter.plain(value) for value in at}) == len(at)
+            assert len({plots.plain(value) for value in at}) == len(at)
 
 
 @pytest.mark.parametrize(
@@ -37,20 +37,20 @@ def test_an_axis_has_two_to_eight_labels_whatever_its_limits():
     ],
 )
 def test_labels_are_numbers_as_people_write_them(limits, expected):
-    assert " ".join(map(scatter.plain, scatter.ticks(*limits))) == expected
+    assert " ".join(map(plots.plain, plots.ticks(*limits))) == expected
 
 
 def test_a_point_is_named_by_what_tells_it_apart():
     rows = [row(run="runs/a"), row(run="runs/b"), row(run="other/b"), row(model="alexnet")]
     rows += [row(dataset="mnist")]
-    assert scatter.labels(rows) == ["runs/a", "runs/b", "other/b", "alexnet", "lenet5"]
-    assert scatter.labels(rows[:2]) == ["a", "b"]
+    assert plots.label_offsets(rows) == ["runs/a", "runs/b", "other/b", "alexnet", "lenet5"]
+    assert plots.label_offsets(rows[:2]) == ["a", "b"]
 
 
 def test_names_cover_neither_points_nor_one_another():
     rows = [row(0.9 + k / 1000, 10 + k / 5, run=f"runs/lenet5-digits-{k}") for k in range(5)]
     rows.append(row(0.5, 99, "alexnet"))  # far off, so that the others are crowded
-    figure = scatter._draw(rows)
+    figure = plots._draw_scatter(rows)
     for axes in figure.axes:
         assert len(axes.texts) == len(rows)
         boxes = [Text.get_window_extent(text) for text in axes.texts]

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from worlds import ROOT
 
-from lab.commandline import parse_arguments
-from lab.config import TrainConfig
+from lab.config.cli import parse_arguments
+from lab.config.schema import TrainConfig
 
 SCRIPT = ROOT / "accelerate_configs" / "slurm.sbatch"
 SRUN = """
@@ -83,7 +83,7 @@ def test_a_task_knows_its_place_and_its_options_exist(job, tmp_path):
     assert (tmp_path / "environment").read_text() == "11 3 16 8 node7 23456\n"
     script, *options = (tmp_path / "words").read_text().splitlines()
     assert script == "train.py"
-    given = parse_arguments(TrainConfig, options, prog=script, about="")
+    given = parse_arguments(TrainConfig, options, prog=script, metadata="")
     assert given["resume"] == "auto"
     assert given["name"]
 

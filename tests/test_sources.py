@@ -21,19 +21,19 @@ from torchvision.transforms import v2
 
 import train
 from lab import distributed
-from lab.config import TrainConfig
+from lab.config.schema import TrainConfig
 from lab.data import DATASETS, DataConfig, load_split, load_splits, loaders
-from lab.data.sources import (
-    Split,
+from lab.data.splits import (
     channel_statistics,
     in_memory,
-    limit,
     random_choice,
     resize,
     sample_positions,
-    stratified_cut,
     stratified_sample,
+    stratified_split,
+    subsample,
 )
+from lab.data.types import Split
 from lab.errors import UserError
 
 
@@ -112,7 +112,7 @@ def test_samples_are_seeded_and_leave_global_randomness_alone():
 @pytest.mark.parametrize("num_samples", [2, 99, 100, 101])
 def test_a_cut_parts_the_samples_in_two_in_order(num_samples, fraction):
     images = torch.arange(num_samples, dtype=torch.uint8).view(-1, 1, 1, 1)
-    rest, cut = stratified_cut(Split(images, make_labels([num_samples]), ("a",)), fraction, 3)
+    rest, cut = stratified_split(Split(images, make_labels([num_samples]), ("a",)), fraction, 3)
     assert len(cut.labels) == min(num_samples - 1, max(1, round(num_samples * fraction)))
     found = [s.images.flatten().tolist() for s in (rest, cut)]
     assert found == [sorted(part) for part in found]
@@ -123,12 +123,12 @@ def test_a_cut_parts_the_samples_in_two_in_order(num_samples, fraction):
 def test_limit_takes_that_many_and_all_where_there_are_fewer(count):
     images = torch.arange(50, dtype=torch.uint8).view(-1, 1, 1, 1)
     split = Split(images, make_labels([20, 30]), ("a", "b"))
-    limited = limit(split, count, seed=1)
+    limited = subsample(split, count, seed=1)
     assert len(limited.labels) == len(limited.images) == count
     position = limited.images.flatten().long()
     assert torch.equal(limited.labels, split.labels[position])
     for none in (0, 50, 51):
-        assert limit(split, none, seed=1) is split
+        assert subsample(split, none, seed=1) is split
 
 
 def resized(images, size):
@@ -138,16 +138,16 @@ def resized(images, size):
     some = torch.arange(len(images) - 1, -1, -5)
     assert lazily.images.shape == found.shape
     assert torch.equal(lazily.images[some], found[some])
-    assert torch.equal(lazily.take(some).images[torch.arange(len(some))], found[some])
+    assert torch.equal(lazily.select(some).images[torch.arange(len(some))], found[some])
     assert lazily.images[some[:0]].shape == found[:0].shape
     return found
 
 
 @pytest.mark.parametrize("size", [7, 28, 32, 64])
-@pytest.mark.parametrize(("num_images", "channels", "height"), [(1, 1, 28), (3, 3, 17)])
-def test_resize_equals_torchvision_on_the_whole(num_images, channels, height, size):
+@pytest.mark.parametrize(("num_images", "in_chans", "height"), [(1, 1, 28), (3, 3, 17)])
+def test_resize_equals_torchvision_on_the_whole(num_images, in_chans, height, size):
     generator = torch.Generator().manual_seed(0)
-    shape = (num_images, channels, height, height + 2)
+    shape = (num_images, in_chans, height, height + 2)
     images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
     found = resized(images, size)
     assert found.dtype == torch.uint8
@@ -360,7 +360,7 @@ def test_p4_a_cifar_archive_of_another_md5_is_not_unpickled(tmp_path, monkeypatc
 def test_p6_validation_is_cut_from_training_and_test_is_apart():
     whole = load("digits", val_fraction=0.0)
     cut = load("digits", val_fraction=0.1)
-    assert (whole.selected_on, cut.selected_on) == ("test", "validation")
+    assert (whole.selection_split, cut.selection_split) == ("test", "validation")
     assert [len(s.labels) for s in (cut.train, cut.val, cut.test)] == [1294, 144, 359]
     assert pictures(cut.test) == pictures(whole.test)
     assert pictures(cut.train) + pictures(cut.val) == pictures(whole.train)
@@ -382,8 +382,8 @@ def test_p6_without_a_validation_cut_the_test_split_is_used_and_named():
 
 @pytest.mark.parametrize("name", ["train", "val", "test"])
 def test_one_split_alone_is_the_same_and_has_the_same_fingerprint(name):
-    splits = load("digits", limit_eval=50)
-    split, fingerprint = load_split(config("digits", limit_eval=50), name, math.inf, 1)
+    splits = load("digits", max_eval_samples=50)
+    split, fingerprint = load_split(config("digits", max_eval_samples=50), name, math.inf, 1)
     assert torch.equal(split.images, getattr(splits, name).images)
     assert torch.equal(split.labels, getattr(splits, name).labels)
     assert fingerprint == splits.fingerprints[name]
@@ -415,7 +415,7 @@ def test_a_cut_leaves_samples_of_every_class_on_both_sides(fraction):
     sizes = [1, 2, 3, 40]
     whole = Split(torch.zeros(46, 1, 1, 1, dtype=torch.uint8), make_labels(sizes), tuple("abcd"))
     rest, cut = (
-        s.labels.bincount(minlength=4).tolist() for s in stratified_cut(whole, fraction, 0)
+        s.labels.bincount(minlength=4).tolist() for s in stratified_split(whole, fraction, 0)
     )
     assert [a + b for a, b in zip(rest, cut, strict=True)] == sizes
     assert (rest[0], cut[0]) == (1, 0)  # the only sample of a class is trained on
@@ -432,9 +432,9 @@ def test_a_split_without_images_of_a_class_is_told_of(tmp_path, capsys):
         "warning: the test split has no image of class a: too few images\n"
         "warning: the validation split has no image of classes a, b: too few images\n"
     )
-    load_splits(replace(folder, limit_train=2, limit_eval=1, val_fraction=0.0), 0, 1)
+    load_splits(replace(folder, max_train_samples=2, max_eval_samples=1, val_fraction=0.0), 0, 1)
     assert capsys.readouterr().err == (
-        "warning: the training split has no image of classes a, b: --limit-train is too small\n"
+        "warning: the training split has no image of classes a, b: --max-train-samples is too small\n"
     )
 
 
@@ -486,7 +486,7 @@ def test_shapes_are_drawn_apart_for_training_and_test(num_samples):
 
 
 def test_limits_hold_for_each_split():
-    splits = load("digits", limit_train=101, limit_eval=33)
+    splits = load("digits", max_train_samples=101, max_eval_samples=33)
     assert [len(s.labels) for s in (splits.train, splits.val, splits.test)] == [101, 33, 33]
     whole = load("digits")
     for name in ("train", "val", "test"):
@@ -494,7 +494,7 @@ def test_limits_hold_for_each_split():
 
 
 def test_images_come_in_the_size_asked_for():
-    splits = load("digits", image_size=28, limit_train=20, limit_eval=10)
+    splits = load("digits", image_size=28, max_train_samples=20, max_eval_samples=10)
     for split in (splits.train, splits.val, splits.test):
         assert split.images.shape[1:] == (1, 28, 28)
     assert splits.mean == pytest.approx(

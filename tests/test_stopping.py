@@ -18,16 +18,17 @@ from worlds import python, run, torchrun
 from worlds import start as launch
 
 import train
-from lab import engine, stopping
+from lab.checkpoint import interrupt
+from lab.checkpoint.interrupt import SIGNALS, TIME_LIMIT, InterruptHandler
+from lab.engine import training
 from lab.errors import UserError
-from lab.stopping import SIGNALS, TIME_LIMIT, Stopper
 
 ALONE = SimpleNamespace(num_processes=1, device=torch.device("cpu"))
 STREAMING = ["--dataset", "folder", "--recipe", "smoke", "--loader", "streaming", "--threads", "1"]
 STREAMING += [
     "--workers",
     "2",
-    "--limit-train",
+    "--max-train-samples",
     "0",
     "--max-steps",
     "0",
@@ -36,7 +37,7 @@ STREAMING += [
     "--log-every",
     "1",
 ]
-LONG = [*LENET, "--epochs", "4000", "--save-every", "1000000", "--schedule", "constant"]
+LONG = [*LENET, "--epochs", "4000", "--checkpoint-every", "1000000", "--schedule", "constant"]
 
 
 @pytest.fixture(scope="module")
@@ -54,52 +55,54 @@ def pictures(tmp_path_factory):
 @pytest.mark.parametrize("name", SIGNALS)
 def test_a_signal_is_noted_while_it_trains_alone(name):
     before = signal.getsignal(SIGNALS[name])
-    with Stopper(ALONE, 0, 0, 0) as stopper:
-        assert stopper.reason(1) == 0
+    with InterruptHandler(ALONE, 0, 0, 0) as interrupts:
+        assert interrupts.reason(1) == 0
         os.kill(os.getpid(), SIGNALS[name])
-        assert stopper.reason(2) == stopper.reason(3) == SIGNALS[name]
+        assert interrupts.reason(2) == interrupts.reason(3) == SIGNALS[name]
     assert signal.getsignal(SIGNALS[name]) is before
 
 
 def test_the_codes_and_words_of_a_stop():
     reasons = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, TIME_LIMIT]
-    assert [Stopper.exit_code(reason) for reason in reasons] == [130, 143, 143, 0]
-    assert [Stopper.describe(reason) for reason in reasons] == [
+    assert [InterruptHandler.exit_code(reason) for reason in reasons] == [130, 143, 143, 0]
+    assert [InterruptHandler.describe(reason) for reason in reasons] == [
         "Ctrl-C", "SIGTERM", "SIGUSR1", "--max-hours is over",
     ]  # fmt: skip
 
 
 def test_a_time_limit_counts_from_the_start(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr(stopping.time, "monotonic", lambda: now[0])
-    stopper = Stopper(ALONE, 100.0, 0.5, 0)
+    monkeypatch.setattr(interrupt.time, "monotonic", lambda: now[0])
+    interrupts = InterruptHandler(ALONE, 100.0, 0.5, 0)
     now[0] += 1799
-    assert stopper.reason(1) == 0
+    assert interrupts.reason(1) == 0
     now[0] += 2
-    assert stopper.reason(2) == TIME_LIMIT
+    assert interrupts.reason(2) == TIME_LIMIT
 
 
 @pytest.mark.parametrize(("sent", "found"), [(signal.SIGTERM, signal.SIGTERM), (TIME_LIMIT, -1)])
 def test_p3_a_signal_to_one_process_stops_all_at_the_same_step(monkeypatch, sent, found):
     def all_reduce(asked, op):
-        assert op == stopping.distributed.ReduceOp.MAX
+        assert op == interrupt.distributed.ReduceOp.MAX
         asked.copy_(asked.maximum(torch.tensor([sent, -sent, 1])))  # what another process requests
 
-    monkeypatch.setattr(stopping.distributed, "all_reduce", all_reduce)
-    stopper = Stopper(SimpleNamespace(num_processes=2, device=torch.device("cpu")), 0, 0, 0)
-    assert stopper.reason(1) == found
+    monkeypatch.setattr(interrupt.distributed, "all_reduce", all_reduce)
+    interrupts = InterruptHandler(
+        SimpleNamespace(num_processes=2, device=torch.device("cpu")), 0, 0, 0
+    )
+    assert interrupts.reason(1) == found
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 def test_p3_a_signal_in_a_step_saves_before_the_run_ends(tmp_path, monkeypatch, name):
-    number, steps, original = SIGNALS[name], itertools.count(1), engine.train_step
+    number, steps, original = SIGNALS[name], itertools.count(1), training.eager_step
 
     def signalled(*arguments):
         if next(steps) == 6:
             os.kill(os.getpid(), number)
         return original(*arguments)
 
-    monkeypatch.setattr(engine, "train_step", signalled)
+    monkeypatch.setattr(training, "train_step", signalled)
     before = signal.signal(number, lambda *_: pytest.fail("training did not catch the signal"))
     try:
         code = start(tmp_path, *LENET)
@@ -177,7 +180,7 @@ def _goes_on_alike(folder, step):
 def test_p3_sigterm_to_the_workers_too_saves_and_ends_with_143(pictures, tmp_path, num_processes):
     """torchrun, Slurm and docker send it to every process; all stop after the same step."""
     words = ["train.py", *STREAMING, "--data-dir", pictures, "--output-dir", tmp_path]
-    words += ["--name", "run", "--epochs", 4000, "--save-every", 1000000]
+    words += ["--name", "run", "--epochs", 4000, "--checkpoint-every", 1000000]
     with launch(python(*words) if num_processes == 1 else torchrun(2, *words)) as world:
         _train_a_while(world, tmp_path / "run")
         if num_processes == 1:
@@ -205,18 +208,20 @@ def test_p7_a_run_that_fails_ends_the_workers_of_all_its_loaders(pictures, tmp_p
     with pytest.raises(UserError, match="cannot read the picture") as caught:
         train.main(words)
     assert multiprocessing.active_children() == []
-    assert caught.value.lone
+    assert caught.value.rank_local
 
 
 def test_processes_ask_each_other_about_once_a_second(monkeypatch):
     """Also in the first seconds of a run that goes on from a late step."""
     now, asked = [0.0], []
-    monkeypatch.setattr(stopping.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(stopping.distributed, "all_reduce", lambda flags, op: asked.append(now[0]))
-    stopper = Stopper(SimpleNamespace(num_processes=2, device=torch.device("cpu")), 0, 0, 5000)
+    monkeypatch.setattr(interrupt.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(interrupt.distributed, "all_reduce", lambda flags, op: asked.append(now[0]))
+    interrupts = InterruptHandler(
+        SimpleNamespace(num_processes=2, device=torch.device("cpu")), 0, 0, 5000
+    )
     for step in range(5001, 5201):
         now[0] += 0.1
-        assert stopper.reason(step) == 0
+        assert interrupts.reason(step) == 0
     gaps = [b - a for a, b in itertools.pairwise(asked)]
     assert len(asked) > 15
     assert max(gaps) < 1.3

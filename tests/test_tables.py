@@ -6,7 +6,7 @@ import re
 import pytest
 from rich.console import Console
 
-from lab import console, tables
+from lab import console
 
 PATHS = [
     "IMG_0001.jpg",
@@ -16,7 +16,7 @@ PATHS = [
 CLASSES = ["great white shark, white shark, man-eater", "tiger shark", "n01494475 hammerhead shark"]
 RUNS = [
     "runs/lenet5-mnist",
-    "runs/efficientnet-cifar100-modern-seed3",
+    "runs/efficientnet-cifar100-default-seed3",
     "/home/someone/experiments/2024/leaves/runs/torchvision-convnext_tiny-folder-seed-42",
 ]
 RUN = {
@@ -68,7 +68,7 @@ def key_width(lines, second_head):
 @pytest.mark.parametrize("width", [80, 100, 140])
 def test_predictions_show_each_file_and_its_likeliest_class(terminal, width):
     answers = [(path, [(n, 0.9 / (k + 1)) for k, n in enumerate(CLASSES)]) for path in PATHS]
-    table, left_out = terminal(width, lambda: tables.predictions(answers))
+    table, left_out = terminal(width, lambda: console.predictions_table(answers))
     names = first_column(table, key_width(table, "class"))
     assert all(whole(names, path) for path in PATHS)
     assert sum("0.9000" in line for line in table) == len(PATHS)
@@ -80,7 +80,7 @@ def test_predictions_show_each_file_and_its_likeliest_class(terminal, width):
 
 def test_a_wide_terminal_shows_all_predictions(terminal):
     answers = [(path, [(name, 0.5) for name in CLASSES]) for path in PATHS]
-    table, left_out = terminal(300, lambda: tables.predictions(answers))
+    table, left_out = terminal(300, lambda: console.predictions_table(answers))
     assert left_out == ""
     assert all(any(path in line for line in table) for path in PATHS)
 
@@ -96,7 +96,7 @@ def test_a_wide_terminal_shows_all_predictions(terminal):
 )
 def test_a_comparison_shows_each_run_and_the_columns_that_matter(terminal, width, shown):
     rows = [{"run": run} | RUN for run in RUNS]
-    table, left_out = terminal(width, lambda: tables.runs(rows))
+    table, left_out = terminal(width, lambda: console.runs_table(rows))
     head = next(line for line in table if line.startswith(" run"))
     found = {name for name in RUN if f" {name} " in head}
     assert found >= shown
@@ -109,7 +109,7 @@ def test_a_comparison_shows_each_run_and_the_columns_that_matter(terminal, width
 
 
 def test_short_names_leave_room_for_more(terminal):
-    narrow, _ = terminal(80, lambda: tables.runs([{"run": "runs/a"} | RUN] * 2))
+    narrow, _ = terminal(80, lambda: console.runs_table([{"run": "runs/a"} | RUN] * 2))
     assert all(name in "".join(narrow) for name in ("to best", "chosen on", "accuracy"))
 
 
@@ -120,7 +120,7 @@ def test_a_hundred_classes_are_named_with_all_their_numbers(terminal, width, nam
     names = [name.format(k) for k in range(100)]
     rows = [{"class": n, "precision": 0.5, "recall": 0.25, "f1": 0.3333 + k / 1e4, "support": 1234}
             for k, n in enumerate(names)]  # fmt: skip
-    table, left_out = terminal(width, lambda: tables.class_table({"per_class": rows}))
+    table, left_out = terminal(width, lambda: console.class_table({"per_class": rows}))
     assert left_out == ""
     for k in range(100):
         assert sum(f"{0.3333 + k / 1e4:.4f}" in line for line in table) == 1
@@ -135,7 +135,7 @@ def test_a_matrix_of_long_names_keeps_them(terminal, width):
     names = [f"{k}th of the classes whose names are much too long for a table" for k in range(10)]
     matrix = [[1000 if i == j else 7 for j in range(10)] for i in range(10)]
     report = {"confusion_matrix": matrix, "class_names": names}
-    table, _ = terminal(width, lambda: tables.confusion_matrix(report))
+    table, _ = terminal(width, lambda: console.confusion_matrix(report))
     assert sum("1,000" in line for line in table) == 10
     column = first_column(table, width - 10 * len("  1,000") - 1)
     assert all(whole(column, f"{k} {n}") for k, n in enumerate(names))

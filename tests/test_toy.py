@@ -6,7 +6,8 @@ import torch
 from safetensors import safe_open
 from sklearn import datasets
 
-from lab.data.toy import CHUNK, DIGITS_FILE, SHAPE_NAMES, load_digits, make_shapes
+from lab.data.digits import DIGITS_FILE, load_digits
+from lab.data.shapes import CHUNK, SHAPE_NAMES, make_shapes
 
 
 def test_digits_are_the_published_ones():

@@ -10,10 +10,11 @@ from mistakes import make_picture
 from resuming import LENET, cut_off, read_lines, resume, start
 
 import train
-from lab import report, tracking
-from lab.config import TRACKERS
-from lab.rundir import RunDir
-from lab.tracking import Tracking
+from lab import loggers as loggers_module
+from lab.checkpoint.run_dir import RunDir
+from lab.config.schema import TRACKERS
+from lab.loggers import Loggers
+from lab.report import html
 
 EPOCH = ("train_loss", "val_loss", "val_accuracy", "val_macro_f1", "learning_rate")
 
@@ -75,7 +76,7 @@ def test_a_killed_and_resumed_run_has_one_log_with_nothing_twice(tmp_path, monke
     before = numbers(run / "tensorboard")["steps/loss"]
     assert [step for step, _ in before] == list(range(1, 10))
 
-    monkeypatch.setenv(report.SWITCH, "1")
+    monkeypatch.setenv(html.DRAW_VARIABLE, "1")
     resume(run)
     found = numbers(run / "tensorboard")
     for name in ("loss", "learning_rate"):
@@ -98,8 +99,8 @@ def test_a_killed_and_resumed_run_has_one_log_with_nothing_twice(tmp_path, monke
 def test_tensorboard_shows_the_settings(tmp_path):
     reading = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     run, settings = make_run(tmp_path, tracker="tensorboard")
-    with Tracking(run, settings, 0) as tracked:
-        tracked.finish()
+    with Loggers(run, settings, 0) as loggers:
+        loggers.finish()
     events = reading.EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     [event] = events.Tensors("settings/text_summary")
@@ -109,21 +110,21 @@ def test_tensorboard_shows_the_settings(tmp_path):
 def make_run(tmp_path, **settings):
     run = RunDir(tmp_path)
     run.add_steps({"step": 3, "epoch": 1, "loss": 0.5, "learning_rate": 0.1})
-    return run, {"lr": 0.1, "versions": {"torch": "2"}, "selected_on": "validation", **settings}
+    return run, {"lr": 0.1, "versions": {"torch": "2"}, "selection_split": "validation", **settings}
 
 
 def test_a_resumed_run_goes_on_with_the_same_log(tmp_path, told):
     run, settings = make_run(tmp_path, tracker="wandb")
-    with Tracking(run, settings, 0) as tracked:
-        tracked.step({"step": 1, "epoch": 1, "loss": None, "learning_rate": 0.1})  # skipped
-        tracked.epoch({"epoch": 1, "val_loss": 2.0}, 3)
-        tracked.finish()
-    with Tracking(run, settings, 3) as tracked:
-        tracked.finish({"split": "test", "accuracy": 0.75, "per_class": []}, 5)
+    with Loggers(run, settings, 0) as loggers:
+        loggers.step({"step": 1, "epoch": 1, "loss": None, "learning_rate": 0.1})  # skipped
+        loggers.epoch({"epoch": 1, "val_loss": 2.0}, 3)
+        loggers.finish()
+    with Loggers(run, settings, 3) as loggers:
+        loggers.finish({"split": "test", "accuracy": 0.75, "per_class": []}, 5)
     starts = [settings for kind, settings in told if kind == "start"]
     assert len({s["id"] for s in starts}) == 1
     assert [s["resume"] for s in starts] == ["allow", "allow"]
-    configured = ("settings", {"lr": 0.1, "tracker": "wandb", "selected_on": "validation"})
+    configured = ("settings", {"lr": 0.1, "tracker": "wandb", "selection_split": "validation"})
     assert [call for call in told if call[0] != "start"] == [
         configured,
         (1, {"steps/learning_rate": 0.1}),
@@ -136,17 +137,17 @@ def test_a_resumed_run_goes_on_with_the_same_log(tmp_path, told):
     ]
     # A damaged id is not used: another log is begun.
     (tmp_path / "trackers.json").write_text('{"wandb_id": "../x"}')
-    Tracking(run, settings, 3).finish()
+    Loggers(run, settings, 3).finish()
     *_, last = [settings for kind, settings in told if kind == "start"]
     assert last["id"] not in ("../x", starts[0]["id"])
 
 
 def test_only_the_main_process_tells(tmp_path, told):
     run, settings = make_run(tmp_path, tracker="wandb")
-    run.writes = False
-    with Tracking(run, settings, 0) as tracked:
-        tracked.epoch({"epoch": 1}, 3)
-        tracked.finish({"accuracy": 1.0}, 3)
+    run.is_main_process = False
+    with Loggers(run, settings, 0) as loggers:
+        loggers.epoch({"epoch": 1}, 3)
+        loggers.finish({"accuracy": 1.0}, 3)
     assert told == []
     assert not (tmp_path / "trackers.json").exists()
 
@@ -166,10 +167,10 @@ def test_a_tracker_that_fails_costs_one_warning_and_the_others_go_on(
     monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "tensorboard", Broken)
     run, settings = make_run(tmp_path, tracker="tensorboard,wandb")
     make_picture(tmp_path / "plots" / "curves.png")
-    with Tracking(run, settings, 0) as tracked:
+    with Loggers(run, settings, 0) as loggers:
         for step in (1, 2, 3):
-            tracked.epoch({"epoch": step}, step)
-        tracked.finish({"accuracy": 1.0}, 4)
+            loggers.epoch({"epoch": step}, step)
+        loggers.finish({"accuracy": 1.0}, 4)
     expected = ["start", "settings", 1, 2, 3, 4, "images", "finish"]
     assert [call[0] for call in told] == expected
     assert capfd.readouterr().err == (
@@ -195,6 +196,6 @@ def test_every_name_is_one_of_accelerates_and_has_an_extra():
     ],
 )  # fmt: skip
 def test_p7_a_tracker_that_is_not_there(fails, monkeypatch, tracker, message):
-    monkeypatch.setattr(tracking, "find_spec", lambda _: None)
+    monkeypatch.setattr(loggers_module, "find_spec", lambda _: None)
     words = ["--dataset", "digits", "--threads", "1", "--tracker", tracker]
     assert fails(train, *words) == message

@@ -14,10 +14,11 @@ from sklearn import metrics as reference
 import evaluate
 import lab.data.loaders
 import train
-from lab import checkpoint, evaluation
-from lab.config import TrainConfig
+from lab.checkpoint import weights as weights_module
+from lab.config.schema import TrainConfig
+from lab.engine import evaluation
+from lab.engine.evaluation import Predictions, predict_all
 from lab.errors import UserError
-from lab.evaluation import Predictions, predict_all
 
 RUN_FILES = {
     "config.json", "history.jsonl", "steps.jsonl", "best.safetensors", "report.json",
@@ -29,7 +30,7 @@ HISTORY = [
 ]  # fmt: skip
 REPORT = {
     "split", "num_samples", "loss", "accuracy", "macro_f1", "per_class", "confusion_matrix",
-    "class_names", "best_epoch", "selected_on",
+    "class_names", "best_epoch", "selection_split",
 }  # fmt: skip
 
 
@@ -41,7 +42,7 @@ def run(folder, *words, name="run"):
     return Path(folder) / name
 
 
-def evaluated(words):
+def eval_model(words):
     """Runs evaluate.py."""
     evaluate.main([*words, "--quiet", "--threads", "1"])
 
@@ -70,7 +71,7 @@ def losses(path):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A run of 3 epochs of 11 steps: the last batch of each holds one sample."""
-    words = ["--epochs", "3", "--max-steps", "0", "--limit-train", "321", "--log-every", "1"]
+    words = ["--epochs", "3", "--max-steps", "0", "--max-train-samples", "321", "--log-every", "1"]
     return run(tmp_path_factory.mktemp("trained"), *words)
 
 
@@ -82,7 +83,7 @@ def test_config_has_every_setting_and_where_the_run_took_place(trained):
     config = read_json(trained / "config.json")
     names = {f.name for f in dataclasses.fields(TrainConfig)}
     place = {"device", "device_name", "world_size", "precision", "versions", "commit"}
-    assert config.keys() == names | place | {"parameters", "multiply_adds", "fingerprints"}
+    assert config.keys() == names | place | {"parameters", "macs", "fingerprints"}
     assert (config["model"], config["dataset"], config["epochs"]) == ("lenet5", "digits", 3)
     assert (config["world_size"], config["image_size"]) == (1, 32)
     assert config["versions"]["torch"] in torch.__version__
@@ -112,7 +113,7 @@ def test_p2_the_epochs_loss_is_the_mean_over_samples(trained):
 def test_p1_report_is_what_scikit_learn_makes_of_the_predictions(trained):
     report = read_json(trained / "report.json")
     assert report.keys() == REPORT
-    assert (report["split"], report["selected_on"]) == ("test", "validation")
+    assert (report["split"], report["selection_split"]) == ("test", "validation")
     with open(trained / "predictions.csv") as file:
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == [
@@ -126,7 +127,9 @@ def test_p1_report_is_what_scikit_learn_makes_of_the_predictions(trained):
     assert report["confusion_matrix"] == matrix.tolist()
     assert report["num_samples"] == matrix.sum() == 100
     assert report["accuracy"] == pytest.approx(reference.accuracy_score(labels, predictions))
-    macro = reference.f1_score(labels, predictions, labels=every, average="macro", zero_division=0)
+    macro = reference.f1_score(
+        labels, predictions, labels=every, ema_model="macro", zero_division=0
+    )
     assert report["macro_f1"] == pytest.approx(macro, abs=1e-9)
     assert [row["class"] for row in report["per_class"]] == report["class_names"]
 
@@ -135,19 +138,19 @@ def test_p6_the_best_epoch_is_the_first_with_the_best_validation_number(trained)
     rows = read_lines(trained / "history.jsonl")
     accuracies = [row["val_accuracy"] for row in rows]
     best = accuracies.index(max(accuracies))
-    report, about = (
+    report, metadata = (
         read_json(trained / "report.json"),
-        checkpoint.read_info(trained / "best.safetensors"),
+        weights_module.read_metadata(trained / "best.safetensors"),
     )
-    assert report["best_epoch"] == about["best_epoch"] == best + 1
-    assert about["metrics"] == {k: v for k, v in rows[best].items() if k.startswith("val_")}
+    assert report["best_epoch"] == metadata["best_epoch"] == best + 1
+    assert metadata["metrics"] == {k: v for k, v in rows[best].items() if k.startswith("val_")}
 
 
 @pytest.mark.parametrize("given", ["folder", "file"])
 @pytest.mark.parametrize("loader", ["resident", "streaming"])
 def test_p5_evaluate_repeats_the_report_to_the_last_digit(trained, tmp_path, given, loader):
     path = trained if given == "folder" else trained / "best.safetensors"
-    evaluated([str(path), "--output", str(tmp_path / "e"), "--loader", loader])
+    eval_model([str(path), "--output", str(tmp_path / "e"), "--loader", loader])
     assert {p.name for p in (tmp_path / "e").iterdir()} == {"report.json", "predictions.csv"}
     assert read_json(tmp_path / "e" / "report.json") == read_json(trained / "report.json")
     predictions = (tmp_path / "e" / "predictions.csv").read_bytes()
@@ -155,7 +158,7 @@ def test_p5_evaluate_repeats_the_report_to_the_last_digit(trained, tmp_path, giv
 
 
 def test_p5_evaluate_on_validation_repeats_the_best_epochs_row(trained, tmp_path):
-    evaluated([str(trained), "--split", "val", "--output", str(tmp_path)])
+    eval_model([str(trained), "--split", "val", "--output", str(tmp_path)])
     report, rows = read_json(tmp_path / "report.json"), read_lines(trained / "history.jsonl")
     best = rows[report["best_epoch"] - 1]
     assert report["split"] == "val"
@@ -164,24 +167,24 @@ def test_p5_evaluate_on_validation_repeats_the_best_epochs_row(trained, tmp_path
 
 
 def test_p1_the_batch_size_of_an_evaluation_changes_no_count(trained, tmp_path):
-    words = ["--batch-size", "7", "--limit-eval", "0", "--output", str(tmp_path)]
-    evaluated([str(trained), *words])
+    words = ["--batch-size", "7", "--max-eval-samples", "0", "--output", str(tmp_path)]
+    eval_model([str(trained), *words])
     assert read_json(tmp_path / "report.json")["num_samples"] == 359  # all
-    words = ["--batch-size", "1", "--limit-eval", "100", *words[4:]]
-    evaluated([str(trained), *words])
+    words = ["--batch-size", "1", "--max-eval-samples", "100", *words[4:]]
+    eval_model([str(trained), *words])
     found, expected = read_json(tmp_path / "report.json"), read_json(trained / "report.json")
     assert found["confusion_matrix"] == expected["confusion_matrix"]
 
 
 def test_evaluate_writes_beside_the_weights(tmp_path):
     folder = run(tmp_path, "--max-steps", "1")
-    evaluated([str(folder), "--split", "train"])
+    eval_model([str(folder), "--split", "train"])
     report = read_json(folder / "evaluate-train" / "report.json")
     assert (report["split"], report["num_samples"]) == ("train", 320)
 
 
 def test_p2_the_same_seed_gives_the_same_bits_and_another_does_not(trained, tmp_path):
-    words = ["--epochs", "3", "--max-steps", "0", "--limit-train", "321", "--log-every", "1"]
+    words = ["--epochs", "3", "--max-steps", "0", "--max-train-samples", "321", "--log-every", "1"]
     torch.manual_seed(123)  # what ran before does not matter
     again = run(tmp_path, *words)
     for name in ("best.safetensors", "predictions.csv", "report.json", "steps.jsonl"):
@@ -194,7 +197,7 @@ def test_p2_the_same_seed_gives_the_same_bits_and_another_does_not(trained, tmp_
 
 
 def test_p2_workers_and_loader_change_nothing(trained, tmp_path):
-    words = ["--epochs", "3", "--max-steps", "0", "--limit-train", "321", "--log-every", "1"]
+    words = ["--epochs", "3", "--max-steps", "0", "--max-train-samples", "321", "--log-every", "1"]
     streamed = run(tmp_path, *words, "--loader", "streaming")
     assert same(weights(streamed), weights(trained))
 
@@ -226,18 +229,25 @@ def test_max_steps_ends_the_run_after_so_many(tmp_path, max_steps, epochs):
 
 
 def test_average_accumulation_and_clipping_go_together(tmp_path):
-    words = ["--max-steps", "4", "--limit-train", "65", "--log-every", "1"]  # batches 32, 32, 1
+    words = [
+        "--max-steps",
+        "4",
+        "--max-train-samples",
+        "65",
+        "--log-every",
+        "1",
+    ]  # batches 32, 32, 1
     plain = run(tmp_path, *words, name="plain")
-    other = run(tmp_path, *words, "--accumulate", "3", "--clip-norm", "1e6", name="other")
+    other = run(tmp_path, *words, "--grad-accum-steps", "3", "--max-grad-norm", "1e6", name="other")
     assert losses(other) == pytest.approx(losses(plain), rel=1e-4)
-    averaged = run(tmp_path, *words, "--ema", "0.9", name="averaged")
+    averaged = run(tmp_path, *words, "--ema-decay", "0.9", name="averaged")
     assert losses(averaged) == losses(plain)
     assert weights(averaged).keys() == weights(plain).keys()
     assert not same(weights(averaged), weights(plain))
 
 
-@pytest.mark.parametrize(("select_by", "best"), [("macro_f1", 1), ("loss", 2), ("accuracy", 3)])
-def test_p6_the_epoch_kept_is_the_best_by_the_number_chosen(tmp_path, monkeypatch, select_by, best):
+@pytest.mark.parametrize(("monitor", "best"), [("macro_f1", 1), ("loss", 2), ("accuracy", 3)])
+def test_p6_the_epoch_kept_is_the_best_by_the_number_chosen(tmp_path, monkeypatch, monitor, best):
     numbers = {"macro_f1": [0.3, 0.2, 0.1], "loss": [3.0, 1.0, 2.0], "accuracy": [0.1, 0.2, 0.3]}
     epochs = zip(*numbers.values(), strict=True)
 
@@ -253,27 +263,27 @@ def test_p6_the_epoch_kept_is_the_best_by_the_number_chosen(tmp_path, monkeypatc
         return Altered(**vars(predict_all(*arguments)))
 
     monkeypatch.setattr(evaluation, "predict_all", altered)
-    words = ["--limit-train", "64", "--epochs", "3", "--max-steps", "0", "--lr", "0.01"]
-    folder = run(tmp_path, "--select-by", select_by, *words)
+    words = ["--max-train-samples", "64", "--epochs", "3", "--max-steps", "0", "--lr", "0.01"]
+    folder = run(tmp_path, "--monitor", monitor, *words)
     monkeypatch.undo()
     rows, report = read_lines(folder / "history.jsonl"), read_json(folder / "report.json")
-    assert [row[f"val_{select_by}"] for row in rows] == numbers[select_by]
+    assert [row[f"val_{monitor}"] for row in rows] == numbers[monitor]
     assert report["best_epoch"] == best
     # The report is of that epoch's weights, not of the last's.
-    evaluated([str(folder)])
+    eval_model([str(folder)])
     assert read_json(folder / "evaluate-test" / "report.json") == report
 
 
 def test_p6_the_notebook_recipe_says_that_it_chose_on_the_test_split(tmp_path, capsys):
-    folder = run(tmp_path, "--recipe", "notebook", "--epochs", "2", "--limit-train", "300")
+    folder = run(tmp_path, "--recipe", "notebook", "--epochs", "2", "--max-train-samples", "300")
     report, rows = read_json(folder / "report.json"), read_lines(folder / "history.jsonl")
-    assert report["selected_on"] == "test"
+    assert report["selection_split"] == "test"
     assert "chosen on the test split" in capsys.readouterr().out
     best = rows[report["best_epoch"] - 1]
     assert (report["loss"], report["accuracy"]) == (best["val_loss"], best["val_accuracy"])
     with pytest.raises(ValueError, match="no validation split"):
-        evaluated([str(folder), "--split", "val"])
-    evaluated([str(folder)])
+        eval_model([str(folder), "--split", "val"])
+    eval_model([str(folder)])
     assert read_json(folder / "evaluate-test" / "report.json") == report
 
 
@@ -308,7 +318,7 @@ def test_p6_the_test_split_is_read_once_at_the_end(tmp_path, monkeypatch, words,
     build_loader = lab.data.loaders.build_loader
     monkeypatch.setattr(lab.data, "load_splits", load)
     monkeypatch.setattr(lab.data.loaders, "build_loader", build)
-    run(tmp_path, *words, "--epochs", "2", "--limit-train", "64", "--limit-eval", "20")
+    run(tmp_path, *words, "--epochs", "2", "--max-train-samples", "64", "--max-eval-samples", "20")
     assert found == read
 
 
@@ -330,12 +340,12 @@ def test_a_loss_that_is_not_finite_is_null_in_every_file(tmp_path, monkeypatch, 
 
     with monkeypatch.context() as patch:
         patch.setattr(evaluation, "predict_all", without_losses)
-        folder = run(tmp_path, "--max-steps", "12", "--select-by", "loss")
+        folder = run(tmp_path, "--max-steps", "12", "--monitor", "loss")
     assert strict((folder / "report.json").read_text())["loss"] is None
     rows = [strict(line) for line in (folder / "history.jsonl").read_text().splitlines()]
     assert [row["val_loss"] for row in rows] == [None, None]
-    info = checkpoint.read_info(folder / "best.safetensors")
-    assert info["metrics"]["val_loss"] is None
+    metadata = weights_module.read_metadata(folder / "best.safetensors")
+    assert metadata["metrics"]["val_loss"] is None
     for path in folder.glob("state/*/state.json"):
         strict(path.read_text())
     assert "<dt>loss</dt><dd>-</dd>" in (folder / "report.html").read_text()
@@ -347,7 +357,7 @@ def test_a_loss_that_is_not_finite_is_null_in_every_file(tmp_path, monkeypatch, 
 
 def test_p7_a_run_whose_steps_are_all_skipped_ends_in_an_error(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr("lab.engine.train_step", lambda *_: None)
-    words = ["--on-nonfinite", "skip", "--max-steps", "4", "--limit-train", "64"]
+    words = ["--on-nonfinite", "skip", "--max-steps", "4", "--max-train-samples", "64"]
     with pytest.raises(UserError, match="nothing was learnt: the loss or gradient of every step"):
         run(tmp_path, *words)
     rows = read_lines(tmp_path / "run" / "history.jsonl")
@@ -367,13 +377,13 @@ def test_alexnet_trains_on_shapes(tmp_path):
     assert len(losses(folder)) == 3
     assert read_json(folder / "report.json")["num_samples"] == 20
     assert read_json(folder / "config.json")["model"] == "alexnet"
-    evaluated([str(folder)])  # dropout, which would make the two differ, is off
+    eval_model([str(folder)])  # dropout, which would make the two differ, is off
     report = read_json(folder / "report.json")
     assert read_json(folder / "evaluate-test" / "report.json") == report
 
 
 def test_lenet5_reads_the_digits(tmp_path):
-    folder = run(tmp_path, "--recipe", "modern")  # seeds 0, 1, 2 gave 0.975 to 0.989
+    folder = run(tmp_path, "--recipe", "default")  # seeds 0, 1, 2 gave 0.975 to 0.989
     report = read_json(folder / "report.json")
     assert report["num_samples"] == 359
     assert report["accuracy"] >= 0.96

@@ -30,18 +30,18 @@ def test_the_plain_loop_measures_and_trains_as_the_notebooks_loop_does(benchmark
     contenders, _, folder = benchmark
     case = contenders.Case("lenet5", "folder", folder)
     seen, logits = [], []
-    build = contenders.Case.usual_network
+    build = contenders.Case.usual_model
 
-    def usual_network(case):
-        network = build(case)
-        network.register_forward_hook(lambda *words: logits.append(words[-1].detach()))
-        return network
+    def usual_model(case):
+        model = build(case)
+        model.register_forward_hook(lambda *words: logits.append(words[-1].detach()))
+        return model
 
     def see(images):
         seen.append(images)
         return images
 
-    monkeypatch.setattr(contenders.Case, "usual_network", usual_network)
+    monkeypatch.setattr(contenders.Case, "usual_model", usual_model)
     monkeypatch.setattr(contenders, "crop_and_flip", see)
     train, evaluate = contenders.resident(case)
     assert evaluate() == contenders.notebook(case)[1]()
@@ -80,24 +80,24 @@ def test_the_plain_loop_has_labs_precision_and_memory_format(benchmark, monkeypa
 
     monkeypatch.setattr(distributed, "multiplies_bfloat16", lambda device_type: True)
     monkeypatch.setattr(contenders, "BATCH_SIZE", 4)
-    networks, logits = [], []
+    models, logits = [], []
 
-    def usual_network(case):
-        networks.append(case.network())
-        networks[-1].register_forward_hook(lambda *words: logits.append(words[-1].dtype))
-        return networks[-1]
+    def usual_model(case):
+        models.append(case.make_model())
+        models[-1].register_forward_hook(lambda *words: logits.append(words[-1].dtype))
+        return models[-1]
 
-    monkeypatch.setattr(contenders.Case, "usual_network", usual_network)
+    monkeypatch.setattr(contenders.Case, "usual_model", usual_model)
     case = contenders.Case(model, "folder", folder)
     for name in ("resident", "resident-float32"):
         contenders.CONTENDERS[name](case)[0](1)
     with_channels_last = [
         any(
             p.ndim == 4 and p.is_contiguous(memory_format=torch.channels_last)
-            for p in network.parameters()
+            for p in built_model.parameters()
             if p.ndim == 4 and p.shape[1] > 1
         )
-        for network in networks
+        for built_model in models
     ]
     large = model == "alexnet"
     assert logits == [torch.bfloat16 if large else torch.float32, torch.float32]

@@ -8,33 +8,33 @@ import torch
 from torch import nn
 
 import evaluate
-from lab.tta import outputs
+from lab.engine.evaluation import predict_logits
 
 
 def softmaxes(images):
     """A network, and what it says of images and of their mirror images."""
     torch.manual_seed(0)
-    network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 4 * 5, 6))
-    return network, network(images), network(images.flip(3)).softmax(1)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 4 * 5, 6))
+    return model, model(images), model(images.flip(3)).softmax(1)
 
 
 def test_plain_outputs_are_the_networks_own():
     images = torch.randn(7, 3, 4, 5)
-    network, logits, _ = softmaxes(images)
-    assert torch.equal(outputs(network, images, "none"), logits)
+    model, logits, _ = softmaxes(images)
+    assert torch.equal(predict_logits(model, images, "none"), logits)
 
 
 @pytest.mark.parametrize("scale", [1, 100])
 def test_flip_gives_the_mean_softmax_of_both(scale):
     images = scale * torch.randn(7, 3, 4, 5)
-    network, logits, mirrored = softmaxes(images)
+    model, logits, mirrored = softmaxes(images)
     expected = (logits.softmax(1) + mirrored) / 2
-    found = outputs(network, images, "flip")
+    found = predict_logits(model, images, "flip")
     torch.testing.assert_close(found.softmax(1), expected)
     torch.testing.assert_close(found.exp(), expected)
     assert torch.isfinite(found).all()
     assert not torch.allclose(expected, logits.softmax(1))
-    assert torch.equal(outputs(network, images.flip(3), "flip"), found)
+    assert torch.equal(predict_logits(model, images.flip(3), "flip"), found)
 
 
 def test_p1_evaluate_reports_it_apart(copied, capsys):
@@ -51,8 +51,8 @@ def test_p1_evaluate_reports_it_apart(copied, capsys):
     assert sum(map(sum, report["confusion_matrix"])) == report["num_samples"] == 100
     with open(apart / "predictions.csv") as file:
         rows = list(csv.DictReader(file))
-    hits = sum(row["label"] == row["prediction"] for row in rows)
-    assert report["accuracy"] == hits / 100
+    num_correct = sum(row["label"] == row["prediction"] for row in rows)
+    assert report["accuracy"] == num_correct / 100
     headline, _, other = capsys.readouterr().out.partition("(--tta flip)")
     assert f"accuracy: {before['accuracy']:.4f}" in headline
     assert f"accuracy: {report['accuracy']:.4f}" in other

@@ -10,10 +10,11 @@ from mistakes import make_picture, matches
 
 import evaluate
 import train
-from lab import checkpoint
-from lab.config import EvalConfig
-from lab.data import DataConfig, cache, decode, list_samples, load_split, load_splits, sources
-from lab.data.decode import ImageFiles, UnreadableImages
+from lab.checkpoint import weights
+from lab.config.schema import EvalConfig
+from lab.data import DataConfig, cache, decode, list_samples, load_split, load_splits
+from lab.data import splits as splits_module
+from lab.data.decode import FileImages, UnreadableImages
 from lab.errors import UserError
 
 CONFIG = DataConfig("folder", "", 32, 0.25, 0.25, 0, 10, 0, 0)
@@ -56,7 +57,7 @@ def test_streamed_training_images_are_named_at_the_start(pictures, monkeypatch):
     splits = load_splits(config, 0, 1)
     spoiled = spoil(splits, "train", 0, 5, 6)
     assert_all_are_named(config, spoiled)
-    monkeypatch.setattr(sources, "SAMPLE_SIZE", 2)  # the first one of them is in the sample
+    monkeypatch.setattr(splits_module, "SAMPLE_SIZE", 2)  # the first one of them is in the sample
     assert_all_are_named(config, spoiled + spoil(splits, "val", 1) + spoil(splits, "test", 0))
 
 
@@ -72,7 +73,7 @@ def test_a_batch_names_all_of_its_images_that_cannot_be_read(pictures):
     for i in (1, 2):
         paths[i].write_bytes(b"")
     with pytest.raises(UnreadableImages) as caught:
-        ImageFiles(tuple(map(str, paths)), 32)[torch.arange(4)]
+        FileImages(tuple(map(str, paths)), 32)[torch.arange(4)]
     assert list(caught.value.reasons) == [str(paths[1]), str(paths[2])]
 
 
@@ -167,8 +168,8 @@ def test_weights_say_what_their_evaluation_skips(pictures, tmp_path, monkeypatch
     capfd.readouterr()
     evaluate.main(["runs/x", "--quiet", "--threads", "1"])
     assert f"left out 1 image that cannot be read: pictures/{spoiled}" in capfd.readouterr().err
-    evaluated = tmp_path / "runs/x/evaluate-test/predictions.csv"
-    assert evaluated.read_bytes() == (tmp_path / "runs/x/predictions.csv").read_bytes()
+    eval_model = tmp_path / "runs/x/evaluate-test/predictions.csv"
+    assert eval_model.read_bytes() == (tmp_path / "runs/x/predictions.csv").read_bytes()
     other = ("runs/x", "--quiet", "--threads", 1, "--data-dir", "pictures", "--split", "all")
     assert matches(
         fails(evaluate, *other),
@@ -177,10 +178,10 @@ def test_weights_say_what_their_evaluation_skips(pictures, tmp_path, monkeypatch
     )
     evaluate.main([*map(str, other), "--skip-unreadable"])
     assert "has changed" not in capfd.readouterr().err
-    info = checkpoint.read_info(tmp_path / "runs/x/best.safetensors")
-    del info["data"]["skip_unreadable"]  # as in weights of before the option
-    checkpoint._require_usable(info)
-    assert not DataConfig(**info["data"]).skip_unreadable
+    metadata = weights.read_metadata(tmp_path / "runs/x/best.safetensors")
+    del metadata["data"]["skip_unreadable"]  # as in weights of before the option
+    weights._check_metadata(metadata)
+    assert not DataConfig(**metadata["data"]).skip_unreadable
 
 
 def test_new_data_do_not_inherit_the_option():

@@ -6,9 +6,9 @@ Held on a CPU, by the operations called; tests/test_gpu.py asks a GPU.
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from trainers import SIZES, VARIANTS, make_loader, make_trainer, place, train
+from trainers import SIZES, VARIANTS, make_loader, make_train_step, place, train
 
-from lab.engine import seed_dropout
+from lab.engine.training import seed_dropout
 
 WAITS = {  # operations whose result, or its shape, the host learns from the device
     "aten::_local_scalar_dense",
@@ -44,7 +44,7 @@ class Waits(TorchDispatchMode):
 def test_a_step_reads_the_device_only_to_log(model, settings):
     cpu = place("cpu")
     loader = make_loader(cpu, model)
-    silent, chatty = (make_trainer(cpu, model, log_every=n, **settings) for n in (10**9, 2))
+    silent, chatty = (make_train_step(cpu, model, log_every=n, **settings) for n in (10**9, 2))
     rows = []
     with Waits() as waits:
         train(silent, loader)

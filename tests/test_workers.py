@@ -85,7 +85,7 @@ def test_p3_workers_that_get_the_sigterm_of_a_run_lose_no_batch():
 def test_p7_a_killed_worker_is_one_error():
     with pytest.raises(UserError, match=r"worker process .* died \(SIGKILL\)") as caught:
         list(make_reader(send("SIGKILL")))
-    assert caught.value.lone
+    assert caught.value.rank_local
     assert multiprocessing.active_children() == []  # although `caught` holds the frames
 
 

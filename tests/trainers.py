@@ -4,17 +4,19 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from lab.config import TrainConfig
-from lab.data.augment import Preprocess
-from lab.data.loaders import Plan, ResidentLoader
-from lab.data.sources import Split
+from lab.checkpoint.train_state import TrainState
+from lab.config.schema import TrainConfig
+from lab.data.loaders import ResidentLoader
+from lab.data.sampler import ShardedBatchSampler
+from lab.data.transforms import BatchTransform
+from lab.data.types import Split
 from lab.distributed import build_accelerator
-from lab.engine import Position, prepare, train_one_epoch
+from lab.engine.training import prepare, train_one_epoch
 from lab.models import build_model
 
 SIZES = {"lenet5": (1, 28), "alexnet": (3, 8)}  # channels, pixels a side
 CROPS = ("crop", "flip", "cutout")
-UNUSUAL = {"label_smoothing": 0.1, "ema": 0.9, "accumulate": 2, "clip_norm": 1.0}
+UNUSUAL = {"label_smoothing": 0.1, "ema_decay": 0.9, "grad_accum_steps": 2, "max_grad_norm": 1.0}
 VARIANTS = [
     {},
     UNUSUAL,
@@ -44,37 +46,37 @@ class FakeWorld:
         return getattr(self.accelerator, name)
 
 
-def make_trainer(accelerator, model="lenet5", **settings):
-    channels, size = SIZES[model]
+def make_train_step(accelerator, model="lenet5", **settings):
+    in_chans, size = SIZES[model]
     torch.manual_seed(0)
-    network = build_model(model, num_classes=10, channels=channels, image_size=size)
+    built_model = build_model(model, num_classes=10, in_chans=in_chans, image_size=size)
     plain = {"model": model, "dataset": "digits", "schedule": "constant", "log_every": 10**9}
-    return prepare(accelerator, network, TrainConfig(**plain | {"lr": 0.01} | settings))
+    return prepare(accelerator, built_model, TrainConfig(**plain | {"lr": 0.01} | settings))
 
 
 def make_loader(
     accelerator, model="lenet5", num_samples=33, batch_size=8, seed=0, augment=CROPS, graphs=False
 ):
-    channels, size = SIZES[model]
+    in_chans, size = SIZES[model]
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(
-        256, (num_samples, channels, size, size), generator=generator, dtype=torch.uint8
+        256, (num_samples, in_chans, size, size), generator=generator, dtype=torch.uint8
     )
     split = Split(images, torch.arange(num_samples) % 10, tuple("0123456789"))
     augment = augment if seed is not None else ()
-    preprocess = Preprocess((0.5,) * channels, (0.5,) * channels, augment, accelerator.device)
-    plan = Plan(num_samples, batch_size, seed, 0, 1)
-    return ResidentLoader(split, plan, preprocess, accelerator.device, graphs)
+    transform = BatchTransform((0.5,) * in_chans, (0.5,) * in_chans, augment, accelerator.device)
+    plan = ShardedBatchSampler(num_samples, batch_size, seed, 0, 1)
+    return ResidentLoader(split, plan, transform, accelerator.device, graphs)
 
 
-def train(trainer, loader, epochs=1, on_step=lambda *_: None, on_log=lambda _: None):
+def train(train_step, loader, epochs=1, on_step=lambda *_: None, on_log=lambda _: None):
     """The losses of the epochs."""
-    position, losses = Position(), []
+    position, losses = TrainState(), []
     for _ in range(epochs):
-        losses.append(train_one_epoch(trainer, loader, position, on_step, on_log).loss)
+        losses.append(train_one_epoch(train_step, loader, position, on_step, on_log).loss)
         position = position.next_epoch()
     return losses
 
 
-def weights(network):
-    return torch.cat([p.detach().cpu().flatten() for p in network.parameters()])
+def weights(model):
+    return torch.cat([p.detach().cpu().flatten() for p in model.parameters()])

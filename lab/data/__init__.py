@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lab.data.fingerprint import Listing
-    from lab.data.sources import Parts, Split
+    from lab.data.types import RawSplits, Split
 
 Numbers = tuple[float, ...]
 TITLES = {"train": "training", "val": "validation", "test": "test"}  # of splits, for people
@@ -59,7 +59,7 @@ def find_dataset(name: str) -> DatasetSpec:
     return DATASETS[name]
 
 
-def require_data_dir_is_read(dataset: str, data_dir: str | None) -> None:
+def check_data_dir(dataset: str, data_dir: str | None) -> None:
     """Nothing; raises `UserError` for an unknown set, and where it comes with lab, for a folder."""
     if find_dataset(dataset).bundled and data_dir is not None:
         raise UserError(
@@ -82,8 +82,8 @@ class DataConfig:
     test_fraction: float
     split_seed: int
     num_samples: int
-    limit_train: int
-    limit_eval: int
+    max_train_samples: int
+    max_eval_samples: int
     skip_unreadable: bool = False
 
     @classmethod
@@ -105,7 +105,7 @@ class Splits:
     test: Split
     mean: Numbers
     std: Numbers
-    selected_on: str  # "validation" or "test"
+    selection_split: str  # "validation" or "test"
     fingerprints: dict[str, str]  # of "train", "val", "test": which samples are in it
 
     def class_counts(self) -> dict[str, list[int]]:
@@ -141,9 +141,9 @@ def load_splits(config: DataConfig, memory: float, num_workers: int) -> Splits:
     missing, damaged or too few.
     """
     from lab.data.fingerprint import fingerprint
-    from lab.data.sources import channel_statistics
+    from lab.data.splits import channel_statistics
 
-    cut = _cut(_read(config), config)
+    cut = _split(_read(config), config)
     if len(cut["train"].class_names) < 2:
         raise UserError(
             f"{config.data_dir} holds one class, {cut['train'].class_names[0]}",
@@ -158,10 +158,10 @@ def load_splits(config: DataConfig, memory: float, num_workers: int) -> Splits:
     if mean is None or std is None:
         counts = _cached_histogram(cut, named["train"], num_workers)
         mean, std = channel_statistics(named["train"].images, counts)
-    selected_on = "validation" if "val" in named else "test"
+    selection_split = "validation" if "val" in named else "test"
     val = named.get("val", named["test"])
     fingerprints = {name: fingerprint(split) for name, split in cut.items()}
-    return Splits(named["train"], val, named["test"], mean, std, selected_on, fingerprints)
+    return Splits(named["train"], val, named["test"], mean, std, selection_split, fingerprints)
 
 
 def load_split(
@@ -174,7 +174,7 @@ def load_split(
     """
     from lab.data.fingerprint import fingerprint
 
-    cut = _cut(_read(config, download), config, whole=name == "all")
+    cut = _split(_read(config, download), config, whole=name == "all")
     if name not in cut:
         raise UserError(
             "this data has no validation split: the best epoch was chosen on the test split",
@@ -193,7 +193,7 @@ def load_fingerprints(
     """Return the fingerprints of the splits "train", "test" and, if there is one, "val"."""
     from lab.data.fingerprint import fingerprint
 
-    cut = _cut(_source(config, download), config)
+    cut = _split(_source(config, download), config)
     if config.skip_unreadable:
         cut = _skip_unreadable(cut, num_workers, warn=False)
     return {name: fingerprint(split) for name, split in cut.items()}
@@ -207,7 +207,7 @@ def list_samples(config: DataConfig, name: str | None = None, num_workers: int =
     from lab.data.fingerprint import Listing
 
     parts = _source(config, download=False)  # they have been read before
-    cut = _cut(parts, config, whole=name == "all")
+    cut = _split(parts, config, whole=name == "all")
     cut = cut if name is None else {name: cut[name]}
     if config.skip_unreadable:
         cut = _skip_unreadable(cut, num_workers, warn=False)
@@ -215,53 +215,54 @@ def list_samples(config: DataConfig, name: str | None = None, num_workers: int =
     return Listing.of(parts.named(), cut)
 
 
-def _source(config: DataConfig, download: bool) -> Parts:
+def _source(config: DataConfig, download: bool) -> RawSplits:
     spec = find_dataset(config.dataset)
     module, name = spec.read.split(":")
     read = getattr(importlib.import_module(f"lab.data.{module}"), name)
     return read(config, download) if spec.downloads else read(config)
 
 
-def _read(config: DataConfig, download: bool = True) -> Parts:
+def _read(config: DataConfig, download: bool = True) -> RawSplits:
     parts = _source(config, download)
     for warning in parts.warnings:
         console.warn(warning)
     return parts
 
 
-def _cut(parts: Parts, config: DataConfig, whole: bool = False) -> dict[str, Split]:
+def _split(parts: RawSplits, config: DataConfig, whole: bool = False) -> dict[str, Split]:
     """The splits "train", "test" and, where there is one, "val"; files are not decoded yet.
 
     Or, of the `whole` data, the split "all".
     """
-    from lab.data.sources import join, limit, stratified_cut
+    from lab.data.splits import stratified_split, subsample
+    from lab.data.types import join
 
     seed = config.split_seed
     if whole:
-        return {"all": limit(join([*parts.named().values()]), config.limit_eval, seed)}
+        return {"all": subsample(join([*parts.named().values()]), config.max_eval_samples, seed)}
     train, val, test = parts.train, parts.val, parts.test
     if test is None:
-        train, test = stratified_cut(train, config.test_fraction, seed)
+        train, test = stratified_split(train, config.test_fraction, seed)
     if val is None and config.val_fraction > 0 and len(train.labels):
-        train, val = stratified_cut(train, config.val_fraction, seed)
-    cut = {"train": limit(train, config.limit_train, seed)}
-    cut["test"] = limit(test, config.limit_eval, seed)
+        train, val = stratified_split(train, config.val_fraction, seed)
+    cut = {"train": subsample(train, config.max_train_samples, seed)}
+    cut["test"] = subsample(test, config.max_eval_samples, seed)
     if val is not None:
-        cut["val"] = limit(val, config.limit_eval, seed)
+        cut["val"] = subsample(val, config.max_eval_samples, seed)
     return cut
 
 
 def _check_classes(cut: Mapping[str, Split], config: DataConfig) -> None:
     """Raise `UserError` for a class without training samples; warn of others without any.
 
-    A training split that --limit-train shortens is only warned of; one for evaluation that
-    --limit-eval shortens is left alone.
+    A training split that --max-train-samples shortens is only warned of; one for evaluation that
+    --max-eval-samples shortens is left alone.
     """
     for name, split in cut.items():
         counts = split.labels.bincount(minlength=len(split.class_names)).tolist()
         missing = [c for c, count in zip(split.class_names, counts, strict=True) if not count]
         limited = len(split.labels) == (
-            config.limit_train if name == "train" else config.limit_eval
+            config.max_train_samples if name == "train" else config.max_eval_samples
         )
         if not missing or len(missing) == len(counts) or (limited and name != "train"):
             continue
@@ -271,7 +272,9 @@ def _check_classes(cut: Mapping[str, Split], config: DataConfig) -> None:
         )
         if name == "train" and not limited:
             raise UserError(what, "Add images of every class, or remove the class")
-        console.warn(f"{what}: " + ("--limit-train is too small" if limited else "too few images"))
+        console.warn(
+            f"{what}: " + ("--max-train-samples is too small" if limited else "too few images")
+        )
 
 
 def _skip_unreadable(
@@ -284,11 +287,11 @@ def _skip_unreadable(
     """
     import torch
 
-    from lab.data.decode import NUM_NAMED, ImageFiles
+    from lab.data.decode import NUM_NAMED, FileImages
 
     readable, skipped = {}, []
     for name, split in cut.items():
-        if not isinstance(split.images, ImageFiles):
+        if not isinstance(split.images, FileImages):
             raise UserError(
                 "--skip-unreadable is for a directory of images",
                 "Leave it out, or give --dataset folder",
@@ -297,7 +300,7 @@ def _skip_unreadable(
         skipped += [split.images.paths[i] for i in unreadable]
         is_readable = torch.ones(len(split.labels), dtype=torch.bool)
         is_readable[list(unreadable)] = False
-        readable[name] = split.take(is_readable.nonzero().flatten()) if unreadable else split
+        readable[name] = split.select(is_readable.nonzero().flatten()) if unreadable else split
         empty = sorted({*readable[name].missing_classes()} - {*split.missing_classes()})
         if name == "train" and empty:
             raise UserError(
@@ -324,19 +327,19 @@ def _cached_histogram(cut: dict[str, Split], train: Split, num_workers: int) -> 
     """
     from torch import Tensor
 
-    from lab.data.decode import ImageFiles, UnreadableImages
-    from lab.data.sources import sample_positions
+    from lab.data.decode import FileImages, UnreadableImages
+    from lab.data.splits import sample_positions
 
     files = cut["train"].images
     decoded = train.images if isinstance(train.images, Tensor) else None
-    if not isinstance(files, ImageFiles) or (decoded is not None and not _is_worth_caching(cut)):
+    if not isinstance(files, FileImages) or (decoded is not None and not _is_worth_caching(cut)):
         return None
     try:
         return files.histogram(sample_positions(len(files)), num_workers, decoded)
     except UnreadableImages as error:
         reasons = dict(error.reasons)
         for split in cut.values():
-            if isinstance(split.images, ImageFiles):
+            if isinstance(split.images, FileImages):
                 unreadable = split.images.unreadable(num_workers)
                 reasons |= {split.images.paths[i]: what for i, what in unreadable.items()}
         raise UnreadableImages(reasons) from error
@@ -354,7 +357,7 @@ def _ready(
     `use_cache`: whether to cache decoded images; None: if these splits are worth it.
     """
     from lab.data.decode import UnreadableImages
-    from lab.data.sources import in_memory, resize
+    from lab.data.splits import in_memory, resize
 
     for name, split in named.items():
         if len(split.labels) == 0:

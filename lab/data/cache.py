@@ -10,8 +10,8 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ KEPT_BYTES = 20e9  # beyond that, the longest unused ones are
 IN_USE: set[Path] = set()  # what this process has read or written
 
 
-def folder() -> Path:
+def cache_dir() -> Path:
     """Return the directory of the files: in LAB_CACHE, or in `lab` in the user's cache folder."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("LAB_CACHE") or Path(home) / "lab") / "pictures"
@@ -43,7 +43,7 @@ def cached(key: str, shape: Sequence[int], fill: Callable[[Tensor], None]) -> Te
     disk is full or not to be written, the images are decoded into memory.
     """
     with suppress(OSError):
-        path = folder() / f"{key}.uint8"
+        path = cache_dir() / f"{key}.uint8"
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_suffix(".lock")):
             if (images := _read(path, shape)) is None:
@@ -63,8 +63,8 @@ def cached_json(key: str, compute: Callable[[], Any]) -> Any:
     """
     with ExitStack() as held:
         with suppress(OSError):
-            folder().mkdir(parents=True, exist_ok=True)
-            held.enter_context(FileLock(folder() / f"{key}.lock"))
+            cache_dir().mkdir(parents=True, exist_ok=True)
+            held.enter_context(FileLock(cache_dir() / f"{key}.lock"))
         result = load_json(key)
         if result is None:
             result = json.loads(json.dumps(compute()))
@@ -74,7 +74,7 @@ def cached_json(key: str, compute: Callable[[], Any]) -> Any:
 
 def load_json(key: str) -> Any:
     """Return what `store_json` stored; None where there is nothing, or not all of it."""
-    path = folder() / f"{key}.json"
+    path = cache_dir() / f"{key}.json"
     with suppress(OSError, ValueError):
         result = json.loads(path.read_text())
         _mark_as_used(path)
@@ -84,14 +84,14 @@ def load_json(key: str) -> Any:
 
 def store_json(key: str, value: Any) -> None:
     """Write a value, whole or not at all; a disk that is full or not to be written is no error."""
-    temporary = folder() / f"{key}-{os.getpid()}.tmp"
+    temporary = cache_dir() / f"{key}-{os.getpid()}.tmp"
     with suppress(OSError):
         try:
             with open(temporary, "w") as file:
                 json.dump(value, file)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(temporary, folder() / f"{key}.json")
+            os.replace(temporary, cache_dir() / f"{key}.json")
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -166,35 +166,3 @@ def key_of(paths: Sequence[str], size: int, change_time: bool = False) -> str:
             line += f" {stat.st_ctime_ns}" if change_time else ""
         key.update(os.fsencode(line))
     return key.hexdigest()
-
-
-@contextmanager
-def turn_to_download(name: str, root: Path) -> Iterator[None]:
-    """Makes the folder and locks it; what was made is gone again where the download fails.
-
-    The lock in the folder is for other hosts and users. Whoever deletes such a file and its folder
-    leaves those who wait for it without: so this host's processes come one by one through another
-    lock, which stays where it is, in the user's cache folder.
-    """
-    digest = hashlib.blake2b(os.fsencode(root.resolve() / name), digest_size=16).hexdigest()
-    turns = folder().with_name("downloads") / f"{digest}.lock"
-    with ExitStack() as held:
-        with suppress(OSError):  # not to be written: the folder's own lock has to do
-            turns.parent.mkdir(parents=True, exist_ok=True)
-            held.enter_context(FileLock(turns))
-        lock = root / f".{name}.lock"
-        folders = (root / name / "raw", root / name, root, *root.parents)  # torchvision's first
-        made = [path for path in folders if not path.exists()]
-        locked_before = lock.exists()
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-            with FileLock(lock):
-                yield
-        except BaseException:
-            with suppress(OSError):
-                if not locked_before:
-                    lock.unlink(missing_ok=True)
-                for path in made:
-                    if path.exists():
-                        path.rmdir()  # fails, and so do the others, where it is not empty
-            raise

@@ -17,7 +17,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from lab.data import cache
-from lab.data.sources import histogram
+from lab.data.splits import histogram
 from lab.data.workers import BatchReader
 from lab.errors import UserError, name_some
 
@@ -46,7 +46,7 @@ class UnreadableImages(UserError):
 
 
 @dataclass(frozen=True)
-class ImageFiles:
+class FileImages:
     """Images in files, decoded when indexed. Behaves as a uint8 tensor [N, 3, size, size]."""
 
     paths: tuple[str, ...]
@@ -69,10 +69,10 @@ class ImageFiles:
             raise UnreadableImages(reasons)
         return images
 
-    def take(self, index: Tensor) -> ImageFiles:
-        return ImageFiles(tuple(self.paths[i] for i in index.tolist()), self.size)
+    def select(self, index: Tensor) -> FileImages:
+        return FileImages(tuple(self.paths[i] for i in index.tolist()), self.size)
 
-    def join(self, others: Sequence[ImageFiles]) -> ImageFiles:
+    def join(self, others: Sequence[FileImages]) -> FileImages:
         """Return the images of several sets as one, in the order given."""
         return replace(self, paths=tuple(path for files in (self, *others) for path in files.paths))
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from lab.data.sources import Split
+    from lab.data.types import Split
 
 FORMAT = "v2"  # a fingerprint is FORMAT-DIGEST; those of different formats cannot be compared
 NUM_HASHED = 256  # images of a split whose contents are hashed

@@ -155,7 +155,7 @@ class BatchReader:
                 f"{SHARED_MEMORY} is too small for worker processes: {free / 2**20:.1f} MiB are "
                 f"free for each process, and three batches take {needed / 2**20:.1f}",
                 self.hint,
-                lone=True,
+                rank_local=True,
             )
         num_workers = min(self.num_workers, num_batches)
         if num_workers < self.num_workers:
@@ -193,11 +193,11 @@ class BatchReader:
                     raise UserError(
                         f"no batch was read in {TIMEOUT_SECONDS} s",
                         "Check that the disk with the images answers, or lower --batch-size",
-                        lone=True,
+                        rank_local=True,
                     ) from None
                 continue
             if isinstance(batch, _SharedMemoryFull):
-                raise UserError(f"{SHARED_MEMORY} is full", self.hint, lone=True)
+                raise UserError(f"{SHARED_MEMORY} is full", self.hint, rank_local=True)
             return batch
 
     def _worker_error(self, exit_code: int) -> UserError:
@@ -206,7 +206,7 @@ class BatchReader:
         hint = f"The system may be out of memory: lower --workers, or give {self.fallback}"
         if exit_code == -signal.SIGSEGV:
             hint = f"An image may have crashed its decoder: {self.fallback} shows where"
-        return UserError(f"a worker process that reads images died ({how})", hint, lone=True)
+        return UserError(f"a worker process that reads images died ({how})", hint, rank_local=True)
 
 
 class _WorkersTerminatedError(Exception):

@@ -25,41 +25,43 @@ class ModelSpec:
     weights: str = ""  # torchvision's name of the ImageNet weights that --pretrained loads
     dataset: str = "cifar10"  # the data set it trains on unless told otherwise
     image_size: int = 32  # pixels a side, unless told otherwise
-    large: bool = True  # its arithmetic outweighs its overheads: bfloat16 and channels_last pay
+    benefits_from_bf16: bool = (
+        True  # its arithmetic outweighs its overheads: bfloat16 and channels_last pay
+    )
     cpu_bf16: bool = True  # ... on a CPU too, where depthwise convolutions lose by bfloat16
 
 
 MODELS = {
-    "lenet5": ModelSpec("classic:LeNet5", dataset="mnist", large=False),
+    "lenet5": ModelSpec("classic:LeNet5", dataset="mnist", benefits_from_bf16=False),
     "alexnet": ModelSpec("classic:AlexNet"),
     "googlenet": ModelSpec("adapted:googlenet", "googlenet"),
     "densenet": ModelSpec("adapted:densenet"),
     "densenet121": ModelSpec("adapted:densenet121", "densenet121"),
     "mobilenet": ModelSpec("adapted:mobilenet", "mobilenet_v2"),
-    "mobilenet-v3-small": ModelSpec("adapted:mobilenet_v3", "mobilenet_v3_small", cpu_bf16=False),
+    "mobilenet_v3_small": ModelSpec("adapted:mobilenet_v3", "mobilenet_v3_small", cpu_bf16=False),
     "efficientnet": ModelSpec("adapted:efficientnet:b0", "efficientnet_b0", cpu_bf16=False),
-    "efficientnet-b0": ModelSpec("adapted:efficientnet:b0", "efficientnet_b0", cpu_bf16=False),
-    "efficientnet-b1": ModelSpec("adapted:efficientnet:b1", "efficientnet_b1", cpu_bf16=False),
-    "efficientnet-b2": ModelSpec("adapted:efficientnet:b2", "efficientnet_b2", cpu_bf16=False),
-    "efficientnet-b3": ModelSpec("adapted:efficientnet:b3", "efficientnet_b3", cpu_bf16=False),
-    "efficientnet-b4": ModelSpec("adapted:efficientnet:b4", "efficientnet_b4", cpu_bf16=False),
-    "efficientnet-b5": ModelSpec("adapted:efficientnet:b5", "efficientnet_b5", cpu_bf16=False),
-    "efficientnet-b6": ModelSpec("adapted:efficientnet:b6", "efficientnet_b6", cpu_bf16=False),
-    "efficientnet-b7": ModelSpec("adapted:efficientnet:b7", "efficientnet_b7", cpu_bf16=False),
+    "efficientnet_b0": ModelSpec("adapted:efficientnet:b0", "efficientnet_b0", cpu_bf16=False),
+    "efficientnet_b1": ModelSpec("adapted:efficientnet:b1", "efficientnet_b1", cpu_bf16=False),
+    "efficientnet_b2": ModelSpec("adapted:efficientnet:b2", "efficientnet_b2", cpu_bf16=False),
+    "efficientnet_b3": ModelSpec("adapted:efficientnet:b3", "efficientnet_b3", cpu_bf16=False),
+    "efficientnet_b4": ModelSpec("adapted:efficientnet:b4", "efficientnet_b4", cpu_bf16=False),
+    "efficientnet_b5": ModelSpec("adapted:efficientnet:b5", "efficientnet_b5", cpu_bf16=False),
+    "efficientnet_b6": ModelSpec("adapted:efficientnet:b6", "efficientnet_b6", cpu_bf16=False),
+    "efficientnet_b7": ModelSpec("adapted:efficientnet:b7", "efficientnet_b7", cpu_bf16=False),
     "vit": ModelSpec("adapted:vit_tiny"),
-    "vit-tiny": ModelSpec("adapted:vit_tiny"),
-    "vit-small": ModelSpec("adapted:vit_small"),
-    "vit-hybrid": ModelSpec("adapted:vit_hybrid"),
+    "vit_tiny": ModelSpec("adapted:vit_tiny"),
+    "vit_small": ModelSpec("adapted:vit_small"),
+    "vit_hybrid": ModelSpec("adapted:vit_hybrid"),
 }
 
 
 def find_model(name: str) -> ModelSpec:
     """The spec of a network; raises `UserError` with the list of the known."""
     if name.startswith(TORCHVISION):
-        from lab.models.others import require_known
+        from lab.models.external import check_torchvision_name
 
         own = name.removeprefix(TORCHVISION)
-        require_known(own)
+        check_torchvision_name(own)
         return ModelSpec(f"others:torchvision_model:{own}", image_size=224, weights=own)
     if name not in MODELS:
         from torchvision import models  # takes seconds: not before there is a mistake
@@ -72,7 +74,7 @@ def find_model(name: str) -> ModelSpec:
 
 
 def build_model(
-    name: str, *, num_classes: int, channels: int, image_size: int, init: str = "default"
+    name: str, *, num_classes: int, in_chans: int, image_size: int, init: str = "default"
 ) -> nn.Module:
     """A network that maps images float32 [n, channels, image_size, image_size] to logits [n, K].
 
@@ -81,24 +83,26 @@ def build_model(
     """
     module, factory, *more = find_model(name).factory.split(":")
     package = importlib.import_module(f"lab.models.{module}")
-    network = getattr(package, factory)(num_classes, channels, image_size, *more)
+    model = getattr(package, factory)(num_classes, in_chans, image_size, *more)
     if init == "kaiming":
-        from lab.models.classic import kaiming_init
+        from lab.models.alexnet import kaiming_init
 
-        kaiming_init(network)
-    return network
+        kaiming_init(model)
+    return model
 
 
-def head_names(name: str, *, num_classes: int, channels: int, image_size: int) -> set[str]:
+def classifier_param_names(
+    name: str, *, num_classes: int, in_chans: int, image_size: int
+) -> set[str]:
     """The parameters whose shape depends on the number of classes: all else is the backbone."""
     import torch
 
     def shapes(num_classes: int) -> dict[str, torch.Size]:
         with torch.device("meta"):
-            network = build_model(
-                name, num_classes=num_classes, channels=channels, image_size=image_size
+            model = build_model(
+                name, num_classes=num_classes, in_chans=in_chans, image_size=image_size
             )
-        return {name: tensor.shape for name, tensor in network.state_dict().items()}
+        return {name: tensor.shape for name, tensor in model.state_dict().items()}
 
     other = shapes(num_classes + 1)
     return {name for name, shape in shapes(num_classes).items() if shape != other[name]}

@@ -1,0 +1,97 @@
+"""Fine-tuning: weights to begin with, and what of the network stays as it is."""
+
+from typing import Any
+
+from torch import nn
+
+from lab import console
+from lab.checkpoint import weights
+from lab.config.schema import TrainConfig
+from lab.errors import UserError
+from lab.models import classifier_param_names, find_model
+
+FEW_STEPS = 300
+
+
+def start_from(model: nn.Module, architecture: dict[str, Any], config: TrainConfig) -> None:
+    """Fills the network with the weights that `config` names, if any, and says so.
+
+    `architecture` holds what `build_model` made the network of. Raises `UserError` where weights are
+    missing or do not fit.
+    """
+    if config.pretrained:
+        from lab.models.pretrained import load_pretrained
+
+        source = find_model(config.model).weights
+        with console.status(f"fetching torchvision's ImageNet weights of {source}"):
+            remarks = load_pretrained(model, source, classifier_param_names(**architecture))
+        console.info(f"ImageNet weights of {source}; " + "; ".join(remarks))
+    elif config.init_checkpoint:
+        fresh = _take_file(model, architecture, config.init_checkpoint)
+        head = f"new head: {', '.join(fresh)}" if fresh else "its head too"
+        console.info(f"weights of {config.init_checkpoint}; {head}")
+
+
+def warn_of_few_steps(config: TrainConfig, num_batches: int) -> None:
+    """Warns where a new run of epochs of `num_batches` will end before random weights learn much.
+
+    One that was told when to stop, with `max_steps`, is a trial, and known to be one.
+    """
+    steps = config.epochs * num_batches
+    if steps < FEW_STEPS and not (config.max_steps or config.pretrained or config.init_checkpoint):
+        pretrained = "--pretrained, " if find_model(config.model).weights else ""
+        console.warn(
+            f"only {steps} {'steps' if steps > 1 else 'step'} in all: too few to learn much from "
+            f"random weights. Give {pretrained}a smaller --batch-size or more --epochs."
+        )
+
+
+def _take_file(model: nn.Module, architecture: dict[str, Any], path_given: str) -> list[str]:
+    """Fills the network from a weights file; the names of the head's tensors that stayed new."""
+    path = weights.find_weights(path_given)
+    found = weights.read_metadata(path)["model"]
+    if find_model(found["name"]) != find_model(architecture["name"]):
+        raise UserError(
+            f"{path} holds {found['name']}, not {architecture['name']}",
+            f"Give --model {found['name']}",
+        )
+    if found["in_chans"] != architecture["in_chans"]:
+        raise UserError(
+            f"{path} takes images with {found['in_chans']} channels, the data's have "
+            f"{architecture['in_chans']}",
+            "Give data like that it was trained on",
+        )
+    if found["image_size"] != architecture["image_size"]:
+        raise UserError(
+            f"{path} was trained on images of {found['image_size']} pixels, not "
+            f"{architecture['image_size']}",
+            f"Give --image-size {found['image_size']}",
+        )
+    tensors, expected = weights.read_tensors(path), model.state_dict()
+    fresh = {
+        name
+        for name in classifier_param_names(**architecture) & tensors.keys()
+        if tensors[name].shape != expected[name].shape
+    }
+    for name in sorted((tensors.keys() | expected.keys()) - fresh):
+        fits = name in tensors and name in expected
+        if not fits or tensors[name].shape != expected[name].shape:
+            raise UserError(
+                f"{path} holds the weights of another architecture: it differs in {name}",
+                "Give a file that train.py wrote for this --model",
+            )
+    kept = {name: tensor for name, tensor in tensors.items() if name not in fresh}
+    model.load_state_dict(kept, strict=False)
+    return sorted(fresh)
+
+
+def freeze(model: nn.Module, architecture: dict[str, Any], what: str) -> None:
+    """Takes all but the head out of training, where `what` is "backbone".
+
+    Frozen parameters get no gradient: no optimizer and no exchange between processes sees them.
+    `Trainer.set_training` keeps BatchNorm's statistics.
+    """
+    if what == "backbone":
+        heads = classifier_param_names(**architecture)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in heads)

@@ -1,0 +1,43 @@
+"""Data sets as splits of uint8 images in memory: MNIST, Fashion-MNIST, CIFAR, digits, shapes.
+
+Downloads are torchvision's; one process a host does them, the others wait at a lock.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+pass
+
+
+from safetensors.torch import load_file
+
+from lab.data.types import RawSplits, Split
+
+if TYPE_CHECKING:
+    from lab.data import DataConfig
+
+
+def read_digits(config: DataConfig) -> RawSplits:
+    """The 1,797 handwritten digits of UCI, 8 x 8, bundled with the package."""
+    images, labels = load_digits()
+    return RawSplits(Split(images, labels, tuple("0123456789")))
+
+
+DIGITS_FILE = Path(__file__).with_name("digits.safetensors")
+
+
+def load_digits() -> tuple[torch.Tensor, torch.Tensor]:
+    """Images uint8 [1797, 1, 8, 8] and labels int64 [1797] (0 to 9): the bundled digits.
+
+    The source's grey levels 0..16 are stored as round(level * 255 / 16), in the order of
+    scikit-learn's `load_digits`.
+
+    Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits (its test part),
+    UCI Machine Learning Repository, 1998, doi 10.24432/C50P49, licence CC BY 4.0.
+    """
+    tensors = load_file(DIGITS_FILE)
+    return tensors["images"], tensors["labels"].long()

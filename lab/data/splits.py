@@ -1,0 +1,183 @@
+"""Data sets as splits of uint8 images in memory: MNIST, Fashion-MNIST, CIFAR, digits, shapes.
+
+Downloads are torchvision's; one process a host does them, the others wait at a lock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+pass
+
+
+from lab.data.types import Images, Split
+
+if TYPE_CHECKING:
+    pass
+
+
+SAMPLE_SIZE = 10_000  # images; more would move mean and std by less than 0.001
+
+
+def stratified_sample(labels: Tensor, count: int, seed: int) -> Tensor:
+    """Return the sorted positions, int64 [count], of a random sample that keeps class proportions.
+
+    Every class gets the whole part of its share; the places left go to the largest remainders.
+    """
+    sizes = torch.bincount(labels)
+    return _sample(labels, sizes, _shares(sizes, count), seed)
+
+
+def stratified_split(split: Split, fraction: float, seed: int) -> tuple[Split, Split]:
+    """Return (rest, cut): `fraction` of the samples of each class cut off, both in order.
+
+    Each side gets at least one sample of every class that has two or more. The only sample of a
+    class stays in the rest.
+    """
+    sizes = torch.bincount(split.labels)
+    counts = _shares(sizes, max(1, round(len(split.labels) * fraction)))
+    counts = torch.minimum(counts.clamp(min=1), sizes - 1).clamp(min=0)
+    cut = _sample(split.labels, sizes, counts, seed)
+    rest = torch.ones(len(split.labels), dtype=torch.bool)
+    rest[cut] = False
+    return split.select(rest.nonzero().flatten()), split.select(cut)
+
+
+def _shares(sizes: Tensor, count: int) -> Tensor:
+    """Return how many of `count` samples each class gets, int64 [K], by the largest remainder."""
+    total = int(sizes.sum())
+    shares, remainder = sizes * count // total, sizes * count % total
+    left = count - int(shares.sum())
+    shares[remainder.argsort(descending=True, stable=True)[:left]] += 1
+    return shares
+
+
+def _sample(labels: Tensor, sizes: Tensor, counts: Tensor, seed: int) -> Tensor:
+    """Return the sorted positions of `counts[k]` random samples of each class k."""
+    random = np.random.RandomState(seed)
+    classes = labels.argsort(stable=True).split(sizes.tolist())
+    chosen = [
+        members[random_choice(len(members), count, random)]
+        for members, count in zip(classes, counts.tolist(), strict=True)
+    ]
+    return torch.cat(chosen).sort().values
+
+
+def random_choice(num_items: int, count: int, random: np.random.RandomState) -> Tensor:
+    """Return the first `count` of the numbers below `num_items`, shuffled, int64 [count].
+
+    This is the Fisher-Yates shuffle on 32-bit outputs of the Mersenne Twister: the numbers that
+    torch.randperm gives for the same seed in PyTorch 2.14, by which all published splits were
+    drawn. PyTorch may change its algorithm; NumPy guarantees that RandomState's stream never
+    changes (NEP 19), so no upgrade can move a sample from one split to another.
+    """
+    outputs = random.randint(2**32, size=max(0, num_items - 1), dtype=np.uint32)
+    offsets = outputs % np.arange(num_items, 1, -1)
+    order = list(range(num_items))
+    for i, offset in enumerate(offsets[:count].tolist()):
+        order[i], order[i + offset] = order[i + offset], order[i]
+    return torch.tensor(order[:count], dtype=torch.long)
+
+
+def subsample(split: Split, count: int, seed: int) -> Split:
+    """At most `count` samples, stratified and seeded; all of them where `count` is 0."""
+    if count == 0 or count >= len(split.labels):
+        return split
+    return split.select(stratified_sample(split.labels, count, seed))
+
+
+def in_memory(split: Split, num_workers: int, use_cache: bool | None = None) -> Split:
+    """Return the split with its images in a tensor; `use_cache` as in `ImageFiles.decode_all`."""
+    if isinstance(split.images, Tensor):
+        return split
+    return replace(split, images=split.images.decode_all(num_workers, use_cache))
+
+
+@dataclass(frozen=True)
+class ResizedImages:
+    """Images in memory that are resized when indexed, as the resized ones may not fit there.
+
+    Bilinear, antialiased, rounded to uint8.
+    """
+
+    images: Tensor  # uint8 [N, C, H, W]
+    size: int
+
+    @property
+    def shape(self) -> Sequence[int]:
+        return (*self.images.shape[:2], self.size, self.size)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: Tensor) -> Tensor:
+        return self._resize(self.images[index])
+
+    def select(self, index: Tensor) -> ResizedImages:
+        return ResizedImages(self.images[index], self.size)
+
+    def join(self, others: Sequence[ResizedImages]) -> ResizedImages:
+        """Return the images of several sets as one, in the order given."""
+        return replace(self, images=torch.cat([one.images for one in (self, *others)]))
+
+    def decode_all(self, num_workers: int, use_cache: bool | None = None) -> Tensor:
+        """Return all images resized, uint8 [N, C, size, size]."""
+        images = torch.empty(tuple(self.shape), dtype=torch.uint8)
+        for part, whole in zip(images.split(4096), self.images.split(4096), strict=True):
+            part.copy_(self._resize(whole))
+        return images
+
+    def _resize(self, images: Tensor) -> Tensor:
+        from torchvision.transforms.v2 import functional as F
+
+        if not len(images):
+            return torch.empty(0, *self.shape[1:], dtype=torch.uint8)
+        return F.resize(images, [self.size, self.size])
+
+
+def resize(split: Split, size: int) -> Split:
+    """Return the split with images of `size` x `size` pixels; `in_memory` resizes all of them."""
+    if split.images.shape[-2:] == (size, size):
+        return split
+    assert isinstance(split.images, Tensor)  # files are decoded to their size
+    return replace(split, images=ResizedImages(split.images, size))
+
+
+def sample_positions(num_images: int) -> Tensor:
+    """Return the positions of the images whose mean and std are computed, int64 [n], sorted.
+
+    These are all, or `SAMPLE_SIZE` evenly spaced ones.
+    """
+    # float32 decided on the numbers of all smaller datasets; it cannot hold larger positions.
+    dtype = torch.float32 if num_images <= 2**24 else torch.float64
+    return torch.linspace(0, num_images - 1, min(num_images, SAMPLE_SIZE), dtype=dtype).long()
+
+
+def histogram(images: Tensor) -> Tensor:
+    """Return how often each value occurs in each channel of uint8 [N, C, H, W], int64 [C, 256]."""
+    in_chans = images.transpose(0, 1).flatten(1)
+    return torch.stack([torch.bincount(values, minlength=256) for values in in_chans])
+
+
+def channel_statistics(
+    images: Images, counts: Tensor | None = None
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return (mean, std) of each channel in units of the full range.
+
+    `counts`: the histogram [C, 256] of the images at `sample_positions`, where it is known.
+    """
+    if counts is None:
+        counts = torch.zeros(images.shape[1], 256, dtype=torch.int64)
+        for index in sample_positions(images.shape[0]).split(1000):
+            counts += histogram(images[index])
+    values = torch.arange(256, dtype=torch.float64) / 255
+    share = counts.double() / counts.sum(1, keepdim=True)
+    mean = share @ values
+    std = (share @ values**2 - mean**2).clamp(min=1e-6).sqrt()
+    return tuple(round(m, 4) for m in mean.tolist()), tuple(round(s, 4) for s in std.tolist())

@@ -1,0 +1,194 @@
+"""Data sets as splits of uint8 images in memory: MNIST, Fashion-MNIST, CIFAR, digits, shapes.
+
+Downloads are torchvision's; one process a host does them, the others wait at a lock.
+"""
+
+from __future__ import annotations
+
+import gzip
+import http.client
+import os
+import socket
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+pass
+
+pass
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+
+from filelock import FileLock
+
+from lab.data.cache import cache_dir
+from lab.data.types import RawSplits, Split
+from lab.errors import UserError
+
+if TYPE_CHECKING:
+    from lab.data import DataConfig
+
+
+def read_mnist(config: DataConfig, download: bool = True) -> RawSplits:
+    """MNIST (LeCun, Cortes, Burges 1998): 60,000 + 10,000 grey digits, 28 x 28."""
+    return _read_idx("MNIST", config.data_dir, download, tuple("0123456789"))
+
+
+def read_fashion_mnist(config: DataConfig, download: bool = True) -> RawSplits:
+    """Fashion-MNIST (Xiao, Rasul, Vollgraf 2017): 60,000 + 10,000 grey clothes, 28 x 28."""
+    from torchvision.datasets import FashionMNIST
+
+    return _read_idx("FashionMNIST", config.data_dir, download, tuple(FashionMNIST.classes))
+
+
+def read_cifar10(config: DataConfig, download: bool = True) -> RawSplits:
+    """CIFAR-10 (Krizhevsky 2009): 50,000 + 10,000 colour photographs, 32 x 32."""
+    return _read_cifar("CIFAR10", config.data_dir, download)
+
+
+def read_cifar100(config: DataConfig, download: bool = True) -> RawSplits:
+    """CIFAR-100 (Krizhevsky 2009): as CIFAR-10, in 100 classes."""
+    return _read_cifar("CIFAR100", config.data_dir, download)
+
+
+def _read_idx(name: str, data_dir: str, download: bool, class_names: tuple[str, ...]) -> RawSplits:
+    """The two splits of a data set in MNIST's IDX format, from DATA_DIR/NAME/raw."""
+    raw = Path(data_dir) / name / "raw"
+
+    def find(file: str) -> Path:
+        """The file, or its gzipped form where there is only that."""
+        return raw / file if (raw / file).is_file() else raw / f"{file}.gz"
+
+    kinds = ("images-idx3", "labels-idx1")
+    names = [f"{split}-{kind}-ubyte" for split in ("train", "t10k") for kind in kinds]
+
+    def missing() -> bool:
+        return not all(find(n).is_file() for n in names)
+
+    if missing():
+        _download(name, data_dir, download, missing)
+    arrays = [_read_idx_file(find(n), num_dims=3 if "idx3" in n else 1) for n in names]
+    splits = []
+    for images, labels in (arrays[:2], arrays[2:]):
+        if len(images) != len(labels) or int(labels.max()) >= len(class_names):
+            raise UserError(
+                f"images and labels of {name} in {raw} do not belong together",
+                "Delete that folder, so that it is downloaded anew",
+            )
+        splits.append(Split(images.unsqueeze(1), labels.long(), class_names))
+    return RawSplits(splits[0], test=splits[1])
+
+
+def _read_idx_file(path: Path, num_dims: int) -> Tensor:
+    """The uint8 array in an IDX file (http://yann.lecun.com/exdb/mnist, "file formats")."""
+    try:
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        if content[:4] != bytes([0, 0, 8, num_dims]):  # 8: unsigned bytes
+            raise ValueError(f"not an IDX file of bytes in {num_dims} dimensions")
+        header = 4 + 4 * num_dims
+        shape = [int.from_bytes(content[i : i + 4], "big") for i in range(4, header, 4)]
+        data = torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=header)
+        return data.view(shape)
+    except (OSError, EOFError, ValueError, RuntimeError, zlib.error) as error:
+        if isinstance(error, PermissionError):
+            raise _unreadable(error) from error
+        raise UserError(
+            f"{path} is damaged ({error})", "Delete it, so that it is downloaded anew"
+        ) from error
+
+
+def _read_cifar(name: str, data_dir: str, download: bool) -> RawSplits:
+    """The two splits of CIFAR through torchvision, which checks each file's MD5 before it reads."""
+    from torchvision import datasets
+
+    def read(train: bool) -> Any:
+        try:
+            return getattr(datasets, name)(data_dir, train=train)
+        except PermissionError as error:
+            raise _unreadable(error) from error
+        except (RuntimeError, OSError):  # missing, or not what its MD5 promises
+            return None
+
+    def missing() -> bool:
+        return read(train=True) is None
+
+    if missing():
+        _download(name, data_dir, download, missing)
+    splits = []
+    for train in (True, False):
+        data = read(train)
+        if data is None:
+            raise UserError(
+                f"{name} in {data_dir} is damaged", "Delete it, so that it is downloaded anew"
+            )
+        images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
+        splits.append(Split(images, torch.tensor(data.targets), tuple(data.classes)))
+    return RawSplits(splits[0], test=splits[1])
+
+
+def _unreadable(error: OSError) -> UserError:
+    return UserError(f"cannot read {error.filename} ({error.strerror})", "Check its permissions")
+
+
+def _download(name: str, data_dir: str, allowed: bool, missing: Callable[[], bool]) -> None:
+    """Let torchvision download a dataset once per host. Raises `UserError` unless it is allowed."""
+    if not allowed:
+        raise UserError(
+            f"{name} is not in {data_dir}, the folder that the weights name",
+            "Give --data-dir the folder that holds it, or one to download it to",
+        )
+    from torchvision import datasets
+
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(30)  # seconds; torchvision sets none, and would wait for ever
+    try:
+        with download_lock(name, Path(data_dir)):
+            if missing():
+                getattr(datasets, name)(data_dir, download=True)
+    except (OSError, RuntimeError, http.client.HTTPException) as error:
+        # Of MNIST's several lines, one a mirror, the last says why.
+        reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
+        raise UserError(
+            f"{name} is not in {data_dir} and could not be downloaded ({reason})",
+            "Check the network or give --data-dir; `--dataset digits` needs no download",
+        ) from error
+    finally:
+        socket.setdefaulttimeout(timeout)
+
+
+@contextmanager
+def download_lock(name: str, root: Path) -> Iterator[None]:
+    """Makes the folder and locks it; what was made is gone again where the download fails.
+
+    The lock in the folder is for other hosts and users. Whoever deletes such a file and its folder
+    leaves those who wait for it without: so this host's processes come one by one through another
+    lock, which stays where it is, in the user's cache folder.
+    """
+    digest = hashlib.blake2b(os.fsencode(root.resolve() / name), digest_size=16).hexdigest()
+    turns = cache_dir().with_name("downloads") / f"{digest}.lock"
+    with ExitStack() as held:
+        with suppress(OSError):  # not to be written: the folder's own lock has to do
+            turns.parent.mkdir(parents=True, exist_ok=True)
+            held.enter_context(FileLock(turns))
+        lock = root / f".{name}.lock"
+        folders = (root / name / "raw", root / name, root, *root.parents)  # torchvision's first
+        made = [path for path in folders if not path.exists()]
+        locked_before = lock.exists()
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            with FileLock(lock):
+                yield
+        except BaseException:
+            with suppress(OSError):
+                if not locked_before:
+                    lock.unlink(missing_ok=True)
+                for path in made:
+                    if path.exists():
+                        path.rmdir()  # fails, and so do the others, where it is not empty
+            raise

@@ -1,0 +1,120 @@
+"""Data sets as splits of uint8 images in memory: MNIST, Fashion-MNIST, CIFAR, digits, shapes.
+
+Downloads are torchvision's; one process a host does them, the others wait at a lock.
+"""
+
+from __future__ import annotations
+
+import os
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+pass
+
+
+pass
+
+
+if TYPE_CHECKING:
+    pass
+
+
+class LazyImages(Protocol):
+    """Images that behave as a uint8 tensor [N, C, H, W], but are decoded when indexed."""
+
+    @property
+    def shape(self) -> Sequence[int]: ...
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: Tensor) -> Tensor: ...
+    def select(self, index: Tensor) -> LazyImages: ...
+    def join(self, others: Sequence[Any]) -> LazyImages: ...
+    def decode_all(self, num_workers: int, use_cache: bool | None = None) -> Tensor: ...
+
+
+Images = Tensor | LazyImages
+
+
+@dataclass(frozen=True)
+class Split:
+    """Labelled images in a fixed order."""
+
+    images: Images  # uint8 [N, C, H, W], in memory or in files
+    labels: Tensor  # int64 [N]
+    class_names: tuple[str, ...]
+    paths: tuple[str, ...] | None = None  # of the samples' files, decoded or not; None without
+    root: str = ""  # the data folder that they lie in
+
+    def files(self) -> list[str] | None:
+        """Return the paths below the data folder, POSIX; None where samples come from no files."""
+        if self.paths is None:
+            return None
+        prefix = os.path.join(self.root, "")
+        files = [path.removeprefix(prefix) for path in self.paths]
+        return files if os.sep == "/" else [file.replace(os.sep, "/") for file in files]
+
+    def missing_classes(self) -> list[str]:
+        """Return the names of the classes that no sample is of."""
+        counts = self.labels.bincount(minlength=len(self.class_names)).tolist()
+        return [name for name, count in zip(self.class_names, counts, strict=True) if not count]
+
+    def select(self, index: Tensor) -> Split:
+        """The samples at `index`, int64 [M], in that order."""
+        images = self.images
+        taken = images[index] if isinstance(images, Tensor) else images.select(index)
+        paths = self.paths and tuple(self.paths[i] for i in index.tolist())
+        return replace(self, images=taken, labels=self.labels[index], paths=paths)
+
+
+@dataclass(frozen=True)
+class RawSplits:
+    """What a data set ships; a part that it lacks is None and is cut from `train`."""
+
+    train: Split
+    val: Split | None = None
+    test: Split | None = None
+    warnings: tuple[str, ...] = ()  # what of the data was left out
+
+    def named(self) -> dict[str, Split]:
+        """Return the parts that there are, by name."""
+        parts = {"train": self.train, "val": self.val, "test": self.test}
+        return {name: split for name, split in parts.items() if split is not None}
+
+
+def normalized(name: str) -> str:
+    """Return a name in Unicode's composed form (NFC): systems store the same name differently."""
+    return name if name.isascii() else unicodedata.normalize("NFC", name)
+
+
+def join(splits: Sequence[Split]) -> Split:
+    """Return the samples of several splits as one, in the order given."""
+    first, *others = splits
+    if not others:
+        return first
+    if isinstance(first.images, Tensor):
+        images: Images = torch.cat([split.images for split in splits])  # type: ignore[misc]
+    else:
+        images = first.images.join([split.images for split in others])
+    labels = torch.cat([split.labels for split in splits])
+    paths = first.paths and tuple(path for split in splits for path in split.paths or ())
+    return replace(first, images=images, labels=labels, paths=paths)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One process's part of a global batch, on its device. It may be empty."""
+
+    images: Tensor  # float32 [n, C, H, W], normalised
+    labels: Tensor  # int64 [n]
+    index: Tensor  # int64 [n], positions in the split
+    global_batch_size: int  # samples of the batch over all processes
+    # Where batches are mixed: the labels of the samples mixed in, int64 [n], and the share of each
+    # sample's own.
+    partners: Tensor | None = None
+    share: float | Tensor = 1.0
+    # Samples of each gradient accumulation part, in order; some may be 0. Empty: not cut by a Plan.
+    part_sizes: tuple[int, ...] = ()

@@ -1,0 +1,118 @@
+"""Exact classification metrics from labels and predictions; equal to scikit-learn's (promise P1).
+
+As there with `zero_division=0`: a class that is never predicted has precision 0, and one that never
+occurs has recall 0. Macro-F1 is the mean over the classes that occur or are predicted.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def check_classes(labels: Tensor, predictions: Tensor, num_classes: int) -> None:
+    """Check that every class is in 0 ... K - 1. Raise `ValueError`.
+
+    Another one would be counted in the cell of other classes.
+    """
+    for name, classes in (("label", labels), ("prediction", predictions)):
+        if len(classes) and not 0 <= int(classes.min()) <= int(classes.max()) < num_classes:
+            raise ValueError(f"a {name} is not one of the {num_classes} classes")
+
+
+def confusion_matrix(labels: Tensor, predictions: Tensor, num_classes: int) -> Tensor:
+    """Return counts, int64 [K, K]: row = true class, column = predicted class; from int64 [N] each.
+
+    Raises `ValueError` if a class is not in 0 ... K - 1, or the counts do not sum to N.
+    """
+    check_classes(labels, predictions, num_classes)
+    cells = torch.bincount(labels * num_classes + predictions, minlength=num_classes**2)
+    matrix = cells.view(num_classes, num_classes)
+    if not int(matrix.sum()) == len(labels) == len(predictions):
+        raise ValueError(
+            f"the confusion matrix of {len(labels)} labels and {len(predictions)} predictions "
+            f"sums to {int(matrix.sum())}"
+        )
+    return matrix
+
+
+def per_class(labels: Tensor, predictions: Tensor, num_classes: int) -> dict[str, Tensor]:
+    """Return precision, recall, f1 (float64 [K]) and support (int64 [K]).
+
+    Counts classes without the K x K matrix; `labels` and `predictions` are int64 [N]. Raises
+    `ValueError` if a class is not in 0 ... K - 1.
+    """
+    check_classes(labels, predictions, num_classes)
+    num_correct, predicted, support = (
+        torch.bincount(classes, minlength=num_classes)
+        for classes in (labels[labels == predictions], predictions, labels)
+    )
+    num_correct = num_correct.double()
+    return {
+        "precision": num_correct / predicted.clamp(min=1),
+        "recall": num_correct / support.clamp(min=1),
+        "f1": 2 * num_correct / (predicted + support).clamp(min=1),
+        "support": support,
+    }
+
+
+def scores(
+    labels: Tensor, predictions: Tensor, losses: Tensor, num_classes: int
+) -> dict[str, float]:
+    """Return loss, accuracy and macro-F1, the numbers of an epoch; takes time linear in N and K.
+
+    Labels and predictions are int64 [N], losses float64 [N], and N is at least 1.
+    """
+    present = torch.bincount(torch.cat((labels, predictions)), minlength=num_classes) > 0
+    return {
+        "loss": losses.mean().item(),
+        "accuracy": (labels == predictions).sum().item() / len(labels),
+        "macro_f1": per_class(labels, predictions, num_classes)["f1"][present].mean().item(),
+    }
+
+
+def report(
+    labels: Tensor, predictions: Tensor, losses: Tensor, class_names: Sequence[str]
+) -> dict[str, Any]:
+    """Return the numbers of report.json: `scores`, and what they are for each class."""
+    num_classes = len(class_names)
+    classes = per_class(labels, predictions, num_classes)
+    rows = zip(class_names, *(values.tolist() for values in classes.values()), strict=True)
+    return {
+        "num_samples": len(labels),
+        **scores(labels, predictions, losses, num_classes),
+        "per_class": [dict(zip(("class", *classes), row, strict=True)) for row in rows],
+        "confusion_matrix": confusion_matrix(labels, predictions, num_classes).tolist(),
+        "class_names": list(class_names),
+    }
+
+
+def is_better(row: Mapping[str, float], best: Mapping[str, float], by: str) -> bool:
+    """Whether an epoch's row of history.jsonl beats the `best` so far (empty before the first).
+
+    A tie does not: the earlier epoch is kept. An epoch whose number is not finite never beats one
+    whose number is.
+    """
+    if not best:
+        return True
+    new, old = row[f"val_{by}"], best[f"val_{by}"]
+    if not math.isfinite(new):
+        return False
+    return not math.isfinite(old) or (new < old if by == "loss" else new > old)
+
+
+def selection_bias_note(split: str, selection_split: str | None) -> str:
+    """What makes a number on `split` optimistic; empty where nothing does.
+
+    `selected_on`: what the best epoch was chosen on, "validation" or "test"; None for data apart
+    from those of the training.
+    """
+    if selection_split == split == "test":
+        return "chosen on the test split (the notebooks' protocol): an optimistic number"
+    if selection_split == "validation" and split == "val":
+        return "the best epoch was chosen on this split: an optimistic number"
+    if selection_split and split in ("train", "all"):
+        return "these are samples that were trained on: an optimistic number"
+    return ""

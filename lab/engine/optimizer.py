@@ -1,0 +1,55 @@
+"""The optimizer, and the learning rate as a pure function of the step."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lab.config.schema import TrainConfig
+from lab.engine.muon import Muon, muon_parameters
+
+
+def build_optimizer(
+    model: nn.Module, config: TrainConfig, device: torch.device | None = None
+) -> torch.optim.Optimizer:
+    """The optimizer over what is not frozen; unless `decay_biases`, decay spares 1-d parameters.
+
+    Where a `device` is given, its steps can be recorded as a CUDA graph: it reads the learning rate
+    there.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    decayed = [p for p in trained if config.decay_biases or p.ndim > 1]
+    no_decay = [p for p in trained if not config.decay_biases and p.ndim <= 1]
+    groups: list[dict[str, Any]] = [{"params": decayed, "weight_decay": config.weight_decay}]
+    if no_decay:
+        groups.append({"params": no_decay, "weight_decay": 0.0})
+    # Fused: one kernel for all parameters instead of several for each.
+    lr = config.lr if device is None else torch.tensor(config.lr, device=device)
+    settings: dict[str, Any] = {"lr": lr, "fused": True}
+    adam: dict[str, Any] = {"betas": (config.momentum, 0.999), "capturable": device is not None}
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, **settings, **adam)
+    if config.optimizer == "muon":
+        return Muon(_split(groups, muon_parameters(model)), **settings, **adam)
+    nesterov = config.optimizer == "nesterov" and config.momentum > 0
+    return torch.optim.SGD(groups, momentum=config.momentum, nesterov=nesterov, **settings)
+
+
+def _split(groups: list[dict[str, Any]], chosen: set[Tensor]) -> list[dict[str, Any]]:
+    """The groups cut in two by whether Muon steps their parameters; empty ones are left out."""
+    cut = [
+        group | {"params": [p for p in group["params"] if (p in chosen) is muon], "muon": muon}
+        for group in groups
+        for muon in (False, True)
+    ]
+    return [group for group in cut if group["params"]]
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Has the next step use this learning rate."""
+    shared = optimizer.param_groups[0]["lr"]
+    if isinstance(shared, Tensor):  # of all groups, as `build_optimizer` made it
+        shared.fill_(lr)
+        return
+    for group in optimizer.param_groups:
+        group["lr"] = lr

@@ -1,0 +1,127 @@
+"""Tracking: log a run to TensorBoard or Weights & Biases through Accelerate's trackers.
+
+A run's own files are complete without them, so a tracker that fails costs one warning: the run
+goes on without it. `Accelerator.log` would raise instead, in the middle of a step.
+"""
+
+import json
+import secrets
+from collections.abc import Callable, Mapping
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
+from PIL import Image
+
+from lab import console
+from lab.checkpoint.atomic_io import write_atomically
+from lab.checkpoint.run_dir import STEPS, TRACKED, RunDir
+from lab.config.schema import TrainConfig, listed
+from lab.errors import UserError
+from lab.report.markdown import escaped, table
+
+PROJECT = "lab"
+
+
+def check_packages(config: TrainConfig, needed: bool) -> None:
+    """Check that the trackers which this process uses are installed. Raise `UserError`."""
+    for name in listed(config.tracker) if needed else ():
+        if find_spec(name) is None:
+            raise UserError(
+                f"--tracker {name} needs the package {name}",
+                f"Run pip install -e '.[{name}]' in lab's checkout",
+            )
+
+
+class Loggers:
+    """Log a run to its trackers, from the main process alone."""
+
+    def __init__(self, run: RunDir, settings: Mapping[str, Any], step: int):
+        """Start the trackers that `settings` name; `step` is the number of steps already taken."""
+        self.run, self.trackers = run, dict[str, GeneralTracker]()
+        scalars = {k: v for k, v in settings.items() if isinstance(v, bool | int | float | str)}
+        for name in listed(settings["tracker"]) if run.is_main_process else ():
+            self._guard(name, self._start, name, scalars, step)
+        # Resuming hides what was logged of the checkpoint's own step; log that step again.
+        for line in (run.path / STEPS).read_text().splitlines()[-1:] if step else ():
+            row = json.loads(line)
+            if row["step"] == step:
+                self.step(row)
+
+    def __enter__(self) -> "Loggers":
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        if kind and issubclass(kind, Exception):
+            self.finish()
+
+    def step(self, row: Mapping[str, Any]) -> None:
+        """Log a line of steps.jsonl."""
+        self._log("steps", {name: row[name] for name in ("loss", "learning_rate")}, row["step"])
+
+    def epoch(self, row: Mapping[str, Any], step: int) -> None:
+        """Log a line of history.jsonl, after `step` steps."""
+        self._log("epochs", row, step)
+
+    def finish(self, report: Mapping[str, Any] | None = None, step: int = 0) -> None:
+        """Log the metrics of report.json and the run's plots, where there are any; then close."""
+        if report:
+            self._log("test", report, step)
+        for name in list(self.trackers):
+            self._guard(name, self._close, name, step if report else None)
+        self.trackers.clear()
+
+    def _log(self, group: str, row: Mapping[str, Any], step: int) -> None:
+        numbers = {f"{group}/{k}": v for k, v in row.items() if isinstance(v, int | float)}
+        for name, tracker in list(self.trackers.items()):
+            self._guard(name, tracker.log, numbers, step=step)
+
+    def _guard(self, name: str, call: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+        """Call a tracker; drop it with one warning if it fails."""
+        try:
+            call(*args, **kwargs)
+        except Exception as error:  # of whatever a tracker or its network can raise
+            self.trackers.pop(name, None)
+            reason = f"{type(error).__name__}: {error}"
+            console.warn(f"{name} failed, and the run goes on without it ({reason})")
+
+    def _start(self, name: str, settings: dict[str, Any], step: int) -> None:
+        make: Any = LOGGER_TYPE_TO_CLASS[name]
+        if name == "tensorboard":
+            # Discards what an earlier process logged from this step on: those steps are repeated.
+            tracker = make(name, str(self.run.path), purge_step=step or None)
+            tracker.start()
+            # As text: Accelerate's hyperparameters are a second, empty run beside this one.
+            rows = [(escaped(key), escaped(value)) for key, value in settings.items()]
+            tracker.log({"settings": table(("setting", "value"), rows)}, step=step)
+        else:
+            where = {"dir": str(self.run.path), "settings": {"console": "off"}}
+            metadata = {"id": self._wandb_id(), "name": self.run.path.name, "resume": "allow"}
+            tracker = make(PROJECT, **metadata, **where)
+            tracker.start()
+            tracker.store_init_configuration(settings)
+        self.trackers[name] = tracker
+
+    def _wandb_id(self) -> str:
+        """Return the id that W&B knows the run by; a new one where trackers.json has none."""
+        path = self.run.path / TRACKED
+        try:
+            found = json.loads(path.read_bytes())["wandb_id"]
+            if isinstance(found, str) and found.isalnum():
+                return found
+        except (OSError, ValueError, LookupError, TypeError):
+            pass
+        new = secrets.token_hex(4)
+        write_atomically(path, lambda file: file.write_text(json.dumps({"wandb_id": new}) + "\n"))
+        return new
+
+    def _close(self, name: str, step: int | None) -> None:
+        """Close a tracker, after the plots of a run that ended at `step`."""
+        tracker: Any = self.trackers[name]
+        for path in self.run.pictures if step is not None else ():
+            with Image.open(path) as picture:
+                pixels = np.asarray(picture.convert("RGB"))[None]  # [1, H, W, 3]
+            more = {"dataformats": "NHWC"} if name == "tensorboard" else {}
+            tracker.log_images({f"{path.parent.name}/{path.stem}": pixels}, step=step, **more)
+        tracker.finish()

@@ -1,0 +1,47 @@
+"""`--model torchvision:NAME`: any other classifier of torchvision, as torchvision builds it."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torchvision import models
+
+from lab.errors import UserError, suggestion
+from lab.models.small_images import fit_channels
+
+
+def check_torchvision_name(name: str) -> None:
+    """Nothing; raises `UserError` for what torchvision has no classifier of."""
+    known = models.list_models(module=models)
+    if name not in known:
+        what = f"torchvision has no classifier {name}".rstrip()
+        raise UserError(what, suggestion(name, known))
+
+
+def torchvision_model(num_classes: int, in_chans: int, image_size: int, name: str) -> nn.Module:
+    """torchvision's network `name`, with that many classes and channels, and nothing else changed.
+
+    Raises `UserError` where images of this size do not fit it.
+    """
+    settings: dict[str, Any] = {"num_classes": num_classes}
+    if name.startswith("vit_"):
+        settings["image_size"] = image_size
+    elif name.startswith("maxvit_"):
+        settings["input_size"] = (image_size, image_size)
+    elif name in ("googlenet", "inception_v3"):
+        settings["init_weights"] = True  # torchvision warns of a change where it is not said
+    try:
+        # Shapes alone, no arithmetic; as in training, where auxiliary classifiers take part.
+        with torch.device("meta"):
+            trial = fit_channels(models.get_model(name, **settings), in_chans)
+            trial(torch.empty(2, in_chans, image_size, image_size))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise UserError(
+            f"torchvision:{name} cannot take images of {image_size} pixels ({reason})",
+            "Give another --image-size; most were made for 224",
+        ) from error
+    model = fit_channels(models.get_model(name, **settings), in_chans)
+    if name in ("googlenet", "inception_v3"):  # a plain attribute: no parameter, no buffer
+        object.__setattr__(model, "auxiliary_weight", 0.3)
+    return model
