@@ -32,22 +32,21 @@ def main(argv: list[str] | None = None) -> None:
     from lab.checkpoint import run_dir, weights
     from lab.data import (
         DataConfig,
-        check_data_dir,
+        check_dataset,
         list_samples,
         load_fingerprints,
         load_split,
     )
     from lab.data.fingerprint import changed_splits
-    from lab.data.loaders import build_loader
+    from lab.data.loaders import LoaderOptions, build_loader, eval_batch_size
     from lab.data.transforms import BatchTransform
     from lab.distributed import (
         build_accelerator,
         check_same_data,
-        device_summary,
-        loader_place,
+        describe,
         raise_on_all_ranks,
     )
-    from lab.engine.evaluation import eval_batch_size, predict_all
+    from lab.engine.evaluation import predict_all
     from lab.engine.metrics import selection_bias_note
     from lab.engine.training import to_device
 
@@ -62,18 +61,18 @@ def main(argv: list[str] | None = None) -> None:
         timeout_seconds=config.timeout_seconds,
         quiet=config.quiet,
     )
-    place = loader_place(accelerator, config.loader, config.workers)
+    options = LoaderOptions.create(accelerator, config.loader, config.workers)
     data = DataConfig(**metadata["data"] | config.data_overrides())
     limits = {name: metadata["data"][name] for name in ("max_train_samples", "max_eval_samples")}
     as_trained = replace(data, **limits)  # the data given, with the number of samples in training
-    check_data_dir(data.dataset, config.data_dir)
+    check_dataset(data.dataset, config.data_dir)
     with raise_on_all_ranks(accelerator):
         model = weights.load_model(path, metadata)
         with console.status(f"reading {data.dataset}"):
             # The metadata may be a stranger's: only a folder that the user names is written to.
             download = config.data_dir is not None
             split, fingerprint = load_split(
-                data, config.split, place["memory"], torch.get_num_threads(), download
+                data, config.split, options.memory, torch.get_num_threads(), download
             )
             current = {config.split: fingerprint}
             if config.split == "all" or data != as_trained:
@@ -90,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
         size = config.batch_size or eval_batch_size(
             accelerator.device, metadata["model"]["image_size"]
         )
-        loader = build_loader(split, plain, batch_size=size, seed=None, **place)
+        loader = build_loader(split, plain, options, batch_size=size, seed=None)
         is_main_process = accelerator.is_main_process
         outputs = {  # the plain result comes first, whatever else is asked for
             tta: run_dir.evaluation_dir(
@@ -113,7 +112,7 @@ def main(argv: list[str] | None = None) -> None:
         f"{model_name} of {path}",
         {
             "data": f"{config.split} of {data.dataset}: {len(split.labels):,} samples",
-            "place": device_summary(accelerator),
+            "device": console.device_summary(describe(accelerator)),
         },
     )
     model = to_device(model, model_name, accelerator.device)

@@ -64,7 +64,8 @@ def main(argv: list[str] | None = None) -> int:
 
     from lab import inference
     from lab.checkpoint import weights as weights_module
-    from lab.distributed import build_accelerator, loader_place, raise_on_all_ranks
+    from lab.data.loaders import LoaderOptions
+    from lab.distributed import build_accelerator, raise_on_all_ranks
     from lab.engine.training import to_device
 
     files = {file: flag for flag, file in (("--json", config.json), ("--csv", config.csv)) if file}
@@ -86,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
         listed = inference.find_images(config.pictures) if accelerator.is_main_process else None
     paths, unreadable = broadcast_object_list([listed])[0]
     model = to_device(model, model_name, accelerator.device)
-    place = loader_place(accelerator, "streaming", config.workers)
+    options = LoaderOptions.create(accelerator, "streaming", config.workers)
     with console.progress("pictures", -(-len(paths) // accelerator.num_processes)) as progress:
         found = inference.predict_files(
             accelerator,
@@ -94,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
             metadata,
             paths,
             batch_size=config.batch_size,
-            num_workers=place["num_workers"],
+            num_workers=options.num_workers,
             top_k=config.top_k,
             tta=config.tta,
             on_batch=progress.update,

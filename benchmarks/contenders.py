@@ -184,7 +184,7 @@ def lab(case: Case) -> Contender:
         train_step.config = replace(config, max_steps=num_steps or 0)
         position = TrainState()
         train_one_epoch(train_step, loader, position, lambda *_: None, lambda _: None)
-        return min(position.step * BATCH_SIZE, loader.plan.num_samples)
+        return min(position.step * BATCH_SIZE, loader.sampler.num_samples)
 
     def evaluate() -> float:
         return predict_all(accelerator, train_step.eval_model, test_loader).scores()["accuracy"]

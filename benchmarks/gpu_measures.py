@@ -169,7 +169,7 @@ def build(case: Case, bench: Bench) -> tuple[Any, Any, Any]:
 
 def full_batches(loader: Any, number: int) -> list[Any]:
     """The first few batches of an epoch that are full."""
-    size = loader.plan.batch_size
+    size = loader.sampler.batch_size
     return [b for b in islice(loader.batches(1), number) if len(b.labels) == size]
 
 
@@ -202,14 +202,14 @@ def measure_step(case: Case, bench: Bench) -> dict[str, Any]:
     turn = cycle(batches)
     if bench.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    row = timing(time_calls(lambda: train_step.step(next(turn)), bench))
+    row = timing(time_calls(lambda: train_step(next(turn)), bench))
     row["images_per_second"] = case.batch_size / row["ms"] * 1e3
     row["operations"] = operations
     if bench.matrix_rate:
         row["utilisation"] = operations / row["ms"] * 1e3 / bench.matrix_rate
     if bench.device.type == "cuda":
         row["peak_mb"] = torch.cuda.max_memory_allocated() / 2**20
-    return row | count_launches(lambda: train_step.step(next(turn)), bench)
+    return row | count_launches(lambda: train_step(next(turn)), bench)
 
 
 def measure_pipeline(case: Case, bench: Bench) -> dict[str, Any]:
@@ -250,15 +250,15 @@ def measure_epochs(case: Case, bench: Bench, num_epochs: int) -> dict[str, Any]:
     seconds = time.perf_counter() - begin
     steady = statistics.median(train_seconds[1:] or train_seconds)
     row = {
-        "ms": 1e3 * steady / loader.plan.num_batches,
-        "images_per_second": loader.plan.num_samples / steady,
+        "ms": 1e3 * steady / loader.sampler.num_batches,
+        "images_per_second": loader.sampler.num_samples / steady,
         "seconds": seconds,
         "train_seconds": train_seconds,
         "eval_seconds": eval_seconds,
         "accuracy": accuracy,
     }
     batch = full_batches(loader, 1)[0]
-    operations = count_operations(case, batch) / case.batch_size * loader.plan.num_samples
+    operations = count_operations(case, batch) / case.batch_size * loader.sampler.num_samples
     if bench.matrix_rate:
         row["utilisation"] = operations / steady / bench.matrix_rate
     return row

@@ -33,7 +33,7 @@ def run_one(model: str, threads: int) -> dict:
     from lab.config.recipes import resolve
     from lab.data.types import Batch
     from lab.distributed import build_accelerator
-    from lab.engine.training import eager_step, prepare
+    from lab.engine.training import prepare
     from lab.models import build_model, find_model
 
     spec = find_model(model)
@@ -59,12 +59,12 @@ def run_one(model: str, threads: int) -> dict:
         return time.perf_counter()
 
     warm_up, steps, single = CALLS[device.type]
-    train_step.set_training()
+    train_step.set_training_mode()
     for _ in range(warm_up):
-        eager_step(train_step, batch)
+        train_step.run(batch)
     start = wait()
     for _ in range(steps):
-        eager_step(train_step, batch)
+        train_step.run(batch)
     training = steps * BATCH_SIZE / (wait() - start)
     memory = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - idle) / 1024
     if device.type == "cuda":

@@ -29,8 +29,8 @@ def main() -> None:
 
     import torch
 
+    from lab.checkpoint.atomic_io import AsyncWriter, CheckpointManager
     from lab.checkpoint.interrupt import InterruptHandler
-    from lab.checkpoint.manager import AsyncWriter, CheckpointManager
     from lab.checkpoint.run_dir import RunDir
     from lab.checkpoint.train_state import TrainState
     from lab.checkpoint.weights import BestWeights
@@ -38,7 +38,7 @@ def main() -> None:
     from lab.data import Splits
     from lab.data.types import Batch, Split
     from lab.distributed import build_accelerator
-    from lab.engine.training import eager_step, prepare
+    from lab.engine.training import prepare
     from lab.models import build_model
 
     # AdamW has the largest state: two moments of every weight.
@@ -54,7 +54,7 @@ def main() -> None:
 
     def steps(count: int) -> None:
         for _ in range(count):
-            eager_step(train_step, batch)
+            train_step.run(batch)
         if accelerator.device.type == "cuda":
             torch.cuda.synchronize()
 

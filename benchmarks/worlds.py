@@ -33,7 +33,7 @@ def run_one(hook: str) -> dict | None:
     from lab.data.sampler import shard
     from lab.data.types import Batch
     from lab.distributed import build_accelerator
-    from lab.engine.training import eager_step, prepare
+    from lab.engine.training import prepare
     from lab.models import build_model
 
     comm_hook = "none" if hook == "off" else hook
@@ -52,11 +52,11 @@ def run_one(hook: str) -> dict | None:
         train_step.wrapped_model = train_step.model
     train_step.wrapped_model.train()
     for _ in range(WARM_UP):
-        eager_step(train_step, batch)
+        train_step.run(batch)
     accelerator.wait_for_everyone()
     start = time.perf_counter()
     for _ in range(STEPS):
-        eager_step(train_step, batch)
+        train_step.run(batch)
     accelerator.wait_for_everyone()
     speed = STEPS * BATCH_SIZE / (time.perf_counter() - start)
     return {"images_per_second": speed} if accelerator.is_main_process else None

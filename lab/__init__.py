@@ -1,15 +1,16 @@
 """Image-classification training on PyTorch and Hugging Face Accelerate.
 
-From Python: `lab.train`, `lab.load_model`, `lab.predict`; see `lab/inference.py`. Their mistakes are
-`lab.errors.UserError`. Importing `lab` imports no PyTorch.
+From Python: `lab.load_model` and `lab.predict`, see `lab/inference.py`; and, in a checkout,
+`train.main(["--dataset", "digits"])`. Mistakes raise `lab.errors.UserError`. Importing `lab` does
+not import PyTorch.
 """
 
 __version__ = "0.1.0"
-__all__ = ["Prediction", "TrainedRun", "load_model", "predict", "train"]
+__all__ = ["Prediction", "load_model", "predict"]
 
 TYPE_CHECKING = False  # as type checkers know it; `typing` is not imported for it
 if TYPE_CHECKING:
-    from lab.inference import Prediction, TrainedRun, load_model, predict, train
+    from lab.inference import Prediction, load_model, predict
 
 
 def __getattr__(name: str) -> object:

@@ -19,9 +19,6 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-pass
-
-
 # Class names and paths come from users and strangers' files: they may not steer the terminal.
 _CONTROL_CODES = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 UNLIMITED = 10_000  # a log has no right margin: nothing is wrapped or cut
@@ -64,6 +61,42 @@ def settings(title: str, rows: Mapping[str, object]) -> None:
     if chatty():
         print_line(title, "bold")
         print_line(_pairs(rows, indent="  "))
+
+
+def run_summary(config: Any, splits: Any, device: Mapping[str, Any]) -> None:
+    """Print what a run trains on, how and where, and the class counts of a folder of images.
+
+    `config` is a `TrainConfig`, `splits` a `lab.data.Splits`, `device` what
+    `lab.distributed.describe` returns.
+    """
+    num_train, num_val, num_test = (
+        f"{len(split.labels):,}" for split in (splits.train, splits.val, splits.test)
+    )
+    limits = {
+        "--max-train-samples": config.max_train_samples,
+        "--max-eval-samples": config.max_eval_samples,
+    }
+    limited = ", ".join(f"{flag} {limit}" for flag, limit in limits.items() if limit)
+    rows = {
+        "samples": f"{num_train} train, {num_val} {splits.selection_split}, {num_test} test"
+        + (f" ({limited})" if limited else ""),
+        "recipe": f"{config.recipe}: {config.epochs} epoch{'s' if config.epochs > 1 else ''}"
+        + (f", at most {config.max_steps} steps" if config.max_steps else "")
+        + f", batch size {config.batch_size}, {config.optimizer}, "
+        f"lr {config.lr:g} {config.schedule}, augment {config.augment}",
+        "device": device_summary(device),
+    }
+    settings(f"{config.model} on {config.dataset}", rows)
+    if config.dataset == "folder":
+        class_counts(splits.train.class_names, splits.class_counts())
+
+
+def device_summary(device: Mapping[str, Any]) -> str:
+    """Return what `lab.distributed.describe` returns in one line."""
+    return (
+        f"{device['world_size']} x {device['device']} ({device['device_name']}), "
+        f"CPU threads: {device['threads']}, {device['precision']}"
+    )
 
 
 @contextmanager
@@ -399,20 +432,20 @@ def confusion_matrix(report: Mapping[str, Any]) -> None:
     """
     if not chatty():
         return
-    matrix, names, out = report["confusion_matrix"], report["class_names"], out()
+    matrix, names = report["confusion_matrix"], report["class_names"]
     if len(names) <= 20:
-        room = out.width if out.is_terminal else 120  # wider is unreadable in a log, too
+        room = out().width if out().is_terminal else 120  # wider is unreadable in a log, too
         numbered = [f"{k} {name}" for k, name in enumerate(names)]
         for labels, heads in (names, names), (numbered, range(len(names))):
             table = _matrix_table(matrix, labels, heads)
-            if out.is_terminal:  # a longer name is wrapped
+            if out().is_terminal:  # a longer name is wrapped
                 table.columns[0].max_width = LABEL
-            unlimited = out.options.update(width=UNLIMITED)
-            spare = room - out.measure(table, options=unlimited).maximum
+            unlimited = out().options.update(width=UNLIMITED)
+            spare = room - out().measure(table, options=unlimited).maximum
             if spare >= 0:
-                if out.is_terminal:
+                if out().is_terminal:
                     table.columns[0].max_width = LABEL + spare
-                return out.print(table)
+                return out().print(table)
     errors = [(n, i, j) for i, row in enumerate(matrix) for j, n in enumerate(row) if n and i != j]
     errors.sort(key=lambda error: -error[0])
     title = "most frequent confusions, true -> predicted" if errors else "no confusions"

@@ -1,7 +1,6 @@
 """Where a run takes place: the Accelerator, precision and threads; what processes must agree on."""
 
 import ctypes
-import math
 import multiprocessing
 import os
 import platform
@@ -26,10 +25,7 @@ from accelerate.utils import (
 )
 
 from lab import console
-from lab.config.schema import TIMEOUT_SECONDS, TrainConfig
 from lab.errors import UserError
-
-pass
 
 
 @cache
@@ -125,7 +121,7 @@ def build_accelerator(
     threads: int = 0,
     deterministic: bool = False,
     comm_hook: str = "none",
-    timeout_seconds: int = TIMEOUT_SECONDS,
+    timeout_seconds: int = 600,
     quiet: bool = False,
     cpu: bool = False,
 ) -> Accelerator:
@@ -170,7 +166,7 @@ def build_accelerator(
 
 
 def init_distributed(
-    timeout_seconds: int = TIMEOUT_SECONDS, quiet: bool = False, cpu: bool = False
+    timeout_seconds: int = 600, quiet: bool = False, cpu: bool = False
 ) -> PartialState:
     """The world of processes that the launcher started, which this one has joined.
 
@@ -266,34 +262,6 @@ def memory_for_data(device: torch.device) -> float:
     return free / 2
 
 
-def loader_place(
-    accelerator: Accelerator, kind: str, workers: int, cuda_graphs: str = "never"
-) -> dict[str, Any]:
-    """What `lab.data.loaders.build_loader` needs to know of this process and its host."""
-    return {
-        "rank": accelerator.process_index,
-        "world_size": accelerator.num_processes,
-        "device": accelerator.device,
-        "kind": kind,
-        "num_workers": min(8, default_threads()) if workers < 0 else workers,
-        "memory": {"resident": math.inf, "streaming": 0}.get(
-            kind, memory_for_data(accelerator.device)
-        ),
-        "graphs": cuda_graphs == "auto" and accelerator.device.type == "cuda",
-    }
-
-
-def can_replay(accelerator: Accelerator, config: TrainConfig) -> bool:
-    """Whether training steps can be recorded and replayed (`lab.cuda_graph`).
-
-    Not where the host looks at gradients. Of processes, gloo's exchange cannot be recorded, and
-    NCCL's was not tried.
-    """
-    looks = accelerator.scaler is not None or config.on_nonfinite == "skip"
-    alone = accelerator.device.type == "cuda" and accelerator.num_processes == 1
-    return config.cuda_graphs == "auto" and alone and not looks
-
-
 def describe(accelerator: Accelerator) -> dict[str, Any]:
     """Where this run takes place, as config.json keeps it."""
     device = accelerator.device
@@ -311,14 +279,6 @@ def describe(accelerator: Accelerator) -> dict[str, Any]:
         "precision": precision[accelerator.mixed_precision],
         "threads": torch.get_num_threads(),
     }
-
-
-def device_summary(accelerator: Accelerator) -> str:
-    """What `describe` says, in one line for people."""
-    here = describe(accelerator)
-    return "{world_size} x {device} ({device_name}), CPU threads: {threads}, {precision}".format(
-        **here
-    )
 
 
 @contextmanager

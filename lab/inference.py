@@ -6,32 +6,26 @@ A mistake that the caller can mend raises `lab.errors.UserError`, never SystemEx
 from __future__ import annotations
 
 import csv
-import importlib.util
 import io
 import json
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from functools import cache
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator, PartialState
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from PIL import Image
 from torch import Tensor, nn
 
-import lab
 from lab import console
-from lab.checkpoint import run_dir
 from lab.checkpoint import weights as weights_module
 from lab.checkpoint.atomic_io import write_atomically
-from lab.config.cli import as_keywords, parse_arguments, words_of
-from lab.config.schema import EVAL_BATCH_SIZE, TrainConfig
+from lab.config.schema import EVAL_BATCH_SIZE
 from lab.data.decode import decode, grey, pixels, square
 from lab.data.image_folder import SUFFIXES, pictures
 from lab.data.sampler import shard
@@ -40,10 +34,7 @@ from lab.data.workers import BatchReader
 from lab.distributed import choose_precision
 from lab.engine.evaluation import predict_logits
 from lab.engine.training import to_device
-from lab.errors import UserError, as_user_error
-
-pass
-
+from lab.errors import UserError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -222,19 +213,6 @@ def write_output(target: str, content: bytes) -> None:
 
 
 @dataclass(frozen=True)
-class TrainedRun:
-    """A training that ended; the same on every process."""
-
-    path: Path  # the run's folder
-    report: dict[str, Any] | None  # report.json; None where the training was stopped before its end
-
-    @property
-    def weights(self) -> Path:
-        """best.safetensors: the best epoch's weights."""
-        return self.path / run_dir.BEST
-
-
-@dataclass(frozen=True)
 class Prediction:
     """What a network says of N pictures, in their order; tensors are on the CPU."""
 
@@ -244,51 +222,6 @@ class Prediction:
     class_names: list[str]  # of all K classes
     paths: list[str]  # of the N pictures, where they came from files
     errors: dict[str, str]  # of files in folders, and folders, by path: why they are left out
-
-
-def train(config: TrainConfig | Mapping[str, Any] | None = None, /, **settings: Any) -> TrainedRun:
-    """A new run, or one that went on, by train.py: its folder and its report.
-
-    Settings are train.py's options by name, `lab.train(dataset="digits", batch_size=64)`, checked
-    as they are; a dict of them, or a whole TrainConfig, may come first. Ctrl-C saves and returns a
-    run without a report. Raises `UserError`.
-
-    In a world of processes each of them calls it. In a notebook, Accelerate's
-    `notebook_launcher(lab.train, ({"dataset": "digits"},), num_processes=2)` starts one, before
-    another `lab.train` of that kernel: docs/notebook.ipynb.
-    """
-    given = asdict(config) if isinstance(config, TrainConfig) else dict(config or {})
-    words = words_of(TrainConfig, given | settings)
-    try:
-        checked = parse_arguments(TrainConfig, words, prog="train.py", metadata="")
-        _, run = _script().train(checked)
-    except Exception as error:
-        mistake = as_user_error(error)
-        if mistake is None:
-            raise
-        what, hint = (as_keywords(TrainConfig, text) for text in (mistake.what, mistake.hint))
-        cause = None if mistake is error else error
-        raise UserError(what, hint, mistake.rank_local) from cause
-    report = run.path / run_dir.REPORT
-    result = TrainedRun(run.path, json.loads(report.read_text()) if report.exists() else None)
-    if PartialState().num_processes > 1:  # one of them knows the folder
-        result = broadcast_object_list([result])[0]
-    return result
-
-
-@cache
-def _script() -> ModuleType:
-    """train.py, whose loop is not repeated here. It lies beside the package in a checkout."""
-    path = Path(lab.__file__).resolve().parents[1] / "train.py"
-    spec = importlib.util.spec_from_file_location("lab_train_script", path)
-    if spec is None or spec.loader is None or not path.is_file():
-        raise UserError(
-            f"lab.train runs train.py, and there is no {path}",
-            "Install lab from a checkout that you keep: pip install -e .",
-        )
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def load_model(weights: File, device: str | torch.device = "auto") -> tuple[nn.Module, dict]:

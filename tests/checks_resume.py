@@ -33,9 +33,9 @@ def main() -> int:
 
     def batches(loader, epoch=0, first=0):
         for number, batch in enumerate(original(loader, epoch, first), first):
-            if loader.plan.seed is not None:  # in training
-                step = (epoch - 1) * loader.plan.num_batches + number
-                row = {"step": step, "index": batch.index.tolist()}
+            if loader.sampler.seed is not None:  # in training
+                step = (epoch - 1) * loader.sampler.num_batches + number
+                row = {"step": step, "index": batch.indices.tolist()}
                 with open(log, "a") as file:
                     file.write(json.dumps(row) + "\n")
             yield batch
@@ -44,7 +44,7 @@ def main() -> int:
         steps.append(len(steps) + 1)
         if spoil == f"{rank}:{steps[-1]}":
             batch.images[:] = math.nan
-        return eager_step(train_step, batch)
+        return train_step.run(batch)
 
     def stopped(interrupts, step, must_ask=False):
         return signal.SIGTERM if step == int(stop) else reason(interrupts, step, must_ask)

@@ -17,7 +17,7 @@ from lab import distributed
 from lab.config.schema import TrainConfig
 from lab.data.types import Batch
 from lab.distributed import choose_precision
-from lab.engine.training import eager_step, prepare
+from lab.engine.training import prepare
 from lab.errors import UserError
 from lab.models import MODELS, build_model, classifier_param_names, find_model, small_images
 
@@ -194,7 +194,7 @@ def test_the_auxiliary_classifiers_add_to_what_is_minimised_alone():
         total, [model.fc.weight, model.aux1.fc2.weight, model.aux2.fc2.weight,
                 model.conv1.conv.weight]), strict=True))  # fmt: skip
     before = {name: model.get_submodule(name).weight.detach().clone() for name in wanted}
-    totals = eager_step(train_step, Batch(images, labels, torch.arange(6), 6))
+    totals = train_step.run(Batch(images, labels, torch.arange(6), 6))
     num_correct = (outputs[0].argmax(1) == labels).sum().item()
     assert totals.tolist() == pytest.approx([losses[0].item(), num_correct], rel=1e-4)
     for name, gradient in wanted.items():

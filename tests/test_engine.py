@@ -17,7 +17,7 @@ from lab.data.sampler import ShardedBatchSampler
 from lab.data.transforms import BatchTransform
 from lab.data.types import Batch, Split
 from lab.distributed import build_accelerator
-from lab.engine.training import eager_step, prepare, seed_dropout, train_one_epoch, update_ema
+from lab.engine.training import prepare, seed_dropout, train_one_epoch, update_ema
 from lab.models import build_model
 
 PLAIN = {
@@ -68,7 +68,7 @@ def test_p2_a_step_follows_the_mean_gradient_however_it_is_cut(
     )
     before, gradient = weights(train_step.model), mean_gradient(train_step.model, batch)
     logits = train_step.model(batch.images)
-    loss_sum, num_correct = eager_step(train_step, batch).tolist()
+    loss_sum, num_correct = train_step.run(batch).tolist()
     assert loss_sum == pytest.approx(F.cross_entropy(logits, batch.labels, reduction="sum").item())
     assert num_correct == (logits.argmax(1) == batch.labels).sum()
     assert torch.allclose(before - weights(train_step.model), gradient, atol=1e-6)
@@ -78,7 +78,7 @@ def test_p2_a_step_follows_the_mean_gradient_however_it_is_cut(
 def test_p2_a_part_of_a_batch_weighs_by_its_samples(accelerator):
     train_step, batch = make_train_step(accelerator), make_batch(3, global_batch_size=12)
     before, gradient = weights(train_step.model), mean_gradient(train_step.model, batch)
-    eager_step(train_step, batch)
+    train_step.run(batch)
     assert torch.allclose(before - weights(train_step.model), gradient * 3 / 12, atol=1e-6)
 
 
@@ -95,7 +95,7 @@ def test_p2_the_mean_of_the_processes_steps_is_the_step_of_one_process(
         before, part = weights(train_step.model), slice(start, start + size)
         index = whole.index[part]
         batch = Batch(whole.images[part], whole.labels[part], index, whole.global_batch_size)
-        eager_step(train_step, batch)
+        train_step.run(batch)
         steps.append(before - weights(train_step.model))
         start += size
     gradient = mean_gradient(make_train_step(accelerator).model, whole)
@@ -106,7 +106,7 @@ def test_p2_the_mean_of_the_processes_steps_is_the_step_of_one_process(
 def test_p2_a_process_without_samples_takes_the_step_too(accelerator, grad_accum_steps):
     train_step = make_train_step(accelerator, grad_accum_steps=grad_accum_steps)
     before = weights(train_step.model)
-    assert eager_step(train_step, make_batch(0, global_batch_size=1)).tolist() == [0, 0]
+    assert train_step.run(make_batch(0, global_batch_size=1)).tolist() == [0, 0]
     assert torch.equal(weights(train_step.model), before)
 
 
@@ -115,7 +115,7 @@ def test_gradients_do_not_outlive_their_step(accelerator):
     for seed in range(2):
         batch = make_batch(5, seed=seed)
         before, gradient = weights(train_step.model), mean_gradient(train_step.model, batch)
-        eager_step(train_step, batch)
+        train_step.run(batch)
         assert torch.allclose(before - weights(train_step.model), gradient, atol=1e-6)
 
 
@@ -129,7 +129,7 @@ def test_clipping_bounds_the_norm_of_the_whole_gradient(
     )
     batch = make_batch(7)
     before, gradient = weights(train_step.model), mean_gradient(train_step.model, batch)
-    eager_step(train_step, batch)
+    train_step.run(batch)
     expected = gradient * min(1, max_grad_norm / gradient.norm().item())
     assert torch.allclose(before - weights(train_step.model), expected, rtol=1e-3, atol=1e-6)
 
@@ -138,8 +138,8 @@ def test_the_average_follows_its_formula(accelerator):
     train_step = make_train_step(accelerator, ema_decay=0.2, lr=0.1)
     ema_model = 0
     for step, decay in ((1, 0), (2, 1 / 11), (3, 2 / 12), (4, 0.2), (5, 0.2)):
-        eager_step(train_step, make_batch(5, seed=step))
-        update_ema(train_step.ema_model, train_step.model, 0.2, step)
+        train_step.run(make_batch(5, seed=step))
+        update_ema(train_step.ema.module, train_step.model, 0.2, step)
         ema_model = decay * ema_model + (1 - decay) * weights(train_step.model)
         assert torch.allclose(weights(train_step.eval_model), ema_model, atol=1e-6)
     assert not torch.allclose(weights(train_step.model), ema_model, atol=1e-3)
@@ -149,7 +149,7 @@ def test_label_smoothing_is_torchs(accelerator):
     train_step, batch = make_train_step(accelerator, label_smoothing=0.3), make_batch(5)
     before = weights(train_step.model)
     gradient = mean_gradient(train_step.model, batch, label_smoothing=0.3)
-    eager_step(train_step, batch)
+    train_step.run(batch)
     assert torch.allclose(before - weights(train_step.model), gradient, atol=1e-6)
 
 
@@ -340,7 +340,7 @@ def test_p2_dropout_differs_between_processes(accelerator):
 def test_dropout_is_the_networks_own_or_as_told(accelerator, dropout, expected):
     model = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(4, 2))
     train_step = prepare(accelerator, model, TrainConfig(dropout=dropout))
-    train_step.set_training()
+    train_step.set_training_mode()
     seed_dropout(0, accelerator.device)
     kept = train_step.wrapped_model[1](torch.ones(100_000)).count_nonzero().item() / 100_000
     assert kept == pytest.approx(1 - expected, abs=0.01)

@@ -17,8 +17,8 @@ from worlds import python, run
 import train
 from export import ExportConfig
 from lab import distributed
-from lab.checkpoint.atomic_io import format_bytes, write_atomically
-from lab.checkpoint.run_dir import RunDir, writing
+from lab.checkpoint.atomic_io import format_bytes, os_errors_as_user_errors, write_atomically
+from lab.checkpoint.run_dir import RunDir
 from lab.config import recipes
 from lab.config.cli import parse_arguments
 from lab.config.schema import EvalConfig
@@ -218,7 +218,7 @@ MAY_NOT = "Name a folder that you may write to."
     ],
 )
 def test_p7_the_hint_is_of_the_system_s_reason(number, hint):
-    with pytest.raises(UserError) as caught, writing(Path("x")):
+    with pytest.raises(UserError) as caught, os_errors_as_user_errors(Path("x")):
         raise OSError(number, os.strerror(number))
     assert str(caught.value) == f"cannot write x ({os.strerror(number)}). {hint}"
 

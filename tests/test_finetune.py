@@ -16,7 +16,7 @@ from lab.checkpoint import init_weights
 from lab.checkpoint import weights as weights_module
 from lab.config.recipes import resolve
 from lab.data.types import Batch
-from lab.engine.training import eager_step, prepare
+from lab.engine.training import prepare
 from lab.models import MODELS, build_model, pretrained
 
 NAME = "mobilenet_v3_small"
@@ -245,10 +245,10 @@ def test_a_frozen_backbone_stays_and_its_batchnorm_too(trained):
     groups = [p for group in train_step.optimizer.param_groups for p in group["params"]]
     assert sum(p.numel() for p in groups) == 1024 * 10 + 10
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    train_step.set_training()
+    train_step.set_training_mode()
     assert model.training
     for _ in range(2):
-        eager_step(train_step, Batch(torch.randn(4, 1, 16, 16), torch.arange(4), None, 4))
+        train_step.run(Batch(torch.randn(4, 1, 16, 16), torch.arange(4), None, 4))
     after = model.state_dict()
     assert {n for n in after if not torch.equal(after[n], before[n])} == heads
     assert all(p.grad is None for n, p in model.named_parameters() if n not in heads)

@@ -163,11 +163,11 @@ def test_p2_each_network_is_replayed(model):
         built_model = build_model(model, num_classes=10, in_chans=3, image_size=size)
         settings = {"model": model, "dataset": "cifar10", "optimizer": "adamw", "lr": 1e-4}
         train_step = prepare(cuda, built_model, TrainConfig(**settings, cuda_graphs=graphs))
-        train_step.set_training()
+        train_step.set_training_mode()
         losses = []
         for step in range(6):
             seed_dropout(step, cuda.device)
-            losses.append(train_step.step(Batch(images, labels, labels, 8))[0])
+            losses.append(train_step(Batch(images, labels, labels, 8))[0])
         curves.append(torch.stack(losses).tolist())
     assert len(train_step.graph_runner.graphs) == 1
     assert curves[1] == pytest.approx(curves[0], rel=0.02)
@@ -186,9 +186,9 @@ def test_p7_a_network_that_looks_at_its_numbers_is_told_how_to_train():
     labels = torch.arange(4, device="cuda")
     batch = Batch(torch.randn(4, 1, 28, 28, device="cuda"), labels, labels, 4)
     for _ in range(NUM_WARMUP_CALLS):
-        train_step.step(batch)
+        train_step(batch)
     with pytest.raises(UserError, match="cannot be recorded") as error:
-        train_step.step(batch)
+        train_step(batch)
     assert error.value.hint == "Give --cuda-graphs never"
 
 

@@ -237,7 +237,7 @@ def test_p1_a_process_may_have_nothing_to_evaluate(pictures, kind):
     split = pictures[kind == "streaming"]
     parts = [list(make_loader(split, kind, 0, 10, None, (rank, 5)).batches()) for rank in range(5)]
     assert sorted(len(part) for part in parts) == [0, 0, 1, 1, 1]
-    index = torch.cat([batch.index for part in parts for batch in part])
+    index = torch.cat([batch.indices for part in parts for batch in part])
     assert torch.equal(index, torch.arange(NUM_FILES))
 
 
@@ -254,7 +254,7 @@ def test_p2_a_sample_is_augmented_alike_whatever_the_batch_size(pictures):
     for batch_size in (1, 7, NUM_FILES):
         found = torch.empty(NUM_FILES, 3, SIZE, SIZE)
         for batch in make_loader(pictures[0], batch_size=batch_size).batches(2):
-            found[batch.index] = batch.images
+            found[batch.indices] = batch.images
         images.append(found)
     assert torch.equal(images[0], images[1])
     assert torch.equal(images[0], images[2])
@@ -276,7 +276,7 @@ def test_p2_augmentation_depends_on_the_seed_and_the_epoch(pictures, kind):
     def augmented(seed, epoch):
         found = torch.empty(NUM_FILES, 3, SIZE, SIZE)
         for batch in make_loader(pictures[0], kind, seed=seed).batches(epoch):
-            found[batch.index] = batch.images
+            found[batch.indices] = batch.images
         return found
 
     first = augmented(3, 2)

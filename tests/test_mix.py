@@ -16,7 +16,7 @@ from lab.data.sampler import ShardedBatchSampler
 from lab.data.transforms import BatchMix, BatchTransform, Mixup
 from lab.data.types import Batch, Split
 from lab.distributed import build_accelerator
-from lab.engine.training import eager_step, prepare
+from lab.engine.training import prepare
 
 CPU = torch.device("cpu")
 SIZE, NUM_SAMPLES = 12, 13
@@ -128,7 +128,7 @@ def test_p2_a_batch_is_its_pictures_each_augmented_alone_then_mixed(pictures):
     ):
         mix = Mixup(BOTH, 1.0).draw(3, 1, number, SIZE, SIZE)
         assert torch.equal(mixed.images, mix(torch.cat((batch.images[-1:], batch.images))))
-        assert torch.equal(mixed.index, batch.index)
+        assert torch.equal(mixed.index, batch.indices)
         assert torch.equal(mixed.labels, batch.labels)
         assert torch.equal(mixed.partners, batch.labels.roll(1))
         assert mixed.share == mix.share
@@ -191,8 +191,8 @@ def test_p2_the_loss_is_that_of_both_labels_by_their_share(
     ((losses[0] + 0.3 * losses[1]) / 20).backward()
     main_labels = labels if share >= 0.5 else partners
     num_correct = (twin(images)[0].argmax(1) == main_labels).sum().item()
-    train_step.set_training()
-    totals = eager_step(train_step, Batch(images, labels, torch.arange(7), 20, partners, share))
+    train_step.set_training_mode()
+    totals = train_step.run(Batch(images, labels, torch.arange(7), 20, partners, share))
     assert totals.tolist() == pytest.approx([losses[0].item(), num_correct], rel=1e-5)
     for after, before in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(before.detach() - after.detach(), before.grad)
@@ -200,7 +200,7 @@ def test_p2_the_loss_is_that_of_both_labels_by_their_share(
 
 def test_a_process_without_samples_takes_a_mixed_step_too(accelerator):
     train_step = prepare(accelerator, TwoHeads(), TrainConfig(dataset="digits", lr=1.0))
-    train_step.set_training()
+    train_step.set_training_mode()
     none = torch.empty(0, dtype=torch.long)
     batch = Batch(torch.empty(0, 1, 2, 3), none, none, 1, none, 0.3)
-    assert eager_step(train_step, batch).tolist() == [0, 0]
+    assert train_step.run(batch).tolist() == [0, 0]

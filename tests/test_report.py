@@ -190,7 +190,7 @@ def test_p2_a_mixed_batch_is_the_loaders(mixes):
     batch = next(iter(loader.batches(1)))
     assert batch.partners is not None
     images, index = mistakes.first_batch(config, data)
-    assert torch.equal(index, batch.index[:64])
+    assert torch.equal(index, batch.indices[:64])
     seen = ((batch.images[:64] - plain.shift) / plain.scale).round()
     assert torch.equal(images.float(), seen)
 

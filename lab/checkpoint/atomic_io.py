@@ -5,13 +5,12 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-pass
-
-from lab.checkpoint.run_dir import writing
 from lab.errors import UserError
 
 
@@ -34,7 +33,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     Whenever the machine stops, `path` has the old content or the new.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with writing(path):
+    with os_errors_as_user_errors(path):
         try:
             write(temporary)
             sync(temporary)
@@ -100,3 +99,40 @@ def format_bytes(num_bytes: int) -> str:
         return f"{num_bytes} bytes"
     power = 1 if num_bytes < 999_950 else 2 if num_bytes < 999_950_000 else 3
     return f"{num_bytes / 1000**power:,.1f} {('kB', 'MB', 'GB')[power - 1]}"
+
+
+@contextmanager
+def os_errors_as_user_errors(path: Path) -> Iterator[None]:
+    """Turns an operating system's refusal to write `path` into a `UserError`."""
+    try:
+        yield
+    except OSError as error:
+        raise write_error(path, error) from error
+
+
+class AsyncWriter:
+    """Writes files while training goes on, one thing at a time and in the order given."""
+
+    def __init__(self) -> None:
+        self.pool = ThreadPoolExecutor(1)
+        self.pending: Future[None] | None = None
+
+    def __enter__(self) -> "AsyncWriter":
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        """Whatever ended the training, what was given reaches the disk."""
+        self.pool.shutdown()
+        if kind is None:
+            self.wait()
+
+    def submit(self, write: Callable[..., None], *args: Any) -> None:
+        """Begins `write(*args)`, once what came before is whole: memory holds one copy at most."""
+        self.wait()
+        self.pending = self.pool.submit(write, *args)
+
+    def wait(self) -> None:
+        """Returns when all is written; raises the `UserError` of a write that failed."""
+        if self.pending:
+            pending, self.pending = self.pending, None
+            pending.result()

@@ -13,40 +13,40 @@ from lab.models import classifier_param_names, find_model
 FEW_STEPS = 300
 
 
-def start_from(model: nn.Module, architecture: dict[str, Any], config: TrainConfig) -> None:
-    """Fills the network with the weights that `config` names, if any, and says so.
+def load_init_weights(model: nn.Module, architecture: dict[str, Any], config: TrainConfig) -> None:
+    """Load the weights that --pretrained or --init-checkpoint names, if any, and print which.
 
-    `architecture` holds what `build_model` made the network of. Raises `UserError` where weights are
-    missing or do not fit.
+    `architecture` holds the arguments that `build_model` made the model of. Raises `UserError` if
+    the weights are missing or do not fit.
     """
     if config.pretrained:
         from lab.models.pretrained import load_pretrained
 
         source = find_model(config.model).weights
-        with console.status(f"fetching torchvision's ImageNet weights of {source}"):
+        with console.status(f"loading torchvision's ImageNet weights of {source}"):
             remarks = load_pretrained(model, source, classifier_param_names(**architecture))
         console.info(f"ImageNet weights of {source}; " + "; ".join(remarks))
     elif config.init_checkpoint:
-        fresh = _take_file(model, architecture, config.init_checkpoint)
-        head = f"new head: {', '.join(fresh)}" if fresh else "its head too"
+        new_params = _load_file(model, architecture, config.init_checkpoint)
+        head = f"new head: {', '.join(new_params)}" if new_params else "its head too"
         console.info(f"weights of {config.init_checkpoint}; {head}")
 
 
-def warn_of_few_steps(config: TrainConfig, num_batches: int) -> None:
-    """Warns where a new run of epochs of `num_batches` will end before random weights learn much.
+def warn_of_few_steps(config: TrainConfig, steps_per_epoch: int) -> None:
+    """Warn if a new run takes too few steps to learn much from random weights.
 
-    One that was told when to stop, with `max_steps`, is a trial, and known to be one.
+    A run with --max-steps is meant to be short.
     """
-    steps = config.epochs * num_batches
+    steps = config.epochs * steps_per_epoch
     if steps < FEW_STEPS and not (config.max_steps or config.pretrained or config.init_checkpoint):
         pretrained = "--pretrained, " if find_model(config.model).weights else ""
         console.warn(
-            f"only {steps} {'steps' if steps > 1 else 'step'} in all: too few to learn much from "
+            f"only {steps} {'steps' if steps > 1 else 'step'} in total: too few to learn much from "
             f"random weights. Give {pretrained}a smaller --batch-size or more --epochs."
         )
 
 
-def _take_file(model: nn.Module, architecture: dict[str, Any], path_given: str) -> list[str]:
+def _load_file(model: nn.Module, architecture: dict[str, Any], path_given: str) -> list[str]:
     """Fills the network from a weights file; the names of the head's tensors that stayed new."""
     path = weights.find_weights(path_given)
     found = weights.read_metadata(path)["model"]

@@ -1,5 +1,6 @@
-"""When a training stops before its end: a signal or its time limit, agreed on by all processes."""
+"""Signals and the time limit, which stop a training run after a step that all processes agree on."""
 
+import enum
 import os
 import signal
 import threading
@@ -12,80 +13,98 @@ from torch import distributed
 
 from lab import console
 
-SIGNALS = {  # Slurm warns with SIGUSR1 of a job's end
-    name: getattr(signal, name)
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1")
-    if hasattr(signal, name)
+REPEAT_SECONDS = 1.0  # a signal that is sent to a process and to its group counts once
+
+
+class StopReason(enum.IntEnum):
+    """Why a run stops before its end. If processes have different reasons, the largest counts."""
+
+    TIME_LIMIT = 1
+    SIGUSR1 = 2  # Slurm's warning before the end of a job
+    SIGTERM = 3
+    SIGINT = 4
+
+    @property
+    def description(self) -> str:
+        """The reason in words."""
+        return {1: "--max-hours is over", 4: "Ctrl-C"}.get(self, self.name)
+
+    @property
+    def exit_code(self) -> int:
+        """The exit code of train.py: 0 for the time limit, 130 for Ctrl-C, else 143."""
+        return {1: 0, 4: 130}.get(self, 143)
+
+
+SIGNALS = {
+    getattr(signal, reason.name): reason for reason in StopReason if hasattr(signal, reason.name)
 }
-TIME_LIMIT = -1
-PAUSE = 1.0  # seconds in which a signal, sent to a process and to its group, counts once
 
 
 class InterruptHandler:
-    """Within it, signals do not end the process: they are noted, and asked for between steps.
+    """Record signals instead of ending the process, so that training stops between two steps.
 
-    A second Ctrl-C ends it at once.
+    It is a context manager. A second Ctrl-C ends the process at once.
     """
 
-    def __init__(self, world: Any, began: float, max_hours: float, step: int):
-        """`world` has `num_processes` and `device`; `began` is what time.monotonic() was."""
-        self.world_size, self.device = world.num_processes, world.device
-        self.deadline = began + max_hours * 3600 if max_hours else None
-        self.received = 0  # the signal's number
+    def __init__(self, accelerator: Any, start_time: float, max_hours: float, step: int):
+        """Take the time limit from `start_time`, in seconds of `time.monotonic`.
+
+        `accelerator` has `num_processes` and `device`; `step` is the number of steps taken so far.
+        """
+        self.world_size, self.device = accelerator.num_processes, accelerator.device
+        self.deadline = start_time + max_hours * 3600 if max_hours else None
+        self.received: StopReason | None = None
         self.received_at = 0.0
-        self.before: dict[int, Any] = {}
-        self.asked_step, self.asked_at, self.next_step = step, time.monotonic(), step
+        self.previous_handlers: dict[int, Any] = {}
+        self.last_check_step, self.last_check_at, self.next_check_step = (
+            step,
+            time.monotonic(),
+            step,
+        )
 
     def __enter__(self) -> "InterruptHandler":
-        if threading.current_thread() is threading.main_thread():  # else Python allows it not
-            self.before = {number: signal.signal(number, self._note) for number in SIGNALS.values()}
+        if threading.current_thread() is threading.main_thread():  # others may not set handlers
+            self.previous_handlers = {
+                number: signal.signal(number, self._record) for number in SIGNALS
+            }
         return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:
-        for number, handler in self.before.items():
+        for number, handler in self.previous_handlers.items():
             signal.signal(number, handler)
-        if kind and self.world_size > 1 and self.received == signal.SIGTERM:
-            # A launcher ends the other processes of one that failed and has said why. Without the
-            # signal, which was noted here, this process would report the lost one as well.
+        if kind and self.world_size > 1 and self.received == StopReason.SIGTERM:
+            # A launcher sends SIGTERM to the other processes of one that failed and has printed its
+            # error. Without it this process would report the lost process as a second error.
             os.kill(os.getpid(), signal.SIGTERM)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _record(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        if self.received and number == signal.SIGINT and now - self.received_at > PAUSE:
+        if self.received and number == signal.SIGINT and now - self.received_at > REPEAT_SECONDS:
             os._exit(130)
         if not self.received:
-            self.received, self.received_at = number, now
-            if console.is_main_process():  # no print: the signal may have come in the middle of one
+            self.received, self.received_at = SIGNALS[number], now
+            if console.is_main_process():  # not print: the signal may have interrupted one
                 os.write(2, b"\nstopping after this step; Ctrl-C again ends at once\n")
 
-    def reason(self, step: int, must_ask: bool = False) -> int:
-        """Why all processes stop after `step`: a signal's number, TIME_LIMIT, or 0.
+    def stop_reason(self, step: int, check_now: bool = False) -> StopReason | None:
+        """Return why all processes stop after `step`, or None.
 
-        Called by all with the same steps. They ask each other about once a second: at every step
-        would be slow, and on a GPU make the host wait. `must_ask`: now, whenever they last did.
+        All processes call it after the same steps. They communicate about once a second, because
+        doing so at every step would be slow and make the host wait for a GPU; with `check_now`,
+        they communicate in this call.
         """
-        mine = self.received
-        if not mine and self.deadline and time.monotonic() > self.deadline:
-            mine = TIME_LIMIT
+        own = self.received
+        if not own and self.deadline and time.monotonic() > self.deadline:
+            own = StopReason.TIME_LIMIT
         if self.world_size == 1:
-            return mine
-        if step < self.next_step and not must_ask:
-            return 0
-        seconds = time.monotonic() - self.asked_at
-        pause = min(100, max(1, int((step - self.asked_step) / max(1e-3, seconds))))
-        asked = torch.tensor([mine, -mine, pause], device=self.device)
-        distributed.all_reduce(asked, op=distributed.ReduceOp.MAX)
-        highest, lowest, pause = asked.tolist()
-        self.asked_step, self.asked_at, self.next_step = step, time.monotonic(), step + pause
-        return highest or -lowest
-
-    @staticmethod
-    def describe(reason: int) -> str:
-        """`reason` in words."""
-        names = {TIME_LIMIT: "--max-hours is over", signal.SIGINT: "Ctrl-C"}
-        return names.get(reason) or signal.Signals(reason).name
-
-    @staticmethod
-    def exit_code(reason: int) -> int:
-        """What a script ends with: 0 at its time limit, 130 after Ctrl-C, else 143."""
-        return {TIME_LIMIT: 0, signal.SIGINT: 130}.get(reason, 143)
+            return own
+        if step < self.next_check_step and not check_now:
+            return None
+        seconds = max(1e-3, time.monotonic() - self.last_check_at)
+        interval = min(100, max(1, int((step - self.last_check_step) / seconds)))
+        votes = torch.tensor([own or 0, interval], device=self.device)
+        distributed.all_reduce(votes, op=distributed.ReduceOp.MAX)
+        reason, interval = votes.tolist()
+        self.last_check_step, self.last_check_at = step, time.monotonic()
+        self.next_check_step = step + interval
+        return StopReason(reason) if reason else None

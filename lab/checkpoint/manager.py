@@ -1,67 +1,157 @@
-"""Keeper: saves a run's states while it trains, and stops it; restore: goes on from one."""
+"""Checkpoints: which run is started or resumed, when checkpoints are written, how they are restored."""
 
+import math
 import os
 import shlex
 import shutil
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import broadcast, broadcast_object_list
 from torch import Tensor, nn
 
 from lab import console
-from lab.checkpoint.atomic_io import check_free_space
-from lab.checkpoint.interrupt import InterruptHandler
-from lab.checkpoint.run_dir import RunDir
+from lab.checkpoint.atomic_io import AsyncWriter, check_free_space
+from lab.checkpoint.interrupt import InterruptHandler, StopReason
+from lab.checkpoint.run_dir import CARD, CHECKPOINTS, REPORT, RunDir, no_checkpoint, open_new
 from lab.checkpoint.train_state import (
     CHECKPOINT_FORMAT,
     TRAIN_STATE_TYPES,
     Checkpoint,
+    CorruptCheckpointError,
     TrainState,
     optimizer_state_shapes,
+    read_checkpoint,
     write_checkpoint,
 )
-from lab.checkpoint.weights import copy_of
+from lab.checkpoint.weights import check_types, copy_of, read_metadata, read_tensors
+from lab.config.schema import TrainConfig
 from lab.data import Splits
-from lab.engine.training import TrainStep
+from lab.distributed import raise_on_all_ranks
 from lab.errors import UserError
 
 
-class AsyncWriter:
-    """Writes files while training goes on, one thing at a time and in the order given."""
+@contextmanager
+def open_run(
+    config: TrainConfig, overrides: Mapping[str, Any], world: PartialState
+) -> Iterator[tuple[RunDir, TrainConfig, Checkpoint | None]]:
+    """Lock the directory of the run that `config` starts or resumes, for as long as it trains.
 
-    def __init__(self) -> None:
-        self.pool = ThreadPoolExecutor(1)
-        self.pending: Future[None] | None = None
+    Yields the directory, the settings (for a resumed run its own, changed by `overrides`), and the
+    checkpoint to resume from, or None for a new run. All processes call it together; the main
+    process alone holds the lock and the checkpoint's tensors.
 
-    def __enter__(self) -> "AsyncWriter":
-        return self
+    Whether a run is new is decided while the lock is held, and nothing is deleted before
+    `RunDir.create`. Raises `UserError` on all processes if the directory cannot be created, another
+    process trains in it, it must not be replaced, or none of its checkpoints is complete.
+    """
+    run, checkpoint = RunDir("", is_main_process=False), None
+    try:
+        with raise_on_all_ranks(world):
+            if world.is_main_process:
+                run, resumable = _lock_run(config)
+                checkpoint = latest_checkpoint(run) if resumable else None
+        checkpoint = broadcast_checkpoint(checkpoint)
+        if checkpoint:
+            yield checkpoint.run, checkpoint.config(overrides), checkpoint
+        else:
+            yield run, config, None
+    finally:
+        run.close()
 
-    def __exit__(self, kind: type | None, *_: object) -> None:
-        """Whatever ended the training, what was given reaches the disk."""
-        self.pool.shutdown()
-        if kind is None:
-            self.wait()
 
-    def submit(self, write: Callable[..., None], *args: Any) -> None:
-        """Begins `write(*args)`, once what came before is whole: memory holds one copy at most."""
-        self.wait()
-        self.pending = self.pool.submit(write, *args)
+def _lock_run(config: TrainConfig) -> tuple[RunDir, bool]:
+    """Return the locked directory that `config` names, and whether it holds a run to resume."""
+    if config.resume in ("", "auto"):
+        run = open_new(config)
+        return run, bool(config.resume and run.checkpoints)
+    path = Path(config.resume)
+    run = RunDir(path.parents[1] if path.parent.name == CHECKPOINTS else path)
+    if not os.path.isdir(run.path):  # Path.is_dir raises for a name that is too long
+        raise UserError(f"there is no run {run.path}", "Give --resume the directory of a run")
+    if not run.checkpoints:
+        raise no_checkpoint(run)
+    run.lock()
+    return run, True
 
-    def wait(self) -> None:
-        """Returns when all is written; raises the `UserError` of a write that failed."""
-        if self.pending:
-            pending, self.pending = self.pending, None
-            pending.result()
+
+def broadcast_checkpoint(checkpoint: Checkpoint | None) -> Checkpoint | None:
+    """Return the main process's checkpoint on every process, on the others without its tensors."""
+    content = None
+    if checkpoint:
+        content = (checkpoint.metadata, str(checkpoint.run.path), str(checkpoint.path))
+    content = broadcast_object_list([content])[0]
+    if checkpoint or not content:
+        return checkpoint
+    metadata, run, path = content
+    return Checkpoint(RunDir(run, is_main_process=False), Path(path), metadata, {})
+
+
+def latest_checkpoint(run: RunDir) -> Checkpoint:
+    """Return the newest complete checkpoint of a run, and delete damaged and temporary ones.
+
+    Its metadata get two more keys: "best", the metrics of the epoch in best.safetensors, and
+    "has_report". Raises `UserError` if no checkpoint is complete.
+    """
+    damaged = []
+    for path in run.checkpoints:
+        try:
+            metadata, tensors = read_checkpoint(path)
+        except CorruptCheckpointError as error:
+            console.warn(f"the checkpoint {path} is damaged ({error})")
+            damaged.append(path)
+            continue
+        metadata["best"] = _best_metrics(run, metadata)
+        # The model card is the last file that is written when a run finishes.
+        metadata["has_report"] = all((run.path / name).exists() for name in (REPORT, CARD))
+        temporary = run.checkpoints_dir.glob(".step-*")  # left by processes that were killed
+        for leftover in (*damaged, *temporary):
+            shutil.rmtree(leftover, ignore_errors=True)
+        return Checkpoint(run, path, metadata, tensors)
+    raise UserError(f"no checkpoint of {run.path} is complete", "Start a new run")
+
+
+def _best_metrics(run: RunDir, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the metrics of the epoch whose weights best.safetensors holds.
+
+    Empty unless that epoch comes before the checkpoint's. Otherwise its line of history.jsonl will
+    be removed and the epoch, of which perhaps only a part was trained, will be evaluated again.
+    """
+    if not metadata["best"] and not run.best.exists():
+        return {}
+    try:
+        weights_metadata = read_metadata(run.best)
+        read_tensors(run.best)  # or only the end of the run would find that they are damaged
+        # Metrics that are not finite are null in the file.
+        metrics = {k: math.nan if v is None else v for k, v in weights_metadata["metrics"].items()}
+        check_types(metrics, {f"val_{metadata['config']['monitor']}": float})
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        console.warn(f"{error} The best epoch is selected again.")
+        return {}
+    epoch = weights_metadata["best_epoch"]
+    return {**metrics, "epoch": epoch} if epoch < metadata["train_state"]["epoch"] else {}
+
+
+class TrainStep(Protocol):
+    """What is saved in a checkpoint: attributes of `lab.engine.training.TrainStep`."""
+
+    accelerator: Any
+    config: TrainConfig
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    ema: Any
 
 
 class CheckpointManager:
-    """Writes a run's states while it trains, and says when it has to stop."""
+    """Write checkpoints while a run trains, and stop it when it was interrupted.
+
+    It is a context manager: at the end it waits until all files are written.
+    """
 
     def __init__(
         self,
@@ -72,6 +162,7 @@ class CheckpointManager:
         splits: Splits,
         saved_step: int,
     ):
+        """`saved_step` is the step of the newest checkpoint, 0 if there is none."""
         self.run, self.writer, self.interrupts, self.train_step = (
             run,
             writer,
@@ -79,68 +170,69 @@ class CheckpointManager:
             train_step,
         )
         self.fingerprints, self.num_samples = splits.fingerprints, len(splits.train.labels)
-        self.saved_step = saved_step  # of the newest state; 0: there is none
-        self.reason = 0  # why it stopped: see Stopper
+        self.saved_step = saved_step
+        self.stop_reason: StopReason | None = None
 
     def __enter__(self) -> "CheckpointManager":
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
-        """A `UserError` gets the last whole state as a hint."""
+        """Wait for pending writes; add the newest checkpoint to the hint of a `UserError`."""
         with suppress(UserError) if error else nullcontext():
-            self.writer.wait()  # before the directory is open to another training
+            self.writer.wait()  # before the directory is unlocked
         if isinstance(error, UserError):
-            for state in self._states()[:1]:
-                error.hint += f". The last complete state of the run is {state}"
+            for checkpoint in self._checkpoints()[:1]:
+                error.hint += f". The last complete checkpoint of the run is {checkpoint}"
 
-    def _states(self) -> list[Path]:
+    def _checkpoints(self) -> list[Path]:
         return self.run.checkpoints if self.run.is_main_process else []
 
-    def report_interruption(self) -> int:
-        """Says how to go on with a run that was stopped; the script's exit code."""
-        # A launcher kills the others when the first one ends: not before the state is on disk.
+    def report_interruption(self) -> None:
+        """Print how to resume the run that was interrupted, and set the run's exit code."""
+        assert self.stop_reason is not None
+        # A launcher ends the other processes when one ends: not before the checkpoint is written.
         self.train_step.accelerator.wait_for_everyone()
-        why, words = InterruptHandler.describe(self.reason), ["python", "train.py", "--resume"]
-        command = shlex.join([*words, str(self.run.path)])
-        for state in self._states()[:1]:
-            step = int(state.name.removeprefix("step-"))
-            console.warn(f"stopped ({why}) after step {step}; go on with: {command}")
-        if not self._states():
-            console.warn(f"stopped ({why}), and no state could be written")
-        return InterruptHandler.exit_code(self.reason)
+        why = self.stop_reason.description
+        command = shlex.join(["python", "train.py", "--resume", str(self.run.path)])
+        for checkpoint in self._checkpoints()[:1]:
+            step = int(checkpoint.name.removeprefix("step-"))
+            console.warn(f"stopped ({why}) after step {step}; resume with: {command}")
+        if not self._checkpoints():
+            console.warn(f"stopped ({why}), and no checkpoint could be written")
+        self.run.exit_code = self.stop_reason.exit_code
 
-    def after_step(self, best: Mapping[str, Any], position: TrainState) -> bool:
-        """Saves where a state is due; whether all processes stop now."""
+    def after_step(self, best: Mapping[str, Any], state: TrainState) -> bool:
+        """Save a checkpoint if one is due; return whether all processes stop now."""
         every = self.train_step.config.checkpoint_every
-        self.reason = self.interrupts.reason(position.step)
-        if self.reason or (every and position.step % every == 0):
-            self.save(best, position)
-        return bool(self.reason)
+        self.stop_reason = self.interrupts.stop_reason(state.step)
+        if self.stop_reason or (every and state.step % every == 0):
+            self.save(best, state)
+        return self.stop_reason is not None
 
-    def after_epoch(self, position: TrainState) -> bool:
-        """Whether all processes stop now; the epoch's state is written."""
-        self.reason = self.interrupts.reason(position.step, must_ask=True)
-        return bool(self.reason)
+    def after_epoch(self, state: TrainState) -> bool:
+        """Return whether all processes stop now; the checkpoint of the epoch was saved before."""
+        self.stop_reason = self.interrupts.stop_reason(state.step, check_now=True)
+        return self.stop_reason is not None
 
-    def save(self, best: Mapping[str, Any], position: TrainState) -> None:
-        """Copies the state and begins to write it; called by all processes together.
+    def save(self, best: Mapping[str, Any], state: TrainState) -> None:
+        """Copy the training state and start to write it; all processes call it together.
 
-        Where it cannot be written, the run says so and goes on, and older states stay.
+        If it cannot be written, a warning says so, the run continues and older checkpoints stay.
         """
-        if position.step == self.saved_step:
+        if state.step == self.saved_step:
             return
-        self.saved_step = position.step
+        self.saved_step = state.step
         accelerator, config = self.train_step.accelerator, self.train_step.config
-        totals = accelerator.gather(position.totals.to(accelerator.device)).view(-1, 3).tolist()
+        totals = accelerator.gather(state.totals.to(accelerator.device)).view(-1, 3).tolist()
         if not self.run.is_main_process:
             return
         self.writer.wait()
         metadata = {
             "format": CHECKPOINT_FORMAT,
-            "samples_seen": (position.epoch - 1) * self.num_samples
-            + min(self.num_samples, position.batch * config.batch_size),
+            "samples_seen": (state.epoch - 1) * self.num_samples
+            + min(self.num_samples, state.batch * config.batch_size),
             "num_batches": -(-self.num_samples // config.batch_size),  # of an epoch
-            "position": {name: getattr(position, name) for name in TRAIN_STATE_TYPES},
+            "train_state": {name: getattr(state, name) for name in TRAIN_STATE_TYPES},
             "totals": totals,
             "best": dict(best),
             "config": asdict(config),
@@ -152,111 +244,110 @@ class CheckpointManager:
         self.writer.submit(self._write, state_dict(self.train_step), metadata)
 
     def _write(self, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
-        folder = self.run.checkpoints_dir / f"step-{metadata['position']['step']:08}"
-        names = [f"network.{name}" for name, _ in self.train_step.model.named_parameters()]
+        path = self.run.checkpoints_dir / f"step-{metadata['train_state']['step']:08}"
+        names = [f"model.{name}" for name, _ in self.train_step.model.named_parameters()]
         values = [torch.tensor(metadata["totals"]), *(tensors[name] for name in names)]
         if not all(bool(value.isfinite().all()) for value in values):
-            console.warn(f"{folder} is not written: the weights or the losses are not finite")
+            console.warn(f"{path} is not written: the weights or the losses are not finite")
             return
         try:
             check_free_space(self.run.checkpoints_dir, sum(t.nbytes for t in tensors.values()))
             self.run.sync_lines()
-            write_checkpoint(folder, tensors, metadata)
+            write_checkpoint(path, tensors, metadata)
         except (UserError, OSError) as error:
-            console.warn(f"{folder} is not written: {error}")
+            console.warn(f"{path} is not written: {error}")
             return
         remove_checkpoints(self.run, self.train_step.config.keep_checkpoints)
 
 
 def remove_checkpoints(run: RunDir, keep: int) -> None:
-    """Remove all checkpoints of a run but the newest `keep`; warn of one that cannot be removed."""
-    for old in run.checkpoints[keep:] if run.is_main_process else ():
-        gone = old.with_name(f".{old.name}")
+    """Remove all checkpoints of a run but the newest `keep`; warn if one cannot be removed."""
+    for path in run.checkpoints[keep:] if run.is_main_process else ():
+        temporary = path.with_name(f".{path.name}")
         try:
-            os.replace(old, gone)  # never half there under its own name
-            shutil.rmtree(gone)
+            os.replace(path, temporary)  # so that no incomplete one has the name of a checkpoint
+            shutil.rmtree(temporary)
         except OSError as error:
-            console.warn(f"{old} is not removed: {error}")
+            console.warn(f"{path} is not removed: {error}")
 
 
 def state_dict(train_step: TrainStep) -> dict[str, Tensor]:
-    """All tensors of a state, copied to the CPU."""
-    modules = {"network": train_step.model, "average": train_step.ema_model}
-    tensors = {
-        f"{kind}.{name}": tensor
-        for kind, module in modules.items()
-        if module is not None
-        for name, tensor in copy_of(module).items()
-    }
+    """Return all tensors of a checkpoint, copied to the CPU.
+
+    Keys are model.NAME, ema.NAME and optimizer.SLOT.NAME with the names of the plain model.
+    """
+    tensors = {f"model.{name}": tensor for name, tensor in copy_of(train_step.model).items()}
+    if train_step.ema is not None:
+        ema = copy_of(train_step.ema.module)
+        tensors |= {f"ema.{name}": tensor for name, tensor in ema.items()}
     for name, parameter in train_step.model.named_parameters():
         for slot, value in train_step.optimizer.state.get(parameter, {}).items():
             if value is not None:
-                kept = torch.as_tensor(value).detach().to("cpu", copy=True).contiguous()
-                tensors[f"optimizer.{slot}.{name}"] = kept
+                copied = torch.as_tensor(value).detach().to("cpu", copy=True)
+                tensors[f"optimizer.{slot}.{name}"] = copied.contiguous()
     return tensors
 
 
-def restore(train_step: TrainStep, state: Checkpoint) -> TrainState:
-    """Fills the network, its average and the optimizer on every process; the state's position.
+def restore(train_step: TrainStep, checkpoint: Checkpoint) -> TrainState:
+    """Load a checkpoint into the model, its EMA and the optimizer, and return this process's state.
 
-    Raises `UserError` where the tensors are another network's.
+    Raises `UserError` if the tensors are those of another architecture.
     """
-    scaler = train_step.accelerator.scaler
-    if scaler and state.metadata["scaler"]:  # a run in fp16 goes on without it on a CPU
-        scaler.load_state_dict(state.metadata["scaler"])
-    tensors = _to_all(state.tensors, train_step.accelerator.device)
+    accelerator = train_step.accelerator
+    if accelerator.scaler and checkpoint.metadata["scaler"]:  # fp16 may be resumed on a CPU
+        accelerator.scaler.load_state_dict(checkpoint.metadata["scaler"])
+    tensors = _broadcast_tensors(checkpoint.tensors, accelerator.device)
 
-    def require_shapes(found: dict[str, Tensor], expected: dict[str, torch.Size]) -> None:
-        if {k: v.shape for k, v in found.items()} != expected:
+    def check_shapes(loaded: dict[str, Tensor], expected: dict[str, torch.Size]) -> None:
+        if {name: tensor.shape for name, tensor in loaded.items()} != expected:
             raise UserError(
-                f"{state.run.path} holds the state of another network", "Start a new run"
+                f"{checkpoint.run.path} holds the checkpoint of another architecture",
+                "Start a new run",
             )
 
-    def fill(module: nn.Module, kind: str) -> None:
-        found = {k.removeprefix(kind): v for k, v in tensors.items() if k.startswith(kind)}
-        own = module.state_dict()
-        require_shapes(found, {k: v.shape for k, v in own.items()})
-        own.update(found)  # which keeps the modules' versions: MNASNet's asks for its own
-        module.load_state_dict(own)
+    def load(module: nn.Module, prefix: str) -> None:
+        loaded = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        state = module.state_dict()
+        check_shapes(loaded, {name: tensor.shape for name, tensor in state.items()})
+        state.update(loaded)  # keeps the versions of modules, which MNASNet needs
+        module.load_state_dict(state)
 
-    fill(train_step.model, "network.")
-    if train_step.ema_model is not None:
-        fill(train_step.ema_model, "average.")
-    kept_of = optimizer_state_shapes(train_step.optimizer)
+    load(train_step.model, "model.")
+    if train_step.ema is not None:
+        load(train_step.ema.module, "ema.")
+    all_shapes = optimizer_state_shapes(train_step.optimizer)
     for name, parameter in train_step.model.named_parameters():
-        expected = kept_of.get(parameter, {})
-        keys = {slot: f"optimizer.{slot}.{name}" for slot in expected}
-        found = {slot: tensors[key] for slot, key in keys.items() if key in tensors}
-        if found:  # none before the first step that is not skipped
-            require_shapes(found, expected)
-        for slot, tensor in found.items():
-            # One of the parameter's shape has its memory format, too.
-            like = tensor.shape == parameter.shape
-            kept = torch.empty_like(parameter).copy_(tensor) if like else tensor.float()
-            train_step.optimizer.state[parameter][slot] = kept.detach()
-    return state.position(
-        train_step.accelerator.process_index, train_step.accelerator.num_processes
-    )
+        shapes = all_shapes.get(parameter, {})
+        keys = {slot: f"optimizer.{slot}.{name}" for slot in shapes}
+        loaded = {slot: tensors[key] for slot, key in keys.items() if key in tensors}
+        if loaded:  # there are none before the first step that is not skipped
+            check_shapes(loaded, shapes)
+        for slot, tensor in loaded.items():
+            if tensor.shape == parameter.shape:  # same memory format as the parameter
+                tensor = torch.empty_like(parameter).copy_(tensor)
+            else:
+                tensor = tensor.float()
+            train_step.optimizer.state[parameter][slot] = tensor.detach()
+    return checkpoint.train_state(accelerator.process_index, accelerator.num_processes)
 
 
-def _to_all(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """The main process's tensors, on the device of every process."""
-    listed = [(name, list(t.shape), t.dtype) for name, t in tensors.items()]
-    listed = broadcast_object_list([listed])[0]
-    found = {}
-    for name, shape, dtype in listed:
+def _broadcast_tensors(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Return the main process's tensors on the device of every process."""
+    specs = [(name, list(tensor.shape), tensor.dtype) for name, tensor in tensors.items()]
+    received = {}
+    for name, shape, dtype in broadcast_object_list([specs])[0]:
         tensor = tensors.get(name)
         tensor = torch.empty(shape, dtype=dtype) if tensor is None else tensor
-        found[name] = broadcast(tensor.to(device))
-    return found
+        received[name] = broadcast(tensor.to(device))
+    return received
 
 
 def check_room(train_step: TrainStep) -> None:
-    """Nothing; raises `UserError` where the disk has no room for a state and the best weights."""
-    if not train_step.accelerator.is_main_process:  # another machine's disk takes nothing
+    """Raise `UserError` if the disk has no room for a checkpoint and the best weights."""
+    if not train_step.accelerator.is_main_process:  # the others write nothing
         return
-    copies = 2 + (train_step.ema_model is not None)
+    copies = 2 + (train_step.ema is not None)
     size = copies * sum(t.nbytes for t in train_step.model.state_dict().values())
-    kept_of = optimizer_state_shapes(train_step.optimizer)
-    size += sum(4 * shape.numel() for kept in kept_of.values() for shape in kept.values())
+    all_shapes = optimizer_state_shapes(train_step.optimizer).values()
+    size += sum(4 * shape.numel() for shapes in all_shapes for shape in shapes.values())
     check_free_space(Path(train_step.config.output_dir), size)

@@ -4,23 +4,30 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
 from filelock import FileLock, Timeout
 
-from lab.checkpoint.atomic_io import sync, to_json, write_atomically, write_error
+from lab.checkpoint.atomic_io import (
+    os_errors_as_user_errors,
+    sync,
+    to_json,
+    write_atomically,
+)
 from lab.checkpoint.provenance import commit, versions
 from lab.config.schema import TrainConfig
+from lab.distributed import raise_on_all_ranks
 from lab.errors import UserError
 
 CONFIG, HISTORY, STEPS = "config.json", "history.jsonl", "steps.jsonl"
 BEST, REPORT, PREDICTIONS = "best.safetensors", "report.json", "predictions.csv"
 PICTURES, PLOTS, PAGE = "pictures.safetensors", "plots", "report.html"
 CARD, TRACKED = "README.md", "trackers.json"
-CHECKPOINTS, LOCK = "state", ".lock"
+CHECKPOINTS, LOCK = "checkpoints", ".lock"
 
 # Seconds to wait for the lock: workers of a killed training, which hold it too, end within five.
 LOCK_PATIENCE = 8
@@ -31,6 +38,7 @@ class RunDir:
 
     def __init__(self, path: str | Path, is_main_process: bool = True):
         self.path, self.is_main_process = Path(path), is_main_process
+        self.exit_code = 0  # of train.py; another one if the run was interrupted
         self.held: FileLock | None = None
         self.made: list[Path] = []  # directories made for a run that has not begun, inner first
 
@@ -58,7 +66,7 @@ class RunDir:
         """Make the directory; return False where there is one. Raise `UserError`."""
         missing = [p for p in (self.path, *self.path.parents) if not os.path.exists(p)]
         try:
-            with writing(self.path):
+            with os_errors_as_user_errors(self.path):
                 self.path.mkdir(parents=True)
                 if os.name == "posix":
                     sync(self.path.parent)  # or a power cut might take the whole directory
@@ -75,7 +83,7 @@ class RunDir:
 
         Raise `UserError` where another training holds the lock; a killed one holds none.
         """
-        with writing(self.checkpoints_dir):
+        with os_errors_as_user_errors(self.checkpoints_dir):
             self.checkpoints_dir.mkdir(exist_ok=True)
             _lock_file = FileLock(self.checkpoints_dir / LOCK)
             with suppress(Timeout):
@@ -108,7 +116,7 @@ class RunDir:
         if not self.is_main_process:
             return
         self.made = self.made or [self.path]  # there is no run in it until all this is done
-        with writing(self.path):
+        with os_errors_as_user_errors(self.path):
             for path in (
                 (*self.checkpoints_dir.iterdir(), *self.path.iterdir()) if self.held else ()
             ):
@@ -133,7 +141,7 @@ class RunDir:
         self._write_config(settings)
         self._split(HISTORY, lambda row: row["epoch"] < epoch)
         self._split(STEPS, lambda row: row["step"] <= step)
-        with writing(self.path):
+        with os_errors_as_user_errors(self.path):
             for name in (REPORT, PREDICTIONS, PICTURES, PAGE, CARD):
                 (self.path / name).unlink(missing_ok=True)
             if (self.path / PLOTS).exists():
@@ -155,14 +163,16 @@ class RunDir:
         if self.is_main_process:
             write_atomically(self.path / PREDICTIONS, lambda path: path.write_bytes(content))
 
-    def check_learnt(self) -> None:
-        """Check that not every step of the run was skipped. Raise `UserError`."""
-        lines = (self.path / HISTORY).read_text().splitlines() if self.is_main_process else []
-        if lines and all(json.loads(line)["train_loss"] is None for line in lines):
-            raise UserError(
-                "nothing was learnt: the loss or gradient of every step was not finite",
-                "Lower --lr, or give --max-grad-norm 1, in a new run",
-            )
+    def check_trained(self, accelerator: Accelerator) -> None:
+        """Raise `UserError` on all processes if every step was skipped or every epoch diverged."""
+        with raise_on_all_ranks(accelerator):
+            lines = (self.path / HISTORY).read_text().splitlines() if self.is_main_process else []
+            rows = [json.loads(line) for line in lines]
+            if rows and all(None in (row["train_loss"], row["val_loss"]) for row in rows):
+                raise UserError(
+                    "the model has not learned anything: the loss of every epoch was not finite",
+                    "Start a new run with a lower --lr, or with --max-grad-norm 1",
+                )
 
     def add_epoch(self, *rows: Mapping[str, Any]) -> None:
         """Lines of history.jsonl."""
@@ -184,7 +194,7 @@ class RunDir:
     def _split(self, name: str, stays: Callable[[dict], bool]) -> None:
         """Keeps the lines up to the first that does not stay, or is no whole line."""
         path, kept = self.path / name, []
-        with writing(path):
+        with os_errors_as_user_errors(path):
             for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
                 try:
                     if not line.endswith(b"\n") or not stays(json.loads(line)):
@@ -197,7 +207,10 @@ class RunDir:
     def _append(self, name: str, rows: Iterable[Any]) -> None:
         if self.is_main_process:
             text = "".join(to_json(row) + "\n" for row in rows).encode()
-            with writing(self.path / name), open(self.path / name, "ab", buffering=0) as file:
+            with (
+                os_errors_as_user_errors(self.path / name),
+                open(self.path / name, "ab", buffering=0) as file,
+            ):
                 size = file.tell()
                 if file.write(text) < len(text):  # the disk filled up: leave no part of a line
                     file.truncate(size)
@@ -270,7 +283,7 @@ def evaluation_dir(
     if tta != "none":
         path = Path(f"{os.path.abspath(path) if output else path}-tta-{tta}")
     if is_main_process:
-        with writing(path):
+        with os_errors_as_user_errors(path):
             path.mkdir(parents=True, exist_ok=True)
     return RunDir(path, is_main_process)
 
@@ -307,12 +320,3 @@ def _remove_empty(paths: Iterable[Path]) -> None:
     for path in paths:
         with suppress(OSError):
             path.rmdir()
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turns an operating system's refusal to write `path` into a `UserError`."""
-    try:
-        yield
-    except OSError as error:
-        raise write_error(path, error) from error

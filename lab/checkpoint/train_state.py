@@ -10,41 +10,25 @@ and is not whole when a process dies while it writes.
 
 import hashlib
 import json
-import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import safetensors.torch
 import torch
-from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from torch import Tensor
 
-from lab import console
-from lab.checkpoint.weights import check_types, read_metadata, read_tensors
-from lab.config.schema import TIMEOUT_SECONDS, TrainConfig
+from lab.checkpoint.atomic_io import os_errors_as_user_errors, sync, to_json, write_atomically
+from lab.checkpoint.run_dir import RunDir
+from lab.checkpoint.weights import check_types
+from lab.config.schema import TIMEOUT_SECONDS, TrainConfig, flag
 from lab.data import Splits
 from lab.data.fingerprint import changed_splits
 from lab.errors import UserError
-
-pass
-
-from lab.checkpoint.atomic_io import sync, to_json, write_atomically
-from lab.checkpoint.run_dir import (
-    CARD,
-    CHECKPOINTS,
-    REPORT,
-    RunDir,
-    no_checkpoint,
-    open_new,
-    writing,
-)
-from lab.config.schema import flag
 
 
 @dataclass
@@ -70,7 +54,7 @@ TENSORS_FILE, METADATA_FILE = "tensors.safetensors", "state.json"
 CHECKPOINT_FORMAT = 1
 # What is read of state.json, and its types in JSON.
 METADATA_TYPES = {
-    "position": dict,
+    "train_state": dict,
     "totals": list,
     "best": dict,
     "config": dict,
@@ -141,14 +125,14 @@ class Checkpoint:
             "timeout_seconds", TIMEOUT_SECONDS
         )  # of this world
         config = TrainConfig(**stored | changed | place)
-        if config.epochs < self.metadata["position"]["epoch"]:
+        if config.epochs < self.metadata["train_state"]["epoch"]:
             raise UserError(
                 f"--epochs {config.epochs}: the run is in epoch {self.metadata['position']['epoch']}",
                 "Give more, or leave it out",
             )
         return config
 
-    def position(self, rank: int, world_size: int) -> TrainState:
+    def train_state(self, rank: int, world_size: int) -> TrainState:
         """The position, for one of the processes; its sums are a part of them all."""
         totals = torch.tensor(self.metadata["totals"], dtype=torch.float32)  # [processes, 3]
         if len(totals) == world_size:
@@ -156,11 +140,11 @@ class Checkpoint:
         else:  # the losses and hits of all go to the first
             mine = totals.sum(0) * (rank == 0)
             mine[2] = totals[:, 2].min()
-        return TrainState(**self.metadata["position"], totals=mine.clone())
+        return TrainState(**self.metadata["train_state"], totals=mine.clone())
 
     def is_finished(self, config: TrainConfig) -> bool:
         """Return whether the run has all its files and `config` trains it no further."""
-        position, best = self.metadata["position"], self.metadata["best"]
+        position, best = self.metadata["train_state"], self.metadata["best"]
         epoch_is_whole = position["batch"] == self.metadata.get("num_batches")
         waited = position["epoch"] - best["epoch"] if best else 0
         return self.metadata["has_report"] and bool(
@@ -177,94 +161,6 @@ class Checkpoint:
                 f"added, removed, renamed or replaced: {', '.join(changed)})",
                 "Give --data-dir with the same files, or start a new run",
             )
-
-
-@contextmanager
-def open_run(
-    config: TrainConfig, is_main_process: bool
-) -> Iterator[tuple[RunDir, Checkpoint | None]]:
-    """Lock the directory of the run that `config` starts or resumes, for as long as it trains.
-
-    Yield it and the checkpoint to resume from, None for a new run. Nothing is decided before the
-    lock is held, and nothing is removed before `RunDir.begin`. Off the process that `writes` there
-    is no lock and no checkpoint. Raise `UserError` where the directory cannot be made, another
-    training is at work in it, it may not be replaced, or no checkpoint in it is intact.
-    """
-    if not is_main_process:
-        yield RunDir("", is_main_process=False), None
-        return
-    if config.resume in ("", "auto"):
-        run = open_new(config)
-    else:
-        run = RunDir(_folder_of(config.resume))
-        if not os.path.isdir(run.path):  # Path.is_dir raises for a name that is too long
-            raise UserError(f"there is no run {run.path}", "Give --resume the folder of a run")
-        if not run.checkpoints:
-            raise no_checkpoint(run)
-        run.lock()
-    try:
-        yield run, latest_checkpoint(run) if config.resume and run.checkpoints else None
-    finally:
-        run.close()
-
-
-def _folder_of(path: str) -> Path:
-    """A run's folder, also where one of its states is named."""
-    named = Path(path)
-    return named.parents[1] if named.parent.name == CHECKPOINTS else named
-
-
-def broadcast_checkpoint(state: Checkpoint | None) -> Checkpoint | None:
-    """Return what the main process found on every process; the tensors stay with it."""
-    found = (state.metadata, str(state.run.path), str(state.path)) if state else None
-    found = broadcast_object_list([found])[0]
-    if state or not found:
-        return state
-    metadata, run, path = found
-    return Checkpoint(RunDir(run, is_main_process=False), Path(path), metadata, {})
-
-
-def latest_checkpoint(run: RunDir) -> Checkpoint:
-    damaged = []
-    for folder in run.checkpoints:
-        try:
-            metadata, tensors = read_checkpoint(folder)
-        except CorruptCheckpointError as error:
-            console.warn(f"the state {folder} is damaged ({error})")
-            damaged.append(folder)
-            continue
-        metadata["best"] = _best(run, metadata)
-        # The card is the last file that is written of a finished run.
-        metadata["has_report"] = all((run.path / name).exists() for name in (REPORT, CARD))
-        for leftover in (
-            *damaged,
-            *run.checkpoints_dir.glob(".step-*"),
-        ):  # of writers that were killed
-            shutil.rmtree(leftover, ignore_errors=True)
-        return Checkpoint(run, folder, metadata, tensors)
-    raise UserError(f"no state of {run.path} is whole", "Start a new run")
-
-
-def _best(run: RunDir, metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the metrics of the epoch whose weights best.safetensors holds.
-
-    Empty where it is not one of the epochs before the checkpoint's: its line of history.jsonl is
-    cut, and that epoch, of which perhaps only a part was evaluated, is evaluated again.
-    """
-    best = metadata["best"]
-    if not best and not run.best.exists():
-        return {}
-    try:
-        weights_metadata = read_metadata(run.best)
-        read_tensors(run.best)  # else the run's end would be the first to see that they are damaged
-        # Metrics that are not finite are null there.
-        kept = {k: math.nan if v is None else v for k, v in weights_metadata["metrics"].items()}
-        check_types(kept, {f"val_{metadata['config']['monitor']}": float})
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        console.warn(f"{error} The best epoch is chosen anew.")
-        return {}
-    before = weights_metadata["best_epoch"] < metadata["position"]["epoch"]
-    return {**kept, "epoch": weights_metadata["best_epoch"]} if before else {}
 
 
 def read_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -301,7 +197,7 @@ def _check_metadata(metadata: Mapping[str, Any]) -> None:
     It may lack settings that came later.
     """
     check_types(metadata, METADATA_TYPES)
-    config, position = metadata["config"], metadata["position"]
+    config, position = metadata["config"], metadata["train_state"]
     types = get_type_hints(TrainConfig)
     check_types(config, {name: types[name] for name in config})
     try:
@@ -313,7 +209,7 @@ def _check_metadata(metadata: Mapping[str, Any]) -> None:
         "config": all(
             abs(number) < 2**63 for number in config.values() if isinstance(number, int | float)
         ),
-        "position": position.keys() == TRAIN_STATE_TYPES.keys()
+        "train_state": position.keys() == TRAIN_STATE_TYPES.keys()
         and position["epoch"] > 0
         and all(0 <= number < 2**53 for number in position.values()),
         "totals": len(metadata["totals"]) > 0
@@ -342,7 +238,7 @@ def write_checkpoint(folder: Path, tensors: dict[str, Tensor], metadata: dict[st
     content = safetensors.torch.save(tensors)
     metadata = {**metadata, "tensors_sha256": _digest(content)}
     text = to_json({"state": metadata, "sha256": _digest(_json(metadata))}, indent=1)
-    with writing(folder):
+    with os_errors_as_user_errors(folder):
         try:
             temporary.mkdir()
             write_atomically(temporary / TENSORS_FILE, lambda path: path.write_bytes(content))

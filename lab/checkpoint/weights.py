@@ -17,8 +17,7 @@ from accelerate.utils import broadcast
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from lab.checkpoint.atomic_io import to_json, write_atomically
-from lab.checkpoint.manager import AsyncWriter
+from lab.checkpoint.atomic_io import AsyncWriter, to_json, write_atomically
 from lab.checkpoint.provenance import versions
 from lab.checkpoint.run_dir import BEST, RunDir
 from lab.config.schema import TrainConfig

@@ -3,14 +3,12 @@
 import argparse
 import dataclasses
 import difflib
-import re
 import types
 import typing
-from collections.abc import Mapping
 from typing import Any
 
 from lab.config.schema import MACHINE, flag
-from lab.errors import UserError, suggestion
+from lab.errors import UserError
 
 
 class _Parser(argparse.ArgumentParser):
@@ -69,42 +67,6 @@ def parse_arguments(config: type, argv: list[str] | None, *, prog: str, descript
         if f.metadata.get("filled") and given.get(f.name) == "":  # of an unset variable, as a rule
             raise UserError(f"{flag(f.name)} is empty", "Name it, or leave the option out")
     return given
-
-
-def words_of(config: type, settings: Mapping[str, Any]) -> list[str]:
-    """The command line that says the same as settings by name; None is one that is not given.
-
-    Raises `UserError` for a name that is no setting, and for a switch that is not True or False.
-    """
-    words, fields = [], {f.name: f for f in dataclasses.fields(config)}
-    for name, value in settings.items():
-        if name not in fields:
-            raise UserError(f"there is no setting {name}", suggestion(name, fields))
-        if value is None or (value == "" and fields[name].metadata.get("filled")):
-            continue
-        if not isinstance(fields[name].default, bool):
-            words.append(f"{flag(name)}={value}")
-        elif not isinstance(value, bool):
-            raise UserError(f"{name} is {value!r}", "Give True or False")
-        elif value:
-            words.append(flag(name))
-        elif _both_ways(fields[name]):
-            words.append(flag(name).replace("--", "--no-", 1))
-    return words
-
-
-def as_keywords(config: type, text: str) -> str:
-    """A message for the caller of Python: its flags as `overwrite=True` or `batch_size`."""
-    fields = {flag(f.name): f for f in dataclasses.fields(config)}
-
-    def keyword(found: re.Match[str]) -> str:
-        if found[0] not in fields:
-            return found[0]
-        f = fields[found[0]]
-        return f"{f.name}=True" if isinstance(f.default, bool) else f.name
-
-    # After a script's name it is a command, and stays one.
-    return re.sub(r"(?<!\.py )--[a-z][a-z-]*", keyword, text)
 
 
 def _both_ways(f: dataclasses.Field) -> bool:

@@ -9,9 +9,7 @@ import re
 from typing import Any
 
 from lab.config.schema import TrainConfig
-from lab.data import check_data_dir
 from lab.errors import UserError
-from lab.models import MODELS, TORCHVISION, find_model
 
 RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     # The two university notebooks to the letter, their choice of the best epoch on the test split
@@ -98,28 +96,28 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
-def resolve(overrides: dict[str, Any]) -> TrainConfig:
-    """The complete settings: defaults, then the recipe of the pair, then what was `given`.
+def model_defaults(model: str) -> tuple[str, int]:
+    """Return the dataset and the image size in pixels that a model is trained on by default."""
+    if model.startswith("torchvision:"):
+        return "cifar10", 224
+    return ("mnist", 32) if model == "lenet5" else ("cifar10", 32)
 
-    Raises `UserError` for an unknown model, data set or recipe, and for a value out of its bounds.
+
+def resolve(overrides: dict[str, Any]) -> TrainConfig:
+    """Return the complete settings: defaults, then the recipe of the pair, then the overrides.
+
+    Raises `UserError` for an unknown recipe, and for a value outside its bounds.
     """
     model = overrides.get("model", TrainConfig.model)
-    spec = find_model(model)
-    dataset = overrides.get("dataset") or spec.dataset
-    data_dir = overrides.get("data_dir", TrainConfig.data_dir)
-    check_data_dir(dataset, None if data_dir == TrainConfig.data_dir else data_dir)
+    default_dataset, image_size = model_defaults(model)
+    dataset = overrides.get("dataset") or default_dataset
     name = overrides.get("recipe", TrainConfig.recipe)
     if name not in RECIPES:
         raise UserError(f"there is no recipe {name}", f"Known: {', '.join(RECIPES)}")
-    settings: dict[str, Any] = {"image_size": spec.image_size}
-    family = re.split("[-:]", model)[0]
+    settings: dict[str, Any] = {"image_size": image_size}
+    family = re.split("[-:_]", model)[0]
     for key in ("*", dataset, family, model, f"{family}/{dataset}", f"{model}/{dataset}"):
         settings |= RECIPES[name].get(key, {})
-    if overrides.get("pretrained") and not spec.weights:
-        known = ", ".join(name for name, spec in MODELS.items() if spec.weights)
-        raise UserError(
-            f"there are no ImageNet weights for {model}", f"Known: {known}, {TORCHVISION}NAME"
-        )
     settings |= {k: v for k, v in overrides.items() if not (k == "image_size" and v == 0)}
     if "warmup_epochs" not in overrides:  # a recipe's warm-up shrinks with a short --epochs
         epochs = settings.get("epochs", TrainConfig.epochs)

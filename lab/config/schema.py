@@ -8,8 +8,6 @@ from typing import Any
 
 from lab.errors import UserError
 
-pass
-
 
 def option(default: Any, group: str, text: str, **metadata: Any) -> Any:
     """A dataclass field that is also a command-line flag: its `--help` group and text, its bounds.

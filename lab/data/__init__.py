@@ -36,19 +36,25 @@ class DatasetSpec:
 
 
 DATASETS = {
-    "mnist": DatasetSpec("sources:read_mnist", (0.1307,), (0.3081,), downloads=True),
+    "mnist": DatasetSpec("torchvision_datasets:read_mnist", (0.1307,), (0.3081,), downloads=True),
     "fashion-mnist": DatasetSpec(
-        "sources:read_fashion_mnist", (0.2860,), (0.3530,), downloads=True
+        "torchvision_datasets:read_fashion_mnist", (0.2860,), (0.3530,), downloads=True
     ),
     "cifar10": DatasetSpec(
-        "sources:read_cifar10", (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), downloads=True
+        "torchvision_datasets:read_cifar10",
+        (0.4914, 0.4822, 0.4465),
+        (0.2470, 0.2435, 0.2616),
+        downloads=True,
     ),
     "cifar100": DatasetSpec(
-        "sources:read_cifar100", (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), downloads=True
+        "torchvision_datasets:read_cifar100",
+        (0.5071, 0.4865, 0.4409),
+        (0.2673, 0.2564, 0.2762),
+        downloads=True,
     ),
-    "digits": DatasetSpec("sources:read_digits", bundled=True),
-    "shapes": DatasetSpec("sources:read_shapes", bundled=True),
-    "folder": DatasetSpec("folder:read_folder"),
+    "digits": DatasetSpec("digits:read_digits", bundled=True),
+    "shapes": DatasetSpec("shapes:read_shapes", bundled=True),
+    "folder": DatasetSpec("image_folder:read_folder"),
 }
 
 
@@ -59,12 +65,12 @@ def find_dataset(name: str) -> DatasetSpec:
     return DATASETS[name]
 
 
-def check_data_dir(dataset: str, data_dir: str | None) -> None:
-    """Nothing; raises `UserError` for an unknown set, and where it comes with lab, for a folder."""
+def check_dataset(dataset: str, data_dir: str | None) -> None:
+    """Raise `UserError` for an unknown dataset, and for a --data-dir that a bundled one ignores."""
     if find_dataset(dataset).bundled and data_dir is not None:
         raise UserError(
-            f"{dataset} comes with lab, and reads nothing of --data-dir {data_dir}",
-            "Leave it out; for a folder of pictures, give --dataset folder",
+            f"{dataset} is bundled with lab and reads nothing from --data-dir {data_dir}",
+            "Leave it out; for a directory of images, give --dataset folder",
         )
 
 

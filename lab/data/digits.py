@@ -9,10 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-
-pass
-
-
 from safetensors.torch import load_file
 
 from lab.data.types import RawSplits, Split

@@ -15,8 +15,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lab.data.loaders import _join
-
 
 def random_bits(
     seed: int, epoch: int, num_samples: int, device: torch.device | str, stream: int = 0
@@ -141,4 +139,9 @@ class ShardedBatchSampler:
                 )
                 pieces.append(order[before : before + 1])
             pieces.append(order[part.start : part.stop])
-        return _join(pieces) if pieces else order[:0]
+        return join_tensors(pieces) if pieces else order[:0]
+
+
+def join_tensors(pieces: list[Tensor]) -> Tensor:
+    """Return the tensors joined; one alone is not copied."""
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)

@@ -14,9 +14,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-pass
-
-
 from lab.data.types import RawSplits, Split
 
 if TYPE_CHECKING:

@@ -13,9 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-pass
-
-
 from lab.data.types import Images, Split
 
 if TYPE_CHECKING:

@@ -6,26 +6,19 @@ Downloads are torchvision's; one process a host does them, the others wait at a 
 from __future__ import annotations
 
 import gzip
+import hashlib
 import http.client
 import os
 import socket
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
-
-pass
-
-pass
-
-import hashlib
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
-
 from filelock import FileLock
+from torch import Tensor
 
 from lab.data.cache import cache_dir
 from lab.data.types import RawSplits, Split

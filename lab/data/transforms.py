@@ -6,18 +6,14 @@ stretch of the batch, needs one picture more than its own. What is drawn for the
 a function of (seed, epoch, batch), drawn on each process alike.
 """
 
+import math
+import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-pass
-
-
-import math
-import random
-from dataclasses import dataclass
 
 CROP_PADDING = 4  # pixels at 32; scaled with the image
 CUTOUT_FRACTION = 0.25  # side of the hole / side of the image (8 of 32 pixels)
@@ -66,7 +62,7 @@ AUGMENTATIONS = {"crop": crop, "flip": flip, "cutout": cutout}
 class BatchTransform:
     """From stored pixels to what a network takes: augmented, scaled, normalised.
 
-    What `augment` names of MIXES is left to the loaders, which know a batch's pairs: `mixer`.
+    What `augment` names of MIXES is left to the loaders, which know a batch's pairs: `mixup`.
     """
 
     def __init__(
@@ -79,7 +75,7 @@ class BatchTransform:
     ):
         self.augment = tuple(name for name in augment if name not in BATCH_MIXES)
         mixes = tuple(name for name in augment if name in BATCH_MIXES)
-        self.mixer = Mixup(mixes, mixup_alpha) if mixes else None
+        self.mixup = Mixup(mixes, mixup_alpha) if mixes else None
         self.scale = (1 / (255 * torch.tensor(std))).view(-1, 1, 1).to(device)
         self.shift = (-torch.tensor(mean) / torch.tensor(std)).view(-1, 1, 1).to(device)
 

@@ -14,12 +14,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-pass
-
-
-pass
-
-
 if TYPE_CHECKING:
     pass
 
@@ -108,13 +102,10 @@ def join(splits: Sequence[Split]) -> Split:
 class Batch:
     """One process's part of a global batch, on its device. It may be empty."""
 
-    images: Tensor  # float32 [n, C, H, W], normalised
+    images: Tensor  # float32 [n, C, H, W], normalized
     labels: Tensor  # int64 [n]
-    index: Tensor  # int64 [n], positions in the split
+    indices: Tensor  # int64 [n], positions in the split
     global_batch_size: int  # samples of the batch over all processes
-    # Where batches are mixed: the labels of the samples mixed in, int64 [n], and the share of each
-    # sample's own.
-    partners: Tensor | None = None
-    share: float | Tensor = 1.0
-    # Samples of each gradient accumulation part, in order; some may be 0. Empty: not cut by a Plan.
+    targets: Tensor | None = None  # float32 [n, K], soft targets of images that were mixed
+    # Samples of each gradient accumulation part, in order; some may be 0. Empty: not cut yet.
     part_sizes: tuple[int, ...] = ()

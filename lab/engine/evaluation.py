@@ -12,12 +12,9 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast
 from torch import Tensor, nn
 
-from lab.config.schema import EVAL_BATCH_SIZE
 from lab.data.loaders import Loader
 from lab.distributed import no_cudnn_benchmark
 from lab.engine.metrics import report, scores
-
-pass
 
 
 def predict_logits(model: nn.Module, images: Tensor, tta: str) -> Tensor:
@@ -76,16 +73,6 @@ class Predictions:
         return report(self.labels, self.predictions, self.losses, self.class_names)
 
 
-def eval_batch_size(device: torch.device, image_size: int) -> int:
-    """Samples of a forward pass; one for train.py and evaluate.py, which agree to the last digit.
-
-    As many pixels as in 1,000 images of 32 on a GPU, which small batches leave idle.
-    """
-    if device.type != "cuda":
-        return EVAL_BATCH_SIZE
-    return max(EVAL_BATCH_SIZE, 1000 * 32**2 // image_size**2)
-
-
 @torch.no_grad()
 def predict_all(
     accelerator: Accelerator, model: nn.Module, loader: Loader, tta: str = "none"
@@ -104,7 +91,7 @@ def predict_all(
     model.eval()
     # Accelerate's gather_for_metrics trims by a count that it guesses: gather by index instead.
     # Row 0 counts how often each sample was seen; float32 holds each value here exactly.
-    table = torch.zeros(5, loader.plan.num_samples, device=accelerator.device)
+    table = torch.zeros(5, loader.sampler.num_samples, device=accelerator.device)
     # Around all batches: weights are converted once.
     with accelerator.autocast(), no_cudnn_benchmark():
         for batch in loader.batches():
@@ -112,7 +99,7 @@ def predict_all(
             losses = F.cross_entropy(logits, batch.labels, reduction="none")
             confidence, predictions = logits.softmax(1).max(1)
             columns = (torch.ones_like(losses), batch.labels, predictions, confidence, losses)
-            table.index_add_(1, batch.index, torch.stack([c.float() for c in columns]))
+            table.index_add_(1, batch.indices, torch.stack([c.float() for c in columns]))
     table = accelerator.reduce(table).cpu()
     seen, labels, predictions, confidence, losses = table
     if not bool((seen == 1).all()):  # the reduced table is the same everywhere: all raise

@@ -10,12 +10,13 @@ from lab.engine.muon import Muon, muon_parameters
 
 
 def build_optimizer(
-    model: nn.Module, config: TrainConfig, device: torch.device | None = None
+    model: nn.Module, config: TrainConfig, capturable: bool = False
 ) -> torch.optim.Optimizer:
-    """The optimizer over what is not frozen; unless `decay_biases`, decay spares 1-d parameters.
+    """Return the optimizer of the parameters that are not frozen.
 
-    Where a `device` is given, its steps can be recorded as a CUDA graph: it reads the learning rate
-    there.
+    Unless `decay_biases` is set, weight decay leaves out parameters with one dimension. With
+    `capturable` the learning rate is a tensor on the model's device, so that steps can be captured
+    as CUDA graphs.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     decayed = [p for p in trained if config.decay_biases or p.ndim > 1]
@@ -24,9 +25,10 @@ def build_optimizer(
     if no_decay:
         groups.append({"params": no_decay, "weight_decay": 0.0})
     # Fused: one kernel for all parameters instead of several for each.
-    lr = config.lr if device is None else torch.tensor(config.lr, device=device)
+    device = next(model.parameters()).device
+    lr = torch.tensor(config.lr, device=device) if capturable else config.lr
     settings: dict[str, Any] = {"lr": lr, "fused": True}
-    adam: dict[str, Any] = {"betas": (config.momentum, 0.999), "capturable": device is not None}
+    adam: dict[str, Any] = {"betas": (config.momentum, 0.999), "capturable": capturable}
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, **settings, **adam)
     if config.optimizer == "muon":

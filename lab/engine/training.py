@@ -1,14 +1,16 @@
-"""train_one_epoch: steps, accumulation, clipping, average of the weights, non-finite guard."""
+"""The training step and one epoch of training.
 
-import copy
+A step computes the gradient of the mean loss over the global batch, whatever part of that batch
+this process has and however it is cut for gradient accumulation (promise P2).
+"""
+
 import math
 import os
 import shutil
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -16,56 +18,28 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from lab.checkpoint.train_state import TrainState
 from lab.config.schema import TrainConfig
 from lab.cuda_graph import CUDAGraphRunner
 from lab.data.loaders import Loader
 from lab.data.sampler import derive_seed, shard
 from lab.data.types import Batch
-from lab.distributed import can_replay
-from lab.errors import UserError
-
-pass
-
-from lab.checkpoint.train_state import TrainState
+from lab.engine.ema import ModelEma
 from lab.engine.lr_schedule import learning_rate
-from lab.engine.optimizer import build_optimizer, set_learning_rate
+from lab.engine.optimizer import set_learning_rate
+from lab.errors import UserError
 from lab.models import find_model
-
-
-def main_labels(labels: Tensor, partners: Tensor | None, share: float | Tensor) -> Tensor:
-    """Of each sample the label with the larger share, int64 [n]."""
-    if partners is None:
-        return labels
-    if isinstance(share, Tensor):  # which the host cannot look at without waiting
-        return torch.where(share >= 0.5, labels, partners)
-    return labels if share >= 0.5 else partners
-
-
-def loss_sum(
-    logits: Tensor,
-    labels: Tensor,
-    partners: Tensor | None,
-    share: float | Tensor,
-    config: TrainConfig,
-) -> Tensor:
-    """The sum of the samples' cross-entropies; of mixed ones, that of both labels by `share`."""
-
-    def with_labels(labels: Tensor) -> Tensor:
-        smoothing = config.label_smoothing
-        return F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
-
-    if partners is None:
-        return with_labels(labels)
-    return share * with_labels(labels) + (1 - share) * with_labels(partners)
 
 
 @dataclass(frozen=True)
 class TrainMetrics:
-    """What an epoch of training gave; means are over its samples, of all processes."""
+    """Metrics of one epoch of training, means over the samples of all processes.
 
-    # As trained on: label smoothing, augmentation and dropout included; not auxiliary classifiers.
-    # Of mixed pictures, the accuracy is that of the label with the larger share.
-    # None where every step was skipped.
+    The loss includes label smoothing, augmentation and dropout, and leaves out auxiliary
+    classifiers. For images mixed by mixup or cutmix, the correct class is the one with the larger
+    target. Loss and accuracy are None if every step was skipped.
+    """
+
     loss: float | None
     accuracy: float | None
     learning_rate: float  # of the last step
@@ -73,221 +47,240 @@ class TrainMetrics:
     images_per_second: float
 
 
-@dataclass
-class TrainStep:
-    """The objects that a training step works on."""
-
-    accelerator: Accelerator
-    config: TrainConfig
-    model: nn.Module  # the plain network
-    wrapped_model: nn.Module  # the same, wrapped for training on all processes
-    optimizer: torch.optim.Optimizer
-    ema_model: nn.Module | None  # of the weights, where `ema` is on
-    graph_runner: CUDAGraphRunner | None = (
-        None  # `train_step`, where it can be sent to a GPU as one graph
-    )
-
-    def step(self, batch: Batch) -> Tensor | None:
-        """`train_step`, replayed where it can be."""
-        if self.graph_runner is None:
-            return eager_step(self, batch)
-        if batch.partners is None:
-            return self.graph_runner(batch.images, batch.labels)
-        share = batch.images.new_full((), cast(float, batch.share))
-        return self.graph_runner(batch.images, batch.labels, batch.partners, share)
-
-    @property
-    def eval_model(self) -> nn.Module:
-        """The plain network whose weights are evaluated and kept."""
-        return self.model if self.ema_model is None else self.ema_model
-
-    def set_training(self) -> None:
-        """Training mode; BatchNorm of a frozen backbone keeps its statistics, and uses them."""
-        self.wrapped_model.train()
-        if self.config.freeze == "backbone":
-            for module in self.model.modules():
-                if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                    module.eval()
-
-
 def to_device(model: nn.Module, name: str, device: torch.device) -> nn.Module:
-    """The network on the device, in the memory format that its convolutions are fastest in."""
+    """Return the model on the device, in the memory format in which its convolutions are fastest.
+
+    `name` is the model's name in `lab.models.MODELS`.
+    """
     if find_model(name).benefits_from_bf16 and device.type in ("cpu", "cuda"):
         model = model.to(memory_format=torch.channels_last)
     return model.to(device)
 
 
-def prepare(accelerator: Accelerator, model: nn.Module, config: TrainConfig) -> TrainStep:
-    """The network and its optimizer, placed by Accelerate; raises `UserError`."""
+def configure_model(model: nn.Module, config: TrainConfig, device: torch.device) -> nn.Module:
+    """Return the model on the device, with --sync-bn, --dropout and --compile applied.
+
+    Raises `UserError` if the device or the machine cannot do what these options ask for.
+    """
     if config.sync_bn:
-        if accelerator.device.type != "cuda":
+        if device.type != "cuda":
             raise UserError("--sync-bn needs GPUs", "Leave it out on other devices")
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if config.dropout >= 0:
         for module in model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = config.dropout
-    model = to_device(model, config.model, accelerator.device)
-    ema_model = copy.deepcopy(model) if config.ema_decay else None
+    model = to_device(model, config.model, device)
     if config.compile:
-        if accelerator.device.type == "cpu" and not shutil.which(os.environ.get("CXX", "c++")):
+        if device.type == "cpu" and not shutil.which(os.environ.get("CXX", "c++")):
             raise UserError("--compile needs a C++ compiler", "Install one, or leave it out")
-        model.compile()  # in place: the keys of the weights stay those of the plain network
-    replays = can_replay(accelerator, config)
-    optimizer = build_optimizer(model, config, accelerator.device if replays else None)
-    wrapped_model = accelerator.prepare(model)
-    if accelerator.scaler:  # of fp16's gradients; else its wrapper's steps are only slower
-        optimizer = accelerator.prepare(optimizer)
-    train_step = TrainStep(accelerator, config, model, wrapped_model, optimizer, ema_model)
-    if replays:
-        train_step.graph_runner = CUDAGraphRunner(partial(_step_on_tensors, train_step))
-    return train_step
+        model.compile()  # in place, so that the names of the weights stay those of the plain model
+    return model
 
 
-def _step_on_tensors(
-    train_step: TrainStep,
-    images: Tensor,
-    labels: Tensor,
-    partners: Tensor | None = None,
-    share: Tensor | float = 1.0,
-) -> Tensor:
-    """`train_step`, where the batch is all this process's; its positions are not read."""
-    totals = eager_step(train_step, Batch(images, labels, labels, len(labels), partners, share))
-    assert totals is not None
-    return totals
+def can_capture_steps(accelerator: Accelerator, config: TrainConfig) -> bool:
+    """Return whether training steps can be captured as CUDA graphs.
+
+    Capturing is impossible where the host reads the gradients. It is for one GPU only: gloo's
+    collectives cannot be captured, and NCCL's were not tested.
+    """
+    reads_gradients = accelerator.scaler is not None or config.on_nonfinite == "skip"
+    one_gpu = accelerator.device.type == "cuda" and accelerator.num_processes == 1
+    return config.cuda_graphs == "auto" and one_gpu and not reads_gradients
+
+
+@dataclass
+class TrainStep:
+    """One optimizer step, and the objects that it works on.
+
+    Calling it runs a step, as a CUDA graph where `can_capture_steps` allows that.
+    """
+
+    accelerator: Accelerator
+    config: TrainConfig
+    model: nn.Module  # without wrappers
+    wrapped_model: nn.Module  # what `accelerator.prepare` returned
+    optimizer: torch.optim.Optimizer
+    ema: ModelEma | None = None
+    graph_runner: CUDAGraphRunner | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        if can_capture_steps(self.accelerator, self.config):
+            self.graph_runner = CUDAGraphRunner(self._run_on_tensors)
+
+    @property
+    def eval_model(self) -> nn.Module:
+        """The model that is evaluated and saved: the EMA if there is one. Without wrappers."""
+        return self.model if self.ema is None else self.ema.module
+
+    def set_training_mode(self) -> None:
+        """Set training mode; BatchNorm layers of a frozen backbone stay in evaluation mode."""
+        self.wrapped_model.train()
+        if self.config.freeze == "backbone":
+            for module in self.model.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
+
+    def __call__(self, batch: Batch) -> Tensor | None:
+        """Run one optimizer step; see `run`."""
+        if self.graph_runner is None:
+            return self.run(batch)
+        if batch.targets is None:
+            return self.graph_runner(batch.images, batch.labels)
+        return self.graph_runner(batch.images, batch.labels, batch.targets)
+
+    def _run_on_tensors(
+        self, images: Tensor, labels: Tensor, targets: Tensor | None = None
+    ) -> Tensor:
+        totals = self.run(Batch(images, labels, labels, len(labels), targets))
+        assert totals is not None  # steps that may be skipped are not captured
+        return totals
+
+    def run(self, batch: Batch) -> Tensor | None:
+        """Run one optimizer step, kernel by kernel.
+
+        Returns this process's [loss sum, number of correct predictions], float32 on the device; or
+        None if the step was skipped because a gradient was not finite (`--on-nonfinite skip`).
+        Auxiliary classifiers add to the loss that is minimized, not to the loss that is returned.
+
+        Each process weights its samples by 1 / global batch size, and the average over processes in
+        DistributedDataParallel is undone by multiplying with their number.
+        """
+        accelerator, config, model = self.accelerator, self.config, self.model
+        scale = accelerator.num_processes / batch.global_batch_size
+        totals: Any = 0.0
+        may_skip = config.on_nonfinite == "skip"
+        buffers = [buffer.clone() for buffer in model.buffers()] if may_skip else []
+        # A process without samples still takes part in the collectives, with empty parts.
+        sizes = batch.part_sizes or _part_sizes(len(batch.labels), config.grad_accum_steps)
+        all_targets = batch.labels if batch.targets is None else batch.targets
+        parts = zip(batch.images.split(sizes), all_targets.split(sizes), strict=True)
+        for i, (images, targets) in enumerate(parts):
+            is_last = i == len(sizes) - 1
+            with nullcontext() if is_last else accelerator.no_sync(self.wrapped_model):
+                outputs = self.wrapped_model(images)
+                logits, *auxiliary_logits = outputs if isinstance(outputs, tuple) else (outputs,)
+                loss = self._loss_sum(logits, targets)
+                total_loss = loss
+                for other_logits in auxiliary_logits:
+                    weight = cast(float, model.auxiliary_weight)
+                    total_loss = total_loss + weight * self._loss_sum(other_logits, targets)
+                accelerator.backward(total_loss * scale)
+            classes = targets.argmax(1) if targets.is_floating_point() else targets
+            num_correct = (logits.argmax(1) == classes).sum()
+            totals = totals + torch.stack((loss.detach(), num_correct))
+        if may_skip and not accelerator.scaler:
+            # Gradients are averaged over processes, so all of them decide alike. Reading the norm
+            # waits for the device.
+            gradients = [p.grad for p in model.parameters() if p.grad is not None]
+            if not nn.utils.get_total_norm(gradients).isfinite():
+                self._undo(buffers)
+                return None
+        if config.max_grad_norm:
+            accelerator.clip_grad_norm_(self.wrapped_model.parameters(), config.max_grad_norm)
+        self.optimizer.step()
+        if may_skip and accelerator.scaler and accelerator.optimizer_step_was_skipped:
+            self._undo(buffers)
+            return None
+        self.optimizer.zero_grad()
+        return totals
+
+    def _loss_sum(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Return the sum of the cross-entropies; targets are int64 [n], or soft, float32 [n, K]."""
+        smoothing = self.config.label_smoothing
+        return F.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing)
+
+    def _undo(self, buffers: list[Tensor]) -> None:
+        """Discard the gradients, and restore the BatchNorm buffers from before the step."""
+        self.optimizer.zero_grad()
+        for buffer, before in zip(self.model.buffers(), buffers, strict=True):
+            buffer.copy_(before)
 
 
 def train_one_epoch(
     train_step: TrainStep,
     loader: Loader,
-    position: TrainState,
+    state: TrainState,
     on_step: Callable[..., None],
     on_log: Callable[[dict[str, Any]], None],
     should_stop: Callable[[TrainState], bool] = lambda _: False,
 ) -> TrainMetrics | None:
-    """Trains the rest of `position`'s epoch, and moves it; None where `must_stop`, asked after
-    each step, said so.
+    """Train the rest of the epoch that `state` is in, updating `state` after each step.
 
-    `on_step(step in epoch, images a second, loss)` is called after each step; `on_log` gets a row
-    of steps.jsonl every `log_every` steps, `loss` being the mean over the global batch, or None
-    where the step was skipped. Raises `UserError` where a loss was not finite.
-    """
-    accelerator, config, device = (
-        train_step.accelerator,
-        train_step.config,
-        train_step.accelerator.device,
-    )
-    plan, done = loader.plan, position
-    train_step.set_training()
-    done.totals = done.totals.to(device)
-    start, loss = time.perf_counter() - done.seconds, None
-    num_samples = min(done.batch * plan.batch_size, plan.num_samples)
-    for batch in loader.batches(done.epoch, done.batch):
-        if config.max_steps and done.step >= config.max_steps:
-            break
-        lr = done.learning_rate = learning_rate(config, done.step, plan.num_batches)
-        set_learning_rate(train_step.optimizer, lr)
-        # Dropout's seed follows from the step: there is no random state to keep.
-        seed_dropout(derive_seed(config.seed, done.step, accelerator.process_index), device)
-        batch_sums = train_step.step(batch)
-        done.step += 1
-        done.batch += 1
-        num_samples += batch.global_batch_size
-        if batch_sums is None:
-            done.skipped_steps += 1
-            done.skipped_samples += batch.global_batch_size
-        else:
-            done.totals[:2] += batch_sums
-            done.totals[2] += batch_sums[0].isfinite()
-            if train_step.ema_model is not None:
-                update_ema(train_step.ema_model, train_step.model, config.ema_decay, done.step)
-        if done.step % config.log_every == 0:
-            loss = None
-            if batch_sums is not None:
-                loss = accelerator.reduce(batch_sums[0]).item() / batch.global_batch_size
-                _check_finite(accelerator, loss, done)
-            on_log({"step": done.step, "epoch": done.epoch, "loss": loss, "learning_rate": lr})
-        done.seconds = time.perf_counter() - start
-        on_step(done.batch, num_samples / done.seconds, loss)
-        if should_stop(done):
-            return None
-    loss_sum, num_correct, _ = accelerator.reduce(done.totals).tolist()
-    _check_finite(accelerator, loss_sum, done)
-    counted, seconds = num_samples - done.skipped_samples, max(1e-9, done.seconds)
-    loss_mean, accuracy = (loss_sum / counted, num_correct / counted) if counted else (None, None)
-    return TrainMetrics(loss_mean, accuracy, done.learning_rate, seconds, num_samples / seconds)
+    `on_step(step in the epoch, images per second, loss)` is called after each step, `on_log(row)`
+    every `log_every` steps with a row of steps.jsonl. Its loss is the mean over the global batch,
+    or None if the step was skipped. `should_stop(state)` is called last.
 
-
-def eager_step(train_step: TrainStep, batch: Batch) -> Tensor | None:
-    """One optimizer step; this process's [sum of losses, number of hits], float32 on the device.
-
-    A mixed picture's loss is that of its two labels by their shares, and the label with the larger
-    one is to hit. Both are of the logits alone; auxiliary classifiers add to what is minimised.
-
-    With `on_nonfinite` "skip", None where a gradient was not finite: nothing was changed then.
-
-    The gradient is that of the mean loss over the global batch, however unevenly it is cut: each
-    process weighs its samples by 1 / num_global, and DistributedDataParallel's mean over processes
-    is undone.
+    Returns None if `should_stop` returned True. Raises `UserError` if a loss was not finite.
     """
     accelerator, config = train_step.accelerator, train_step.config
-    scale = accelerator.num_processes / batch.global_batch_size
-    totals: Any = 0.0
-    skips = config.on_nonfinite == "skip"
-    buffers = [buffer.clone() for buffer in train_step.model.buffers()] if skips else []
-    # A process without samples still takes part: in the collectives, with empty parts.
-    sizes = batch.part_sizes or _part_sizes(len(batch.labels), config.grad_accum_steps)
-    parts = [part.split(sizes) for part in (batch.images, batch.labels)]
-    partners_of = [None] * len(sizes) if batch.partners is None else batch.partners.split(sizes)
-    for i, (images, labels, partners) in enumerate(zip(*parts, partners_of, strict=True)):
-        last = i == len(sizes) - 1
-        with nullcontext() if last else accelerator.no_sync(train_step.wrapped_model):
-            outputs = train_step.wrapped_model(images)
-            logits, *auxiliary = outputs if isinstance(outputs, tuple) else (outputs,)
-            loss = loss_sum(logits, labels, partners, batch.share, config)
-            total = loss
-            for other in auxiliary:
-                weight = cast(float, train_step.model.auxiliary_weight)
-                loss_of_other = loss_sum(other, labels, partners, batch.share, config)
-                total = total + weight * loss_of_other
-            accelerator.backward(total * scale)
-        num_correct = logits.argmax(1) == main_labels(labels, partners, batch.share)
-        totals = totals + torch.stack((loss.detach(), num_correct.sum()))
-    if skips and not accelerator.scaler:
-        # Of all processes together, so that they agree; reading it waits for the device.
-        gradients = [p.grad for p in train_step.model.parameters() if p.grad is not None]
-        if not nn.utils.get_total_norm(gradients).isfinite():
-            _undo(train_step, buffers)
+    sampler, device = loader.sampler, accelerator.device
+    train_step.set_training_mode()
+    state.totals = state.totals.to(device)
+    start, loss = time.perf_counter() - state.seconds, None
+    num_samples = min(state.batch * sampler.batch_size, sampler.num_samples)
+    for batch in loader.batches(state.epoch, state.batch):
+        if config.max_steps and state.step >= config.max_steps:
+            break
+        lr = state.learning_rate = learning_rate(config, state.step, sampler.num_batches)
+        set_learning_rate(train_step.optimizer, lr)
+        # Seeded by the step, so that a checkpoint needs no random state.
+        seed_dropout(derive_seed(config.seed, state.step, accelerator.process_index), device)
+        totals = train_step(batch)
+        state.step += 1
+        state.batch += 1
+        num_samples += batch.global_batch_size
+        if totals is None:
+            state.skipped_steps += 1
+            state.skipped_samples += batch.global_batch_size
+        else:
+            state.totals[:2] += totals
+            state.totals[2] += totals[0].isfinite()
+            if train_step.ema is not None:
+                train_step.ema.update(train_step.model, state.step)
+        if state.step % config.log_every == 0:
+            loss = None
+            if totals is not None:
+                loss = accelerator.reduce(totals[0]).item() / batch.global_batch_size
+                _check_finite(accelerator, loss, state)
+            on_log({"step": state.step, "epoch": state.epoch, "loss": loss, "learning_rate": lr})
+        state.seconds = time.perf_counter() - start
+        on_step(state.batch, num_samples / state.seconds, loss)
+        if should_stop(state):
             return None
-    if config.max_grad_norm:
-        accelerator.clip_grad_norm_(train_step.wrapped_model.parameters(), config.max_grad_norm)
-    train_step.optimizer.step()
-    if skips and accelerator.scaler and accelerator.optimizer_step_was_skipped:
-        _undo(train_step, buffers)
-        return None
-    train_step.optimizer.zero_grad()
-    return totals
+    loss_sum, num_correct, _ = accelerator.reduce(state.totals).tolist()
+    _check_finite(accelerator, loss_sum, state)
+    num_trained, seconds = num_samples - state.skipped_samples, max(1e-9, state.seconds)
+    loss_mean, accuracy = None, None
+    if num_trained:
+        loss_mean, accuracy = loss_sum / num_trained, num_correct / num_trained
+    return TrainMetrics(loss_mean, accuracy, state.learning_rate, seconds, num_samples / seconds)
 
 
-def _part_sizes(num_samples: int, grad_accum_steps: int) -> tuple[int, ...]:
-    """Return the sizes of the parts of a batch that is this process's alone."""
-    num_parts = max(1, min(grad_accum_steps, num_samples))
-    cuts = [shard(num_samples, i, num_parts) for i in range(num_parts)]
-    return tuple(cut.stop - cut.start for cut in cuts)
-
-
-def _undo(train_step: TrainStep, buffers: list[Tensor]) -> None:
-    """Undoes what a step that is not finite has done, to gradients and to BatchNorm's buffers."""
-    train_step.optimizer.zero_grad()
-    for buffer, before in zip(train_step.model.buffers(), buffers, strict=True):
-        buffer.copy_(before)
+def history_row(
+    state: TrainState, metrics: TrainMetrics, scores: dict[str, float], eval_seconds: float
+) -> dict[str, Any]:
+    """Return a row of history.jsonl: an epoch's metrics on the training and validation split."""
+    return {
+        "epoch": state.epoch,
+        "train_loss": metrics.loss,
+        "train_accuracy": metrics.accuracy,
+        "val_loss": scores["loss"],
+        "val_accuracy": scores["accuracy"],
+        "val_macro_f1": scores["macro_f1"],
+        "learning_rate": metrics.learning_rate,
+        "skipped_steps": state.skipped_steps,
+        "train_seconds": metrics.seconds,
+        "eval_seconds": eval_seconds,
+        "images_per_second": metrics.images_per_second,
+    }
 
 
 def seed_dropout(seed: int, device: torch.device) -> None:
-    """Seeds what the network draws on its device.
+    """Seed the generator that the model's dropout layers draw from.
 
-    Not torch.manual_seed: with CUDA built in but not in use, each call of it leaves a stack trace
-    behind, for the day that CUDA is used.
+    `torch.manual_seed` would do, but on a machine with an unused GPU each call of it stores a stack
+    trace for the day that CUDA is initialized.
     """
     if device.type == "cpu":
         torch.default_generator.manual_seed(seed)
@@ -295,29 +288,23 @@ def seed_dropout(seed: int, device: torch.device) -> None:
         torch.get_device_module(device).manual_seed(seed)
 
 
-@torch.no_grad()
-def update_ema(ema_model: nn.Module, model: nn.Module, decay: float, step: int) -> None:
-    """Moves `average` towards the network's weights after optimizer step `step` (from 1).
-
-    Wholly at the first step, and by more than 1 - `decay` for a while, so that weights of chance
-    are forgotten. Buffers are copied.
-    """
-    decay = min(decay, (step - 1) / (step + 9))
-    torch._foreach_lerp_(list(ema_model.parameters()), list(model.parameters()), 1 - decay)
-    for kept, current in zip(ema_model.buffers(), model.buffers(), strict=True):
-        kept.copy_(current)
+def _part_sizes(num_samples: int, grad_accum_steps: int) -> tuple[int, ...]:
+    """Return the sizes of the gradient accumulation parts of a batch that has not been cut."""
+    num_parts = max(1, min(grad_accum_steps, num_samples))
+    parts = [shard(num_samples, i, num_parts) for i in range(num_parts)]
+    return tuple(part.stop - part.start for part in parts)
 
 
-def _check_finite(accelerator: Accelerator, loss: float, position: TrainState) -> None:
-    """Nothing; raises where a loss of the epoch was not finite, as all are that follow it."""
+def _check_finite(accelerator: Accelerator, loss: float, state: TrainState) -> None:
+    """Raise `UserError`, naming the first such step, if a loss of the epoch was not finite."""
     if math.isfinite(loss):
         return
-    counts = accelerator.gather(position.totals[2:]).tolist()  # of each process's finite steps
-    step = position.step - position.batch + position.skipped_steps + int(min(counts)) + 1
+    counts = accelerator.gather(state.totals[2:]).tolist()  # of finite steps, for each process
+    step = state.step - state.batch + state.skipped_steps + int(min(counts)) + 1
     where = f" on process {counts.index(min(counts))}" if len(counts) > 1 else ""
     raise UserError(
-        f"the loss is {loss} at step {min(step, position.step)}{where} "
-        f"(learning rate {position.learning_rate:g})",
-        "Lower --lr or give --max-grad-norm 1 in a new run; --on-nonfinite skip, in a new run or one "
-        "that goes on from a state, leaves such steps out",
+        f"the loss is {loss} at step {min(step, state.step)}{where} "
+        f"(learning rate {state.learning_rate:g})",
+        "Start a new run with a lower --lr or with --max-grad-norm 1; or give --on-nonfinite skip, "
+        "which skips such steps, in a new run or with --resume",
     )

@@ -23,35 +23,31 @@ class ModelSpec:
 
     factory: str  # "module:function" in this package, and ":argument" where it takes one more
     weights: str = ""  # torchvision's name of the ImageNet weights that --pretrained loads
-    dataset: str = "cifar10"  # the data set it trains on unless told otherwise
-    image_size: int = 32  # pixels a side, unless told otherwise
-    benefits_from_bf16: bool = (
-        True  # its arithmetic outweighs its overheads: bfloat16 and channels_last pay
-    )
-    cpu_bf16: bool = True  # ... on a CPU too, where depthwise convolutions lose by bfloat16
+    benefits_from_bf16: bool = True  # large enough for bfloat16 and channels_last to be faster
+    cpu_bf16: bool = True  # on CPUs too; depthwise convolutions are slower in bfloat16 there
 
 
 MODELS = {
-    "lenet5": ModelSpec("classic:LeNet5", dataset="mnist", benefits_from_bf16=False),
-    "alexnet": ModelSpec("classic:AlexNet"),
-    "googlenet": ModelSpec("adapted:googlenet", "googlenet"),
-    "densenet": ModelSpec("adapted:densenet"),
-    "densenet121": ModelSpec("adapted:densenet121", "densenet121"),
-    "mobilenet": ModelSpec("adapted:mobilenet", "mobilenet_v2"),
-    "mobilenet_v3_small": ModelSpec("adapted:mobilenet_v3", "mobilenet_v3_small", cpu_bf16=False),
-    "efficientnet": ModelSpec("adapted:efficientnet:b0", "efficientnet_b0", cpu_bf16=False),
-    "efficientnet_b0": ModelSpec("adapted:efficientnet:b0", "efficientnet_b0", cpu_bf16=False),
-    "efficientnet_b1": ModelSpec("adapted:efficientnet:b1", "efficientnet_b1", cpu_bf16=False),
-    "efficientnet_b2": ModelSpec("adapted:efficientnet:b2", "efficientnet_b2", cpu_bf16=False),
-    "efficientnet_b3": ModelSpec("adapted:efficientnet:b3", "efficientnet_b3", cpu_bf16=False),
-    "efficientnet_b4": ModelSpec("adapted:efficientnet:b4", "efficientnet_b4", cpu_bf16=False),
-    "efficientnet_b5": ModelSpec("adapted:efficientnet:b5", "efficientnet_b5", cpu_bf16=False),
-    "efficientnet_b6": ModelSpec("adapted:efficientnet:b6", "efficientnet_b6", cpu_bf16=False),
-    "efficientnet_b7": ModelSpec("adapted:efficientnet:b7", "efficientnet_b7", cpu_bf16=False),
-    "vit": ModelSpec("adapted:vit_tiny"),
-    "vit_tiny": ModelSpec("adapted:vit_tiny"),
-    "vit_small": ModelSpec("adapted:vit_small"),
-    "vit_hybrid": ModelSpec("adapted:vit_hybrid"),
+    "lenet5": ModelSpec("lenet:LeNet5", benefits_from_bf16=False),
+    "alexnet": ModelSpec("alexnet:AlexNet"),
+    "googlenet": ModelSpec("small_images:googlenet", "googlenet"),
+    "densenet": ModelSpec("small_images:densenet"),
+    "densenet121": ModelSpec("small_images:densenet121", "densenet121"),
+    "mobilenet_v2": ModelSpec("small_images:mobilenet", "mobilenet_v2"),
+    "mobilenet_v3_small": ModelSpec(
+        "small_images:mobilenet_v3", "mobilenet_v3_small", cpu_bf16=False
+    ),
+    "efficientnet_b0": ModelSpec("small_images:efficientnet:b0", "efficientnet_b0", cpu_bf16=False),
+    "efficientnet_b1": ModelSpec("small_images:efficientnet:b1", "efficientnet_b1", cpu_bf16=False),
+    "efficientnet_b2": ModelSpec("small_images:efficientnet:b2", "efficientnet_b2", cpu_bf16=False),
+    "efficientnet_b3": ModelSpec("small_images:efficientnet:b3", "efficientnet_b3", cpu_bf16=False),
+    "efficientnet_b4": ModelSpec("small_images:efficientnet:b4", "efficientnet_b4", cpu_bf16=False),
+    "efficientnet_b5": ModelSpec("small_images:efficientnet:b5", "efficientnet_b5", cpu_bf16=False),
+    "efficientnet_b6": ModelSpec("small_images:efficientnet:b6", "efficientnet_b6", cpu_bf16=False),
+    "efficientnet_b7": ModelSpec("small_images:efficientnet:b7", "efficientnet_b7", cpu_bf16=False),
+    "vit_tiny": ModelSpec("small_images:vit_tiny"),
+    "vit_small": ModelSpec("small_images:vit_small"),
+    "vit_hybrid": ModelSpec("small_images:vit_hybrid"),
 }
 
 
@@ -62,7 +58,7 @@ def find_model(name: str) -> ModelSpec:
 
         own = name.removeprefix(TORCHVISION)
         check_torchvision_name(own)
-        return ModelSpec(f"others:torchvision_model:{own}", image_size=224, weights=own)
+        return ModelSpec(f"external:torchvision_model:{own}", weights=own)
     if name not in MODELS:
         from torchvision import models  # takes seconds: not before there is a mistake
 
@@ -71,6 +67,16 @@ def find_model(name: str) -> ModelSpec:
         hint = suggestion(name, [*MODELS, f"{TORCHVISION}NAME"])
         raise UserError(f"there is no model {name}", hint)
     return MODELS[name]
+
+
+def check_model(name: str, pretrained: bool) -> None:
+    """Raise `UserError` for an unknown model, or for one without the ImageNet weights asked for."""
+    if pretrained and not find_model(name).weights:
+        known = ", ".join(name for name, spec in MODELS.items() if spec.weights)
+        raise UserError(
+            f"there are no ImageNet weights for {name}", f"Known: {known}, {TORCHVISION}NAME"
+        )
+    find_model(name)
 
 
 def build_model(

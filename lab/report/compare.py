@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lab import console
-from lab.checkpoint.atomic_io import write_atomically
-from lab.checkpoint.run_dir import writing
+from lab.checkpoint.atomic_io import os_errors_as_user_errors, write_atomically
 from lab.config.schema import option
 from lab.errors import UserError
 from lab.report.markdown import table
@@ -156,7 +155,7 @@ def _markdown(rows: Sequence[Sequence[str]]) -> str:
 
 def make(folder: Path) -> None:
     """Makes the folder of the comparison's files, unless it is there; raises `UserError`."""
-    with writing(folder):
+    with os_errors_as_user_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
 
 

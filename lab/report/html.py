@@ -13,7 +13,7 @@ from urllib.parse import quote
 
 from lab import console
 from lab.checkpoint.atomic_io import write_atomically
-from lab.checkpoint.run_dir import PAGE, PLOTS, RunDir
+from lab.checkpoint.run_dir import PAGE, PLOTS
 from lab.config.recipes import resolve
 from lab.config.schema import OUTPUT, TrainConfig
 from lab.errors import UserError
@@ -23,11 +23,7 @@ from lab.report.run_reader import RunResult, read_run
 if TYPE_CHECKING:
     import numpy as np
 
-    from lab.data import Splits
-    from lab.engine.evaluation import Predictions
 
-
-DRAW_VARIABLE = "LAB_DRAW"  # "0" in the environment: nothing is drawn at the end of a training
 HEAD = 24  # characters of a run's name above a column
 NARROW_SCREEN_NAME = 11  # characters of a class name on a narrow screen
 IN_FULL = 120  # classes whose confusion matrix the page holds
@@ -38,24 +34,6 @@ FACTS = ("device", "device_name", "world_size", "precision", "threads", "paramet
          "macs", "commit")  # fmt: skip
 NAMED = ("model", "data set", "chosen on")  # columns of a comparison that hold no numbers
 COUNTS = ("parameters", "multiply-adds")  # and those whose numbers are long
-
-
-def finish(run: RunDir, config: TrainConfig, splits: Splits, predictions: Predictions) -> None:
-    """Keeps a run's pictures, draws them and writes its page, on the main process.
-
-    The run is complete without them: whatever goes wrong is a warning.
-    """
-    from lab.report import mistakes
-
-    if not run.is_main_process:
-        return
-    try:
-        mistakes.keep(run, config, splits, predictions)
-        if os.environ.get(DRAW_VARIABLE) != "0":
-            plots.draw(run.path)
-            console.info(f"page: {write(run.path)}")
-    except Exception as error:
-        console.warn(f"the run has no pictures or no page: {error}")
 
 
 def write(path: Path) -> Path:

@@ -65,15 +65,15 @@ def first_batch(config: TrainConfig, splits: Splits) -> tuple[Tensor, Tensor]:
     transform = BatchTransform(
         splits.mean, splits.std, config.augmentations, "cpu", config.mixup_alpha
     )
-    plan = ShardedBatchSampler(num_samples, config.batch_size, config.seed, rank=0, world_size=1)
-    cut = next(plan.slices())
+    sampler = ShardedBatchSampler(num_samples, config.batch_size, config.seed, rank=0, world_size=1)
+    cut = next(sampler.slices())
     cut = replace(cut, parts=(cut.parts[0][:BATCH],))
-    mixer = transform.mixer
-    index = plan.indices(plan.order(1), cut, mixer is not None)
+    mixup = transform.mixup
+    index = sampler.indices(sampler.order(1), cut, mixup is not None)
     bits = random_bits(config.seed, 1, num_samples, "cpu")[index]
     images = transform(splits.train.images[index], bits)
-    if mixer is not None:
-        images, index = mixer.draw(config.seed, 1, 0, *images.shape[2:])(images), index[1:]
+    if mixup is not None:
+        images, index = mixup.draw(config.seed, 1, 0, *images.shape[2:])(images), index[1:]
     pixels = (images - transform.shift) / transform.scale
     return shrink(pixels.round().clamp(0, 255).byte()), index
 

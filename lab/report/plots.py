@@ -13,12 +13,9 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from lab import console
-from lab.checkpoint.atomic_io import write_atomically
-from lab.checkpoint.run_dir import PICTURES, PLOTS, PREDICTIONS, writing
+from lab.checkpoint.atomic_io import os_errors_as_user_errors, write_atomically
+from lab.checkpoint.run_dir import PICTURES, PLOTS, PREDICTIONS
 from lab.report.run_reader import RunResult, read_run
-
-pass
-
 
 if TYPE_CHECKING:
     import numpy as np
@@ -65,7 +62,7 @@ def draw(path: Path) -> None:
     else:
         console.warn(f"no mistakes and no batch: {path} has no {PICTURES} or no {PREDICTIONS}")
     folder = path / PLOTS
-    with writing(folder):
+    with os_errors_as_user_errors(folder):
         folder.mkdir(exist_ok=True)
     for name, figure in drawings.items():
         write_picture(folder / f"{name}.png", png(figure))

@@ -1,0 +1,30 @@
+"""Exponential moving average of a model's weights."""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+
+class ModelEma:
+    """Keep a copy of a model whose weights are an exponential moving average of the model's.
+
+    `module` is the copy, in the same memory format and on the same device.
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.module, self.decay = copy.deepcopy(model), decay
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        """Move the average towards the weights that `model` has after optimizer step `step` (>= 1).
+
+        The first step replaces the average, and the decay grows from there, so that the random
+        initial weights are soon forgotten. Buffers are copied.
+        """
+        decay = min(self.decay, (step - 1) / (step + 9))
+        averages: list[Tensor] = list(self.module.parameters())
+        weights: list[Tensor] = list(model.parameters())
+        torch._foreach_lerp_(averages, weights, 1 - decay)
+        for average, current in zip(self.module.buffers(), model.buffers(), strict=True):
+            average.copy_(current)

@@ -1,0 +1,69 @@
+"""What train.py writes and prints when a run has finished."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from typing import TYPE_CHECKING, Any
+
+from lab import console
+from lab.distributed import raise_on_all_ranks
+from lab.engine.metrics import selection_bias_note
+from lab.report import html, mistakes, model_card, plots
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from lab.checkpoint.run_dir import RunDir
+    from lab.config.schema import TrainConfig
+    from lab.data import Splits
+    from lab.engine.evaluation import Predictions
+
+DRAW_VARIABLE = "LAB_DRAW"  # "0" in the environment: no plots and no page are drawn
+
+
+def write_results(
+    accelerator: Accelerator,
+    run: RunDir,
+    config: TrainConfig,
+    splits: Splits,
+    predictions: Predictions,
+    best_epoch: int,
+) -> dict[str, Any]:
+    """Write and print the result on the test split, and return the content of report.json.
+
+    The main process writes predictions.csv, report.json, the plots, the page and, last, the model
+    card, by which a finished run is known. Raises `UserError` on all processes if a file cannot be
+    written; a failure to draw is only a warning.
+    """
+    report = {
+        "split": "test",
+        **predictions.report(),
+        "best_epoch": best_epoch,
+        "selection_split": splits.selection_split,
+    }
+    with raise_on_all_ranks(accelerator):
+        run.write_predictions(predictions.csv(splits.test.files()))
+        run.write_report(report)
+    console.report(
+        report,
+        title=f"{config.model} on {config.dataset}",
+        files={"run": str(run.path)},
+        command=f"python evaluate.py {shlex.quote(str(run.path))}",
+        note=selection_bias_note("test", splits.selection_split),
+    )
+    if run.is_main_process:
+        _draw(run, config, splits, predictions)
+    with raise_on_all_ranks(accelerator):
+        model_card.write(run)
+    return report
+
+
+def _draw(run: RunDir, config: TrainConfig, splits: Splits, predictions: Predictions) -> None:
+    try:
+        mistakes.keep(run, config, splits, predictions)
+        if os.environ.get(DRAW_VARIABLE) != "0":
+            plots.draw(run.path)
+            console.info(f"page: {html.write(run.path)}")
+    except Exception as error:  # the run is complete without them
+        console.warn(f"the run has no plots or no page: {error}")
