@@ -80,3 +80,18 @@ def use_pytorchs_pooling(model: Any) -> None:
         for name, layer in module.named_children():
             if isinstance(layer, AveragePool):
                 setattr(module, name, nn.AvgPool2d(layer.kernel_size))
+
+
+def prepare(accelerator, model, config):
+    """Return the training step of a model, built as train.py builds it."""
+    from lab.engine.ema import ModelEma
+    from lab.engine.optimizer import build_optimizer
+    from lab.engine.training import TrainStep, can_capture_steps, configure_model
+
+    model = configure_model(model, config, accelerator.device)
+    ema = ModelEma(model, config.ema_decay) if config.ema_decay else None
+    optimizer = build_optimizer(model, config, can_capture_steps(accelerator, config))
+    wrapped_model = accelerator.prepare(model)
+    if accelerator.scaler:
+        optimizer = accelerator.prepare(optimizer)
+    return TrainStep(accelerator, config, model, wrapped_model, optimizer, ema)

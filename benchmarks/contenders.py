@@ -160,24 +160,26 @@ def lab(case: Case) -> Contender:
     """This project's loader, engine and evaluation, put together as train.py does."""
     from dataclasses import replace
 
+    from common import prepare
+
     from lab.checkpoint.train_state import TrainState
     from lab.data import DataConfig, load_splits
-    from lab.data.loaders import build_loader
+    from lab.data.loaders import LoaderOptions, build_loader, eval_batch_size
     from lab.data.transforms import BatchTransform
-    from lab.distributed import build_accelerator, loader_place
-    from lab.engine.evaluation import eval_batch_size, predict_all
-    from lab.engine.training import prepare, train_one_epoch
+    from lab.distributed import build_accelerator
+    from lab.engine.evaluation import predict_all
+    from lab.engine.training import train_one_epoch
     from lab.models import find_model
 
     config = case.config
     accelerator = build_accelerator(benefits_from_bf16=find_model(case.model).benefits_from_bf16)
-    place = loader_place(accelerator, "auto", -1)
-    splits = load_splits(DataConfig.of(config), place["memory"], torch.get_num_threads())
+    place = LoaderOptions.create(accelerator, "auto", -1)
+    splits = load_splits(DataConfig.of(config), place.memory, torch.get_num_threads())
     augment = BatchTransform(splits.mean, splits.std, config.augmentations, accelerator.device)
     plain = BatchTransform(splits.mean, splits.std, (), accelerator.device)
-    loader = build_loader(splits.train, augment, batch_size=BATCH_SIZE, seed=42, **place)
+    loader = build_loader(splits.train, augment, place, batch_size=BATCH_SIZE, seed=42)
     eval_size = eval_batch_size(accelerator.device, 32)
-    test_loader = build_loader(splits.test, plain, batch_size=eval_size, seed=None, **place)
+    test_loader = build_loader(splits.test, plain, place, batch_size=eval_size, seed=None)
     train_step = prepare(accelerator, case.make_model(), config)
 
     def train(num_steps: int | None) -> int:
@@ -275,8 +277,9 @@ def resident(case: Case, *, plain: bool = False) -> Contender:
 
 def floor(case: Case) -> Contender:
     """The arithmetic alone: lab's network, precision and optimizer on one batch that lies ready."""
+    from common import prepare
+
     from lab.distributed import build_accelerator
-    from lab.engine.training import prepare
     from lab.models import find_model
 
     accelerator = build_accelerator(benefits_from_bf16=find_model(case.model).benefits_from_bf16)

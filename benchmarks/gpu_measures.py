@@ -133,13 +133,13 @@ def measure_copy_rate(bench: Bench) -> dict[str, float]:
 def build(case: Case, bench: Bench) -> tuple[Any, Any, Any]:
     """(trainer, training loader, test loader) of a case, put together as train.py does."""
     import torch
+    from common import prepare
 
     from lab.config.recipes import resolve
-    from lab.data.loaders import build_loader
+    from lab.data.loaders import LoaderOptions, build_loader
     from lab.data.transforms import BatchTransform
-    from lab.distributed import build_accelerator, loader_place
+    from lab.distributed import build_accelerator
     from lab.engine.evaluation import eval_batch_size
-    from lab.engine.training import prepare
     from lab.models import build_model
 
     dataset = case.dataset
@@ -150,13 +150,13 @@ def build(case: Case, bench: Bench) -> tuple[Any, Any, Any]:
     config = resolve(settings)
     accelerator = build_accelerator(mixed_precision=case.precision, quiet=True)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = case.tf32
-    place = loader_place(accelerator, "resident", 0, config.cuda_graphs)
+    place = LoaderOptions.create(accelerator, "resident", 0, config.cuda_graphs)
     splits, device = bench.splits[dataset], accelerator.device
     augment = BatchTransform(splits.mean, splits.std, config.augmentations, device)
     plain = BatchTransform(splits.mean, splits.std, (), device)
-    loader = build_loader(splits.train, augment, batch_size=case.batch_size, seed=0, **place)
+    loader = build_loader(splits.train, augment, place, batch_size=case.batch_size, seed=0)
     size = eval_batch_size(device, 32)
-    test = build_loader(splits.test, plain, batch_size=size, seed=None, **place)
+    test = build_loader(splits.test, plain, place, batch_size=size, seed=None)
     torch.manual_seed(0)
     model = build_model(case.model, num_classes=10, in_chans=CHANNELS[dataset], image_size=32)
     train_step = prepare(accelerator, model, config)

@@ -29,11 +29,11 @@ CALLS = {"cpu": (1, 2, 10), "cuda": (10, 100, 200)}  # warm-up and timed steps; 
 def run_one(model: str, threads: int) -> dict:
     """The figures of one built_model, measured in this process."""
     import torch
+    from common import prepare
 
     from lab.config.recipes import resolve
     from lab.data.types import Batch
     from lab.distributed import build_accelerator
-    from lab.engine.training import prepare
     from lab.models import build_model, find_model
 
     spec = find_model(model)

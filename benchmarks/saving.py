@@ -28,6 +28,7 @@ def main() -> None:
     args = parser.parse_args()
 
     import torch
+    from common import prepare
 
     from lab.checkpoint.atomic_io import AsyncWriter, CheckpointManager
     from lab.checkpoint.interrupt import InterruptHandler
@@ -38,7 +39,6 @@ def main() -> None:
     from lab.data import Splits
     from lab.data.types import Batch, Split
     from lab.distributed import build_accelerator
-    from lab.engine.training import prepare
     from lab.models import build_model
 
     # AdamW has the largest state: two moments of every weight.

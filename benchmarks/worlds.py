@@ -28,12 +28,12 @@ WORLDS = {  # number of processes, --comm-hook
 def run_one(hook: str) -> dict | None:
     """Images a second of all processes together, on the main process."""
     import torch
+    from common import prepare
 
     from lab.config.recipes import resolve
     from lab.data.sampler import shard
     from lab.data.types import Batch
     from lab.distributed import build_accelerator
-    from lab.engine.training import prepare
     from lab.models import build_model
 
     comm_hook = "none" if hook == "off" else hook

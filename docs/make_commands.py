@@ -2,7 +2,7 @@
 
   python docs/make_commands.py
 
-tests/test_docs.py fails while the page is not what this gives.
+tests/unit/test_docs.py fails while the page is not what this gives.
 """
 
 import contextlib

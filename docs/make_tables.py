@@ -3,7 +3,7 @@
   python docs/make_tables.py
 
 A table stands between `<!-- table NAME: docs/make_tables.py -->` and `<!-- end -->`; NAME is a key
-of TABLES. `tests/test_results.py` fails where a page and this script disagree.
+of TABLES. `tests/unit/test_results.py` fails where a page and this script disagree.
 """
 
 import json

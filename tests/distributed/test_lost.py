@@ -1,0 +1,170 @@
+"""P3 and P7: what becomes of a run when one of its processes is killed, or falls silent."""
+
+import json
+from pathlib import Path
+
+import pytest
+from worlds import Ended, python, run, start, world_by_hand
+
+from lab import errors
+from lab.errors import run_script
+
+SHORT = ("--recipe", "smoke", "--dataset", "digits", "--threads", 1, "--quiet", "--log-every", 1)
+GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/"
+RESUME = "train.py --resume auto goes on from the last saved state."
+SLOW = f"One hangs, cannot be reached, or needs longer than --timeout-seconds; {RESUME}"
+GONE = f"See why that one ended; {RESUME}"
+
+
+class DistStoreError(RuntimeError):
+    """Of the same name as PyTorch's."""
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            RuntimeError(GLOO + "pair.cc:561] Connection closed by peer [10.0.0.2]:42381. This is"),
+            f"process 3 lost another one (at 10.0.0.2). {GONE}",
+        ),
+        (
+            RuntimeError(GLOO + "pair.cc:535] Read error [fe80::1]:8: Connection reset by peer"),
+            f"process 3 lost another one (at fe80::1). {GONE}",
+        ),
+        (
+            RuntimeError("NCCL error: remote process exited or there was a network error"),
+            f"process 3 lost another one. {GONE}",
+        ),
+        (
+            RuntimeError(GLOO + "unbound_buffer.cc:78] Timed out waiting 600000ms for recv opera"),
+            f"process 3 waited 600 s for the others in vain. {SLOW}",
+        ),
+        (
+            DistStoreError("Timed out after 61 seconds waiting for clients. 1/2 clients joined."),
+            f"process 3 waited 61 s for the others in vain. {SLOW}",
+        ),
+        (
+            DistStoreError("wait timeout after 3000ms, keys: /default_pg/0//cpu//0/1"),
+            f"process 3 waited 3 s for the others in vain. {SLOW}",
+        ),
+        (
+            RuntimeError(f"Gloo connectFullMesh failed with {GLOO}pair.h:311] Connect timeout [no"),
+            "process 3 cannot reach the others. "
+            "Name the network interface that joins the machines in GLOO_SOCKET_IFNAME.",
+        ),
+    ],
+)
+def test_p7_what_a_collective_raised_is_one_line(monkeypatch, capsys, error, message):
+    monkeypatch.setattr(errors, "PATIENCE", 0)
+    monkeypatch.setenv("RANK", "3")
+
+    def main():
+        raise error
+
+    assert run_script(main) == 2
+    assert capsys.readouterr().err == f"error: {message}\n"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("I/O operation on closed file"),  # no collective's
+        TimeoutError("the read operation timed out"),
+        RuntimeError(
+            GLOO + "device.cc:186] Unable to find address for: eth9"
+        ),  # a fault of its own
+    ],
+)
+def test_p7_another_exception_keeps_its_traceback(monkeypatch, capsys, error):
+    monkeypatch.setattr(errors, "PATIENCE", 0)
+
+    def main():
+        raise error
+
+    assert run_script(main) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "Traceback (most recent call last):"
+    assert lines[-1].endswith(str(error))
+
+
+def test_p7_a_process_waits_as_long_as_it_is_told():
+    """Ten minutes too: Accelerate would take them for not given, and PyTorch waits for thirty."""
+    code = (
+        "import torch, lab.distributed as d; d.build_accelerator()\n"
+        "group = torch.distributed.group.WORLD._get_backend(torch.device('cpu'))\n"
+        "print(group.options._timeout)"
+    )
+    ended = run(python("-c", code), limit=60, env=world_by_hand(1)[0])
+    assert ended.stdout == "0:10:00\n", ended.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fault", "message"), [("killed", "lost another one"), ("stopped", "waited 3 s for the others")]
+)
+def test_p7_the_process_that_is_left_says_so_and_ends(tmp_path, fault, message):
+    options = [*SHORT, "--output-dir", tmp_path, "--timeout-seconds", 3]
+    command = python("tests/helpers/checks_failures.py", fault, *options)
+    envs = world_by_hand(2)
+    with start(command, envs[0]) as left, start(command, envs[1]) as faulty:
+        ended = left.wait(60)
+        [line] = [line for line in faulty.stdout.read_text().splitlines() if "fault at" in line]
+    [error] = ended.errors
+    assert error.startswith(f"error: process 0 {message}")
+    assert "Traceback" not in ended.stderr
+    assert ended.code == 2
+    assert ended.left_behind == []
+    assert ended.end - float(line.split()[-1]) < 15
+
+
+# torchrun restarts a world; --resume auto goes on where it was.
+
+
+def elastic(fault: str, folder: Path) -> Ended:
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--max-restarts", 1)
+    options = [*SHORT, "--output-dir", folder, "--name", "run"]
+    options += ["--resume", "auto", "--checkpoint-every", 2]
+    script = ("tests/helpers/checks_failures.py", fault, *options)
+    command = python(*launcher, "--nproc-per-node", 2, *script)
+    ended = run(command, limit=120, env={"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"})
+    assert ended.code == 0, ended.stderr
+    assert ended.left_behind == []
+    return ended
+
+
+def test_p7_restarts_that_may_fail_are_refused_at_the_start():
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--max-restarts", 1)
+    ended = run(python(*launcher, "--nproc-per-node", 1, "train.py", *SHORT), limit=60)
+    assert ended.code != 0
+    assert all("Set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in error for error in ended.errors)
+    assert ended.errors
+    assert "in run_script" not in ended.stderr
+
+
+def steps_taken(ended: Ended) -> list[int]:
+    """Of each process that ended well."""
+    found = [line for line in ended.stdout.splitlines() if line.startswith("steps taken: ")]
+    return [int(line.split()[-1]) for line in found]
+
+
+def rows(path: Path) -> list[dict]:
+    """The lines of a file, without what the clock says."""
+    clock = ("train_seconds", "eval_seconds", "images_per_second")
+    lines = path.read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in clock} for line in lines]
+
+
+@pytest.mark.slow
+def test_p3_a_restarted_world_ends_as_if_nothing_had_happened(tmp_path):
+    assert steps_taken(elastic("none", tmp_path / "whole")) == [20, 20]
+    ended = elastic("killed-once", tmp_path / "killed")
+    assert ended.stdout.count("fault at") == 1
+    # The survivor was stopped while it waited to say that it had lost another one: a quick restart.
+    assert ended.errors == []
+    first, second = steps_taken(ended)
+    assert first == second < 20
+    whole, killed = tmp_path / "whole" / "run", tmp_path / "killed" / "run"
+    for name in ("best.safetensors", "report.json", "predictions.csv"):
+        assert (killed / name).read_bytes() == (whole / name).read_bytes()
+    for name in ("history.jsonl", "steps.jsonl"):
+        assert rows(killed / name) == rows(whole / name)

@@ -1,0 +1,315 @@
+"""P3: a run that was cut off goes on as if nothing had happened, on any number of processes."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from mistakes import tree
+from resuming import ALEXNET, LENET, Killed, cut_off, read_lines, resume, same_end, start
+from safetensors import safe_open
+from worlds import python, run, run_all, torchrun
+
+import train
+from lab.checkpoint import run_dir, weights
+from lab.checkpoint.train_state import POSITION, Checkpoint
+from lab.distributed import has_native_bf16
+from lab.engine import evaluation
+
+VARIANTS = {
+    "nesterov": [*LENET, "--optimizer", "nesterov", "--lr", "0.05", "--max-grad-norm", "1"],
+    "average, accumulate": [*LENET, "--ema-decay", "0.9", "--grad-accum-steps", "2"],
+    "mixed": [*LENET, "--augment", "crop,cutout,mixup,cutmix"],
+    # Emulated, bfloat16 takes minutes.
+    "dropout, bfloat16": [*ALEXNET, *["--mixed-precision", "bf16"] * has_native_bf16("cpu")],
+    "muon": [*LENET, "--optimizer", "muon"],
+}
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def whole(request, tmp_path_factory):
+    """(options, the folder of a run with them that nothing cut off)."""
+    folder = tmp_path_factory.mktemp("whole")
+    start(folder, *VARIANTS[request.param])
+    return VARIANTS[request.param], folder / "run"
+
+
+@pytest.mark.parametrize("step", [2, 4, 9])
+def test_p3_a_resumed_run_ends_with_the_same_bits(tmp_path, monkeypatch, whole, step):
+    words, expected = whole
+    words = [*words, "--checkpoint-every", "2"]
+    cut_off(monkeypatch, step, lambda: start(tmp_path, *words))
+    torch.manual_seed(step)  # whatever the next process's random state is
+    assert resume(tmp_path / "run") == 0
+    same_end(tmp_path / "run", expected)
+
+
+def test_p3_a_run_cut_off_again_and_again_ends_with_the_same_bits(tmp_path, monkeypatch):
+    start(tmp_path, *LENET, name="whole")
+    command = [*LENET, "--checkpoint-every", "1", "--resume", "auto"]
+    for step in (1, 3, 4, 8, 11):
+        cut_off(monkeypatch, step, lambda: start(tmp_path, *command))
+    start(tmp_path, *command)
+    same_end(tmp_path / "run", tmp_path / "whole")
+
+
+def test_p3_cut_off_between_an_epoch_s_files(tmp_path, monkeypatch):
+    """After the best weights are written, before the epoch's line is."""
+    start(tmp_path, *LENET, name="whole")
+
+    def die(run, *rows):
+        if rows and rows[0]["epoch"] == 2:
+            raise Killed
+        run_dir.RunDir._append(run, run_dir.HISTORY, rows)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_dir.RunDir, "add_epoch", die)
+        with pytest.raises(Killed):
+            start(tmp_path, *LENET)
+    resume(tmp_path / "run")
+    same_end(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("max_steps", [2, 6])  # in the first epoch, in the second
+def test_p6_the_weights_of_a_part_of_an_epoch_do_not_outlive_it(tmp_path, monkeypatch, max_steps):
+    """Its number is the best of all, but the epoch is completed, and evaluated again."""
+
+    def train_with(accuracies, call):
+        class Altered(evaluation.Predictions):
+            def scores(self):
+                return super().scores() | {"accuracy": next(numbers, 0.0)}
+
+        def altered(*arguments):
+            return Altered(**vars(predict_all(*arguments)))
+
+        numbers, predict_all = iter(accuracies), evaluation.predict_all
+        with monkeypatch.context() as patch:
+            patch.setattr(evaluation, "predict_all", altered)
+            call()
+
+    whole, part = [0.5, 0.4, 0.3], [0.9] if max_steps == 2 else [0.5, 0.9]
+    train_with(whole, lambda: start(tmp_path, *LENET, name="whole"))
+    train_with(part, lambda: start(tmp_path, *LENET, "--max-steps", str(max_steps)))
+    metadata = weights.read_metadata(tmp_path / "run" / "best.safetensors")
+    assert metadata["metrics"]["val_accuracy"] == part[0]  # whole epochs first, where there are any
+    again = whole[len(part) - 1 :]
+    train_with(again, lambda: resume(tmp_path / "run", "--max-steps", "0"))
+    same_end(tmp_path / "run", tmp_path / "whole")
+    metadata = weights.read_metadata(tmp_path / "run" / "best.safetensors")
+    row = read_lines(tmp_path / "run" / "history.jsonl")[metadata["best_epoch"] - 1]
+    assert metadata["metrics"] == {name: row[name] for name in metadata["metrics"]}
+
+
+def test_states_are_named_by_their_step_and_the_newest_kept(finished):
+    assert [p.name for p in run_dir.RunDir(finished).checkpoints] == [
+        "step-00000012", "step-00000009",
+    ]  # fmt: skip
+    assert sorted(p.name for p in finished.glob("state/*/*")) == [
+        "state.json", "state.json", "tensors.safetensors", "tensors.safetensors",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "steps"),
+    [
+        ("--keep-checkpoints 99", [12]),
+        ("--keep-checkpoints 99 --final-checkpoints 0", []),
+        ("--keep-checkpoints 99 --final-checkpoints 99", [12, 9, 8, 6, 4, 3]),
+        ("--keep-checkpoints 3 --final-checkpoints 99", [12, 9, 8]),
+    ],
+)
+def test_as_many_checkpoints_are_kept_as_told(tmp_path, words, steps):
+    start(tmp_path, *LENET, "--checkpoint-every", "3", *words.split())
+    found = run_dir.RunDir(tmp_path / "run").checkpoints
+    assert [int(p.name.removeprefix("step-")) for p in found] == steps
+
+
+def test_p4_a_state_is_safetensors_and_json(finished):
+    folder = finished / "state" / "step-00000009"
+    with safe_open(folder / "tensors.safetensors", framework="pt") as file:
+        keys = set(file.keys())
+    with safe_open(finished / "best.safetensors", framework="pt") as file:
+        names = set(file.keys())
+    expected = {f"network.{name}" for name in names}
+    expected |= {
+        f"optimizer.{slot}.{n}" for n in names for slot in ("exp_avg", "exp_avg_sq", "step")
+    }
+    assert keys == expected
+    metadata = json.loads((folder / "state.json").read_text())["state"]
+    assert metadata["position"] | {"seconds": 0} == {
+        "learning_rate": 0.002,
+        "epoch": 3, "batch": 1, "step": 9, "skipped_steps": 0, "skipped_samples": 0, "seconds": 0,
+    }  # fmt: skip
+    assert metadata["samples_seen"] == 2 * 100 + 32
+    assert metadata["best"] == read_lines(finished / "history.jsonl")[metadata["best"]["epoch"] - 1]
+    assert metadata["config"]["seed"] == 42
+
+
+@pytest.mark.parametrize("words", [(), ("--max-steps", "12"), ("--patience", "9")])
+def test_a_finished_run_is_not_trained_evaluated_or_written_again(copied, capsys, words):
+    before = tree(copied)
+    assert train.main(["--resume", str(copied), *words]) == 0
+    assert tree(copied) == before
+    said = f"{copied} is finished; raise --epochs or --max-steps to train it further"
+    assert capsys.readouterr().out.splitlines() == [said]
+    assert resume(copied, "--final-checkpoints", "1") == 0
+    assert [path.name for path in run_dir.RunDir(copied).checkpoints] == ["step-00000012"]
+
+
+@pytest.mark.parametrize("name", ["report.json", "README.md"])  # the first and the last written
+def test_p3_a_run_that_was_killed_at_its_end_is_finished(copied, finished, name):
+    (copied / name).unlink()
+    assert resume(copied) == 0
+    same_end(copied, finished)
+    assert (copied / name).exists()
+
+
+def test_a_run_stopped_by_patience_is_finished(tmp_path, capsys):
+    words = [*LENET, "--epochs", "9", "--lr", "1e-12", "--patience", "1"]
+    start(tmp_path, *words)
+    before = tree(tmp_path)
+    assert resume(tmp_path / "run") == 0
+    assert tree(tmp_path) == before
+    resume(tmp_path / "run", "--patience", "2")
+    epochs = [row["epoch"] for row in read_lines(tmp_path / "run" / "history.jsonl")]
+    assert epochs == [1, 2, 3]
+
+
+def test_a_state_may_be_named_instead_of_its_run(copied, finished):
+    resume(copied / "state" / "step-00000012")
+    same_end(copied, finished)
+
+
+def test_more_epochs_go_on_from_the_end(copied):
+    resume(copied, "--epochs", "4")
+    assert [row["epoch"] for row in read_lines(copied / "history.jsonl")] == [1, 2, 3, 4]
+    assert json.loads((copied / "config.json").read_text())["epochs"] == 4
+
+
+def test_a_run_may_be_moved(copied, tmp_path):
+    moved = copied.rename(tmp_path / "elsewhere")
+    resume(moved, "--epochs", "4")
+    config = json.loads((moved / "config.json").read_text())
+    assert (config["output_dir"], config["name"]) == (str(tmp_path), "elsewhere")
+
+
+def test_auto_starts_a_run_and_goes_on_with_it(tmp_path, capsys):
+    command = [*LENET, "--resume", "auto"]
+    command.remove("--quiet")
+    start(tmp_path, *command, "--max-steps", "6")
+    assert "going on" not in capsys.readouterr().out
+    start(tmp_path, *command)
+    assert f"going on from {tmp_path}/run/state/step-00000006" in capsys.readouterr().out
+    assert len(read_lines(tmp_path / "run" / "steps.jsonl")) == 12
+
+
+def test_auto_begins_again_what_was_killed_before_its_first_state(tmp_path, monkeypatch, finished):
+    cut_off(monkeypatch, 1, lambda: start(tmp_path, *LENET, "--resume", "auto"))
+    assert not list((tmp_path / "run" / "state").glob("step-*"))
+    start(tmp_path, *LENET, "--resume", "auto")
+    same_end(tmp_path / "run", finished)
+
+
+# Other numbers of processes
+
+
+@pytest.mark.parametrize("num_processes", [1, 2, 3])
+def test_p3_another_number_of_processes_counts_each_sample_once(tmp_path, num_processes):
+    """A checkpoint of two processes, one of which skipped a step, is resumed on another number."""
+    position = dict.fromkeys(POSITION, 0) | {"epoch": 2, "batch": 5, "step": 13}
+    metadata = {"position": position, "totals": [[3.0, 2.0, 5.0], [4.0, 1.0, 4.0]]}
+    state = Checkpoint(run_dir.RunDir(tmp_path), tmp_path, metadata, {})
+    found = [state.position(rank, num_processes) for rank in range(num_processes)]
+    assert sum(p.totals[0].item() for p in found) == 7
+    assert sum(p.totals[1].item() for p in found) == 3
+    assert min(p.totals[2].item() for p in found) == 4
+    assert {(p.epoch, p.batch, p.step) for p in found} == {(2, 5, 13)}
+
+
+def order(folder):
+    """The positions in the split of each step's samples, over all processes."""
+    logs = [read_lines(log) for log in sorted(folder.glob("order-*.jsonl"))]
+    steps = {}
+    for row in (row for log in logs for row in log):
+        steps.setdefault(row["step"], []).extend(row["index"])
+    return steps
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_p3_stopped_on_two_processes_and_resumed_on_one_and_three(tmp_path):
+    words = [*LENET, "--output-dir", tmp_path]
+    check, results = "tests/helpers/checks_resume.py", {}
+    for name in ("whole", "first", "one", "three"):
+        (tmp_path / "logs" / name).mkdir(parents=True)
+
+    def command(launch, name, stop, *options):
+        return launch(check, tmp_path / "logs" / name, stop, 0, *options)
+
+    def two(*script):
+        return torchrun(2, *script)
+
+    def three(*script):
+        return torchrun(3, *script)
+
+    whole, first = run_all(
+        [command(python, "whole", 0, *words, "--name", "whole"),
+         command(two, "first", 6, *words, "--name", "first")],
+        limit=200,
+    )  # fmt: skip
+    assert whole.code == 0, whole.stderr
+    assert "stopped (SIGTERM) after step 6; go on with: python train.py --resume" in first.stderr
+    for name in ("one", "three"):
+        shutil.copytree(tmp_path / "first", tmp_path / name)
+        shutil.copytree(tmp_path / "logs/first", tmp_path / "logs" / name, dirs_exist_ok=True)
+    ended = run_all(
+        [command(python, "one", 0, "--resume", tmp_path / "one"),
+         command(three, "three", 0, "--resume", tmp_path / "three")],
+        limit=200,
+    )  # fmt: skip
+    assert [e.code for e in ended] == [0, 0], [e.stderr for e in ended]
+    expected = order(tmp_path / "logs" / "whole")
+    assert sorted(expected) == list(range(12))
+    losses = {n: [r["loss"] for r in read_lines(tmp_path / n / "steps.jsonl")]
+              for n in ("whole", "one", "three")}  # fmt: skip
+    for name in ("one", "three"):
+        assert order(tmp_path / "logs" / name) == expected
+        assert losses[name] == pytest.approx(losses["whole"], rel=1e-4)
+        results[name] = read_lines(tmp_path / name / "history.jsonl")
+        assert [row["epoch"] for row in results[name]] == [1, 2, 3]
+    two = read_lines(tmp_path / "whole" / "history.jsonl")
+    for name in ("one", "three"):  # the epoch that was cut counts every sample once
+        assert [r["train_loss"] for r in results[name]] == pytest.approx(
+            [r["train_loss"] for r in two], rel=1e-4
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_p7_a_loss_that_is_not_finite_on_one_process(tmp_path):
+    """It ends all, and says where; or all skip that step, and count it."""
+    words = [*LENET, "--output-dir", tmp_path, "--checkpoint-every", "2", "--keep-checkpoints", "9"]
+    check = "tests/helpers/checks_resume.py"
+    stopped = run(torchrun(2, check, tmp_path, 0, "1:6", *words, "--name", "stopped"), limit=120)
+    assert stopped.code != 0
+    [error] = stopped.errors
+    assert error.startswith("error: the loss is nan at step 6 on process 1 (learning rate 0.002)")
+    assert error.endswith(
+        f"The last complete state of the run is {tmp_path}/stopped/state/step-00000004."
+    )
+    assert stopped.left_behind == []
+    words += ["--on-nonfinite", "skip"]
+    skipped = run(torchrun(2, check, tmp_path, 0, "1:6", *words, "--name", "skipped"), limit=120)
+    assert skipped.code == 0, skipped.stderr
+    history = read_lines(tmp_path / "skipped" / "history.jsonl")
+    assert [row["skipped_steps"] for row in history] == [0, 1, 0]
+    logged = read_lines(tmp_path / "skipped" / "steps.jsonl")
+    assert [row["step"] for row in logged if row["loss"] is None] == [6]
+
+
+def test_p3_modules_that_ask_for_their_version_are_resumed(tmp_path):
+    """torchvision's MNASNet, whose layers differ between two of them."""
+    words = ["--model", "torchvision:mnasnet0_5", "--image-size", "32", "--epochs", "1"]
+    start(tmp_path, *LENET, *words)
+    resume(tmp_path / "run", "--epochs", "2")
+    assert [row["epoch"] for row in read_lines(tmp_path / "run" / "history.jsonl")] == [1, 2]

@@ -1,0 +1,223 @@
+"""What a world of this many processes says of every case: JSON, compared by test_distributed.py.
+
+    python tests/helpers/checks_exactness.py OUTPUT PICTURES                    a world of one
+    torchrun --standalone --nproc-per-node 3 tests/helpers/checks_exactness.py OUTPUT PICTURES
+
+One launch does all cases, as most of a launch is the import of PyTorch.
+"""
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor, distributed, nn
+from torch.distributed.nn.functional import all_reduce
+
+import evaluate
+import train
+from lab.data import DataConfig
+from lab.data.image_folder import read_folder
+from lab.data.loaders import build_loader
+from lab.data.shapes import make_shapes
+from lab.data.splits import in_memory
+from lab.data.transforms import BatchTransform
+from lab.data.types import Split
+from lab.distributed import build_accelerator, loader_place
+from lab.engine import training
+from lab.engine.evaluation import predict_all
+from lab.errors import run_script
+
+SIZES = (2, 101, 1000)
+BATCH_SIZES = (7, 128)
+
+# Digits have 1,294 training samples: 21 batches of 61 and one of 13.
+COMMON = """--recipe smoke --dataset digits --max-train-samples 0 --augment crop,flip,cutout
+    --batch-size 61 --epochs 3 --max-steps 60 --optimizer sgd --lr 0.05 --schedule linear
+    --threads 1 --mixed-precision no --log-every 1 --quiet"""
+TRAININGS = {
+    "plain": "",
+    "grad_accum_steps": "--grad-accum-steps 3",
+    "streaming": "--loader streaming",
+    # A last batch of one sample: every process but one has none.
+    "empty-shards": "--max-train-samples 62 --epochs 10",
+    "accumulate-empty": "--max-train-samples 62 --epochs 10 --grad-accum-steps 3",
+    # A last batch of four: a process cuts its share into three parts, two or one.
+    "uneven-parts": "--max-train-samples 65 --epochs 10 --grad-accum-steps 3",
+    "options": "--optimizer nesterov --schedule cosine --warmup-epochs 0.5 --max-grad-norm 0.5 "
+    "--ema-decay 0.9 --label-smoothing 0.1",
+    "adamw": "--optimizer adamw --lr 0.001",
+    "muon": "--optimizer muon --lr 0.001",
+    "pictures": "--dataset folder --epochs 1 --max-steps 0 --loader resident",
+    "pictures-streaming": "--dataset folder --epochs 1 --max-steps 0 --loader streaming "
+    "--workers 2",
+    "mixed": "--augment crop,cutout,mixup,cutmix --label-smoothing 0.1 --max-steps 30",
+    "mixed-accumulate": "--augment crop,cutout,mixup,cutmix --label-smoothing 0.1 "
+    "--max-steps 30 --grad-accum-steps 3",
+    "mixed-empty": "--augment mixup,cutmix --max-train-samples 62 --epochs 5",
+    "pictures-mixed": "--dataset folder --epochs 1 --augment crop,flip,mixup,cutmix "
+    "--max-steps 8 --loader resident",
+    "pictures-mixed-streaming": "--dataset folder --epochs 1 --max-steps 8 --workers 2 "
+    "--augment crop,flip,mixup,cutmix --loader streaming",
+    # With BatchNorm that is synchronised over gloo: --sync-bn needs GPUs.
+    "batch-norm": "--max-steps 30",
+    "batch-norm-accumulate": "--max-steps 30 --grad-accum-steps 3",
+    "batch-norm-uneven-parts": "--max-train-samples 65 --epochs 5 --grad-accum-steps 3",
+    "hook-bf16": "--comm-hook bf16",
+    "hook-powersgd": "--comm-hook powersgd",
+    "dropout": "--model alexnet --dataset shapes --num-samples 60 --max-eval-samples 10 --epochs 1 "
+    "--max-steps 3 --batch-size 20 --lr 0.01 --init kaiming",
+    "dropout-seed": "--model alexnet --dataset shapes --num-samples 60 --max-eval-samples 10 --epochs 1 "
+    "--max-steps 1 --batch-size 20 --lr 0.01 --init kaiming --seed 7",
+}
+
+
+def main() -> None:
+    output, pictures = map(Path, sys.argv[1:])
+    # A run destroys its process group when it ends; here all runs share one.
+    Accelerator.end_training = lambda self: None
+    accelerator = build_accelerator(mixed_precision="no", threads=1)
+    results = {
+        "evaluations": evaluations(accelerator, pictures),
+        "missing": error_of_a_missing_batch(accelerator),
+        **trainings(output, pictures),
+    }
+    evaluate.main([str(output / "plain"), "--threads", "1", "--quiet"])
+    file = output / f"process-{accelerator.process_index}.json"
+    file.write_text(json.dumps({**results, "world_size": accelerator.num_processes}))
+
+
+def evaluations(accelerator: Accelerator, pictures: Path) -> dict:
+    """What predict_all and its report say, for every size of split, size of batch and loader."""
+    files = read_folder(DataConfig("folder", str(pictures), 32, 0, 0, 0, 0, 0, 0)).train
+    files = files.select(torch.randperm(1000, generator=torch.Generator().manual_seed(1)))
+    decoded = in_memory(files, num_workers=1)
+    transform = BatchTransform((0.5,) * 3, (0.25,) * 3, (), accelerator.device)
+    model = some_network(accelerator.process_index)
+    results = {}
+    for size in SIZES:
+        for batch_size in BATCH_SIZES:
+            for kind in ("resident", "streaming"):
+                split = (decoded if kind == "resident" else files).select(torch.arange(size))
+                place = loader_place(accelerator, kind, workers=2)
+                loader = build_loader(split, transform, batch_size=batch_size, seed=None, **place)
+                for tta, name in (("none", kind), ("flip", f"{kind}, mirrored")):
+                    if tta == "flip" and size != 101:
+                        continue
+                    found = predict_all(accelerator, model, loader, tta)
+                    results[f"{size} samples, batches of {batch_size}, {name}"] = {
+                        "true_labels": split.labels.tolist(),
+                        "labels": found.labels.tolist(),
+                        "predictions": found.predictions.tolist(),
+                        "losses": found.losses.tolist(),
+                        "report": found.report(),
+                    }
+    return results
+
+
+def error_of_a_missing_batch(accelerator: Accelerator) -> str:
+    """Return the error of predict_all when the last process skips its last batch."""
+    pictures, labels = make_shapes(101, seed=7)
+    split = Split(pictures, labels, tuple("0123456789"))
+    place = loader_place(accelerator, "resident", workers=0)
+    transform = BatchTransform((0.5,) * 3, (0.25,) * 3, (), accelerator.device)
+    loader = build_loader(split, transform, batch_size=20, seed=None, **place)
+    if accelerator.is_last_process:
+        batches = list(loader.batches())[:-1]
+        loader.batches = lambda: iter(batches)
+    try:
+        predict_all(accelerator, some_network(accelerator.process_index), loader)
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def some_network(rank: int) -> nn.Module:
+    """A network that predicts every class now and then.
+
+    Its BatchNorm has seen other statistics on each process, as after training: those of process 0
+    count.
+    """
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 5, stride=4),  # [n, 8, 7, 7]
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(8 * 7 * 7, 10),
+    )
+    assert isinstance(model[1].running_mean, torch.Tensor)
+    model[1].running_mean += rank
+    return model
+
+
+class SyncedBatchNorm(nn.BatchNorm2d):
+    """Normalise by the statistics of all processes, as SyncBatchNorm does, on a CPU."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(images)
+        values = images.double()
+        count = values.new_full((1,), images.numel() // self.num_features)
+        totals = torch.cat((values.sum((0, 2, 3)), values.square().sum((0, 2, 3)), count))
+        if distributed.is_initialized():
+            totals = all_reduce(totals)  # in the backward pass, too
+        mean, mean_square = (totals[:-1] / totals[-1]).view(2, -1)
+        variance = mean_square - mean.square()
+        with torch.no_grad():
+            unbiased = variance * totals[-1] / (totals[-1] - 1)
+            self.running_mean.lerp_(mean.float(), 0.1)
+            self.running_var.lerp_(unbiased.float(), 0.1)
+        scale = self.weight / (variance + self.eps).sqrt()
+        shift = self.bias - mean * scale
+        return (values * scale[:, None, None] + shift[:, None, None]).float()
+
+
+def trainings(output: Path, pictures: Path) -> dict[str, dict[str, list]]:
+    """Run train.py's main for every case.
+
+    Return what this process saw of each: "weights", a digest after each epoch, and "masks", what
+    dropout left of 64 values at each step.
+    """
+    digests: dict[str, list] = {}
+    masks: dict[str, list] = {}
+    original, original_prepare = training.train_one_epoch, training.prepare
+
+    def prepare(accelerator, model, config):
+        if config.name.startswith("batch-norm"):
+            model.features[1] = nn.Sequential(SyncedBatchNorm(6), nn.Tanh())
+        return original_prepare(accelerator, model, config)
+
+    def train_one_epoch(train_step, *args, **kwargs):
+        name = train_step.config.name
+
+        def record_mask(*_):
+            with torch.random.fork_rng(devices=[]):
+                masks[name].append((F.dropout(torch.ones(64)) > 0).tolist())
+
+        dropouts = [m for m in train_step.model.modules() if isinstance(m, nn.Dropout)]
+        handles = [m.register_forward_pre_hook(record_mask) for m in dropouts[:1]]
+        trained = original(train_step, *args, **kwargs)
+        for handle in handles:
+            handle.remove()
+        digest = hashlib.sha256()
+        for tensor in train_step.model.state_dict().values():
+            digest.update(tensor.cpu().contiguous().numpy().tobytes())
+        digests[name].append(digest.hexdigest())
+        return trained
+
+    training.train_one_epoch, training.prepare = train_one_epoch, prepare
+    for name, options in TRAININGS.items():
+        digests[name], masks[name] = [], []
+        words = [*COMMON.split(), *options.split(), "--output-dir", str(output), "--name", name]
+        if "--dataset folder" in options:
+            words += ["--data-dir", str(pictures)]
+        train.main(words)
+    return {"weights": digests, "masks": masks}
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))

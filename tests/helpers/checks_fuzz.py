@@ -1,0 +1,174 @@
+"""Files of a run, changed at random, given to what reads them: no crash, no hang, little memory.
+
+    python tests/helpers/checks_fuzz.py RUN COUNT
+
+Reads COUNT changed best.safetensors and COUNT changed states of a finished run's folder. Every
+second state has checksums that fit its content, as a stranger can make them. Prints the counts;
+an exception that is not the readers' own ends it.
+"""
+
+import hashlib
+import json
+import math
+import os
+import random
+import resource
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+from trainers import prepare
+
+from lab.checkpoint import manager, train_state
+from lab.checkpoint import weights as weights_module
+from lab.config.schema import TrainConfig
+from lab.distributed import build_accelerator
+from lab.errors import UserError
+from lab.models import build_model
+
+MORE = 2**30  # bytes that the readers may take
+SECONDS = 20  # for one file
+ODD = [0, -1, 1, 2**31, 2**63, 10**30, 10**400, 1.5, math.nan, math.inf, None, True, "", "x",
+       "\x1b[31m", "../..", [], {}, [[]], [0] * 100, {"a": 1}, [[[[]]]]]  # fmt: skip
+
+
+def changed_bytes(content: bytes, choose: random.Random) -> bytes:
+    """The content with bits flipped, cut, doubled or overwritten; the beginning most of all."""
+    data = bytearray(content)
+    for _ in range(choose.choice((1, 1, 2, 8))):
+        # Headers are where a reader can go wrong; most of a file is numbers.
+        end = choose.choice((8, 100, 2000, len(data) or 1))
+        at = choose.randrange(min(end, len(data)) or 1)
+        length = choose.choice((1, 4, 100, 10_000))
+        kind = choose.randrange(6)
+        if kind == 0 and data:
+            data[at] ^= 1 << choose.randrange(8)
+        elif kind == 1:
+            del data[at:]
+        elif kind == 2:
+            del data[at : at + length]
+        elif kind == 3:
+            data[at:at] = choose.randbytes(length)
+        elif kind == 4:
+            data[at : at + length] = choose.randbytes(length)
+        else:
+            data[at:at] = data[at : at + length]
+    return bytes(data)
+
+
+def changed_json(value: object, choose: random.Random) -> object:
+    """The value with one of its parts, at any depth, replaced, doubled or gone."""
+    if isinstance(value, dict | list) and value and choose.random() < 0.9:
+        copy = value.copy()
+        key = choose.choice(list(copy)) if isinstance(copy, dict) else choose.randrange(len(copy))
+        if choose.random() < 0.1:
+            del copy[key]
+        else:
+            copy[key] = changed_json(copy[key], choose)
+        return copy
+    return choose.choice(ODD)
+
+
+def changed_header(content: bytes, choose: random.Random) -> bytes:
+    """A safetensors file whose header is still JSON, with a part replaced."""
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    if "__metadata__" in header and choose.random() < 0.7:
+        weights_metadata = changed_json(
+            json.loads(header["__metadata__"][weights_module.KEY]), choose
+        )
+        header["__metadata__"][weights_module.KEY] = json.dumps(weights_metadata)
+    else:
+        header = changed_json(header, choose)
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + content[8 + size :]
+
+
+def change(content: bytes, choose: random.Random) -> bytes:
+    return choose.choice((changed_bytes, changed_header))(content, choose)
+
+
+def read_weights(path: Path) -> None:
+    weights_metadata = weights_module.read_metadata(path)
+    weights_module.load_model(path, weights_metadata)
+
+
+def read_state(folder: Path, train_step) -> None:
+    metadata, tensors = train_state.read_checkpoint(folder)
+    run = train_state.RunDir(folder.parent.parent)
+    metadata["best"] = train_state._best(run, metadata)
+    state = train_state.Checkpoint(run, folder, metadata, tensors)
+    state.config({"epochs": 10**6})
+    state.position(0, 1)
+    state.position(0, 2)
+    manager.restore(train_step, state)
+
+
+def write_changed_state(
+    folder: Path, metadata: bytes, tensors: bytes, choose: random.Random
+) -> None:
+    sealed, which = choose.random() < 0.5, choose.randrange(2)
+    if which:
+        tensors = change(tensors, choose)
+    elif not sealed:
+        metadata = changed_bytes(metadata, choose)
+    if sealed:
+        state = json.loads(metadata)["state"]
+        state = state if which else changed_json(state, choose)
+        if isinstance(state, dict):
+            state["tensors_sha256"] = hashlib.sha256(tensors).hexdigest()
+        digest = hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+        metadata = json.dumps({"state": state, "sha256": digest}).encode()
+    (folder / train_state.METADATA_FILE).write_bytes(metadata)
+    (folder / train_state.TENSORS_FILE).write_bytes(tensors)
+
+
+def main() -> None:
+    run, count = train_state.RunDir(sys.argv[1]), int(sys.argv[2])
+    weights, folder = run.best.read_bytes(), run.checkpoints[0]
+    metadata, tensors = (
+        (folder / name).read_bytes()
+        for name in (train_state.METADATA_FILE, train_state.TENSORS_FILE)
+    )
+    config = TrainConfig(**json.loads(metadata)["state"]["config"])
+    accelerator = build_accelerator(mixed_precision="no", threads=1, quiet=True)
+    weights_metadata = weights_module.read_metadata(run.best)
+    train_step = prepare(accelerator, build_model(**weights_metadata["model"]), config)
+    read_weights(run.best)  # what is imported or allocated once
+    read_state(folder, train_step)
+    if sys.platform == "linux":
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        limit = pages * os.sysconf("SC_PAGE_SIZE") + MORE
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    choose, counts = random.Random(0), Counter()
+    with tempfile.TemporaryDirectory() as temporary:
+        path = Path(temporary) / "best.safetensors"
+        path.write_bytes(weights)
+        state = Path(temporary) / "state" / folder.name
+        state.mkdir(parents=True)
+        for number in range(2 * count):
+            begun, what = time.monotonic(), "weights" if number < count else "states"
+            try:
+                if what == "weights":
+                    path.write_bytes(change(weights, choose))
+                    read_weights(path)
+                else:
+                    path.write_bytes(weights)
+                    write_changed_state(state, metadata, tensors, choose)
+                    read_state(state, train_step)
+                counts[f"{what} loaded"] += 1
+            except (UserError, train_state.CorruptCheckpointError):
+                counts[f"{what} refused"] += 1
+            except BaseException:
+                print(f"file {number}", file=sys.stderr)
+                raise
+            assert time.monotonic() - begun < SECONDS, number
+    more = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    print(json.dumps(counts | {"MiB more": more // 1024}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""Trains several networks in a world of processes; test_adapted.py compares what they write.
+
+    torchrun --standalone --nproc-per-node 2 tests/helpers/checks_models.py OUTPUT
+
+Each process writes RANK.json: a digest of its weights after each training.
+"""
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+import train
+from lab.engine import training
+from lab.errors import run_script
+
+# 25 samples, batches of 12: the last batch has one, and a process has none of it.
+COMMON = """--recipe smoke --dataset shapes --num-samples 100 --max-train-samples 25 --batch-size 12
+    --image-size 16 --epochs 1 --max-eval-samples 10 --threads 1 --mixed-precision no --quiet"""
+FROZEN = "mobilenet_v3_small, frozen"
+TRAININGS = {
+    "googlenet": "--model googlenet",
+    "densenet": "--model densenet",
+    "mobilenet_v3_small": "--model mobilenet_v3_small",
+    FROZEN: "--model mobilenet_v3_small --freeze backbone",
+    "vit_hybrid": "--model vit_hybrid",
+}
+
+
+def main() -> None:
+    output = Path(sys.argv[1])
+    # A run destroys its process group when it ends; here all runs share one.
+    Accelerator.end_training = lambda self: None
+    digests = {}
+    original = training.train_one_epoch
+
+    def train_one_epoch(train_step, *args, **kwargs):
+        trained = original(train_step, *args, **kwargs)
+        digest = hashlib.sha256()
+        for parameter in train_step.model.parameters():
+            assert torch.isfinite(parameter).all()
+            digest.update(parameter.detach().contiguous().numpy().tobytes())
+        digests[train_step.config.name] = digest.hexdigest()
+        return trained
+
+    training.train_one_epoch = train_one_epoch
+    for name, options in TRAININGS.items():
+        words = [*COMMON.split(), *options.split(), "--output-dir", str(output), "--name", name]
+        if name == FROZEN:
+            words += ["--init-checkpoint", str(output / "mobilenet_v3_small")]
+        train.main(words)
+    rank = torch.distributed.get_rank()
+    (output / f"{rank}.json").write_text(json.dumps(digests))
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))

@@ -1,0 +1,95 @@
+"""Small trainers and loaders on a CPU or a GPU, for the tests of the training step."""
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+
+from lab.checkpoint.train_state import TrainState
+from lab.config.schema import TrainConfig
+from lab.data.loaders import ResidentLoader
+from lab.data.sampler import ShardedBatchSampler
+from lab.data.transforms import BatchTransform
+from lab.data.types import Split
+from lab.distributed import build_accelerator
+from lab.engine.ema import ModelEma
+from lab.engine.optimizer import build_optimizer
+from lab.engine.training import TrainStep, can_capture_steps, configure_model, train_one_epoch
+from lab.models import build_model
+
+SIZES = {"lenet5": (1, 28), "alexnet": (3, 8)}  # channels, pixels a side
+CROPS = ("crop", "flip", "cutout")
+UNUSUAL = {"label_smoothing": 0.1, "ema_decay": 0.9, "grad_accum_steps": 2, "max_grad_norm": 1.0}
+VARIANTS = [
+    {},
+    UNUSUAL,
+    {"optimizer": "adamw", "lr": 1e-3},
+]
+
+
+def place(device, mixed_precision="no"):
+    """The Accelerator of a device, "cpu" or "cuda", whichever was in use before; without TF32."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", str(device == "cpu").lower())
+        AcceleratorState._reset_state(reset_partial_state=True)
+        accelerator = build_accelerator(mixed_precision=mixed_precision, threads=1, quiet=True)
+    assert accelerator.device.type == device
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    return accelerator
+
+
+class FakeWorld:
+    """An accelerator that reports the given rank and world size, without other processes."""
+
+    def __init__(self, accelerator, num_processes, process_index=0):
+        self.accelerator = accelerator
+        self.num_processes, self.process_index = num_processes, process_index
+
+    def __getattr__(self, name):
+        return getattr(self.accelerator, name)
+
+
+def make_train_step(accelerator, model="lenet5", **settings):
+    in_chans, size = SIZES[model]
+    torch.manual_seed(0)
+    built_model = build_model(model, num_classes=10, in_chans=in_chans, image_size=size)
+    plain = {"model": model, "dataset": "digits", "schedule": "constant", "log_every": 10**9}
+    return prepare(accelerator, built_model, TrainConfig(**plain | {"lr": 0.01} | settings))
+
+
+def make_loader(
+    accelerator, model="lenet5", num_samples=33, batch_size=8, seed=0, augment=CROPS, graphs=False
+):
+    in_chans, size = SIZES[model]
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(
+        256, (num_samples, in_chans, size, size), generator=generator, dtype=torch.uint8
+    )
+    split = Split(images, torch.arange(num_samples) % 10, tuple("0123456789"))
+    augment = augment if seed is not None else ()
+    transform = BatchTransform((0.5,) * in_chans, (0.5,) * in_chans, augment, accelerator.device)
+    plan = ShardedBatchSampler(num_samples, batch_size, seed, 0, 1)
+    return ResidentLoader(split, plan, transform, accelerator.device, graphs)
+
+
+def train(train_step, loader, epochs=1, on_step=lambda *_: None, on_log=lambda _: None):
+    """The losses of the epochs."""
+    position, losses = TrainState(), []
+    for _ in range(epochs):
+        losses.append(train_one_epoch(train_step, loader, position, on_step, on_log).loss)
+        position = position.next_epoch()
+    return losses
+
+
+def weights(model):
+    return torch.cat([p.detach().cpu().flatten() for p in model.parameters()])
+
+
+def prepare(accelerator, model, config):
+    """Return the training step of a model, built as train.py builds it."""
+    model = configure_model(model, config, accelerator.device)
+    ema = ModelEma(model, config.ema_decay) if config.ema_decay else None
+    optimizer = build_optimizer(model, config, can_capture_steps(accelerator, config))
+    wrapped_model = accelerator.prepare(model)
+    if accelerator.scaler:
+        optimizer = accelerator.prepare(optimizer)
+    return TrainStep(accelerator, config, model, wrapped_model, optimizer, ema)

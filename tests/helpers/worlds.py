@@ -1,0 +1,187 @@
+"""Starts real processes for the tests, alone or as a world, and leaves none behind.
+
+    ended = run(torchrun(2, "train.py", "--dataset", "digits"), limit=60)
+    both = run_all([python("train.py"), python("train.py")], limit=60)  # at the same time
+    with start(python("train.py")) as world:
+        ...  # meanwhile
+        ended = world.wait(60)
+
+A limit, in seconds, is there against hanging; it is no statement about speed.
+"""
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).resolve().parents[2]
+MARK = "LAB_TEST_WORLD"  # in the environment of a world's processes, wherever they end up
+LAUNCHERS_OWN = ("ACCELERATE_", "GROUP_", "LOCAL_", "MASTER_", "OMP_", "ROLE_", "TORCHELASTIC_")
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a launched command ended."""
+
+    code: int
+    stdout: str
+    stderr: str
+    end: float  # time.time()
+    left_behind: list[str]  # command lines of processes that outlived it by 10 s, now killed
+
+    @property
+    def errors(self) -> list[str]:
+        """The lines that tell a user of a mistake."""
+        return [line for line in self.stderr.splitlines() if line.startswith("error: ")]
+
+
+def python(*words: object) -> list[str]:
+    """The command that runs a script in one process."""
+    return [sys.executable, *map(str, words)]
+
+
+def torchrun(num_processes: int, *words: object) -> list[str]:
+    """The command that runs a script in a world of `num_processes`, on any free port."""
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", num_processes)
+    return python(*launcher, *words)
+
+
+def accelerate(config: str, *words: object) -> list[str]:
+    """The command that runs a script as accelerate_configs/`config`.yaml says."""
+    file = ROOT / "accelerate_configs" / f"{config}.yaml"
+    return python("-m", "accelerate.commands.launch", "--config_file", file, *words)
+
+
+def world_by_hand(num_processes: int) -> list[dict[str, str]]:
+    """The environment of each process of a world without a launcher, which would kill and report.
+
+    So every process's own exit code is seen.
+    """
+    port = free_port()
+    return [
+        {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(num_processes),
+            "LOCAL_WORLD_SIZE": str(num_processes),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        for rank in range(num_processes)
+    ]
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nothing used a moment ago."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def run(command: Sequence[str], limit: float, env: Mapping[str, str] | None = None) -> Ended:
+    """Runs a command to its end; AssertionError with what it printed where `limit` is passed."""
+    return run_all([command], limit, [env or {}])[0]
+
+
+def run_all(
+    commands: Sequence[Sequence[str]], limit: float, envs: Sequence[Mapping[str, str]] | None = None
+) -> list[Ended]:
+    """Runs commands at the same time, each to its end, as `run` does."""
+    deadline = time.monotonic() + limit
+    with contextlib.ExitStack() as stack:
+        worlds = [
+            stack.enter_context(start(command, env))
+            for command, env in zip(commands, envs or [{}] * len(commands), strict=True)
+        ]
+        return [world.wait(deadline - time.monotonic()) for world in worlds]
+
+
+def start(command: Sequence[str], env: Mapping[str, str] | None = None) -> "World":
+    """A command that runs while the `with` block does, at most."""
+    return World(command, env or {})
+
+
+class World:
+    """A running command, and every process that came of it."""
+
+    def __init__(self, command: Sequence[str], env: Mapping[str, str]):
+        self.mark, self.command = uuid.uuid4().hex, command
+        clean = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(LAUNCHERS_OWN) and name not in ("RANK", "WORLD_SIZE")
+        }
+        paths = [str(ROOT), clean.get("PYTHONPATH", "")]
+        clean |= {
+            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+            "OMP_NUM_THREADS": "1",  # as conftest.py says
+            "CUDA_VISIBLE_DEVICES": "",  # these tests are the CPU's, on a machine with GPUs too
+            MARK: self.mark,
+        }
+        # Files, not pipes: nobody need read them while the world runs.
+        self.folder = tempfile.TemporaryDirectory()
+        self.stdout, self.stderr = (Path(self.folder.name) / name for name in ("out", "err"))
+        with open(self.stdout, "wb") as stdout, open(self.stderr, "wb") as stderr:
+            self.process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=clean | dict(env),
+                stdin=subprocess.DEVNULL,
+                stdout=stdout,
+                stderr=stderr,
+                start_new_session=True,  # Ctrl-C is for pytest, which then ends the world
+            )
+
+    def __enter__(self) -> "World":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for _ in range(10):  # a launcher may have started one more in the meantime
+            for process in self._members():
+                with contextlib.suppress(psutil.Error):
+                    process.kill()
+        self.process.wait()
+        self.folder.cleanup()
+
+    def wait(self, limit: float) -> Ended:
+        try:
+            code = self.process.wait(max(0.1, limit))
+        except subprocess.TimeoutExpired:
+            raise AssertionError(
+                f"not ended in time: {self.command}\n{self.stdout.read_text()}\n"
+                f"{self.stderr.read_text()}"
+            ) from None
+        end = time.time()
+        # A loader's workers look every five seconds whether their parent is there.
+        _, left = psutil.wait_procs(self._members(), timeout=10)
+        lines = []
+        for process in left:
+            with contextlib.suppress(psutil.Error):
+                lines.append(" ".join(process.cmdline()))
+        return Ended(code, self.stdout.read_text(), self.stderr.read_text(), end, lines)
+
+    def until(self, ready: Callable[[], bool], limit: float) -> None:
+        """Returns once `ready()`; AssertionError where the command ends before, or time passes."""
+        deadline = time.monotonic() + limit
+        while not ready():
+            assert self.process.poll() is None, f"ended too early\n{self.stderr.read_text()}"
+            assert time.monotonic() < deadline, f"too late\n{self.stderr.read_text()}"
+            time.sleep(0.02)
+
+    def _members(self) -> list[psutil.Process]:
+        """By their mark: torchrun gives every worker a process group and session of its own."""
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error, OSError):
+                if process.environ().get(MARK) == self.mark:
+                    found.append(process)
+        return found

@@ -1,0 +1,269 @@
+"""P4, P5: a weights file is whole, no pickle, describes itself, and has the plain model's keys."""
+
+import errno
+import json
+import math
+import os
+import pickletools
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from trainers import prepare
+
+from lab.checkpoint import atomic_io, manager, run_dir, weights
+from lab.config.recipes import resolve
+from lab.data import DataConfig, load_splits
+from lab.distributed import build_accelerator
+from lab.errors import UserError
+from lab.models import build_model
+
+CONFIG = resolve({"model": "lenet5", "dataset": "digits", "image_size": 28, "recipe": "smoke"})
+ROW = {
+    "epoch": 3,
+    "train_loss": 0.5,
+    "val_loss": 0.25,
+    "val_accuracy": 0.75,
+    "val_macro_f1": 0.7,
+    "train_seconds": 1.5,
+}
+
+
+@pytest.fixture(scope="module")
+def splits():
+    return load_splits(DataConfig.of(CONFIG), math.inf, 1)
+
+
+@pytest.fixture(scope="module")
+def accelerator():
+    return build_accelerator(mixed_precision="no", quiet=True)
+
+
+def save_best(run, model, metadata, row):
+    best = weights.BestWeights(run, manager.AsyncWriter())
+    best.save(model, metadata, row)
+    best.writer.wait()
+
+
+def make_network(metadata, seed=0):
+    torch.manual_seed(seed)
+    return build_model(**metadata["model"]).eval()
+
+
+@pytest.fixture
+def saved(tmp_path, splits):
+    """(a run's folder, the network in it)."""
+    metadata = weights.run_metadata(CONFIG, splits, "no")
+    run, model = run_dir.RunDir(tmp_path), make_network(metadata)
+    save_best(run, model, metadata, ROW)
+    return run, model
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(torch.randn(5, 1, 28, 28, generator=torch.Generator().manual_seed(0)))
+
+
+def test_p5_the_file_alone_gives_the_same_logits(saved):
+    run, model = saved
+    metadata = weights.read_metadata(run.best)
+    loaded = make_network(metadata, seed=1)
+    assert not torch.equal(logits(loaded), logits(model))
+    weights.load_weights(run.best, loaded)
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_p5_class_names_are_read_in_composed_form(saved, splits):
+    """As class folders are listed, whichever form the weights were written with."""
+    run, model = saved
+    metadata = weights.run_metadata(CONFIG, splits, "no")
+    names = ("cafe\u0301", "caf\u00e8", *"23456789")
+    save_best(run, model, {**metadata, "class_names": names}, ROW)
+    found = weights.read_metadata(run.best)["class_names"]
+    assert found == ["caf\u00e9", "caf\u00e8", *"23456789"]
+
+
+def test_p5_metadata_holds_all_that_is_needed(saved, splits):
+    metadata = weights.read_metadata(saved[0].best)
+    assert metadata["model"] == {
+        "name": "lenet5", "num_classes": 10, "in_chans": 1, "image_size": 28,
+    }  # fmt: skip
+    assert DataConfig(**metadata["data"]) == DataConfig.of(CONFIG)
+    assert metadata["class_names"] == list("0123456789")
+    assert (tuple(metadata["mean"]), tuple(metadata["std"])) == (splits.mean, splits.std)
+    assert metadata["best_epoch"] == 3
+    assert metadata["metrics"] == {"val_loss": 0.25, "val_accuracy": 0.75, "val_macro_f1": 0.7}
+    assert (metadata["monitor"], metadata["selection_split"]) == ("accuracy", "validation")
+    assert (metadata["seed"], metadata["recipe"], metadata["precision"]) == (42, "smoke", "no")
+    assert torch.__version__.startswith(metadata["versions"]["torch"].split("+")[0])
+    assert metadata["versions"].keys() == {
+        "lab", "python", "torch", "torchvision", "accelerate", "safetensors",
+    }  # fmt: skip
+
+
+def test_p4_the_file_is_safetensors_with_json(saved):
+    content = saved[0].best.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    assert list(header["__metadata__"]) == ["lab"]
+    assert json.loads(header["__metadata__"]["lab"])["format"] == 1
+    with pytest.raises(ValueError):  # no pickle
+        list(pickletools.genops(content))
+
+
+def keys(path):
+    with safe_open(path, framework="pt") as file:
+        return set(file.keys())
+
+
+def test_p5_keys_are_the_plain_networks(saved):
+    run, model = saved
+    assert keys(run.best) == model.state_dict().keys()
+    assert "features.0.weight" in keys(run.best)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"ema_decay": 0.5}, {"compile": True}, {"ema_decay": 0.5, "compile": True}]
+)
+@pytest.mark.parametrize("model", ["lenet5", "alexnet"])
+def test_p5_no_wrapper_leaks_into_the_keys(tmp_path, accelerator, splits, settings, model):
+    config = resolve({"model": model, "dataset": "digits", "recipe": "smoke", **settings})
+    metadata = weights.run_metadata(config, splits, "no")
+    built_model = build_model(**metadata["model"])
+    expected = set(built_model.state_dict())
+    train_step = prepare(accelerator, built_model, config)
+    assert (train_step.eval_model is train_step.model) == ("ema_decay" not in settings)
+    run = run_dir.RunDir(tmp_path)
+    save_best(run, train_step.eval_model, metadata, ROW)
+    assert keys(run.best) == expected
+    weights.load_weights(run.best, build_model(**metadata["model"]))
+
+
+def test_the_average_is_apart_from_the_network_and_starts_as_it(accelerator, splits):
+    config = resolve({"dataset": "digits", "recipe": "smoke", "ema_decay": 0.9})
+    model = build_model(**weights.run_metadata(config, splits, "no")["model"])
+    train_step = prepare(accelerator, model, config)
+    assert torch.equal(train_step.eval_model.features[0].weight, model.features[0].weight)
+    with torch.no_grad():
+        model.features[0].weight.zero_()
+    assert train_step.eval_model.features[0].weight.any()
+
+
+def test_p5_the_same_weights_give_the_same_bytes(saved, tmp_path, splits):
+    run, model = saved
+    metadata = weights.run_metadata(CONFIG, splits, "no")
+    first = run.best.read_bytes()
+    again = dict(reversed(metadata.items()))
+    save_best(run, model, again, ROW | {"train_seconds": 99.0})
+    assert run.best.read_bytes() == first
+    save_best(run, model, metadata, ROW | {"val_loss": 0.26})
+    assert run.best.read_bytes() != first
+
+
+def test_weights_in_any_memory_format_are_saved_alike(saved):
+    run, model = saved
+    first = run.best.read_bytes()
+    metadata = weights.read_metadata(run.best)
+    weights.write_weights(run.best, weights.copy_of(model), metadata)
+    plain = run.best.read_bytes()
+    weights.write_weights(
+        run.best, weights.copy_of(model.to(memory_format=torch.channels_last)), metadata
+    )
+    assert run.best.read_bytes() == plain == first
+
+
+def test_only_the_main_process_writes(tmp_path, splits):
+    metadata = weights.run_metadata(CONFIG, splits, "no")
+    run = run_dir.RunDir(tmp_path, is_main_process=False)
+    save_best(run, make_network(metadata), metadata, ROW)
+    run.create({})
+    run.write_report({})
+    run.write_predictions(b"index,label,prediction,confidence\n0,1,1,0.500000\n")
+    run.add_epoch({})
+    run.add_steps([{}])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("broken", ["replace", "fsync", "write"])
+def test_p3_a_write_that_fails_leaves_the_old_file_and_nothing_else(saved, monkeypatch, broken):
+    run, model = saved
+    first = run.best.read_bytes()
+
+    def full(*arguments, **settings):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    if broken == "write":
+        monkeypatch.setattr(Path, "write_bytes", full)
+    else:
+        monkeypatch.setattr(run_dir.os, broken, full)
+    metadata = weights.read_metadata(run.best)
+    with pytest.raises(ValueError, match=r"cannot write .*best\.safetensors \(No space left"):
+        weights.write_weights(run.best, weights.copy_of(model), metadata | {"seed": 1})
+    monkeypatch.undo()
+    assert run.best.read_bytes() == first
+    assert [p.name for p in run.path.iterdir()] == ["best.safetensors"]
+    weights.write_weights(run.best, weights.copy_of(model), metadata | {"seed": 1})
+    assert weights.read_metadata(run.best)["seed"] == 1
+
+
+def test_p3_content_is_on_disk_before_it_takes_the_name(tmp_path, monkeypatch):
+    calls = []
+    replace, fsync = os.replace, os.fsync
+
+    def watched_replace(source, target):
+        assert Path(source).read_bytes() == b"content"
+        assert Path(source).parent == Path(target).parent  # else it would not be atomic
+        calls.append("replace")
+        replace(source, target)
+
+    monkeypatch.setattr(run_dir.os, "fsync", lambda n: (calls.append("sync"), fsync(n)))
+    monkeypatch.setattr(run_dir.os, "replace", watched_replace)
+    atomic_io.write_atomically(tmp_path / "x", lambda path: path.write_bytes(b"content"))
+    assert calls == ["sync", "replace", "sync"]  # the second: of the folder
+    assert (tmp_path / "x").read_bytes() == b"content"
+
+
+def test_p5_weights_are_found_by_their_run_or_their_name(saved):
+    run, _ = saved
+    assert weights.find_weights(str(run.path)) == run.best
+    assert weights.find_weights(str(run.best)) == run.best
+
+
+def test_best_weights_load_what_they_saved(saved, accelerator):
+    run, model = saved
+    other = make_network(weights.read_metadata(run.best), seed=5)
+    weights.BestWeights(run, manager.AsyncWriter()).load(accelerator, other)
+    assert torch.equal(logits(other), logits(model))
+
+
+def test_best_weights_are_those_of_the_moment_they_were_saved(tmp_path, splits, accelerator):
+    metadata = weights.run_metadata(CONFIG, splits, "no")
+    model = make_network(metadata)
+    expected = logits(model)
+    best = weights.BestWeights(run_dir.RunDir(tmp_path), manager.AsyncWriter())
+    best.save(model, metadata, ROW)
+    with torch.no_grad():  # training goes on before the file is written
+        for tensor in model.parameters():
+            tensor.zero_()
+    best.load(accelerator, model)
+    assert torch.equal(logits(model), expected)
+
+
+def test_p7_a_write_that_failed_in_the_background_is_told(tmp_path, splits):
+    metadata = weights.run_metadata(CONFIG, splits, "no")
+    best = weights.BestWeights(run_dir.RunDir(tmp_path / "gone"), manager.AsyncWriter())
+    best.save(make_network(metadata), metadata, ROW)
+    with pytest.raises(UserError, match="cannot write"):
+        best.writer.wait()
+
+
+def test_p5_modules_that_ask_for_their_version_are_loaded(splits, tmp_path):
+    """torchvision's MNASNet, whose layers differ between two of them."""
+    config = replace(CONFIG, model="torchvision:mnasnet0_5")
+    metadata = weights.run_metadata(config, splits, "no") | {"best_epoch": 1}
+    model, loaded = (build_model(**metadata["model"]) for _ in range(2))
+    weights.write_weights(tmp_path / "w", weights.copy_of(model), metadata)
+    weights.load_weights(tmp_path / "w", loaded)
+    assert weights.checksum(loaded.state_dict()) == weights.checksum(model.state_dict())

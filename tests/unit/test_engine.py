@@ -1,0 +1,346 @@
+"""A training step: its gradient, accumulation, clipping and average; what an epoch reports."""
+
+import copy
+import dataclasses
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from trainers import FakeWorld, prepare
+
+from lab.checkpoint.train_state import TrainState
+from lab.config.schema import TrainConfig
+from lab.data.loaders import ResidentLoader
+from lab.data.sampler import ShardedBatchSampler
+from lab.data.transforms import BatchTransform
+from lab.data.types import Batch, Split
+from lab.distributed import build_accelerator
+from lab.engine.training import seed_dropout, train_one_epoch, update_ema
+from lab.models import build_model
+
+PLAIN = {
+    "optimizer": "sgd",
+    "momentum": 0.0,
+    "weight_decay": 0.0,
+    "schedule": "constant",
+    "lr": 1.0,
+}
+
+
+@pytest.fixture(scope="module")
+def accelerator():
+    return build_accelerator(mixed_precision="no", threads=1, quiet=True)
+
+
+def make_train_step(accelerator, **settings):
+    torch.manual_seed(0)
+    model = build_model("lenet5", num_classes=10, in_chans=1, image_size=28)
+    return prepare(accelerator, model, TrainConfig(**PLAIN | {"dataset": "digits"} | settings))
+
+
+def make_batch(num_samples, global_batch_size=None, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(num_samples, 1, 28, 28, generator=generator)
+    labels = torch.randint(10, (num_samples,), generator=generator)
+    return Batch(images, labels, torch.arange(num_samples), global_batch_size or num_samples)
+
+
+def weights(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def mean_gradient(model, batch, **settings):
+    model = copy.deepcopy(model)
+    F.cross_entropy(model(batch.images), batch.labels, **settings).backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize("grad_accum_steps", [1, 2, 3, 32, 33, 100])
+@pytest.mark.parametrize("num_samples", [1, 33])
+def test_p2_a_step_follows_the_mean_gradient_however_it_is_cut(
+    accelerator, num_samples, grad_accum_steps
+):
+    train_step, batch = (
+        make_train_step(accelerator, grad_accum_steps=grad_accum_steps),
+        make_batch(num_samples),
+    )
+    before, gradient = weights(train_step.model), mean_gradient(train_step.model, batch)
+    logits = train_step.model(batch.images)
+    loss_sum, num_correct = train_step.run(batch).tolist()
+    assert loss_sum == pytest.approx(F.cross_entropy(logits, batch.labels, reduction="sum").item())
+    assert num_correct == (logits.argmax(1) == batch.labels).sum()
+    assert torch.allclose(before - weights(train_step.model), gradient, atol=1e-6)
+    assert gradient.norm() > 0.1
+
+
+def test_p2_a_part_of_a_batch_weighs_by_its_samples(accelerator):
+    train_step, batch = make_train_step(accelerator), make_batch(3, global_batch_size=12)
+    before, gradient = weights(train_step.model), mean_gradient(train_step.model, batch)
+    train_step.run(batch)
+    assert torch.allclose(before - weights(train_step.model), gradient * 3 / 12, atol=1e-6)
+
+
+@pytest.mark.parametrize("grad_accum_steps", [1, 2])
+@pytest.mark.parametrize("sizes", [(4, 4), (3, 2), (1, 0), (2, 2, 1), (1, 0, 0)])
+def test_p2_the_mean_of_the_processes_steps_is_the_step_of_one_process(
+    accelerator, sizes, grad_accum_steps
+):
+    """DistributedDataParallel averages the gradients of the processes."""
+    whole, start, steps = make_batch(sum(sizes)), 0, []
+    for size in sizes:
+        train_step = make_train_step(accelerator, grad_accum_steps=grad_accum_steps)
+        train_step.accelerator = FakeWorld(accelerator, len(sizes))
+        before, part = weights(train_step.model), slice(start, start + size)
+        index = whole.index[part]
+        batch = Batch(whole.images[part], whole.labels[part], index, whole.global_batch_size)
+        train_step.run(batch)
+        steps.append(before - weights(train_step.model))
+        start += size
+    gradient = mean_gradient(make_train_step(accelerator).model, whole)
+    assert torch.allclose(torch.stack(steps).mean(0), gradient, atol=1e-6)
+
+
+@pytest.mark.parametrize("grad_accum_steps", [1, 4])
+def test_p2_a_process_without_samples_takes_the_step_too(accelerator, grad_accum_steps):
+    train_step = make_train_step(accelerator, grad_accum_steps=grad_accum_steps)
+    before = weights(train_step.model)
+    assert train_step.run(make_batch(0, global_batch_size=1)).tolist() == [0, 0]
+    assert torch.equal(weights(train_step.model), before)
+
+
+def test_gradients_do_not_outlive_their_step(accelerator):
+    train_step = make_train_step(accelerator)
+    for seed in range(2):
+        batch = make_batch(5, seed=seed)
+        before, gradient = weights(train_step.model), mean_gradient(train_step.model, batch)
+        train_step.run(batch)
+        assert torch.allclose(before - weights(train_step.model), gradient, atol=1e-6)
+
+
+@pytest.mark.parametrize("grad_accum_steps", [1, 3])
+@pytest.mark.parametrize("max_grad_norm", [0.01, 1e6])
+def test_clipping_bounds_the_norm_of_the_whole_gradient(
+    accelerator, max_grad_norm, grad_accum_steps
+):
+    train_step = make_train_step(
+        accelerator, max_grad_norm=max_grad_norm, grad_accum_steps=grad_accum_steps
+    )
+    batch = make_batch(7)
+    before, gradient = weights(train_step.model), mean_gradient(train_step.model, batch)
+    train_step.run(batch)
+    expected = gradient * min(1, max_grad_norm / gradient.norm().item())
+    assert torch.allclose(before - weights(train_step.model), expected, rtol=1e-3, atol=1e-6)
+
+
+def test_the_average_follows_its_formula(accelerator):
+    train_step = make_train_step(accelerator, ema_decay=0.2, lr=0.1)
+    ema_model = 0
+    for step, decay in ((1, 0), (2, 1 / 11), (3, 2 / 12), (4, 0.2), (5, 0.2)):
+        train_step.run(make_batch(5, seed=step))
+        update_ema(train_step.ema.module, train_step.model, 0.2, step)
+        ema_model = decay * ema_model + (1 - decay) * weights(train_step.model)
+        assert torch.allclose(weights(train_step.eval_model), ema_model, atol=1e-6)
+    assert not torch.allclose(weights(train_step.model), ema_model, atol=1e-3)
+
+
+def test_label_smoothing_is_torchs(accelerator):
+    train_step, batch = make_train_step(accelerator, label_smoothing=0.3), make_batch(5)
+    before = weights(train_step.model)
+    gradient = mean_gradient(train_step.model, batch, label_smoothing=0.3)
+    train_step.run(batch)
+    assert torch.allclose(before - weights(train_step.model), gradient, atol=1e-6)
+
+
+def make_loader(num_samples, batch_size):
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (num_samples, 1, 28, 28), generator=generator).to(torch.uint8)
+    split = Split(images, torch.arange(num_samples) % 10, tuple("0123456789"))
+    plan = ShardedBatchSampler(num_samples, batch_size, 0, 0, 1)
+    cpu = torch.device("cpu")
+    return ResidentLoader(split, plan, BatchTransform((0.5,), (0.5,), (), cpu), cpu)
+
+
+def train(train_step, num_samples=33, batch_size=8, epoch=1, first_step=0):
+    """(what the epoch gave, rows of steps.jsonl, calls of on_step)."""
+    rows, calls = [], []
+    position = TrainState(epoch=epoch, step=first_step)
+    trained = train_one_epoch(
+        train_step,
+        make_loader(num_samples, batch_size),
+        position,
+        on_step=lambda *arguments: calls.append(arguments),
+        on_log=rows.append,
+    )
+    return trained, rows, calls
+
+
+def test_an_epoch_reports_its_steps_and_means_over_samples(accelerator):
+    trained, rows, calls = train(make_train_step(accelerator, lr=0.01, log_every=1))
+    assert [(r["step"], r["epoch"], r["learning_rate"]) for r in rows] == [
+        (s, 1, 0.01) for s in range(1, 6)
+    ]
+    losses = [row["loss"] for row in rows]
+    assert trained.loss == pytest.approx(
+        (8 * sum(losses[:4]) + losses[4]) / 33
+    )  # batches 8 .. 8, 1
+    assert trained.accuracy * 33 == pytest.approx(round(trained.accuracy * 33))
+    assert [step for step, _, _ in calls] == [1, 2, 3, 4, 5]
+    assert trained.images_per_second == pytest.approx(33 / trained.seconds)
+
+
+@pytest.mark.parametrize(("log_every", "steps"), [(1, range(6, 11)), (3, [6, 9]), (7, [7])])
+def test_steps_are_logged_by_their_number_in_the_run(accelerator, log_every, steps):
+    _, rows, _ = train(make_train_step(accelerator, log_every=log_every), epoch=2, first_step=5)
+    assert [row["step"] for row in rows] == list(steps)
+
+
+@pytest.mark.parametrize("max_steps", [6, 9, 10, 11])
+def test_max_steps_counts_over_the_run(accelerator, max_steps):
+    settings = {"max_steps": max_steps, "log_every": 1}
+    _, rows, _ = train(make_train_step(accelerator, **settings), epoch=2, first_step=5)
+    assert [row["step"] for row in rows] == list(range(6, min(max_steps, 10) + 1))
+
+
+def test_the_rate_follows_the_schedule_within_the_epoch(accelerator):
+    train_step = make_train_step(accelerator, schedule="linear", lr=0.5, epochs=2, log_every=1)
+    trained, rows, _ = train(train_step, epoch=2, first_step=5)
+    expected = [0.5 * (1 - step / 10) for step in range(5, 10)]
+    assert [row["learning_rate"] for row in rows] == pytest.approx(expected)
+    assert trained.learning_rate == pytest.approx(expected[-1])
+
+
+@pytest.mark.parametrize("log_every", [1, 1000])
+def test_p7_a_loss_that_is_not_finite_ends_the_run(accelerator, log_every):
+    train_step = make_train_step(accelerator, log_every=log_every)
+    with torch.no_grad():
+        train_step.model.classifier[-1].bias[0] = math.nan
+    with pytest.raises(ValueError, match=r"the loss is nan at step 1 \(.*Lower --lr"):
+        train(train_step)
+
+
+@pytest.mark.parametrize("log_every", [1, 1000])
+def test_p7_the_first_loss_that_is_not_finite_is_named(accelerator, log_every):
+    train_step = make_train_step(accelerator, log_every=log_every)
+    loader, position = make_loader(33, 8), TrainState(epoch=2, step=5)
+    loader.transform = spoiling(loader.transform, bad=[2])
+    with pytest.raises(ValueError, match=r"the loss is nan at step 8 \(learning rate"):
+        train_one_epoch(train_step, loader, position, lambda *_: None, lambda _: None)
+
+
+def spoiling(transform, bad):
+    """`preprocess`, whose calls of the numbers in `bad` give a picture that is not a number."""
+
+    def spoiled(images, bits):
+        images = transform(images, bits)
+        if spoiled.calls in bad:
+            images[0] = math.nan
+        spoiled.calls += 1
+        return images
+
+    spoiled.calls, spoiled.augment = 0, transform.augment
+    return spoiled
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"ema_decay": 0.9, "grad_accum_steps": 2}, {"optimizer": "adamw"}, {"optimizer": "muon"}],
+)
+def test_a_step_that_is_not_finite_is_skipped_whole(accelerator, settings):
+    """What comes out is what training without that batch gives, but for the count."""
+
+    def after(bad, settings):
+        train_step = make_train_step(accelerator, lr=0.01, log_every=1, **settings)
+        loader, rows, position = make_loader(32, 8), [], TrainState()
+        loader.transform = spoiling(loader.transform, bad)
+        kept = []
+
+        def log(row):
+            rows.append(row["loss"])
+            kept.append((weights(train_step.model), weights(train_step.eval_model)))
+
+        trained = train_one_epoch(train_step, loader, position, lambda *_: None, log)
+        return trained, rows, position, kept
+
+    trained, losses, position, kept = after([1, 2], settings | {"on_nonfinite": "skip"})
+    assert losses[1:3] == [None, None]
+    assert (position.skipped_steps, position.skipped_samples) == (2, 16)
+    assert trained.loss == pytest.approx((losses[0] + losses[3]) / 2)
+    for before, between in zip(kept[0], kept[2], strict=True):
+        assert torch.equal(before, between)
+    assert not torch.equal(kept[3][0], kept[2][0])
+    assert all(torch.isfinite(w).all() for w in kept[3])
+    clean, _, position, _ = after([], settings | {"on_nonfinite": "skip"})
+    plain, _, _, _ = after([], settings)
+    assert clean == dataclasses.replace(  # the times apart
+        plain, seconds=clean.seconds, images_per_second=clean.images_per_second
+    )
+    assert position.skipped_steps == 0
+
+
+def test_an_epoch_whose_steps_are_all_skipped_has_no_loss(accelerator):
+    train_step = make_train_step(accelerator, on_nonfinite="skip")
+    loader, position = make_loader(33, 8), TrainState()
+    loader.transform = spoiling(loader.transform, range(5))
+    trained = train_one_epoch(train_step, loader, position, lambda *_: None, lambda _: None)
+    assert (trained.loss, trained.accuracy, position.skipped_steps) == (None, None, 5)
+
+
+def test_an_epoch_stops_where_it_is_told_and_goes_on_there(accelerator):
+    whole, parts = (make_train_step(accelerator, lr=0.01, log_every=1) for _ in range(2))
+    rows, position = [], TrainState()
+    expected, expected_rows, _ = train(whole)
+
+    def ask(position):
+        return position.batch == 2
+
+    loader = make_loader(33, 8)
+    assert train_one_epoch(parts, loader, position, lambda *_: None, rows.append, ask) is None
+    assert (position.batch, position.step) == (2, 2)
+    trained = train_one_epoch(parts, loader, position, lambda *_: None, rows.append)
+    assert rows == expected_rows
+    assert (trained.loss, trained.accuracy) == (expected.loss, expected.accuracy)
+    assert torch.equal(weights(parts.model), weights(whole.model))
+
+
+def test_p2_dropout_depends_on_the_step_and_the_seed_alone(accelerator):
+    def trained_weights(seed=42, first_step=0):
+        torch.manual_seed(0)
+        model = build_model("lenet5", num_classes=10, in_chans=1, image_size=28)
+        model.classifier.insert(0, torch.nn.Dropout(0.5))
+        config = TrainConfig(**PLAIN | {"dataset": "digits", "lr": 0.1, "seed": seed})
+        train_step = prepare(accelerator, model, config)
+        torch.manual_seed(torch.seed())  # whatever randomness came before
+        train(train_step, first_step=first_step)
+        return weights(train_step.model)
+
+    first = trained_weights()
+    assert torch.equal(trained_weights(), first)
+    assert not torch.equal(trained_weights(seed=43), first)
+    assert not torch.equal(trained_weights(first_step=5), first)
+
+
+def test_p2_dropout_differs_between_processes(accelerator):
+    """Each process draws masks for its own samples."""
+
+    def trained_weights(rank):
+        torch.manual_seed(0)
+        model = build_model("lenet5", num_classes=10, in_chans=1, image_size=28)
+        model.classifier.insert(0, nn.Dropout(0.5))
+        train_step = prepare(accelerator, model, TrainConfig(**PLAIN | {"dataset": "digits"}))
+        train_step.accelerator = FakeWorld(accelerator, 2, rank)
+        train(train_step)
+        return weights(train_step.model)
+
+    assert not torch.equal(trained_weights(0), trained_weights(1))
+
+
+@pytest.mark.parametrize(("dropout", "expected"), [(-1.0, 0.5), (0.0, 0.0), (0.25, 0.25)])
+def test_dropout_is_the_networks_own_or_as_told(accelerator, dropout, expected):
+    model = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(4, 2))
+    train_step = prepare(accelerator, model, TrainConfig(dropout=dropout))
+    train_step.set_training_mode()
+    seed_dropout(0, accelerator.device)
+    kept = train_step.wrapped_model[1](torch.ones(100_000)).count_nonzero().item() / 100_000
+    assert kept == pytest.approx(1 - expected, abs=0.01)

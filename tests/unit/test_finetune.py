@@ -1,0 +1,289 @@
+"""Fine-tuning: weights to begin with, a new head, a frozen backbone."""
+
+import json
+import urllib.error
+from pathlib import Path
+
+import pytest
+import torch
+from mistakes import matches
+from resuming import cut_off, resume, same_end, start
+from torchvision import models as torchvisions
+from trainers import place, prepare
+
+import train
+from lab.checkpoint import init_weights
+from lab.checkpoint import weights as weights_module
+from lab.config.recipes import resolve
+from lab.data.types import Batch
+from lab.models import MODELS, build_model, pretrained
+
+NAME = "mobilenet_v3_small"
+SMALL = ["--model", NAME, "--image-size", "16", "--recipe", "smoke", "--threads", "1", "--quiet"]
+SMALL += [
+    "--max-train-samples",
+    "24",
+    "--max-eval-samples",
+    "10",
+    "--batch-size",
+    "8",
+    "--log-every",
+    "1",
+]
+SMALL += ["--max-steps", "0", "--epochs", "2", "--num-samples", "60"]
+
+
+def model_of(name=NAME, num_classes=10, in_chans=3, image_size=16):
+    return {
+        "name": name, "num_classes": num_classes, "in_chans": in_chans, "image_size": image_size,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def hub(tmp_path_factory, monkeypatch):
+    """torchvision's folder of downloads, empty, and no network."""
+
+    def refuse(*_, **__):
+        raise urllib.error.URLError("no network")
+
+    folder = tmp_path_factory.mktemp("hub")
+    monkeypatch.setenv("TORCH_HOME", str(folder))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
+    return folder / "hub" / "checkpoints"
+
+
+def imagenets(name, **settings):
+    """torchvision's network with random weights in the place of ImageNet's; all tensors differ."""
+    torch.manual_seed(1)
+    model = torchvisions.get_model(name, **settings).eval()
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            if tensor.is_floating_point() and tensor.ndim == 1:
+                tensor.copy_(torch.rand_like(tensor) + 0.5)
+    return model
+
+
+def taken(model, source, monkeypatch, found, heads):
+    monkeypatch.setattr(pretrained, "fetch", lambda _: dict(found))
+    return pretrained.load_pretrained(model, source, heads)
+
+
+def test_p7_pretrained_without_a_network_is_one_line(fails, hub):
+    message = fails(train, *SMALL, "--dataset", "shapes", "--pretrained")
+    assert matches(
+        message,
+        f"torchvision's ImageNet weights of mobilenet_v3_small cannot be had (*). Download "
+        f"https://download.pytorch.org/models/mobilenet_v3_small-047dcff4.pth elsewhere and put it "
+        f"into {hub}, or leave --pretrained out.",
+    )
+
+
+def test_p7_pretrained_is_for_networks_with_such_weights(fails):
+    message = fails(train, "--pretrained", "--dataset", "digits")
+    assert message.startswith("there are no ImageNet weights for lenet5. Known: googlenet, ")
+    assert "vit" not in message
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--model mobilenet_v2 --pretrained --init-checkpoint x", "--pretrained and --init-checkpoint both give "
+         "weights. Give one of them."),
+        ("--freeze backbone", "--freeze keeps random weights. Give --pretrained or "
+         "--init-checkpoint."),
+        ("--freeze all", "--freeze has no all. Choose from none, backbone."),
+    ],
+)  # fmt: skip
+def test_p7_options_that_do_not_go_together(fails, words, message):
+    assert fails(train, *words.split()) == message
+
+
+def test_the_weights_that_models_name_are_torchvisions():
+    for spec in MODELS.values():
+        if spec.weights:
+            assert torchvisions.get_model_weights(spec.weights).DEFAULT.url.endswith(".pth")
+
+
+def test_a_downloaded_file_is_read_and_used(hub, tmp_path, capsys):
+    source = imagenets("mobilenet_v3_small")
+    hub.mkdir(parents=True)
+    url = torchvisions.get_model_weights("mobilenet_v3_small").DEFAULT.url
+    torch.save(source.state_dict(), hub / Path(url).name)
+    words = [w for w in SMALL if w != "--quiet"]
+    start(tmp_path, *words, "--dataset", "shapes", "--pretrained", "--freeze", "backbone")
+    told = " ".join(capsys.readouterr().out.split())
+    number = len(source.state_dict())
+    assert f"{number - 2} of {number} tensors taken over" in told
+    assert "new: classifier.3.weight, classifier.3.bias" in told
+    tensors = weights_module.read_tensors(tmp_path / "run" / "best.safetensors")
+    for name, tensor in source.state_dict().items():
+        if not name.startswith("classifier.3."):
+            assert torch.equal(tensor, tensors[name]), name  # statistics of BatchNorm included
+
+
+def test_densenets_older_names_find_their_places(hub):
+    names = imagenets("densenet121").state_dict()
+    hub.mkdir(parents=True)
+    url = torchvisions.get_model_weights("densenet121").DEFAULT.url
+    older = {
+        n.replace("norm1.", "norm.1.").replace("conv1.", "conv.1.").replace("norm2.", "norm.2.")
+        .replace("conv2.", "conv.2.") if "denselayer" in n else n: t
+        for n, t in names.items()
+    }  # fmt: skip
+    assert older.keys() != names.keys()
+    torch.save(older, hub / Path(url).name)
+    assert pretrained.fetch("densenet121").keys() == names.keys()
+
+
+@pytest.mark.parametrize("name", ["mobilenet", NAME, "efficientnet_b0"])
+def test_an_unchanged_network_says_what_torchvisions_says(monkeypatch, name):
+    """From 64 pixels on; of grey images what it says of the same in colour."""
+    source = imagenets(MODELS[name].weights, num_classes=10)
+    images = torch.randn(2, 1, 64, 64)
+    for in_chans in (1, 3):
+        model = build_model(**model_of(name, 10, in_chans, 64)).eval()
+        remarks = taken(model, MODELS[name].weights, monkeypatch, source.state_dict(), set())
+        assert len(remarks) == (2 if in_chans == 1 else 1)
+        with torch.no_grad():
+            expected = source(images.expand(-1, 3, -1, -1))
+            found = model(images.expand(-1, in_chans, -1, -1))
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_what_ports_do_to_the_channels_is_in_the_weights(monkeypatch):
+    """Inception v3 takes images of another range, which torchvision makes inside the network."""
+    source = imagenets("inception_v3", num_classes=10, init_weights=True, transform_input=True)
+    model = build_model(**model_of("torchvision:inception_v3", image_size=299)).eval()
+    taken(model, "inception_v3", monkeypatch, source.state_dict(), set())
+    images = torch.randn(1, 3, 299, 299)
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), source(images), rtol=1e-3, atol=1e-3)
+
+
+def test_small_images_take_the_middle_of_the_first_kernel(monkeypatch):
+    source = imagenets("densenet121")
+    model = build_model(**model_of("densenet121", in_chans=1))
+    heads = {"classifier.weight", "classifier.bias"}
+    remarks = taken(model, "densenet121", monkeypatch, source.state_dict(), heads)
+    assert remarks[1:] == [
+        "features.conv0.weight [64, 3, 7, 7] cut to [64, 1, 3, 3]",
+        "new: classifier.weight, classifier.bias",
+    ]
+    kernel = source.features.conv0.weight[:, :, 2:5, 2:5].sum(1, keepdim=True)
+    assert torch.equal(model.features.conv0.weight, kernel)
+    assert torch.equal(model.features.norm5.weight, source.features.norm5.weight)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run on digits: ten classes, one channel."""
+    folder = tmp_path_factory.mktemp("trained")
+    start(folder, *SMALL, "--dataset", "digits")
+    return folder / "run"
+
+
+def start_from(path, **model):
+    built_model = build_model(**model_of(**model))
+    before = {name: tensor.clone() for name, tensor in built_model.state_dict().items()}
+    config = resolve({"model": NAME, "dataset": "digits", "init_checkpoint": str(path)})
+    init_weights.start_from(built_model, model_of(**model), config)
+    return before, built_model.state_dict()
+
+
+@pytest.mark.parametrize("num_classes", [10, 3])
+def test_init_from_takes_all_but_a_head_of_another_size(trained, monkeypatch, num_classes):
+    told = []
+    monkeypatch.setattr(init_weights.console, "say", told.append)
+    saved = weights_module.read_tensors(trained / "best.safetensors")
+    before, after = start_from(trained, in_chans=1, num_classes=num_classes)
+    fresh = {name for name in after if not torch.equal(after[name], saved[name])}
+    heads = {"classifier.3.weight", "classifier.3.bias"} if num_classes == 3 else set()
+    assert fresh == heads
+    assert all(torch.equal(after[name], before[name]) for name in heads)
+    ending = "new head: classifier.3.bias, classifier.3.weight" if heads else "its head too"
+    assert told == [f"weights of {trained}; {ending}"]
+
+
+def test_p7_init_from_another_network_says_how_it_differs(fails, trained):
+    for words, message in {
+        "--model mobilenet_v2": f"holds {NAME}, not mobilenet. Give --model {NAME}.",
+        "--dataset shapes": "takes images with 1 channels, the data's have 3. Give data like "
+        "that it was trained on.",
+        "--image-size 32": "was trained on images of 16 pixels, not 32. Give --image-size 16.",
+    }.items():
+        base = [*SMALL, "--dataset", "digits", "--init-checkpoint", trained]
+        assert fails(train, *base, *words.split()) == f"{trained}/best.safetensors {message}"
+    assert fails(train, *SMALL, "--dataset", "digits", "--init-checkpoint", "gone") == (
+        "there is no file gone. Give a run's folder or its best.safetensors."
+    )
+
+
+def test_p7_init_from_weights_that_differ_elsewhere_names_where(fails, tmp_path, trained):
+    tensors = weights_module.read_tensors(trained / "best.safetensors")
+    metadata = weights_module.read_metadata(trained / "best.safetensors")
+    name = "features.12.1.weight"
+    for changed in (
+        {n: t for n, t in tensors.items() if n != name},
+        tensors | {name: torch.zeros(7)},
+        tensors | {"features.12.1.new": torch.zeros(7)},
+    ):
+        weights_module.write_weights(tmp_path / "w", changed, metadata)
+        message = fails(train, *SMALL, "--dataset", "digits", "--init-checkpoint", "w")
+        assert message.startswith("w holds the weights of another architecture: it differs in ")
+        assert message.split("differs in ")[1].startswith("features.12.1.")
+
+
+def test_a_frozen_backbone_stays_and_its_batchnorm_too(trained):
+    words = {"model": NAME, "dataset": "digits", "recipe": "smoke", "init_checkpoint": str(trained)}
+    config = resolve({**words, "freeze": "backbone", "ema_decay": 0.5, "max_grad_norm": 1.0})
+    model = build_model(**model_of(in_chans=1))
+    init_weights.start_from(model, model_of(in_chans=1), config)
+    init_weights.freeze(model, model_of(in_chans=1), config.freeze)
+    train_step = prepare(place("cpu"), model, config)
+    heads = {"classifier.3.weight", "classifier.3.bias"}
+    groups = [p for group in train_step.optimizer.param_groups for p in group["params"]]
+    assert sum(p.numel() for p in groups) == 1024 * 10 + 10
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    train_step.set_training_mode()
+    assert model.training
+    for _ in range(2):
+        train_step.run(Batch(torch.randn(4, 1, 16, 16), torch.arange(4), None, 4))
+    after = model.state_dict()
+    assert {n for n in after if not torch.equal(after[n], before[n])} == heads
+    assert all(p.grad is None for n, p in model.named_parameters() if n not in heads)
+
+
+def test_p3_a_frozen_run_resumes_to_the_same_bits_without_its_first_weights(
+    tmp_path, monkeypatch, trained
+):
+    weights = tmp_path / "first.safetensors"
+    weights.write_bytes((trained / "best.safetensors").read_bytes())
+    words = [
+        *SMALL,
+        "--dataset",
+        "digits",
+        "--init-checkpoint",
+        str(weights),
+        "--freeze",
+        "backbone",
+    ]
+    words += ["--checkpoint-every", "2", "--epochs", "2"]
+    start(tmp_path, *words, name="whole")
+    cut_off(monkeypatch, 4, lambda: start(tmp_path, *words))
+    weights.unlink()
+    assert resume(tmp_path / "run") == 0
+    same_end(tmp_path / "run", tmp_path / "whole")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["freeze"] == "backbone"
+
+
+def test_few_steps_from_random_weights_are_warned_of(capsys):
+    def told(num_batches, **given):
+        config = resolve({"dataset": "digits", "epochs": 3, **given})
+        init_weights.warn_of_few_steps(config, num_batches)
+        return capsys.readouterr().err
+
+    words = "warning: only 297 steps in all: too few to learn much from random weights. Give "
+    assert told(99, model="lenet5") == words + "a smaller --batch-size or more --epochs.\n"
+    assert told(99, model="mobilenet").startswith(words + "--pretrained, a smaller --batch-size")
+    assert told(100) == told(99, max_steps=9) == told(99, init_checkpoint="w") == ""
