@@ -8,10 +8,11 @@ SOAK_ARGS ?=
 RESULTS_ARGS ?=
 
 BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test soak results-gpu check format clean
+.PHONY: help demo test test-all soak results-gpu check format clean
 
 help: ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | \
@@ -21,9 +22,11 @@ demo: $(VENV)/.runtime ## train LeNet-5 on the bundled digits, then evaluate it
 	$(BIN)/python train.py --model lenet5 --dataset digits --name demo --overwrite
 	$(BIN)/python evaluate.py runs/demo
 
-test: $(VENV)/.dev ## run the tests (PYTEST_ARGS="-k metrics -x" narrows them)
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder \
-		$(PYTEST_ARGS)
+test: $(VENV)/.dev ## prove all promises, about five minutes (PYTEST_ARGS="-k metrics -x" narrows)
+	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
+
+test-all: $(VENV)/.dev ## also the tests marked slow, as CI does
+	$(PYTEST) $(PYTEST_ARGS)
 
 soak: $(VENV)/.dev ## kill trainings at random and compare their ends, 10 minutes (SOAK_ARGS="--kills 200")
 	$(BIN)/python benchmarks/soak.py $(SOAK_ARGS)

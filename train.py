@@ -51,14 +51,16 @@ def main(argv: list[str] | None = None) -> RunDir:
         if checkpoint and checkpoint.is_finished(config):
             console.info(f"{run.path} is finished; to train it further, raise --epochs")
         else:
-            train(run, config, checkpoint, start_time)
+            # A checkpoint may be somebody else's: nothing is downloaded to a directory it names.
+            download = not checkpoint or "data_dir" in overrides
+            train(run, config, checkpoint, start_time, download)
         if not run.exit_code:
             remove_checkpoints(run, config.final_checkpoints)
             hub.upload(run, config)
     return run
 
 
-def train(run, config, checkpoint, start_time):
+def train(run, config, checkpoint, start_time, download):
     """Train and test; `checkpoint` is the one to resume from, or None for a new run."""
     import torch
 
@@ -104,7 +106,7 @@ def train(run, config, checkpoint, start_time):
     options = LoaderOptions.create(accelerator, config.loader, config.workers, config.cuda_graphs)
     data_config = DataConfig.of(config)
     with raise_on_all_ranks(accelerator), console.status(f"reading {config.dataset}"):
-        splits = load_splits(data_config, options.memory, torch.get_num_threads())
+        splits = load_splits(data_config, options.memory, torch.get_num_threads(), download)
     check_same_data(accelerator, splits.fingerprints, partial(list_samples, data_config))
     if checkpoint:
         checkpoint.check_same_splits(splits)

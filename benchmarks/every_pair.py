@@ -1,7 +1,7 @@
 """Does any (model, data set) pair diverge? A short training of each, with a recipe.
 
   python benchmarks/every_pair.py --mnist data --photographs PICTURES --log every_pair.txt
-  python benchmarks/every_pair.py --models densenet,vit_tiny --datasets shapes --recipe notebook
+  python benchmarks/every_pair.py --models densenet,vit_tiny --datasets digits --recipe notebook
 
 Each pair trains 200 steps by train.py's own loop: ten epochs, so that the whole course of the
 learning rate is run through, warm-up and peak included. A line a pair is added to the log: the
@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # lab and train
 
 EPOCHS, ENDS = 10, 10  # ENDS: steps that a loss is the mean of
 ALIASES = {"vit": "vit_tiny", "efficientnet": "efficientnet_b0"}
-DATASETS = ("shapes", "digits", "mnist", "photographs")
+DATASETS = ("digits", "mnist", "photographs")
 COLUMNS = "{:<20} {:<12} {:<9} {:>5} {:>5} {:>7} {:>7}  {}"
 HEADER = ("model", "data set", "recipe", "steps", "batch", "first", "last", "precision, seconds")
 
@@ -47,7 +47,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--log", type=Path, help="a text file that lines are added to")
     args = parser.parse_args()
-    folders = {"shapes": "data", "digits": "data", "mnist": args.mnist}
+    folders = {"digits": "data", "mnist": args.mnist}
     folders["photographs"] = args.photographs
     lines = args.log.read_text().splitlines() if args.log and args.log.exists() else []
     done = {tuple(line.split()[:3]) for line in lines}
@@ -83,8 +83,6 @@ def train_pair(model: str, dataset: str, folder: str, args: argparse.Namespace) 
             num_samples,
             "--max-eval-samples",
             20,
-            "--num-samples",
-            2000,
         ]
         run, outcome = Path(output) / "run", ""
         try:

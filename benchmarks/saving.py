@@ -78,7 +78,7 @@ def main() -> None:
                 writer.wait()
                 start = time.perf_counter()
                 if saves:
-                    position.step += 1
+                    train_state.step += 1
                     kept.save(row, position)
                     copying.append(time.perf_counter() - start)
                 steps(STEPS // 2)

@@ -1,4 +1,4 @@
-"""What a user can get wrong, and how a script ends when they did (promise P7)."""
+"""User errors, and the exit of a script after an exception (promise P7)."""
 
 import difflib
 import json
@@ -13,21 +13,21 @@ from contextlib import suppress
 
 from lab import console
 
-# Seconds in which a launcher stops the peers of a process that failed, and in which a host's first
-# process speaks of what all may have met.
-PATIENCE, TURN = 10, 2
-GONE = "closed|reset by peer|broken pipe|failed to recv|remote process exited|aborted"  # peers
-RESUME = "train.py --resume auto goes on from the last saved state"
+# Seconds to wait before printing an error that other processes may print too: a launcher stops the
+# peers of a failed process within the first, and local rank 0 prints within the second.
+LOST_PEER_DELAY, LOCAL_RANK_DELAY = 10, 2
+LOST_PEER = "closed|reset by peer|broken pipe|failed to recv|remote process exited|aborted"
+RESUME = "train.py --resume auto continues from the last checkpoint"
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend: `what` happened, and a `hint` that says how.
+    """An error that the user can fix: `what` is wrong, and a `hint` how to fix it.
 
-    `lone`: one process met it alone, which then has to say so itself.
+    Set `rank_local` if the error may occur on a single process, which then prints it itself.
     """
 
     def __init__(self, what: str, hint: str, rank_local: bool = False):
-        super().__init__(what, hint, rank_local)  # what unpickling calls it with
+        super().__init__(what, hint, rank_local)  # the arguments that unpickling passes
         self.what, self.hint, self.rank_local = what.rstrip("."), hint.rstrip("."), rank_local
 
     def __str__(self) -> str:
@@ -35,24 +35,25 @@ class UserError(ValueError):
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:
-    """A hint for a name that is none of the `known`: those that are like it, or all."""
+    """Return a hint for an unknown name: the `known` names similar to it, or all of them."""
     known = list(known)
     close = difflib.get_close_matches(word, known, 3)
     return f"Did you mean {' or '.join(close)}?" if close else f"Known: {', '.join(known)}"
 
 
 def name_some(names: Sequence[str], count: int = 5) -> str:
-    """Return the first `count` names in one line, and how many more there are."""
+    """Return the first `count` names as one line, and the number of the remaining ones."""
     more = f" and {len(names) - count} more" if len(names) > count else ""
     return ", ".join(names[:count]) + more
 
 
 def run_script(main: Callable[[], int | None]) -> int:
-    """The exit code of `main()`; after a `UserError`, 2 and one `error: WHAT. HINT.` line.
+    """Call `main` and return the exit code.
 
-    With `--debug` the traceback is printed as well. Another exception keeps its traceback and ends
-    in 1. Where another process of the run is gone, its message is the one worth reading: this
-    process waits a moment for the launcher to stop it before it speaks.
+    After a `UserError` the code is 2, and the one line `error: WHAT. HINT.` is printed; with
+    `--debug` the traceback, too. After any other exception the code is 1, and its traceback is
+    printed. If another process of the run ended first, its message is the useful one: this process
+    gives the launcher time to stop it before it prints its own.
     """
     code = 0
     try:
@@ -62,12 +63,13 @@ def run_script(main: Callable[[], int | None]) -> int:
         code = 130
         _report_to_launcher("interrupted")
     except Exception as error:
-        mistake, lost = as_user_error(error), _lost_a_process(error)
+        mistake, lost_peer = as_user_error(error), _lost_peer(error)
         if mistake and mistake.rank_local:
-            # The launcher's SIGTERM ends the wait, whatever the script has made of that signal.
+            # The launcher's SIGTERM must end the wait, even if the script handles that signal.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            first = os.environ.get("LOCAL_RANK", "0") == "0"
-            time.sleep((PATIENCE if lost else 0) + (0 if first else TURN))
+            is_local_main = os.environ.get("LOCAL_RANK", "0") == "0"
+            delay = LOST_PEER_DELAY if lost_peer else 0
+            time.sleep(delay + (0 if is_local_main else LOCAL_RANK_DELAY))
         if mistake is None or "--debug" in sys.argv:
             traceback.print_exc()
         if mistake:
@@ -76,11 +78,11 @@ def run_script(main: Callable[[], int | None]) -> int:
             console.error(str(mistake))
         _report_to_launcher(str(mistake) if mistake else f"{type(error).__name__}: {error}")
         code = 2 if mistake else 1
-        # Let go of the frames: a loader that they hold keeps worker processes, and they this one.
+        # Release the frames: a loader in them would keep its worker processes, and so this one.
         error.__traceback__ = None
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        # No destructors: after an error they would wait for peers that are inside a collective,
-        # and gloo's threads, torn down at exit, now and then abort a run that went well.
+        # Skip destructors: after an error they would wait for peers inside a collective, and the
+        # teardown of gloo's threads sometimes aborts a run that succeeded.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -88,10 +90,10 @@ def run_script(main: Callable[[], int | None]) -> int:
 
 
 def _report_to_launcher(message: str) -> None:
-    """Write the reason of a failure where torchrun's own report looks for it.
+    """Write the reason of a failure to the file that torchrun's own report reads.
 
-    `accelerate launch` of several processes uses torchrun. Its report says "To enable traceback
-    see ..." of a process that left no reason.
+    `accelerate launch` of several processes uses torchrun. Without the file, its report says only
+    "To enable traceback see ...".
     """
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         with suppress(OSError), open(path, "w", encoding="utf-8") as file:
@@ -100,76 +102,65 @@ def _report_to_launcher(message: str) -> None:
 
 
 def as_user_error(error: Exception) -> UserError | None:
-    """What of `error` a user can mend; None where that is not known."""
+    """Return the `UserError` that an exception stands for, or None if the user cannot fix it."""
     if isinstance(error, UserError):
         return error
     return (
-        _lost_a_process(error)
-        or _waited_in_vain(error)
-        or _out_of_memory(error)
-        or _one_value(error)
+        _lost_peer(error) or _timed_out(error) or _out_of_memory(error) or _batch_norm_error(error)
     )
 
 
 def _out_of_memory(error: Exception) -> UserError | None:
-    """The mistake of asking for more than fits, where that is what `error` tells of."""
-    # PyTorch's two, of an accelerator and of a CPU; by name, as this module imports no PyTorch.
-    torchs = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
-    if not torchs and not isinstance(error, MemoryError):
+    # PyTorch's errors of an accelerator and of a CPU; by name, as this module imports no PyTorch.
+    from_torch = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
+    if not from_torch and not isinstance(error, MemoryError):
         return None
-    asked = re.search(r"allocate ([\d.]+ \w+)", str(error))
+    requested = re.search(r"allocate ([\d.]+ \w+)", str(error))
     return UserError(
-        "out of memory" + (f" ({asked[1]} more were asked for)" if asked else ""),
+        "out of memory" + (f" (tried to allocate {requested[1]})" if requested else ""),
         "Lower --batch-size or --image-size, or raise --grad-accum-steps",
         rank_local=True,
     )
 
 
-def _one_value(error: Exception) -> UserError | None:
-    """That BatchNorm met one image of one pixel, where that is what `error` tells of."""
+def _batch_norm_error(error: Exception) -> UserError | None:
     if "Expected more than 1 value per channel" not in str(error):
         return None
     return UserError(
-        "BatchNorm cannot train on one image of which one pixel is left",
-        "Give a larger --image-size, or a --batch-size whose last batch holds more images",
+        "BatchNorm cannot train on a batch of one image whose feature map has one pixel",
+        "Give a larger --image-size, or a --batch-size whose last batch has more images",
         rank_local=True,
     )
 
 
-def _waited_in_vain(error: Exception) -> UserError | None:
-    """That the other processes did not answer, where that is what `error` tells of."""
+def _timed_out(error: Exception) -> UserError | None:
     text = str(error)
-    if not _collective(error) or not re.search("timed? ?out", text, re.IGNORECASE):
+    if not _is_collective_error(error) or not re.search("timed? ?out", text, re.IGNORECASE):
         return None
-    if "connectFullMesh" in text:  # gloo met them, and had an address of theirs that leads nowhere
-        return UserError(
-            f"process {_rank()} cannot reach the others",
-            "Name the network interface that joins the machines in GLOO_SOCKET_IFNAME",
-            rank_local=True,
-        )
-    wait = re.search(r"(\d+) ?(m?)s", text)  # gloo and NCCL say milliseconds, the store seconds
-    seconds = f" {int(wait[1]) // (1000 if wait[2] else 1)} s" if wait else ""
+    wait = re.search(r"(\d+) ?(m?)s", text)  # gloo and NCCL report milliseconds, the store seconds
+    seconds = f" after {int(wait[1]) // (1000 if wait[2] else 1)} s" if wait else ""
     return UserError(
-        f"process {_rank()} waited{seconds} for the others in vain",
-        "One hangs, cannot be reached, or needs longer than --timeout-seconds; " + RESUME,
+        f"process {_rank()} timed out{seconds} waiting for the other processes",
+        "One of them hangs, cannot be reached (see GLOO_SOCKET_IFNAME), or needs longer than "
+        f"--timeout-seconds; {RESUME}",
         rank_local=True,
     )
 
 
-def _lost_a_process(error: Exception) -> UserError | None:
-    """That another process ended, where that is what `error` tells of."""
-    if not _collective(error) or not re.search(GONE, str(error), re.IGNORECASE):
+def _lost_peer(error: Exception) -> UserError | None:
+    if not _is_collective_error(error) or not re.search(LOST_PEER, str(error), re.IGNORECASE):
         return None
     address = re.search(r"\[([\w.:]+)\]:\d", str(error))
+    at = f" (at {address[1]})" if address else ""
     return UserError(
-        f"process {_rank()} lost another one" + (f" (at {address[1]})" if address else ""),
-        "See why that one ended; " + RESUME,
+        f"process {_rank()} lost the connection to another process{at}",
+        f"See the error message of that process; {RESUME}",
         rank_local=True,
     )
 
 
-def _collective(error: Exception) -> bool:
-    """Whether an exchange between processes raised `error`."""
+def _is_collective_error(error: Exception) -> bool:
+    """Return whether communication between processes raised `error`."""
     text = str(error)
     return type(error).__name__.startswith("Dist") or "gloo" in text or "NCCL" in text
 

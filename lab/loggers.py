@@ -17,7 +17,7 @@ from PIL import Image
 from lab import console
 from lab.checkpoint.atomic_io import write_atomically
 from lab.checkpoint.run_dir import STEPS, TRACKED, RunDir
-from lab.config.schema import TrainConfig, listed
+from lab.config.schema import TrainConfig, split_list
 from lab.errors import UserError
 from lab.report.markdown import escaped, table
 
@@ -26,7 +26,7 @@ PROJECT = "lab"
 
 def check_packages(config: TrainConfig, needed: bool) -> None:
     """Check that the trackers which this process uses are installed. Raise `UserError`."""
-    for name in listed(config.tracker) if needed else ():
+    for name in split_list(config.tracker) if needed else ():
         if find_spec(name) is None:
             raise UserError(
                 f"--tracker {name} needs the package {name}",
@@ -41,7 +41,7 @@ class Loggers:
         """Start the trackers that `settings` name; `step` is the number of steps already taken."""
         self.run, self.trackers = run, dict[str, GeneralTracker]()
         scalars = {k: v for k, v in settings.items() if isinstance(v, bool | int | float | str)}
-        for name in listed(settings["tracker"]) if run.is_main_process else ():
+        for name in split_list(settings["tracker"]) if run.is_main_process else ():
             self._guard(name, self._start, name, scalars, step)
         # Resuming hides what was logged of the checkpoint's own step; log that step again.
         for line in (run.path / STEPS).read_text().splitlines()[-1:] if step else ():
@@ -119,7 +119,7 @@ class Loggers:
     def _close(self, name: str, step: int | None) -> None:
         """Close a tracker, after the plots of a run that ended at `step`."""
         tracker: Any = self.trackers[name]
-        for path in self.run.pictures if step is not None else ():
+        for path in self.run.plot_files if step is not None else ():
             with Image.open(path) as picture:
                 pixels = np.asarray(picture.convert("RGB"))[None]  # [1, H, W, 3]
             more = {"dataformats": "NHWC"} if name == "tensorboard" else {}

@@ -1,4 +1,4 @@
-"""What a disk refuses: what then helps, by the number of the system's error, and what has room."""
+"""File writes that are atomic, in the background if wanted, and whose failures are user errors."""
 
 import errno
 import json
@@ -15,7 +15,7 @@ from lab.errors import UserError
 
 
 def to_json(content: Any, **settings: Any) -> str:
-    """Return `content` as JSON, which has no NaN and no infinity: such numbers are null."""
+    """Return `content` as JSON. NaN and infinity, which JSON lacks, become null."""
 
     def finite(value: Any) -> Any:
         if isinstance(value, float) and not math.isfinite(value):
@@ -28,9 +28,10 @@ def to_json(content: Any, **settings: Any) -> str:
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Lets `write` fill a temporary file, which then takes the name `path`.
+    """Let `write` fill a temporary file, then rename it to `path`.
 
-    Whenever the machine stops, `path` has the old content or the new.
+    After a power failure at any moment, `path` has either its old or its new content. Raise
+    `UserError` if the file cannot be written.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with os_errors_as_user_errors(path):
@@ -38,14 +39,14 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
             write(temporary)
             sync(temporary)
             os.replace(temporary, path)
-            if os.name == "posix":  # the rename itself is on disk once its folder is
+            if os.name == "posix":  # the rename is durable once its directory is synced
                 sync(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:
-    """Returns when the disk has what was written to a file or folder."""
+    """Wait until the content of a file or directory is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -53,48 +54,50 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-SPACE = "Free some space, or name another folder"
-_NO_FOLDER, _FORBIDDEN = "Name a folder, not a file", "Name a folder that you may write to"
+_NOT_A_DIRECTORY = "Give a directory, not a file"
+_NO_PERMISSION = "Give a directory with write permission"
 HINTS = {
-    errno.ENOTDIR: _NO_FOLDER,
-    errno.EEXIST: _NO_FOLDER,
-    errno.EISDIR: "Name a file, not a folder",
-    errno.EACCES: _FORBIDDEN,
-    errno.EPERM: _FORBIDDEN,
-    errno.EROFS: _FORBIDDEN,
-    errno.ENOENT: "Make its folder first, or name another",
+    errno.ENOTDIR: _NOT_A_DIRECTORY,
+    errno.EEXIST: _NOT_A_DIRECTORY,
+    errno.EISDIR: "Give a file, not a directory",
+    errno.EACCES: _NO_PERMISSION,
+    errno.EPERM: _NO_PERMISSION,
+    errno.EROFS: _NO_PERMISSION,
+    errno.ENOENT: "Create its directory first, or give another one",
     errno.ENAMETOOLONG: "Give a shorter name",
 }
 
 
 def write_error(path: Path, error: OSError) -> UserError:
-    """The mistake of naming `path`, which the operating system does not write for this `error`."""
-    hint = HINTS.get(error.errno or 0, SPACE)
+    """Return the `UserError` for a `path` that could not be written."""
+    hint = HINTS.get(error.errno or 0, "Free some space, or give another directory")
     return UserError(f"cannot write {path} ({error.strerror or error})", hint)
 
 
 def check_output_file(flag: str, path: Path) -> None:
-    """Nothing; raises `UserError` where no file can be put: in no folder, in place of one."""
+    """Raise `UserError` if `path` is a directory or its directory does not exist."""
     if os.path.isdir(path):  # Path.is_dir raises for a name that is too long
-        raise UserError(f"{flag} {path} is a folder", "Name a file")
+        raise UserError(f"invalid {flag} {path}: it is a directory", "Give a file name")
     if not os.path.isdir(path.parent):
-        raise UserError(f"{flag} {path}: there is no folder {path.parent}", "Make it first")
+        raise UserError(
+            f"invalid {flag} {path}: there is no directory {path.parent}", "Create it first"
+        )
 
 
 def check_free_space(path: Path, num_bytes: int) -> None:
-    """Nothing; raises `UserError` where the disk has fewer than `num_bytes` free."""
+    """Raise `UserError` if the disk of `path` has no room for a checkpoint of `num_bytes`."""
     while not os.path.exists(path):  # Path.exists raises for a name that is too long
         path = path.parent
     free = shutil.disk_usage(path).free
     if free < num_bytes:
         raise UserError(
-            f"a state takes {format_bytes(num_bytes)}, and {path} has {format_bytes(free)} left",
-            "Free some space, or name another --output-dir",
+            f"a checkpoint takes {format_bytes(num_bytes)}, {path} has {format_bytes(free)} free",
+            "Free some space, or give another --output-dir",
         )
 
 
 def format_bytes(num_bytes: int) -> str:
-    """A size for people: 512 bytes, 61.7 kB, 1.5 GB."""
+    """Return a size with its unit: 512 bytes, 61.7 kB, 1.5 GB."""
     if num_bytes < 1000:
         return f"{num_bytes} bytes"
     power = 1 if num_bytes < 999_950 else 2 if num_bytes < 999_950_000 else 3
@@ -103,7 +106,7 @@ def format_bytes(num_bytes: int) -> str:
 
 @contextmanager
 def os_errors_as_user_errors(path: Path) -> Iterator[None]:
-    """Turns an operating system's refusal to write `path` into a `UserError`."""
+    """Turn an `OSError` raised while `path` is written into a `UserError`."""
     try:
         yield
     except OSError as error:
@@ -111,7 +114,7 @@ def os_errors_as_user_errors(path: Path) -> Iterator[None]:
 
 
 class AsyncWriter:
-    """Writes files while training goes on, one thing at a time and in the order given."""
+    """Write files in a background thread, one at a time and in order, while training continues."""
 
     def __init__(self) -> None:
         self.pool = ThreadPoolExecutor(1)
@@ -121,18 +124,18 @@ class AsyncWriter:
         return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:
-        """Whatever ended the training, what was given reaches the disk."""
+        """Wait until all files are written, also after an exception."""
         self.pool.shutdown()
         if kind is None:
             self.wait()
 
     def submit(self, write: Callable[..., None], *args: Any) -> None:
-        """Begins `write(*args)`, once what came before is whole: memory holds one copy at most."""
+        """Start `write(*args)` after the previous write: memory holds one copy at most."""
         self.wait()
         self.pending = self.pool.submit(write, *args)
 
     def wait(self) -> None:
-        """Returns when all is written; raises the `UserError` of a write that failed."""
+        """Wait until all is written. Raise the `UserError` of a write that failed."""
         if self.pending:
             pending, self.pending = self.pending, None
             pending.result()

@@ -1,4 +1,4 @@
-"""Fine-tuning: weights to begin with, and what of the network stays as it is."""
+"""Fine-tuning: initial weights from ImageNet or another run, and freezing the backbone."""
 
 from typing import Any
 
@@ -46,52 +46,48 @@ def warn_of_few_steps(config: TrainConfig, steps_per_epoch: int) -> None:
         )
 
 
-def _load_file(model: nn.Module, architecture: dict[str, Any], path_given: str) -> list[str]:
-    """Fills the network from a weights file; the names of the head's tensors that stayed new."""
-    path = weights.find_weights(path_given)
-    found = weights.read_metadata(path)["model"]
-    if find_model(found["name"]) != find_model(architecture["name"]):
+def _load_file(model: nn.Module, architecture: dict[str, Any], init_checkpoint: str) -> list[str]:
+    """Load a weights file into the model; return the names of head tensors left as initialized."""
+    path = weights.find_weights(init_checkpoint)
+    source = weights.read_metadata(path)["model"]
+    if find_model(source["name"]) != find_model(architecture["name"]):
         raise UserError(
-            f"{path} holds {found['name']}, not {architecture['name']}",
-            f"Give --model {found['name']}",
+            f"{path} holds {source['name']}, not {architecture['name']}",
+            f"Give --model {source['name']}",
         )
-    if found["in_chans"] != architecture["in_chans"]:
+    weights.check_channels(path, source["in_chans"], architecture["in_chans"])
+    if source["image_size"] != architecture["image_size"]:
         raise UserError(
-            f"{path} takes images with {found['in_chans']} channels, the data's have "
-            f"{architecture['in_chans']}",
-            "Give data like that it was trained on",
-        )
-    if found["image_size"] != architecture["image_size"]:
-        raise UserError(
-            f"{path} was trained on images of {found['image_size']} pixels, not "
+            f"{path} was trained on images of {source['image_size']} pixels, not "
             f"{architecture['image_size']}",
-            f"Give --image-size {found['image_size']}",
+            f"Give --image-size {source['image_size']}",
         )
     tensors, expected = weights.read_tensors(path), model.state_dict()
-    fresh = {
+    new_params = {
         name
         for name in classifier_param_names(**architecture) & tensors.keys()
         if tensors[name].shape != expected[name].shape
     }
-    for name in sorted((tensors.keys() | expected.keys()) - fresh):
-        fits = name in tensors and name in expected
-        if not fits or tensors[name].shape != expected[name].shape:
+    for name in sorted((tensors.keys() | expected.keys()) - new_params):
+        missing = name not in tensors or name not in expected
+        if missing or tensors[name].shape != expected[name].shape:
             raise UserError(
                 f"{path} holds the weights of another architecture: it differs in {name}",
                 "Give a file that train.py wrote for this --model",
             )
-    kept = {name: tensor for name, tensor in tensors.items() if name not in fresh}
-    model.load_state_dict(kept, strict=False)
-    return sorted(fresh)
+    for name in new_params:
+        del tensors[name]
+    model.load_state_dict(tensors, strict=False)
+    return sorted(new_params)
 
 
-def freeze(model: nn.Module, architecture: dict[str, Any], what: str) -> None:
-    """Takes all but the head out of training, where `what` is "backbone".
+def freeze(model: nn.Module, architecture: dict[str, Any], part: str) -> None:
+    """Exclude all parameters but the classifier's from training if `part` is "backbone".
 
-    Frozen parameters get no gradient: no optimizer and no exchange between processes sees them.
-    `Trainer.set_training` keeps BatchNorm's statistics.
+    Frozen parameters get no gradient, so that neither the optimizer nor DistributedDataParallel
+    handles them. `TrainStep.set_training_mode` keeps BatchNorm's statistics.
     """
-    if what == "backbone":
-        heads = classifier_param_names(**architecture)
+    if part == "backbone":
+        classifier = classifier_param_names(**architecture)
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name in heads)
+            parameter.requires_grad_(name in classifier)

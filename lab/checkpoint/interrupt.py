@@ -1,4 +1,4 @@
-"""Signals and the time limit, which stop a training run after a step that all processes agree on."""
+"""Signals and the time limit, which stop training after a step that all processes agree on."""
 
 import enum
 import os
@@ -56,11 +56,8 @@ class InterruptHandler:
         self.received: StopReason | None = None
         self.received_at = 0.0
         self.previous_handlers: dict[int, Any] = {}
-        self.last_check_step, self.last_check_at, self.next_check_step = (
-            step,
-            time.monotonic(),
-            step,
-        )
+        self.last_check_step = self.next_check_step = step
+        self.last_check_at = time.monotonic()
 
     def __enter__(self) -> "InterruptHandler":
         if threading.current_thread() is threading.main_thread():  # others may not set handlers

@@ -1,4 +1,4 @@
-"""What code a number depends on: the libraries' versions, and lab's own commit."""
+"""The versions of the libraries and the commit of lab that a result was produced with."""
 
 import subprocess
 import sys
@@ -9,30 +9,30 @@ import lab
 
 
 def versions() -> dict[str, str]:
-    """The version of each library that a number depends on."""
-    found = {"lab": lab.__version__, "python": sys.version.split()[0]}
+    """Return the version of each library that results depend on."""
+    result = {"lab": lab.__version__, "python": sys.version.split()[0]}
     for name in ("torch", "torchvision", "accelerate", "safetensors"):
         try:
-            found[name] = version(name)
+            result[name] = version(name)
         except PackageNotFoundError:
-            found[name] = "unknown"
-    return found
+            result[name] = "unknown"
+    return result
 
 
 def commit() -> str | None:
-    """The commit that the code is at, with "+changes" where files differ; None outside git.
+    """Return the commit of the code, with "+changes" if files were modified; None outside git.
 
-    results/ is no code: rows that are added to it change nothing of those that follow.
+    results/ does not count: it holds no code.
     """
-    folder = Path(__file__).resolve().parent
+    root = Path(lab.__file__).resolve().parents[1]
 
-    def git(*words: str) -> str:
-        # Without its lock of the index: a training that is killed now would leave it behind.
-        command = ["git", "--no-optional-locks", "-C", str(folder), *words]
+    def git(*arguments: str) -> str:
+        # A run that is killed while git holds the lock of its index would leave the lock behind.
+        command = ["git", "--no-optional-locks", "-C", str(root), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        code = [str(folder.parent), f":(exclude){folder.parent / 'results'}"]
+        code = [str(root), f":(exclude){root / 'results'}"]
         changes = git("status", "--porcelain", "--untracked-files=no", "--", *code)
         return git("rev-parse", "HEAD") + ("+changes" if changes else "")
     except (OSError, subprocess.CalledProcessError):

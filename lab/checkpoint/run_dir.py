@@ -1,4 +1,4 @@
-"""The one place that knows the names of a run's files, and how they are written."""
+"""The directory of a run: the names of its files, how they are written, and its lock."""
 
 import errno
 import json
@@ -12,12 +12,7 @@ from typing import Any
 from accelerate import Accelerator
 from filelock import FileLock, Timeout
 
-from lab.checkpoint.atomic_io import (
-    os_errors_as_user_errors,
-    sync,
-    to_json,
-    write_atomically,
-)
+from lab.checkpoint.atomic_io import os_errors_as_user_errors, sync, to_json, write_atomically
 from lab.checkpoint.provenance import commit, versions
 from lab.config.schema import TrainConfig
 from lab.distributed import raise_on_all_ranks
@@ -25,141 +20,144 @@ from lab.errors import UserError
 
 CONFIG, HISTORY, STEPS = "config.json", "history.jsonl", "steps.jsonl"
 BEST, REPORT, PREDICTIONS = "best.safetensors", "report.json", "predictions.csv"
-PICTURES, PLOTS, PAGE = "pictures.safetensors", "plots", "report.html"
+IMAGES, PLOTS, PAGE = "images.safetensors", "plots", "report.html"
 CARD, TRACKED = "README.md", "trackers.json"
 CHECKPOINTS, LOCK = "checkpoints", ".lock"
 
-# Seconds to wait for the lock: workers of a killed training, which hold it too, end within five.
-LOCK_PATIENCE = 8
+# A killed run leaves loader workers, which hold its lock for up to five seconds more.
+LOCK_TIMEOUT_SECONDS = 8
 
 
 class RunDir:
-    """A run's folder. Off the main process (`writes` False) every write is a no-op."""
+    """The directory of a run. Only the main process writes; on the others, writes do nothing."""
 
     def __init__(self, path: str | Path, is_main_process: bool = True):
         self.path, self.is_main_process = Path(path), is_main_process
-        self.exit_code = 0  # of train.py; another one if the run was interrupted
-        self.held: FileLock | None = None
-        self.made: list[Path] = []  # directories made for a run that has not begun, inner first
+        self.exit_code = 0  # of train.py; nonzero if the run was interrupted
+        self._lock: FileLock | None = None
+        self._created_directories: list[Path] = []  # removed unless the run starts, inner first
 
     @property
     def best(self) -> Path:
-        """The best epoch's weights."""
+        """The file with the weights of the best epoch."""
         return self.path / BEST
 
     @property
     def checkpoints_dir(self) -> Path:
-        """The folder of the states to resume from."""
+        """The directory of the checkpoints."""
         return self.path / CHECKPOINTS
 
     @property
-    def pictures(self) -> list[Path]:
-        """The pictures that were drawn of it."""
+    def plot_files(self) -> list[Path]:
+        """The plots of the run, sorted by name."""
         return sorted((self.path / PLOTS).glob("*.png"))
 
     @property
     def checkpoints(self) -> list[Path]:
-        """The checkpoints to resume from, the newest first."""
+        """The checkpoints, newest first."""
         return sorted(self.checkpoints_dir.glob("step-*"), reverse=True)
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run was trained to its end: the model card is the last file written."""
+        return all((self.path / name).exists() for name in (REPORT, CARD))
+
     def make_directory(self) -> bool:
-        """Make the directory; return False where there is one. Raise `UserError`."""
+        """Create the directory; return False if it exists. Raise `UserError` if that fails."""
         missing = [p for p in (self.path, *self.path.parents) if not os.path.exists(p)]
         try:
             with os_errors_as_user_errors(self.path):
                 self.path.mkdir(parents=True)
                 if os.name == "posix":
-                    sync(self.path.parent)  # or a power cut might take the whole directory
+                    sync(self.path.parent)  # or a power failure could lose the whole directory
         except UserError as error:
             if isinstance(error.__cause__, FileExistsError) and self.path.parent.is_dir():
                 return False
             _remove_empty(missing)
             raise
-        self.made = missing
+        self._created_directories = missing
         return True
 
     def lock(self) -> None:
-        """Keep other trainings out of the directory until `close`, or until this process ends.
+        """Lock the directory until `close` is called or this process ends.
 
-        Raise `UserError` where another training holds the lock; a killed one holds none.
+        Raise `UserError` if another process has locked it.
         """
+        path = self.checkpoints_dir / LOCK
         with os_errors_as_user_errors(self.checkpoints_dir):
             self.checkpoints_dir.mkdir(exist_ok=True)
-            _lock_file = FileLock(self.checkpoints_dir / LOCK)
+            lock = FileLock(path)
             with suppress(Timeout):
-                _lock_file.acquire(timeout=LOCK_PATIENCE)
+                lock.acquire(timeout=LOCK_TIMEOUT_SECONDS)
         if (
-            not _lock_file.is_locked or not (self.checkpoints_dir / LOCK).exists()
-        ):  # removed by who held it
+            not lock.is_locked or not path.exists()
+        ):  # a run that did not start removes its directory
             raise UserError(
-                f"another training is at work in {self.path}",
-                "Wait for its end, or give another --name; if there is none, delete "
-                f"{self.checkpoints_dir / LOCK}",
+                f"another process is training in {self.path}",
+                f"Wait until it ends, or give another --name; if there is none, delete {path}",
             )
-        self.held = _lock_file
+        self._lock = lock
 
     def close(self) -> None:
-        """Let other trainings in; remove a directory that was made for a run that did not begin."""
-        if self.held:
-            if self.made:
+        """Unlock the directory, and remove it if it was created for a run that did not start."""
+        if self._lock:
+            if self._created_directories:
                 shutil.rmtree(self.path, ignore_errors=True)
-                _remove_empty(self.made)
-            self.held.release()
-            self.held = None
+                _remove_empty(self._created_directories)
+            self._lock.release()
+            self._lock = None
 
     def create(self, settings: Mapping[str, Any]) -> None:
-        """Empty the directory, if it is locked; write config.json and two files to add lines to.
+        """Start a new run: empty the directory if it is locked, and write its first files.
 
-        config.json holds every setting as resolved, where the run takes place, and the versions of
-        the code. Raise `UserError`.
+        config.json receives `settings` (the resolved options, the device, the fingerprints) and the
+        versions of the code. Raise `UserError` if a file cannot be written.
         """
         if not self.is_main_process:
             return
-        self.made = self.made or [self.path]  # there is no run in it until all this is done
+        # If this fails halfway, `close` removes the directory.
+        self._created_directories = self._created_directories or [self.path]
         with os_errors_as_user_errors(self.path):
-            for path in (
-                (*self.checkpoints_dir.iterdir(), *self.path.iterdir()) if self.held else ()
-            ):
-                if path.name not in (
-                    LOCK,
-                    CONFIG,
-                    CHECKPOINTS,
-                ):  # it stays known as a run's, and locked
+            paths = [*self.checkpoints_dir.iterdir(), *self.path.iterdir()] if self._lock else []
+            for path in paths:
+                # The directory stays locked, and config.json identifies it as a run's.
+                if path.name not in (LOCK, CONFIG, CHECKPOINTS):
                     _remove(path)
         self._write_config(settings)
         self.add_epoch()
         self.add_steps()
-        self.made = []
+        self._created_directories = []
 
     def resume(self, settings: Mapping[str, Any], epoch: int, step: int) -> None:
-        """What `begin` does, for a run that goes on in `epoch` (from 1), after `step` steps.
+        """Continue a run in `epoch` (from 1) after `step` steps.
 
-        The lines of what will be done again are taken away, and the files of its former end.
+        Remove the lines of the steps and epochs that will be repeated, and the files that are
+        written at the end of a run. Raise `UserError` if a file cannot be written.
         """
         if not self.is_main_process:
             return
         self._write_config(settings)
-        self._split(HISTORY, lambda row: row["epoch"] < epoch)
-        self._split(STEPS, lambda row: row["step"] <= step)
+        self._truncate(HISTORY, lambda row: row["epoch"] < epoch)
+        self._truncate(STEPS, lambda row: row["step"] <= step)
         with os_errors_as_user_errors(self.path):
-            for name in (REPORT, PREDICTIONS, PICTURES, PAGE, CARD):
+            for name in (REPORT, PREDICTIONS, IMAGES, PAGE, CARD):
                 (self.path / name).unlink(missing_ok=True)
             if (self.path / PLOTS).exists():
                 shutil.rmtree(self.path / PLOTS)
-            for leftover in self.path.glob(".*.tmp"):  # of writers that were killed
+            for leftover in self.path.glob(".*.tmp"):  # of processes that were killed
                 leftover.unlink()
 
     def sync_lines(self) -> None:
-        """Returns when the disk has the lines that were added."""
+        """Wait until the added lines are on the disk."""
         for name in (HISTORY, STEPS):
             sync(self.path / name)
 
     def write_report(self, report: Mapping[str, Any]) -> None:
-        """report.json: the numbers of `lab.engine.metrics.report` and what they were measured on."""
+        """Write report.json: the metrics of the test split, and how the weights were selected."""
         self._write_json(REPORT, report)
 
     def write_predictions(self, content: bytes) -> None:
-        """predictions.csv, as `lab.engine.evaluation.Predictions.csv` makes it."""
+        """Write predictions.csv, which `lab.engine.evaluation.Predictions.csv` formats."""
         if self.is_main_process:
             write_atomically(self.path / PREDICTIONS, lambda path: path.write_bytes(content))
 
@@ -175,11 +173,11 @@ class RunDir:
                 )
 
     def add_epoch(self, *rows: Mapping[str, Any]) -> None:
-        """Lines of history.jsonl."""
+        """Append lines to history.jsonl."""
         self._append(HISTORY, rows)
 
     def add_steps(self, *rows: Mapping[str, Any]) -> None:
-        """Lines of steps.jsonl."""
+        """Append lines to steps.jsonl."""
         self._append(STEPS, rows)
 
     def _write_config(self, settings: Mapping[str, Any]) -> None:
@@ -191,18 +189,18 @@ class RunDir:
             text = to_json(content, indent=1) + "\n"
             write_atomically(self.path / name, lambda path: path.write_text(text))
 
-    def _split(self, name: str, stays: Callable[[dict], bool]) -> None:
-        """Keeps the lines up to the first that does not stay, or is no whole line."""
-        path, kept = self.path / name, []
+    def _truncate(self, name: str, keep: Callable[[dict], bool]) -> None:
+        """Remove the lines of a file from the first that is incomplete or not to be kept."""
+        path, lines = self.path / name, []
         with os_errors_as_user_errors(path):
             for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
                 try:
-                    if not line.endswith(b"\n") or not stays(json.loads(line)):
+                    if not line.endswith(b"\n") or not keep(json.loads(line)):
                         break
                 except (ValueError, LookupError, TypeError):
                     break
-                kept.append(line)
-        write_atomically(path, lambda temporary: temporary.write_bytes(b"".join(kept)))
+                lines.append(line)
+        write_atomically(path, lambda temporary: temporary.write_bytes(b"".join(lines)))
 
     def _append(self, name: str, rows: Iterable[Any]) -> None:
         if self.is_main_process:
@@ -212,21 +210,21 @@ class RunDir:
                 open(self.path / name, "ab", buffering=0) as file,
             ):
                 size = file.tell()
-                if file.write(text) < len(text):  # the disk filled up: leave no part of a line
+                if file.write(text) < len(text):  # the disk is full: leave no incomplete line
                     file.truncate(size)
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def open_new(config: TrainConfig) -> RunDir:
-    """Return the locked directory of a run that has no checkpoint; `RunDir.begin` empties it.
+    """Return the locked directory of a new run; `RunDir.create` empties it.
 
-    Under the lock it is known whether a run may be replaced: only `--overwrite` may replace one
-    that left weights or a report. With `--resume auto` the directory may hold checkpoints after
-    all, of a training that ended meanwhile: the caller resumes those. Raise `UserError`.
+    Only --overwrite may replace a run that has weights or a report. With --resume auto, the
+    directory may contain a run to resume. Raise `UserError` if it cannot be created, locked or
+    replaced.
     """
     parent, number = Path(config.output_dir), 1
-    if not config.name:  # the first that is free: MODEL-DATASET, MODEL-DATASET-2, ...
-        base = f"{config.model}-{config.dataset}".replace(":", "-")  # torchvision:NAME
+    if not config.name:  # the first unused one of MODEL-DATASET, MODEL-DATASET-2, ...
+        base = f"{config.model}-{config.dataset}".replace(":", "-")  # of torchvision:NAME
         run = RunDir(parent / base)
         while not run.make_directory():
             number += 1
@@ -248,36 +246,37 @@ def open_new(config: TrainConfig) -> RunDir:
 
 
 def check_replaceable(run: RunDir, config: TrainConfig) -> None:
-    """Check that a run may begin in a directory that is there. Raise `UserError`."""
-    if config.resume == "auto" and (run.checkpoints or is_blank(run.path)):
-        return
-    if config.resume == "auto" and (run.best.exists() or (run.path / REPORT).exists()):
-        raise no_checkpoint(run)
+    """Raise `UserError` if no run may start or be resumed in a directory that exists."""
+    if config.resume == "auto":
+        if run.checkpoints or is_blank(run.path) or run.is_finished:
+            return
+        if run.best.exists() or (run.path / REPORT).exists():
+            raise no_checkpoint(run)
     if config.resume != "auto" and not config.overwrite and not is_blank(run.path):
         raise UserError(
             f"the run {run.path} exists", "Give another --name, or --overwrite to replace it"
         )
     if not is_run(run.path):
-        raise UserError(f"{run.path} is not a run's folder", "Give another --name")
+        raise UserError(f"{run.path} is not the directory of a run", "Give another --name")
 
 
 def no_checkpoint(run: RunDir) -> UserError:
     """Return the error of resuming a run that has no checkpoint."""
-    inside = sorted({str(path.parents[1]) for path in run.path.glob(f"*/{CHECKPOINTS}/step-*")})
+    runs = sorted({str(path.parents[1]) for path in run.path.glob(f"*/{CHECKPOINTS}/step-*")})
+    hint = f"Give --resume one of its runs: {', '.join(runs[:3])}"
     return UserError(
-        f"{run.path} holds no state to go on from",
-        f"Give --resume one of its runs: {', '.join(inside[:3])}"
-        if inside
-        else "Start a new run, of another --name",
+        f"{run.path} contains no checkpoint to resume from",
+        hint if runs else "Start a new run with another --name",
     )
 
 
 def evaluation_dir(
     weights: Path, part: str, output: str, is_main_process: bool, tta: str = "none"
 ) -> RunDir:
-    """The folder of an evaluation's files: `output`, or evaluate-`part` beside the weights.
+    """Return the directory for the files of an evaluation, which the main process creates.
 
-    With test-time augmentation it is one beside that, whose name ends in -tta-`tta`.
+    It is `output`, or evaluate-PART beside the weights, with -tta-TTA appended to its name if
+    test-time augmentation is used. Raise `UserError` if it cannot be created.
     """
     path = Path(output) if output else weights.parent / f"evaluate-{part}"
     if tta != "none":
@@ -289,18 +288,17 @@ def evaluation_dir(
 
 
 def is_blank(path: Path) -> bool:
-    """Return whether a directory is empty but for the lock of a run that did not begin."""
+    """Return whether a directory contains nothing but the lock of a run that did not start."""
     try:
         names = {p.name for p in path.iterdir()}
-        return names <= {CHECKPOINTS} and not {p.name for p in (path / CHECKPOINTS).glob("*")} - {
-            LOCK
-        }
+        checkpoints = {p.name for p in (path / CHECKPOINTS).glob("*")}
     except OSError:
         return False
+    return names <= {CHECKPOINTS} and checkpoints <= {LOCK}
 
 
 def is_run(path: Path) -> bool:
-    """Return whether a directory is a run's, or blank: one that may be replaced."""
+    """Return whether a directory contains a run or nothing, so that it may be replaced."""
     try:
         return is_blank(path) or "lab" in json.loads((path / CONFIG).read_bytes())["versions"]
     except (OSError, ValueError, LookupError, TypeError):
@@ -308,7 +306,7 @@ def is_run(path: Path) -> bool:
 
 
 def _remove(path: Path) -> None:
-    """Remove a file, or a directory with all that is in it."""
+    """Remove a file or a directory tree."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -316,7 +314,7 @@ def _remove(path: Path) -> None:
 
 
 def _remove_empty(paths: Iterable[Path]) -> None:
-    """Remove those of the directories that are empty."""
+    """Remove the directories that are empty."""
     for path in paths:
         with suppress(OSError):
             path.rmdir()

@@ -1,4 +1,4 @@
-"""Weights files that describe themselves (promises P4, P5): safetensors, no pickle."""
+"""Self-describing weights files (promises P4, P5): safetensors with metadata, no pickle."""
 
 import hashlib
 import json
@@ -27,14 +27,14 @@ from lab.distributed import raise_on_all_ranks
 from lab.errors import UserError, name_some
 from lab.models import build_model, find_model
 
-# All metadata is one JSON text under one key: with several keys, the format keeps no fixed order,
-# and the same weights would not give the same bytes.
+# All metadata is one JSON text under one key: safetensors does not keep the order of several keys,
+# so equal weights would not give equal bytes.
 KEY = "lab"
 FORMAT = 1
-START = 32  # bytes in which a file of ours says twice what it is: __metadata__ and KEY
+MAGIC_BYTES = 32  # the start of a file, which contains __metadata__ and KEY
 
-# What the scripts read of it, and its types in JSON.
-ABOUT = {
+# The metadata that the scripts read, with their types in JSON.
+METADATA_TYPES = {
     "format": int,
     "model": dict,
     "data": dict,
@@ -46,11 +46,11 @@ ABOUT = {
     "best_epoch": int,
     "selection_split": str,
 }
-MODEL = {"name": str, "num_classes": int, "in_chans": int, "image_size": int}
+MODEL_TYPES = {"name": str, "num_classes": int, "in_chans": int, "image_size": int}
 
 
 def run_metadata(config: TrainConfig, splits: Splits, precision: str) -> dict[str, Any]:
-    """All that is needed to use the weights of a run, but for the epoch that they come from."""
+    """Return the metadata of a run's weights, without the epoch that they come from."""
     return {
         "model": {
             "name": config.model,
@@ -73,16 +73,16 @@ def run_metadata(config: TrainConfig, splits: Splits, precision: str) -> dict[st
 
 
 class BestWeights:
-    """A run's best.safetensors, written by the main process."""
+    """The best.safetensors of a run, which the main process writes."""
 
     def __init__(self, run: RunDir, writer: AsyncWriter):
         self.run, self.writer = run, writer
 
     def save(self, model: nn.Module, metadata: dict[str, Any], row: dict[str, Any]) -> None:
-        """Takes a copy of the weights and begins to write it.
+        """Copy the weights and start to write them.
 
-        The metadata is `about` the run, and the epoch that the weights are of: `row`, its line of
-        history.jsonl. Times stay out, so that equal runs give equal files.
+        `metadata` comes from `run_metadata`; `row` is the epoch's line of history.jsonl. No times
+        are written, so that equal runs give equal files.
         """
         if not self.run.is_main_process:
             return
@@ -92,7 +92,7 @@ class BestWeights:
         self.writer.submit(write_weights, self.run.best, copy_of(model), metadata)
 
     def load(self, accelerator: Accelerator, model: nn.Module) -> None:
-        """Fills `network` on every process from the file, which only the main one need see."""
+        """Load the file into the model of every process; only the main process reads it."""
         with raise_on_all_ranks(accelerator):
             self.writer.wait()
             if self.run.is_main_process:
@@ -103,7 +103,7 @@ class BestWeights:
 
 
 def copy_of(model: nn.Module) -> dict[str, Tensor]:
-    """The plain network's tensors, copied to the CPU."""
+    """Return the tensors of the model, copied to the CPU."""
     return {
         name: tensor.detach().to("cpu", copy=True).contiguous()
         for name, tensor in model.state_dict().items()
@@ -111,7 +111,7 @@ def copy_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def write_weights(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
-    """Writes tensors and `info` (JSON-able) to `path`, whole or not at all."""
+    """Write tensors and their metadata, which JSON can represent, to `path` atomically."""
     metadata = {"format": FORMAT, **metadata, "sha256": checksum(tensors)}
     header = {KEY: to_json(metadata, sort_keys=True)}
     # In memory first: save_file's own errors do not say that the disk is full.
@@ -120,7 +120,7 @@ def write_weights(path: Path, tensors: dict[str, Tensor], metadata: dict[str, An
 
 
 def checksum(tensors: Mapping[str, Tensor]) -> str:
-    """The SHA-256 of CPU tensors' names, shapes and bytes, in hexadecimal."""
+    """Return the SHA-256 of the names, dtypes, shapes and bytes of CPU tensors, in hexadecimal."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
@@ -129,23 +129,26 @@ def checksum(tensors: Mapping[str, Tensor]) -> str:
 
 
 def find_weights(path: str) -> Path:
-    """The weights file of a run's folder, or the file itself; raises `UserError`."""
-    folder = os.path.isdir(path)  # Path.is_dir raises for a name that is too long
-    found = Path(path) / BEST if folder else Path(path)
+    """Return the weights file of a run directory, or `path` itself if it is a file.
+
+    Raise `UserError` if there is none.
+    """
+    is_directory = os.path.isdir(path)  # Path.is_dir raises for a name that is too long
+    file = Path(path) / BEST if is_directory else Path(path)
     try:
-        if stat.S_ISREG(os.stat(found).st_mode):
-            return found
+        if stat.S_ISREG(os.stat(file).st_mode):
+            return file
     except PermissionError as error:
-        raise _unreadable(found, error) from error
+        raise _unreadable(file, error) from error
     except (OSError, ValueError):
         pass
-    if folder:
-        raise UserError(f"{path} holds no {BEST}", "Give the folder of a finished run")
-    raise _missing(found)
+    if is_directory:
+        raise UserError(f"{path} contains no {BEST}", "Give the directory of a finished run")
+    raise _missing(file)
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """The metadata of a weights file. Raises `UserError` for a damaged or foreign file."""
+    """Return the metadata of a weights file. Raise `UserError` if they are damaged or missing."""
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
@@ -161,30 +164,31 @@ def read_metadata(path: Path) -> dict[str, Any]:
     except (TypeError, ValueError, ArithmeticError, RecursionError) as error:
         reason = error.what if isinstance(error, UserError) else error
         raise UserError(
-            f"{path} does not say what network it holds ({reason})",
-            "Give a file that train.py wrote",
+            f"{path} has invalid metadata ({reason})", "Give a weights file that train.py wrote"
         ) from error
     if metadata["format"] != FORMAT:
         raise UserError(
             f"{path} has format {metadata['format']}, not {FORMAT}", "Use a newer version of lab"
         )
-    # As class folders are listed; earlier versions kept the form that the file system had.
+    # In Unicode form NFC, like the names of class directories.
     metadata["class_names"] = [normalized(name) for name in metadata["class_names"]]
     return metadata
 
 
 def _check_metadata(metadata: dict[str, Any]) -> None:
-    """Nothing; raises where metadata, which may be a stranger's, is not as `about_run` makes it."""
-    check_types(metadata, ABOUT)
+    """Raise ValueError or TypeError if metadata, whose origin is unknown, are invalid."""
+    check_types(metadata, METADATA_TYPES)
     architecture, data = metadata["model"], metadata["data"]
-    check_types(architecture, MODEL)
+    check_types(architecture, MODEL_TYPES)
     find_model(architecture["name"])
-    check_types(asdict(DataConfig(**data)), get_type_hints(DataConfig))  # older files lack fields
+    check_types(
+        asdict(DataConfig(**data)), get_type_hints(DataConfig)
+    )  # TypeError for other fields
     find_dataset(data["dataset"])
-    TrainConfig(mixed_precision=metadata["precision"], **data)  # checks bounds and choices
+    TrainConfig(mixed_precision=metadata["precision"], **data)  # UserError for invalid values
     names, mean, std = metadata["class_names"], metadata["mean"], metadata["std"]
-    fits = {
-        "model": architecture.keys() == MODEL.keys(),
+    valid = {
+        "model": architecture.keys() == MODEL_TYPES.keys(),
         "class_names": 0 < len(names) == architecture["num_classes"]
         and all(isinstance(name, str) for name in names),
         "mean": 0 < len(mean) == architecture["in_chans"] and all(map(math.isfinite, mean)),
@@ -192,39 +196,38 @@ def _check_metadata(metadata: dict[str, Any]) -> None:
         "image_size": architecture["image_size"] == data["image_size"],
         "precision": metadata["precision"] in ("no", "bf16", "fp16"),
     }
-    for name, fit in fits.items():
-        if not fit:
-            raise ValueError(f"{name} does not fit the rest")
-    # Every name can be written to a file: it is UTF-8, or holds bytes as `os.fsdecode` keeps them.
+    for name, is_valid in valid.items():
+        if not is_valid:
+            raise ValueError(f"{name} contradicts the rest")
+    # Every name can be written to a file: UTF-8, with the surrogates of `os.fsdecode`.
     "".join(names).encode("utf-8", "surrogateescape")
 
 
 def check_types(group: Any, types: Mapping[str, type]) -> None:
-    """Nothing; raises ValueError where `group` is no dict that has these."""
+    """Raise ValueError unless `group` is a dict that has values of these types."""
     for name, kind in types.items():
         if not isinstance(group, dict) or name not in group:
-            raise ValueError(f"no {name}")
+            raise ValueError(f"{name} is missing")
         if not isinstance(group[name], (int, float) if kind is float else kind):
-            raise ValueError(f"{name} is not of type {kind.__name__}")
+            raise ValueError(f"{name} is not a value of type {kind.__name__}")
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a weights file; raises `UserError` where they are not what was written."""
+    """Return the tensors of a weights file. Raise `UserError` if their checksum is wrong."""
     try:
         tensors = safetensors.torch.load_file(path)
     except (SafetensorError, OSError) as error:
         raise _damaged(path, error) from error
-    # The first files had none.
     if read_metadata(path).get("sha256", digest := checksum(tensors)) != digest:
-        raise _damaged(path, ValueError("its tensors are not those that were written"))
+        raise _damaged(path, ValueError("wrong checksum of the tensors"))
     return tensors
 
 
 def load_model(path: Path, metadata: Mapping[str, Any]) -> nn.Module:
-    """Return the model that a weights file holds and its metadata `info` describes, on the CPU.
+    """Return the model that a weights file holds and its metadata describe, on the CPU.
 
-    The metadata may come from a stranger and name millions of classes: it is compared with the
-    file's header before a tensor is allocated. Raises `UserError` if they do not match.
+    Metadata of unknown origin may ask for millions of classes: they are compared with the header
+    of the file before memory is allocated. Raise `UserError` if they do not match.
     """
     with torch.device("meta"):
         check_shapes(path, build_model(**metadata["model"]))
@@ -234,88 +237,90 @@ def load_model(path: Path, metadata: Mapping[str, Any]) -> nn.Module:
 
 
 def check_shapes(path: Path, model: nn.Module) -> None:
-    """Raise `UserError` unless the tensors that a file's header lists are those of `model`."""
+    """Raise `UserError` if the header of a file lists other tensors than those of the model."""
     try:
         with safe_open(path, framework="pt") as file:
-            found = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise _damaged(path, error) from error
     expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-    for name in sorted(expected.keys() | found.keys()):
-        if found.get(name) != expected.get(name):
-            if name not in found:
-                problem = f"it lacks {name}"
+    for name in sorted(expected.keys() | shapes.keys()):
+        if shapes.get(name) != expected.get(name):
+            if name not in shapes:
+                problem = f"{name} is missing"
             elif name not in expected:
-                problem = f"{name} has no place"
+                problem = f"unexpected {name}"
             else:
-                problem = f"{name} is {found[name]}, not {expected[name]}"
+                problem = f"{name} has shape {shapes[name]}, not {expected[name]}"
             raise UserError(
                 f"{path} holds the weights of another architecture: {problem}",
-                "Give the weights of the network that its metadata names",
+                "Give the weights of the model that its metadata name",
             )
 
 
 def load_weights(path: Path, model: nn.Module) -> None:
-    """Fills `network` from a file; raises `UserError` where it holds another architecture's."""
+    """Load a weights file into the model. Raise `UserError` if its architecture is another one."""
     check_shapes(path, model)
-    state = model.state_dict()
-    state.update(
-        read_tensors(path)
-    )  # which keeps the modules' versions: MNASNet's asks for its own
+    state = model.state_dict()  # has the versions of modules, which MNASNet needs
+    state.update(read_tensors(path))
     model.load_state_dict(state)
 
 
 def align_classes(path: Path, metadata: Mapping[str, Any], split: Split) -> Split:
-    """Return the split with the classes, and so the labels, of the weights in `path`.
+    """Return the split with the class names and labels of the weights in `path`.
 
-    Its data may lack some of them. Raises `UserError` for classes that the weights do not know, and
-    for another number of channels.
+    The data may lack some of the classes. Raise `UserError` if they have a class that the weights
+    do not have, or another number of channels.
     """
-    known = {name: label for label, name in enumerate(metadata["class_names"])}
-    unknown = [name for name in split.class_names if name not in known]
+    class_labels = {name: label for label, name in enumerate(metadata["class_names"])}
+    unknown = [name for name in split.class_names if name not in class_labels]
     if unknown:
         raise UserError(
-            f"the data has classes that {path} does not know: {name_some(unknown)}",
+            f"the data have classes that {path} was not trained on: {name_some(unknown)}",
             "Give --dataset and --data-dir with classes that it was trained on",
         )
-    in_chans = metadata["model"]["in_chans"]
-    if split.images.shape[1] != in_chans:
-        raise UserError(
-            f"{path} takes images with {in_chans} channels, the data's have "
-            f"{split.images.shape[1]}",
-            "Give data like that it was trained on",
-        )
-    labels = torch.tensor([known[name] for name in split.class_names])[split.labels]
+    check_channels(path, metadata["model"]["in_chans"], split.images.shape[1])
+    labels = torch.tensor([class_labels[name] for name in split.class_names])[split.labels]
     return replace(split, labels=labels, class_names=tuple(metadata["class_names"]))
+
+
+def check_channels(path: Path, expected: int, in_chans: int) -> None:
+    """Raise `UserError` if the data have another number of channels than the weights expect."""
+    if in_chans != expected:
+        raise UserError(
+            f"{path} takes images with {expected} channels, the data's have {in_chans}",
+            "Give data with that many channels",
+        )
 
 
 def _foreign(path: Path) -> UserError:
     return UserError(
-        f"{path} is no weights file of train.py", "Give a run's folder or its best.safetensors"
+        f"{path} is not a weights file of train.py",
+        "Give a run's directory or its best.safetensors",
     )
 
 
 def _missing(path: Path) -> UserError:
-    return UserError(f"there is no file {path}", "Give a run's folder or its best.safetensors")
+    return UserError(f"there is no file {path}", "Give a run's directory or its best.safetensors")
 
 
 def _unreadable(path: Path, error: OSError) -> UserError:
     return UserError(
         f"cannot read {path} ({error.strerror or error})",
-        "Check the permissions of the file and of its folders",
+        "Check the permissions of the file and of its directories",
     )
 
 
 def _damaged(path: Path, error: Exception) -> UserError:
-    """Return the error for a file that `safetensors` refused: unreadable, foreign or damaged."""
-    try:  # safetensors reports every refusal of the operating system as a missing file
+    """Return the error for a file that safetensors cannot read: unreadable, foreign or damaged."""
+    try:  # safetensors reports every `OSError` as a missing file
         with open(path, "rb") as file:
-            start = file.read(START)
+            start = file.read(MAGIC_BYTES)
     except FileNotFoundError:
         return _missing(path)
-    except OSError as refusal:
-        return _unreadable(path, refusal)
-    # Where one of the two was hit, the other is left; an empty file may have been anything.
+    except OSError as os_error:
+        return _unreadable(path, os_error)
+    # Damage to one of the two leaves the other. An empty file counts as damaged.
     if len(start) > 8 and b"__metadata__" not in start and f'"{KEY}":'.encode() not in start:
         return _foreign(path)
     return UserError(f"{path} is damaged ({error})", "Train again, or give another file")

@@ -48,7 +48,6 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
         "mnist": dict(augment="none"),
         "fashion-mnist": dict(augment="flip"),
         "digits": dict(augment="crop", epochs=15),
-        "shapes": dict(augment="flip"),
         "lenet5": dict(
             batch_size=64, optimizer="nesterov", lr=0.1, weight_decay=5e-4, warmup_epochs=1
         ),

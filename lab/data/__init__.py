@@ -53,7 +53,6 @@ DATASETS = {
         downloads=True,
     ),
     "digits": DatasetSpec("digits:read_digits", bundled=True),
-    "shapes": DatasetSpec("shapes:read_shapes", bundled=True),
     "folder": DatasetSpec("image_folder:read_folder"),
 }
 
@@ -87,7 +86,6 @@ class DataConfig:
     val_fraction: float
     test_fraction: float
     split_seed: int
-    num_samples: int
     max_train_samples: int
     max_eval_samples: int
     skip_unreadable: bool = False
@@ -139,7 +137,9 @@ class Splits:
         return "resident" if decoded and fits else "streaming"
 
 
-def load_splits(config: DataConfig, memory: float, num_workers: int) -> Splits:
+def load_splits(
+    config: DataConfig, memory: float, num_workers: int, download: bool = True
+) -> Splits:
     """The splits of a data set; the same for the same settings, on every process.
 
     Images are decoded, by `num_workers` processes, and resized where all splits together take at
@@ -149,7 +149,7 @@ def load_splits(config: DataConfig, memory: float, num_workers: int) -> Splits:
     from lab.data.fingerprint import fingerprint
     from lab.data.splits import channel_statistics
 
-    cut = _split(_read(config), config)
+    cut = _split(_read(config, download), config)
     if len(cut["train"].class_names) < 2:
         raise UserError(
             f"{config.data_dir} holds one class, {cut['train'].class_names[0]}",

@@ -76,7 +76,7 @@ def check_private(name: str, public: bool) -> None:
 
 def files(run: RunDir, images: bool) -> list[str]:
     """Return the files of a run to upload; plots that show images only if `images`."""
-    plots = [path.relative_to(run.path).as_posix() for path in run.pictures]
+    plots = [path.relative_to(run.path).as_posix() for path in run.plot_files]
     return [*FILES, *(plot for plot in plots if images or plot in PLOTS_WITHOUT_IMAGES)]
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lab.checkpoint.atomic_io import write_atomically
-from lab.checkpoint.run_dir import PICTURES, RunDir
+from lab.checkpoint.run_dir import IMAGES, RunDir
 from lab.data import Splits
 from lab.data.sampler import ShardedBatchSampler, random_bits
 from lab.data.transforms import BatchTransform
@@ -31,7 +31,7 @@ MISTAKES_BYTES = 4 * 2**20  # and their pixels
 
 
 def keep(run: RunDir, config: TrainConfig, splits: Splits, predictions: Predictions) -> None:
-    """Writes pictures.safetensors, on the main process: the first training batch, and mistakes.
+    """Writes images.safetensors, on the main process: the first training batch, and mistakes.
 
     `batch` is uint8 [n, C, H, W], `mistakes` uint8 [m, C, H, W]; each has `_labels` and `_index`,
     int64: the true classes, and the positions in the training and the test split.
@@ -52,7 +52,7 @@ def keep(run: RunDir, config: TrainConfig, splits: Splits, predictions: Predicti
         "mistakes_index": mistakes,
     }
     content = safetensors.torch.save({name: t.contiguous() for name, t in tensors.items()})
-    write_atomically(run.path / PICTURES, lambda path: path.write_bytes(content))
+    write_atomically(run.path / IMAGES, lambda path: path.write_bytes(content))
 
 
 def first_batch(config: TrainConfig, splits: Splits) -> tuple[Tensor, Tensor]:

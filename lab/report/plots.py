@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from lab import console
 from lab.checkpoint.atomic_io import os_errors_as_user_errors, write_atomically
-from lab.checkpoint.run_dir import PICTURES, PLOTS, PREDICTIONS
+from lab.checkpoint.run_dir import IMAGES, PLOTS, PREDICTIONS
 from lab.report.run_reader import RunResult, read_run
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def draw(path: Path) -> None:
         drawings["mistakes"] = partial(mistakes, run, pictures)
         drawings["batch"] = partial(batch, run, pictures)
     else:
-        console.warn(f"no mistakes and no batch: {path} has no {PICTURES} or no {PREDICTIONS}")
+        console.warn(f"no mistakes and no batch: {path} has no {IMAGES} or no {PREDICTIONS}")
     folder = path / PLOTS
     with os_errors_as_user_errors(folder):
         folder.mkdir(exist_ok=True)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
-from lab.checkpoint.run_dir import CONFIG, HISTORY, PICTURES, PREDICTIONS, REPORT, STEPS
+from lab.checkpoint.run_dir import CONFIG, HISTORY, IMAGES, PREDICTIONS, REPORT, STEPS
 from lab.config.schema import TrainConfig
 from lab.data.fingerprint import changed_splits
 from lab.errors import UserError
@@ -99,7 +99,7 @@ class RunResult:
         from safetensors import SafetensorError
         from safetensors.numpy import load_file
 
-        path = self.path / PICTURES
+        path = self.path / IMAGES
         if not path.is_file():
             return None
         with _reading(path, SafetensorError):
@@ -172,7 +172,7 @@ def _reading(file: Path, kind: type[Exception] = ValueError) -> Iterator[Path]:
         hint = "Copy it back from where it is whole: only a training makes it"
         if file.name in (REPORT, PREDICTIONS):
             hint = f"Make it again: evaluate.py {run} --output {run}"
-        elif file.name in (PICTURES, STEPS):
+        elif file.name in (IMAGES, STEPS):
             hint = "Delete it: the rest can do without"
         raise UserError(f"the run {file.parent} is damaged: {file.name} ({said})", hint) from error
 

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 from checks_exactness import BATCH_SIZES, SIZES, TRAININGS
-from PIL import Image
 from safetensors.torch import load_file
 from sklearn.metrics import (
     accuracy_score,
@@ -14,9 +13,9 @@ from sklearn.metrics import (
     f1_score,
     precision_recall_fscore_support,
 )
+from shapes import write_shapes
 from worlds import python, run, run_all, torchrun, world_by_hand
 
-from lab.data.shapes import make_shapes
 
 pytestmark = pytest.mark.timeout(800)  # the first test waits for three worlds
 WORLDS = (1, 2, 3)
@@ -35,18 +34,10 @@ def read_lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def write_pictures(root: Path, count: int) -> Path:
-    for i, (image, label) in enumerate(zip(*make_shapes(count, seed=7), strict=True)):
-        folder = root / f"class-{label}"
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{i:04}.png")
-    return root
-
-
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory) -> Path:
     """1,000 pictures in class folders."""
-    return write_pictures(tmp_path_factory.mktemp("pictures"), 1000)
+    return write_shapes(tmp_path_factory.mktemp("pictures"), 1000)
 
 
 class Results:
@@ -111,7 +102,7 @@ def test_p1_the_report_equals_scikit_learns(worlds, case):
     columns = precision_recall_fscore_support(labels, predictions, labels=classes, zero_division=0)
     for name, column in zip(("precision", "recall", "f1", "support"), columns, strict=True):
         assert [row[name] for row in report["per_class"]] == pytest.approx(column, abs=1e-9)
-    macro = f1_score(labels, predictions, ema_model="macro", zero_division=0)
+    macro = f1_score(labels, predictions, average="macro", zero_division=0)
     assert report["macro_f1"] == pytest.approx(macro, abs=1e-9)
 
 
@@ -182,7 +173,7 @@ def test_p1_p2_the_pictures_kept_are_the_same_on_every_world(worlds, training, n
     same = {"plain": "streaming"}.get(training, "pictures")
     files = ((1, training), (num_processes, training), (num_processes, same))
     first, *others = (
-        load_file(worlds[number].folder / name / "pictures.safetensors") for number, name in files
+        load_file(worlds[number].folder / name / "images.safetensors") for number, name in files
     )
     assert len(first["batch"]) == 61
     assert len(first["mistakes"]) > 10
@@ -298,8 +289,8 @@ def test_p7_sync_bn_without_gpus_is_one_error_and_touches_nothing(tmp_path):
 def test_p7_a_damaged_picture_met_by_one_process_is_named(tmp_path):
     """By a worker of its loader, in the evaluation after the first epoch."""
     root, broken = tmp_path / "pictures", tmp_path / "pictures/val/class-9/0109.png"
-    write_pictures(root / "train", 30)
-    write_pictures(root / "val", 110)  # a batch of 100 for process 0, one of 10 for process 1
+    write_shapes(root / "train", 30)
+    write_shapes(root / "val", 110)  # a batch of 100 for process 0, one of 10 for process 1
     assert max((root / "val").glob("*/*")) == broken
     broken.write_bytes(b"no picture")
     options = ["--dataset", "folder", "--data-dir", root, "--output-dir", tmp_path / "runs"]

@@ -19,7 +19,7 @@ from worlds import start as launch
 
 import train
 from lab.checkpoint import interrupt
-from lab.checkpoint.interrupt import SIGNALS, TIME_LIMIT, InterruptHandler
+from lab.checkpoint.interrupt import SIGNALS, StopReason.TIME_LIMIT, InterruptHandler
 from lab.engine import training
 from lab.errors import UserError
 
@@ -56,14 +56,14 @@ def pictures(tmp_path_factory):
 def test_a_signal_is_noted_while_it_trains_alone(name):
     before = signal.getsignal(SIGNALS[name])
     with InterruptHandler(ALONE, 0, 0, 0) as interrupts:
-        assert interrupts.reason(1) == 0
+        assert interrupts.stop_reason(1) == 0
         os.kill(os.getpid(), SIGNALS[name])
-        assert interrupts.reason(2) == interrupts.reason(3) == SIGNALS[name]
+        assert interrupts.stop_reason(2) == interrupts.stop_reason(3) == SIGNALS[name]
     assert signal.getsignal(SIGNALS[name]) is before
 
 
 def test_the_codes_and_words_of_a_stop():
-    reasons = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, TIME_LIMIT]
+    reasons = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, StopReason.TIME_LIMIT]
     assert [InterruptHandler.exit_code(reason) for reason in reasons] == [130, 143, 143, 0]
     assert [InterruptHandler.describe(reason) for reason in reasons] == [
         "Ctrl-C", "SIGTERM", "SIGUSR1", "--max-hours is over",
@@ -75,12 +75,12 @@ def test_a_time_limit_counts_from_the_start(monkeypatch):
     monkeypatch.setattr(interrupt.time, "monotonic", lambda: now[0])
     interrupts = InterruptHandler(ALONE, 100.0, 0.5, 0)
     now[0] += 1799
-    assert interrupts.reason(1) == 0
+    assert interrupts.stop_reason(1) == 0
     now[0] += 2
-    assert interrupts.reason(2) == TIME_LIMIT
+    assert interrupts.stop_reason(2) == StopReason.TIME_LIMIT
 
 
-@pytest.mark.parametrize(("sent", "found"), [(signal.SIGTERM, signal.SIGTERM), (TIME_LIMIT, -1)])
+@pytest.mark.parametrize(("sent", "found"), [(signal.SIGTERM, signal.SIGTERM), (StopReason.TIME_LIMIT, -1)])
 def test_p3_a_signal_to_one_process_stops_all_at_the_same_step(monkeypatch, sent, found):
     def all_reduce(asked, op):
         assert op == interrupt.distributed.ReduceOp.MAX
@@ -90,7 +90,7 @@ def test_p3_a_signal_to_one_process_stops_all_at_the_same_step(monkeypatch, sent
     interrupts = InterruptHandler(
         SimpleNamespace(num_processes=2, device=torch.device("cpu")), 0, 0, 0
     )
-    assert interrupts.reason(1) == found
+    assert interrupts.stop_reason(1) == found
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
@@ -109,22 +109,22 @@ def test_p3_a_signal_in_a_step_saves_before_the_run_ends(tmp_path, monkeypatch, 
     finally:
         signal.signal(number, before)
     assert code == {"SIGTERM": 143, "SIGINT": 130}[name]
-    assert max(p.name for p in (tmp_path / "run/state").glob("step-*")) == "step-00000006"
+    assert max(p.name for p in (tmp_path / "run/checkpoints").glob("step-*")) == "step-00000006"
     assert not (tmp_path / "run/report.json").exists()
 
 
 TWICE = """
 import os, signal, sys, time, torch, types
 import train
-from lab import stopping
+from lab.checkpoint import interrupt
 from lab.errors import UserError
-stopping.PAUSE = float(sys.argv[1])
+interrupt.REPEAT_SECONDS = float(sys.argv[1])
 alone = types.SimpleNamespace(num_processes=1, device=torch.device("cpu"))
-with stopping.Stopper(alone, 0, 0, 0) as stopper:
+with interrupt.InterruptHandler(alone, 0, 0, 0) as interrupts:
     for _ in range(2):
         time.sleep(0.05)
         os.kill(os.getpid(), signal.SIGINT)
-    print(stopper.reason(1))
+    print(interrupts.stop_reason(1))
 """
 
 
@@ -158,9 +158,9 @@ def _stopped_at(ended, path):
     [line] = [line for line in ended.stderr.splitlines() if line.startswith("warning: stopped")]
     assert line.endswith(f"go on with: python train.py --resume {path}")
     step = int(line.split(" after step ")[1].split(";")[0])
-    newest = max((path / "state").glob("step-*"))
+    newest = max((path / "checkpoints").glob("step-*"))
     assert newest.name == f"step-{step:08}"
-    assert json.loads((newest / "state.json").read_text())["state"]["position"]["step"] == step
+    assert json.loads((newest / "state.json").read_text())["metadata"]["train_state"]["step"] == step
     assert ended.left_behind == []
     assert not (path / "report.json").exists()
     return step
@@ -221,7 +221,7 @@ def test_processes_ask_each_other_about_once_a_second(monkeypatch):
     )
     for step in range(5001, 5201):
         now[0] += 0.1
-        assert interrupts.reason(step) == 0
+        assert interrupts.stop_reason(step) == 0
     gaps = [b - a for a, b in itertools.pairwise(asked)]
     assert len(asked) > 15
     assert max(gaps) < 1.3

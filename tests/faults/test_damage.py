@@ -40,7 +40,7 @@ def finished(tmp_path_factory):
     words = ["--max-steps", "14", "--checkpoint-every", "1", "--keep-checkpoints", "3"]
     words += ["--final-checkpoints", "3"]
     train.main([*WORDS, *words, "--output-dir", str(folder), "--name", "run"])
-    kept = sorted((folder / "run/state").glob("step-*"))
+    kept = sorted((folder / "run/checkpoints").glob("step-*"))
     assert [path.name[-2:] for path in kept] == ["12", "13", "14"]
     return folder / "run"
 
@@ -77,12 +77,12 @@ def damage(path: Path, kind: str) -> None:
 def seal(folder: Path, state: object = None) -> None:
     """Makes the checksums of a state those of its content, as a stranger can."""
     path = folder / "state.json"
-    state = json.loads(path.read_bytes())["state"] if state is None else state
+    state = json.loads(path.read_bytes())["metadata"] if state is None else state
     if isinstance(state, dict):
         content = (folder / "tensors.safetensors").read_bytes()
         state["tensors_sha256"] = hashlib.sha256(content).hexdigest()
     digest = hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
-    path.write_text(json.dumps({"state": state, "sha256": digest}))
+    path.write_text(json.dumps({"metadata": state, "sha256": digest}))
 
 
 def ends(capfd, script, *words: object) -> tuple[int, list[str], list[str]]:
@@ -104,25 +104,25 @@ def test_the_payload_would_run(tmp_path, monkeypatch):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", [train_state.METADATA_FILE, train_state.TENSORS_FILE])
 def test_p3_a_damaged_state_gives_way_to_the_one_before(run, capfd, name, kind):
-    damage(run / "state/step-00000014" / name, kind)
+    damage(run / "checkpoints/step-00000014" / name, kind)
     code, warnings, errors = ends(capfd, train, "--resume", run, "--quiet", "--max-steps", 15)
     assert (code, errors) == (0, [])
     [warning] = warnings
-    assert warning.startswith("warning: the state run/state/step-00000014 is damaged (")
-    assert train_state.RunDir(run).checkpoints[0].name == "step-00000015"
+    assert warning.startswith("warning: the checkpoint run/checkpoints/step-00000014 is damaged (")
+    assert run_dir.RunDir(run).checkpoints[0].name == "step-00000015"
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("how", ["--resume run", "--resume auto --name run --output-dir ."])
 def test_p7_where_no_state_is_whole_the_run_says_so(run, capfd, kind, how):
-    for number, folder in enumerate(sorted((run / "state").glob("step-*"))):
+    for number, folder in enumerate(sorted((run / "checkpoints").glob("step-*"))):
         damage(folder / (train_state.METADATA_FILE, train_state.TENSORS_FILE)[number % 2], kind)
     code, warnings, errors = ends(capfd, train, *how.split(), "--quiet")
     assert code == 2
     assert len(warnings) == 3
     [error] = errors
-    assert error == "error: no state of run is whole. Start a new run."
-    assert len(list((run / "state").glob("step-*"))) == 3  # none is taken away
+    assert error == "error: no checkpoint of run is complete. Start a new run."
+    assert len(list((run / "checkpoints").glob("step-*"))) == 3  # none is taken away
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -130,8 +130,8 @@ def test_p7_damaged_best_weights_are_told_at_once(run, capfd, kind):
     damage(run / "best.safetensors", kind)
     code, _, [error] = ends(capfd, evaluate, run, "--quiet")
     assert code == 2
-    what = "no weights file of train.py. " if kind in FOREIGN else "damaged ("
-    told = "run holds no best" if kind == "deleted" else f"run/best.safetensors is {what}"
+    what = "not a weights file of train.py. " if kind in FOREIGN else "damaged ("
+    told = "run contains no best" if kind == "deleted" else f"run/best.safetensors is {what}"
     assert error.startswith(f"error: {told}")
     code, warnings, errors = ends(capfd, train, "--resume", run, "--quiet", "--max-steps", 15)
     assert (code, errors) == (0, [])
@@ -139,7 +139,7 @@ def test_p7_damaged_best_weights_are_told_at_once(run, capfd, kind):
     if kind == "deleted":
         told = "there is no file run/best.safetensors. "
     assert warning.startswith(f"warning: {told}")
-    assert warning.endswith("The best epoch is chosen anew.")
+    assert warning.endswith("The best epoch is selected again.")
     assert ends(capfd, evaluate, run, "--quiet") == (0, [], [])
 
 
@@ -148,13 +148,13 @@ def test_p7_damaged_best_weights_are_told_at_once(run, capfd, kind):
 
 @pytest.mark.parametrize("kind", ["pickle", "torch.save"])
 def test_p4_a_pickle_is_never_read(run, capfd, kind):
-    for folder in (run / "state").glob("step-*"):
+    for folder in (run / "checkpoints").glob("step-*"):
         damage(folder / train_state.TENSORS_FILE, kind)
         seal(folder)
     code, warnings, [error] = ends(capfd, train, "--resume", run, "--quiet")
     assert code == 2
     assert all("tensors.safetensors: " in warning for warning in warnings)
-    assert error == "error: no state of run is whole. Start a new run."
+    assert error == "error: no checkpoint of run is complete. Start a new run."
 
 
 def test_p4_a_run_is_written_and_read_without_pickle(run, capfd, monkeypatch):
@@ -175,7 +175,7 @@ def test_p4_a_run_is_written_and_read_without_pickle(run, capfd, monkeypatch):
 
 
 def test_p4_pickles_beside_a_state_are_left_alone(run, capfd):
-    for folder in (run, run / "state", run / "state/step-00000014"):
+    for folder in (run, run / "checkpoints", run / "checkpoints/step-00000014"):
         for name in ("optimizer.pt", "optimizer.bin", "random_states_0.pkl", "scheduler.bin"):
             damage_with_pickle(folder / name)
     words = ("--resume", run, "--quiet", "--max-steps", 15)
@@ -189,14 +189,14 @@ def damage_with_pickle(path: Path) -> None:
 
 HUGE = 10**400
 HOSTILE = [
-    *({key: value} for key in ("position", "totals", "best", "config", "fingerprints", "precision",
+    *({key: value} for key in ("train_state", "totals", "best", "config", "fingerprints", "precision",
       "format", "scaler") for value in (..., 5, {"a": {}})),
-    *({f"position.{key}": value} for key in train_state.POSITION
+    *({f"train_state.{key}": value} for key in train_state.TRAIN_STATE_TYPES
       for value in (..., "1", -1, 1.5, HUGE, math.nan)),
-    {"position.code": 1},
-    {"position.batch": 10**9},
-    {"position.step": 2**52},
-    {"position.epoch": 0},
+    {"train_state.code": 1},
+    {"train_state.batch": 10**9},
+    {"train_state.step": 2**52},
+    {"train_state.epoch": 0},
     *({"totals": value} for value in ([], [[]], [[1.0, 2.0]], [[1.0, 2.0, "x"]], [[HUGE, 1.0, 1.0]],
       [[math.nan] * 3], [None], [[[1.0]] * 3], [[1.0] * 3, [1.0]], [[1.0] * 3] * 1000)),
     *({f"config.{key}": value} for key in ("model", "dataset", "epochs", "lr", "augment", "name",
@@ -234,13 +234,13 @@ def changed(state: dict, change: dict) -> dict:
 @pytest.mark.slow
 def test_p7_a_strangers_state_ends_in_one_line_or_goes_on(run, capfd, finished):
     """Never in a traceback, whatever it holds; many in one test, for each needs little time."""
-    states_folder, wrong = run / "state", []
+    states_folder, wrong = run / "checkpoints", []
     for change in HOSTILE:
         shutil.rmtree(states_folder)
-        shutil.copytree(finished / "state/step-00000014", states_folder / "step-00000014")
+        shutil.copytree(finished / "checkpoints/step-00000014", states_folder / "step-00000014")
         state = json.loads(
             (states_folder / "step-00000014" / train_state.METADATA_FILE).read_bytes()
-        )["state"]
+        )["metadata"]
         seal(states_folder / "step-00000014", changed(state, change))
         try:
             words = ("--resume", run, "--quiet", "--max-steps", 15, "--patience", 5)
@@ -253,19 +253,19 @@ def test_p7_a_strangers_state_ends_in_one_line_or_goes_on(run, capfd, finished):
 
 @pytest.mark.parametrize(
     "content",
-    [b"[", b"[]", b"{}", b"null", b"5", b'"x"', b"[" * 100_000, b'{"state": {}, "sha256": 5}',
-     b'{"state": [], "sha256": {}}', b"\xff\xfe", b'{"a": ' * 50_000, b"1" * 10_000],
+    [b"[", b"[]", b"{}", b"null", b"5", b'"x"', b"[" * 100_000, b'{"metadata": {}, "sha256": 5}',
+     b'{"metadata": [], "sha256": {}}', b"\xff\xfe", b'{"a": ' * 50_000, b"1" * 10_000],
 )  # fmt: skip
 def test_p7_a_state_file_of_anything(run, capfd, content):
-    for folder in (run / "state").glob("step-*"):
+    for folder in (run / "checkpoints").glob("step-*"):
         (folder / train_state.METADATA_FILE).write_bytes(content)
     code, warnings, [error] = ends(capfd, train, "--resume", run, "--quiet")
     assert (code, len(warnings)) == (2, 3)
-    assert error == "error: no state of run is whole. Start a new run."
+    assert error == "error: no checkpoint of run is complete. Start a new run."
 
 
 def test_p7_a_strangers_optimizer_is_another_networks(run, capfd):
-    folder, words = run / "state/step-00000014", ("--resume", run, "--quiet", "--max-steps", 15)
+    folder, words = run / "checkpoints/step-00000014", ("--resume", run, "--quiet", "--max-steps", 15)
     tensors = train_state.read_checkpoint(folder)[1]
     name = "optimizer.exp_avg.features.0.weight"
     for value in (None, torch.zeros(3), torch.zeros(())):
@@ -274,7 +274,7 @@ def test_p7_a_strangers_optimizer_is_another_networks(run, capfd):
         seal(folder)
         code, _, [error] = ends(capfd, train, *words)
         assert (code, error) == (
-            2, "error: run holds the state of another network. Start a new run.",
+            2, "error: run holds the checkpoint of another architecture. Start a new run.",
         )  # fmt: skip
     # What has no place in the optimizer is not put there.
     given = tensors | {"optimizer.x": torch.zeros(1), "optimizer.code.features.0.weight": value}

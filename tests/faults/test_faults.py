@@ -24,14 +24,14 @@ DEATHS = pytest.mark.parametrize("power", [False, True], ids=["killed", "power-c
 
 
 def metadata(step: int) -> dict:
-    position = dict.fromkeys(train_state.POSITION, 0) | {"epoch": step // 10, "step": step}
-    return {"format": train_state.CHECKPOINT_FORMAT, "position": position, "totals": [[0.0, 0.0, 0.0]], "best": {},
+    position = dict.fromkeys(train_state.TRAIN_STATE_TYPES, 0) | {"epoch": step // 10, "step": step}
+    return {"format": train_state.CHECKPOINT_FORMAT, "train_state": position, "totals": [[0.0, 0.0, 0.0]], "best": {},
             "config": asdict(CONFIG), "fingerprints": {}, "precision": "no", "scaler": None,
             "world_size": 1}  # fmt: skip
 
 
 def tensors(step: int) -> dict[str, torch.Tensor]:
-    return {"network.weight": torch.full((1000,), float(step))}
+    return {"model.weight": torch.full((1000,), float(step))}
 
 
 def save(run: run_dir.RunDir, step: int) -> None:
@@ -62,7 +62,7 @@ def run(tmp_path):
 
 def found(run: run_dir.RunDir) -> train_state.Checkpoint:
     """What --resume finds."""
-    with train_state.open_run(replace(CONFIG, resume=str(run.path)), is_main_process=True) as (
+    with manager.open_run(replace(CONFIG, resume=str(run.path)), is_main_process=True) as (
         _,
         state,
     ):
@@ -96,11 +96,11 @@ def require_whole(run: run_dir.RunDir, steps: tuple[int, ...]) -> int:
     kept = [int(folder.name[5:]) for folder in run.checkpoints]
     assert set(kept) <= set(steps)
     state = found(run)
-    assert state.metadata["position"]["step"] == kept[0]
+    assert state.metadata["train_state"]["step"] == kept[0]
     for step in kept:
         read, values = train_state.read_checkpoint(run.checkpoints_dir / f"step-{step:08}")
-        assert read["position"]["step"] == step
-        assert torch.equal(values["network.weight"], tensors(step)["network.weight"])
+        assert read["train_state"]["step"] == step
+        assert torch.equal(values["model.weight"], tensors(step)["model.weight"])
     assert lines(run.path / "history.jsonl") == [row(1), row(2), row(3)]
     assert [line["step"] for line in lines(run.path / "steps.jsonl")] == list(range(1, 31))
     return kept[0]
@@ -134,7 +134,7 @@ def test_p3_a_state_that_takes_a_damaged_ones_place(run, tmp_path, power):
     steps = set()
 
     def check(run, _):
-        steps.add(found(run).metadata["position"]["step"])
+        steps.add(found(run).metadata["train_state"]["step"])
         save(run, 30)
         assert require_whole(run, (20, 30)) == 30
 
@@ -205,7 +205,7 @@ def test_p3_a_resumption_that_dies_can_be_resumed(run, tmp_path, power):
         assert {p.name for p in run.checkpoints_dir.iterdir() if p.is_dir()} == {
             "step-00000010", "step-00000020",
         }  # fmt: skip
-        return state.metadata["position"]["step"]
+        return state.metadata["train_state"]["step"]
 
     assert every_fault(run, tmp_path, found, check, power=power) > 5
 
@@ -240,7 +240,7 @@ def test_p3_weights_that_are_not_finite_are_not_saved(run, capsys, bad):
     model = SimpleNamespace(named_parameters=lambda: [("weight", None)])
     writer = SimpleNamespace(run=run, train_step=SimpleNamespace(config=CONFIG, model=model))
     manager.CheckpointManager._write(
-        writer, {"network.weight": torch.tensor([1.0, bad])}, metadata(30)
+        writer, {"model.weight": torch.tensor([1.0, bad])}, metadata(30)
     )
     assert require_whole(run, (10, 20)) == 20
     assert "step-00000030 is not written: " in capsys.readouterr().err

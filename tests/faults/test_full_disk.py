@@ -57,7 +57,7 @@ def test_p3_a_training_outlives_a_disk_that_fills_up(small_disk, tmp_path, monke
         finally:
             filler.unlink()
 
-    monkeypatch.setattr(manager, "write", on_a_full_disk)
+    monkeypatch.setattr(manager, "write_checkpoint", on_a_full_disk)
     capsys.readouterr()
     assert train.main([*words, str(small_disk)]) == 0
     [warning] = capsys.readouterr().err.splitlines()

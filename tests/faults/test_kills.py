@@ -20,7 +20,7 @@ CASES = {
         [("save", "all"), ("evaluation", "all")],
     ),
     "dropout": (
-        replace(ALEXNET, words=(*ALEXNET.words, "--num-samples", 40, "--epochs", 2)),
+        replace(ALEXNET, words=(*ALEXNET.words, "--max-train-samples", 36, "--epochs", 2)),
         [("save", "all")],
     ),
     "two-processes": (

@@ -12,7 +12,7 @@ from worlds import python, run, run_all, torchrun
 
 import train
 from lab.checkpoint import run_dir, weights
-from lab.checkpoint.train_state import POSITION, Checkpoint
+from lab.checkpoint.train_state import TRAIN_STATE_TYPES, Checkpoint
 from lab.distributed import has_native_bf16
 from lab.engine import evaluation
 
@@ -104,7 +104,7 @@ def test_states_are_named_by_their_step_and_the_newest_kept(finished):
     assert [p.name for p in run_dir.RunDir(finished).checkpoints] == [
         "step-00000012", "step-00000009",
     ]  # fmt: skip
-    assert sorted(p.name for p in finished.glob("state/*/*")) == [
+    assert sorted(p.name for p in finished.glob("checkpoints/*/*")) == [
         "state.json", "state.json", "tensors.safetensors", "tensors.safetensors",
     ]  # fmt: skip
 
@@ -125,18 +125,18 @@ def test_as_many_checkpoints_are_kept_as_told(tmp_path, words, steps):
 
 
 def test_p4_a_state_is_safetensors_and_json(finished):
-    folder = finished / "state" / "step-00000009"
+    folder = finished / "checkpoints" / "step-00000009"
     with safe_open(folder / "tensors.safetensors", framework="pt") as file:
         keys = set(file.keys())
     with safe_open(finished / "best.safetensors", framework="pt") as file:
         names = set(file.keys())
-    expected = {f"network.{name}" for name in names}
+    expected = {f"model.{name}" for name in names}
     expected |= {
         f"optimizer.{slot}.{n}" for n in names for slot in ("exp_avg", "exp_avg_sq", "step")
     }
     assert keys == expected
-    metadata = json.loads((folder / "state.json").read_text())["state"]
-    assert metadata["position"] | {"seconds": 0} == {
+    metadata = json.loads((folder / "state.json").read_text())["metadata"]
+    assert metadata["train_state"] | {"seconds": 0} == {
         "learning_rate": 0.002,
         "epoch": 3, "batch": 1, "step": 9, "skipped_steps": 0, "skipped_samples": 0, "seconds": 0,
     }  # fmt: skip
@@ -176,7 +176,7 @@ def test_a_run_stopped_by_patience_is_finished(tmp_path, capsys):
 
 
 def test_a_state_may_be_named_instead_of_its_run(copied, finished):
-    resume(copied / "state" / "step-00000012")
+    resume(copied / "checkpoints" / "step-00000012")
     same_end(copied, finished)
 
 
@@ -197,15 +197,15 @@ def test_auto_starts_a_run_and_goes_on_with_it(tmp_path, capsys):
     command = [*LENET, "--resume", "auto"]
     command.remove("--quiet")
     start(tmp_path, *command, "--max-steps", "6")
-    assert "going on" not in capsys.readouterr().out
+    assert "resuming" not in capsys.readouterr().out
     start(tmp_path, *command)
-    assert f"going on from {tmp_path}/run/state/step-00000006" in capsys.readouterr().out
+    assert f"resuming from {tmp_path}/run/checkpoints/step-00000006" in capsys.readouterr().out
     assert len(read_lines(tmp_path / "run" / "steps.jsonl")) == 12
 
 
 def test_auto_begins_again_what_was_killed_before_its_first_state(tmp_path, monkeypatch, finished):
     cut_off(monkeypatch, 1, lambda: start(tmp_path, *LENET, "--resume", "auto"))
-    assert not list((tmp_path / "run" / "state").glob("step-*"))
+    assert not list((tmp_path / "run" / "checkpoints").glob("step-*"))
     start(tmp_path, *LENET, "--resume", "auto")
     same_end(tmp_path / "run", finished)
 
@@ -216,10 +216,10 @@ def test_auto_begins_again_what_was_killed_before_its_first_state(tmp_path, monk
 @pytest.mark.parametrize("num_processes", [1, 2, 3])
 def test_p3_another_number_of_processes_counts_each_sample_once(tmp_path, num_processes):
     """A checkpoint of two processes, one of which skipped a step, is resumed on another number."""
-    position = dict.fromkeys(POSITION, 0) | {"epoch": 2, "batch": 5, "step": 13}
-    metadata = {"position": position, "totals": [[3.0, 2.0, 5.0], [4.0, 1.0, 4.0]]}
+    position = dict.fromkeys(TRAIN_STATE_TYPES, 0) | {"epoch": 2, "batch": 5, "step": 13}
+    metadata = {"train_state": position, "totals": [[3.0, 2.0, 5.0], [4.0, 1.0, 4.0]]}
     state = Checkpoint(run_dir.RunDir(tmp_path), tmp_path, metadata, {})
-    found = [state.position(rank, num_processes) for rank in range(num_processes)]
+    found = [state.train_state(rank, num_processes) for rank in range(num_processes)]
     assert sum(p.totals[0].item() for p in found) == 7
     assert sum(p.totals[1].item() for p in found) == 3
     assert min(p.totals[2].item() for p in found) == 4
@@ -258,7 +258,7 @@ def test_p3_stopped_on_two_processes_and_resumed_on_one_and_three(tmp_path):
         limit=200,
     )  # fmt: skip
     assert whole.code == 0, whole.stderr
-    assert "stopped (SIGTERM) after step 6; go on with: python train.py --resume" in first.stderr
+    assert "stopped (SIGTERM) after step 6; resume with: python train.py --resume" in first.stderr
     for name in ("one", "three"):
         shutil.copytree(tmp_path / "first", tmp_path / name)
         shutil.copytree(tmp_path / "logs/first", tmp_path / "logs" / name, dirs_exist_ok=True)
@@ -295,7 +295,7 @@ def test_p7_a_loss_that_is_not_finite_on_one_process(tmp_path):
     [error] = stopped.errors
     assert error.startswith("error: the loss is nan at step 6 on process 1 (learning rate 0.002)")
     assert error.endswith(
-        f"The last complete state of the run is {tmp_path}/stopped/state/step-00000004."
+        f"The last complete checkpoint of the run is {tmp_path}/stopped/checkpoints/step-00000004."
     )
     assert stopped.left_behind == []
     words += ["--on-nonfinite", "skip"]

@@ -18,15 +18,15 @@ from lab.errors import UserError
 def test_p7_other_settings_are_refused(fails, copied):
     before = (copied / "steps.jsonl").read_bytes()
     for words, problem in {
-        "--lr 0.5": "--lr 0.5 is not the run's, which has 0.002",
-        "--batch-size 16": "--batch-size 16 is not the run's, which has 32",
-        "--model alexnet": "--model alexnet is not the run's, which has lenet5",
-        "--seed 1": "--seed 1 is not the run's, which has 42",
+        "--lr 0.5": "--lr 0.5 differs from the run's, which is 0.002",
+        "--batch-size 16": "--batch-size 16 differs from the run's, which is 32",
+        "--model alexnet": "--model alexnet differs from the run's, which is lenet5",
+        "--seed 1": "--seed 1 differs from the run's, which is 42",
     }.items():
         message = fails(train, "--resume", copied, *words.split())
         assert message == f"{problem}. Leave it out, or start a new run."
     message = fails(train, "--resume", copied, "--epochs", 2)
-    assert message == "--epochs 2: the run is in epoch 3. Give more, or leave it out."
+    assert message == "invalid --epochs 2: the run is in epoch 3. Give more epochs, or leave it out."
     assert (copied / "steps.jsonl").read_bytes() == before
 
 
@@ -38,10 +38,10 @@ def test_the_same_settings_may_be_given_again(copied, finished):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--resume gone", "there is no run gone. Give --resume the folder of a run."),
+        ("--resume gone", "there is no run gone. Give --resume the directory of a run."),
         (
             f"--resume {'n' * 300}",
-            f"there is no run {'n' * 300}. Give --resume the folder of a run.",
+            f"there is no run {'n' * 300}. Give --resume the directory of a run.",
         ),
         ("--resume old --name x", "a run that --resume names has its --name. Leave --name out."),
         ("--resume auto", "--resume auto goes on with the run of a --name. Give --name too."),
@@ -51,22 +51,22 @@ def test_the_same_settings_may_be_given_again(copied, finished):
         ),
         (
             "--resume old",
-            "old holds no state to go on from. Start a new run, of another --name.",
+            "old contains no checkpoint to resume from. Start a new run with another --name.",
         ),
         (
             "--resume runs",
-            "runs holds no state to go on from. "
+            "runs contains no checkpoint to resume from. "
             "Give --resume one of its runs: runs/a, runs/b, runs/c.",
         ),
         (
             "--resume auto --name old --output-dir .",
-            "old holds no state to go on from. Start a new run, of another --name.",
+            "old contains no checkpoint to resume from. Start a new run with another --name.",
         ),
     ],
 )
 def test_p7_there_is_nothing_to_resume(fails, tmp_path, words, message):
     for name in "dcba":
-        (tmp_path / "runs" / name / "state" / "step-00000001").mkdir(parents=True)
+        (tmp_path / "runs" / name / "checkpoints" / "step-00000001").mkdir(parents=True)
     (tmp_path / "runs" / "another").mkdir()
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "best.safetensors").write_bytes(b"weights of a version without states")
@@ -80,7 +80,7 @@ def test_p7_other_data_are_refused(fails, copied):
     other = {**metadata["fingerprints"], "train": f"{FORMAT}-0", "test": f"{FORMAT}-0"}
     train_state.write_checkpoint(folder, tensors, metadata | {"fingerprints": other})
     assert fails(train, "--resume", copied, "--epochs", 4) == (
-        "the data are not those that the run was trained on (files of these splits were added, "
+        "the data differ from those that the run was trained on (files of these splits were added, "
         "removed, renamed or replaced: train, test). "
         "Give --data-dir with the same files, or start a new run."
     )
@@ -96,11 +96,11 @@ sys.stdin.read()
 
 
 def test_p7_two_trainings_do_not_write_into_one_folder(fails, monkeypatch, copied):
-    monkeypatch.setattr(run_dir, "LOCK_PATIENCE", 0.1)
-    command = [sys.executable, "-c", HOLD, str(copied / "state" / ".lock")]
-    write_error = f"another training is at work in {copied}. "
-    write_error += "Wait for its end, or give another --name; if there is none, delete "
-    write_error += f"{copied}/state/.lock."
+    monkeypatch.setattr(run_dir, "LOCK_TIMEOUT_SECONDS", 0.1)
+    command = [sys.executable, "-c", HOLD, str(copied / "checkpoints" / ".lock")]
+    write_error = f"another process is training in {copied}. "
+    write_error += "Wait until it ends, or give another --name; if there is none, delete "
+    write_error += f"{copied}/checkpoints/.lock."
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         other.stdout.readline()
         assert fails(train, "--resume", copied) == write_error
@@ -116,7 +116,7 @@ def test_p7_a_full_disk_is_seen_before_training(fails, monkeypatch):
         atomic_io.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 500_000)
     )
     message = fails(train, *SMALL, "--name", "x")
-    assert message.startswith("a state takes 987.3 kB, and runs has 500.0 kB left. Free some space")
+    assert message.startswith("a checkpoint takes 987.3 kB, runs has 500.0 kB free. Free some space")
 
 
 def test_a_full_disk_later_loses_that_state_alone(tmp_path, monkeypatch, finished, capsys):
@@ -129,7 +129,7 @@ def test_a_full_disk_later_loses_that_state_alone(tmp_path, monkeypatch, finishe
             raise UserError("full", "Free some")
         check_free_space(path, size)
 
-    monkeypatch.setattr(manager, "require_room", full_once)
+    monkeypatch.setattr(manager, "check_free_space", full_once)
     words = ["--checkpoint-every", "3", "--keep-checkpoints", "9", "--final-checkpoints", "9"]
     start(tmp_path, *LENET, *words)
     found = run_dir.RunDir(tmp_path / "run").checkpoints
@@ -147,8 +147,8 @@ def test_p7_the_last_state_is_named_with_the_error(monkeypatch, copied):
     with pytest.raises(UserError) as caught:
         resume(copied, "--epochs", "9")
     assert str(caught.value) == (
-        "the picture x is damaged. Delete it. The last complete state of the run is "
-        f"{copied}/state/step-00000012."
+        "the picture x is damaged. Delete it. The last complete checkpoint of the run is "
+        f"{copied}/checkpoints/step-00000012."
     )
 
 
@@ -176,8 +176,8 @@ def test_p3_a_second_start_neither_deletes_nor_joins_a_run(tmp_path, monkeypatch
             assert tree(tmp_path) == before
         return load_splits(*arguments)
 
-    monkeypatch.setattr(run_dir, "LOCK_PATIENCE", 0.1)
+    monkeypatch.setattr(run_dir, "LOCK_TIMEOUT_SECONDS", 0.1)
     monkeypatch.setattr(lab.data, "load_splits", load_slowly)
     start(tmp_path, *command)
-    assert write_error == [f"another training is at work in {tmp_path}/run"] * 3
+    assert write_error == [f"another process is training in {tmp_path}/run"] * 3
     same_end(tmp_path / "run", finished)

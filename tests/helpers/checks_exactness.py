@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from shapes import make_shapes
 from torch import Tensor, distributed, nn
 from torch.distributed.nn.functional import all_reduce
 
@@ -21,12 +22,11 @@ import evaluate
 import train
 from lab.data import DataConfig
 from lab.data.image_folder import read_folder
-from lab.data.loaders import build_loader
-from lab.data.shapes import make_shapes
+from lab.data.loaders import LoaderOptions, build_loader
 from lab.data.splits import in_memory
 from lab.data.transforms import BatchTransform
 from lab.data.types import Split
-from lab.distributed import build_accelerator, loader_place
+from lab.distributed import build_accelerator
 from lab.engine import training
 from lab.engine.evaluation import predict_all
 from lab.errors import run_script
@@ -68,9 +68,9 @@ TRAININGS = {
     "batch-norm-uneven-parts": "--max-train-samples 65 --epochs 5 --grad-accum-steps 3",
     "hook-bf16": "--comm-hook bf16",
     "hook-powersgd": "--comm-hook powersgd",
-    "dropout": "--model alexnet --dataset shapes --num-samples 60 --max-eval-samples 10 --epochs 1 "
+    "dropout": "--model alexnet --dataset digits --max-train-samples 54 --max-eval-samples 10 --epochs 1 "
     "--max-steps 3 --batch-size 20 --lr 0.01 --init kaiming",
-    "dropout-seed": "--model alexnet --dataset shapes --num-samples 60 --max-eval-samples 10 --epochs 1 "
+    "dropout-seed": "--model alexnet --dataset digits --max-train-samples 54 --max-eval-samples 10 --epochs 1 "
     "--max-steps 1 --batch-size 20 --lr 0.01 --init kaiming --seed 7",
 }
 
@@ -92,7 +92,7 @@ def main() -> None:
 
 def evaluations(accelerator: Accelerator, pictures: Path) -> dict:
     """What predict_all and its report say, for every size of split, size of batch and loader."""
-    files = read_folder(DataConfig("folder", str(pictures), 32, 0, 0, 0, 0, 0, 0)).train
+    files = read_folder(DataConfig("folder", str(pictures), 32, 0, 0, 0, 0, 0)).train
     files = files.select(torch.randperm(1000, generator=torch.Generator().manual_seed(1)))
     decoded = in_memory(files, num_workers=1)
     transform = BatchTransform((0.5,) * 3, (0.25,) * 3, (), accelerator.device)
@@ -102,8 +102,8 @@ def evaluations(accelerator: Accelerator, pictures: Path) -> dict:
         for batch_size in BATCH_SIZES:
             for kind in ("resident", "streaming"):
                 split = (decoded if kind == "resident" else files).select(torch.arange(size))
-                place = loader_place(accelerator, kind, workers=2)
-                loader = build_loader(split, transform, batch_size=batch_size, seed=None, **place)
+                options = LoaderOptions.create(accelerator, kind, num_workers=2)
+                loader = build_loader(split, transform, options, batch_size=batch_size, seed=None)
                 for tta, name in (("none", kind), ("flip", f"{kind}, mirrored")):
                     if tta == "flip" and size != 101:
                         continue
@@ -115,6 +115,7 @@ def evaluations(accelerator: Accelerator, pictures: Path) -> dict:
                         "losses": found.losses.tolist(),
                         "report": found.report(),
                     }
+                loader.close()
     return results
 
 
@@ -122,9 +123,9 @@ def error_of_a_missing_batch(accelerator: Accelerator) -> str:
     """Return the error of predict_all when the last process skips its last batch."""
     pictures, labels = make_shapes(101, seed=7)
     split = Split(pictures, labels, tuple("0123456789"))
-    place = loader_place(accelerator, "resident", workers=0)
+    options = LoaderOptions.create(accelerator, "resident", num_workers=0)
     transform = BatchTransform((0.5,) * 3, (0.25,) * 3, (), accelerator.device)
-    loader = build_loader(split, transform, batch_size=20, seed=None, **place)
+    loader = build_loader(split, transform, options, batch_size=20, seed=None)
     if accelerator.is_last_process:
         batches = list(loader.batches())[:-1]
         loader.batches = lambda: iter(batches)
@@ -184,12 +185,12 @@ def trainings(output: Path, pictures: Path) -> dict[str, dict[str, list]]:
     """
     digests: dict[str, list] = {}
     masks: dict[str, list] = {}
-    original, original_prepare = training.train_one_epoch, training.prepare
+    original, original_configure = training.train_one_epoch, training.configure_model
 
-    def prepare(accelerator, model, config):
+    def configure_model(model, config, device):
         if config.name.startswith("batch-norm"):
             model.features[1] = nn.Sequential(SyncedBatchNorm(6), nn.Tanh())
-        return original_prepare(accelerator, model, config)
+        return original_configure(model, config, device)
 
     def train_one_epoch(train_step, *args, **kwargs):
         name = train_step.config.name
@@ -209,7 +210,7 @@ def trainings(output: Path, pictures: Path) -> dict[str, dict[str, list]]:
         digests[name].append(digest.hexdigest())
         return trained
 
-    training.train_one_epoch, training.prepare = train_one_epoch, prepare
+    training.train_one_epoch, training.configure_model = train_one_epoch, configure_model
     for name, options in TRAININGS.items():
         digests[name], masks[name] = [], []
         words = [*COMMON.split(), *options.split(), "--output-dir", str(output), "--name", name]

@@ -12,7 +12,7 @@ import sys
 import time
 
 import train
-from lab.engine import training
+from lab.engine.training import TrainStep
 from lab.errors import run_script
 
 
@@ -23,16 +23,16 @@ def main() -> None:
         fault = "none"
     if fault == "missing-data":
         argv += ["--data-dir", "no-such-folder"]
-    eager_step, taken = training.eager_step, 0
+    run, taken = TrainStep.run, 0
 
     def counted(*arguments):
         nonlocal taken
         taken += 1
         if taken == 5 and fault != "none":
             fail(fault)
-        return eager_step(*arguments)
+        return run(*arguments)
 
-    training.eager_step = counted
+    TrainStep.run = counted
     train.main(argv)
     print(f"steps taken: {taken}\n", end="", flush=True)  # in one piece: the processes share it
 

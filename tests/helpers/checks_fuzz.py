@@ -97,12 +97,12 @@ def read_weights(path: Path) -> None:
 
 def read_state(folder: Path, train_step) -> None:
     metadata, tensors = train_state.read_checkpoint(folder)
-    run = train_state.RunDir(folder.parent.parent)
-    metadata["best"] = train_state._best(run, metadata)
+    run = run_dir.RunDir(folder.parent.parent)
+    metadata["best"] = manager._best_metrics(run, metadata)
     state = train_state.Checkpoint(run, folder, metadata, tensors)
     state.config({"epochs": 10**6})
-    state.position(0, 1)
-    state.position(0, 2)
+    state.train_state(0, 1)
+    state.train_state(0, 2)
     manager.restore(train_step, state)
 
 
@@ -115,24 +115,24 @@ def write_changed_state(
     elif not sealed:
         metadata = changed_bytes(metadata, choose)
     if sealed:
-        state = json.loads(metadata)["state"]
+        state = json.loads(metadata)["metadata"]
         state = state if which else changed_json(state, choose)
         if isinstance(state, dict):
             state["tensors_sha256"] = hashlib.sha256(tensors).hexdigest()
         digest = hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
-        metadata = json.dumps({"state": state, "sha256": digest}).encode()
+        metadata = json.dumps({"metadata": state, "sha256": digest}).encode()
     (folder / train_state.METADATA_FILE).write_bytes(metadata)
     (folder / train_state.TENSORS_FILE).write_bytes(tensors)
 
 
 def main() -> None:
-    run, count = train_state.RunDir(sys.argv[1]), int(sys.argv[2])
+    run, count = run_dir.RunDir(sys.argv[1]), int(sys.argv[2])
     weights, folder = run.best.read_bytes(), run.checkpoints[0]
     metadata, tensors = (
         (folder / name).read_bytes()
         for name in (train_state.METADATA_FILE, train_state.TENSORS_FILE)
     )
-    config = TrainConfig(**json.loads(metadata)["state"]["config"])
+    config = TrainConfig(**json.loads(metadata)["metadata"]["config"])
     accelerator = build_accelerator(mixed_precision="no", threads=1, quiet=True)
     weights_metadata = weights_module.read_metadata(run.best)
     train_step = prepare(accelerator, build_model(**weights_metadata["model"]), config)
@@ -147,7 +147,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         path = Path(temporary) / "best.safetensors"
         path.write_bytes(weights)
-        state = Path(temporary) / "state" / folder.name
+        state = Path(temporary) / "checkpoints" / folder.name
         state.mkdir(parents=True)
         for number in range(2 * count):
             begun, what = time.monotonic(), "weights" if number < count else "states"

@@ -18,7 +18,7 @@ from lab.engine import training
 from lab.errors import run_script
 
 # 25 samples, batches of 12: the last batch has one, and a process has none of it.
-COMMON = """--recipe smoke --dataset shapes --num-samples 100 --max-train-samples 25 --batch-size 12
+COMMON = """--recipe smoke --dataset digits --max-train-samples 25 --batch-size 12
     --image-size 16 --epochs 1 --max-eval-samples 10 --threads 1 --mixed-precision no --quiet"""
 FROZEN = "mobilenet_v3_small, frozen"
 TRAININGS = {

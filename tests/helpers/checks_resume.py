@@ -27,7 +27,7 @@ def main() -> int:
     original, eager_step, reason = (
         ResidentLoader.batches,
         training.eager_step,
-        InterruptHandler.reason,
+        InterruptHandler.stop_reason,
     )
     steps = []  # begun by this process
 
@@ -49,7 +49,7 @@ def main() -> int:
     def stopped(interrupts, step, must_ask=False):
         return signal.SIGTERM if step == int(stop) else reason(interrupts, step, must_ask)
 
-    ResidentLoader.batches, training.eager_step, InterruptHandler.reason = batches, spoiled, stopped
+    ResidentLoader.batches, training.eager_step, InterruptHandler.stop_reason = batches, spoiled, stopped
     return train.main(argv)
 
 

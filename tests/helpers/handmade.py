@@ -48,7 +48,7 @@ def make_run(
     path: Path, names: Sequence[str] = HOSTILE, num_test: int = 500, size: int = 16, **settings
 ) -> Path:
     """A finished run on these classes; its folder."""
-    given = {"model": "lenet5", "dataset": "shapes", "image_size": size, **settings}
+    given = {"model": "lenet5", "dataset": "digits", "image_size": size, **settings}
     config = recipes.resolve(given)
     data = splits(names, num_test, size)
     predictions = predicted(data.test)

@@ -18,7 +18,7 @@ import psutil
 from worlds import World, python, start, torchrun
 
 SAME = (
-    "best.safetensors", "report.json", "predictions.csv", "steps.jsonl", "pictures.safetensors",
+    "best.safetensors", "report.json", "predictions.csv", "steps.jsonl", "images.safetensors",
 )  # fmt: skip
 CLOCK = ("train_seconds", "eval_seconds", "images_per_second")
 MOMENTS = ("step", "save", "evaluation", "start-up", "best", "end")
@@ -43,8 +43,8 @@ class Configuration:
 LENET5 = ("--dataset", "digits", "--recipe", "smoke", "--max-steps", 0, "--max-train-samples", 0,
           "--max-eval-samples", 0, "--val-fraction", 0.5, "--batch-size", 8, "--epochs", 6,
           "--augment", "crop", "--checkpoint-every", 5)  # fmt: skip
-ALEXNET = ("--model", "alexnet", "--dataset", "shapes", "--recipe", "smoke", "--max-steps", 0,
-           "--num-samples", 100, "--batch-size", 12, "--epochs", 3, "--checkpoint-every", 2)  # fmt: skip
+ALEXNET = ("--model", "alexnet", "--dataset", "digits", "--recipe", "smoke", "--max-steps", 0,
+           "--max-train-samples", 90, "--batch-size", 12, "--epochs", 3, "--checkpoint-every", 2)  # fmt: skip
 CONFIGURATIONS = {
     c.name: c
     for c in (
@@ -154,7 +154,7 @@ def survive(
         assert ended.left_behind == []
         found = leftovers(folder) - before
         kills[i].step = last_step(folder)
-        kills[i].half_state = any(name.startswith("state/.step-") for name in found)
+        kills[i].half_state = any(name.startswith("checkpoints/.step-") for name in found)
         kills[i].during = during(folder, reference, found, resumed)
     for kill in kills:  # one state may be in the writing; the one before is whole then
         assert 0 <= kill.step - kill.resumed_from <= 2 * configuration.checkpoint_every, kill
@@ -189,7 +189,7 @@ def killer(
         if moment == "end":
             return len(rows(folder / "history.jsonl")) == len(reference.steps)
         if moment == "save":
-            return step >= target and any((folder / "state").glob(".step-*"))
+            return step >= target and any((folder / "checkpoints").glob(".step-*"))
         if moment == "best":  # or two epochs later: an epoch may be no better
             due = step >= target and any(folder.glob(".best.*"))
             return due or step >= target + 2 * reference.steps[0]
@@ -233,7 +233,7 @@ def processes(world: World) -> list[psutil.Process]:
 
 
 def resumed_from(stdout: str) -> int | None:
-    found = [line for line in stdout.splitlines() if line.startswith("going on from ")]
+    found = [line for line in stdout.splitlines() if line.startswith("resuming from ")]
     if found:
         return int(found[-1].rsplit("-", 1)[1])
     return 0 if "\n  place  " in stdout else None
@@ -241,14 +241,14 @@ def resumed_from(stdout: str) -> int | None:
 
 def leftovers(folder: Path) -> set[str]:
     """The temporary files and folders of writers that were killed."""
-    found = {*folder.glob(".*"), *(folder / "state").glob(".step-*")}
+    found = {*folder.glob(".*"), *(folder / "checkpoints").glob(".step-*")}
     return {str(path.relative_to(folder)) for path in found}
 
 
 def during(folder: Path, reference: Reference, found: set[str], resumed: int | None) -> str:
     """What was running at the kill, as far as the folder tells."""
     for name in sorted(found, reverse=True):
-        if name.startswith("state/.step-"):
+        if name.startswith("checkpoints/.step-"):
             return "saving a state" if name.count(".") > 1 else "removing a state"
     for name in found:
         return f"writing {name.split('.', 1)[1].rsplit('.', 2)[0]}"

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-FULL = "Free some space, or name another folder."
-NO_FOLDER = "Name a folder, not a file."
+FULL = "Free some space, or give another directory."
+NO_FOLDER = "Give a directory, not a file."
 
 
 def tree(folder: Path) -> dict[str, object]:

@@ -361,7 +361,7 @@ MUTANTS = (
         "P7: nothing is left half-written",
         "a run that cannot start leaves its directory behind",
         "lab/checkpoint/run_dir.py",
-        "            if self.made:\n",
+        "            if self._created_directories:\n",
         "            if False:\n",
         "unit/test_errors.py::test_p7_a_run_that_cannot_be_begun_leaves_no_folder",
     ),

@@ -8,7 +8,7 @@ import train
 from lab.checkpoint import manager
 
 SAME = (
-    "best.safetensors", "report.json", "predictions.csv", "steps.jsonl", "pictures.safetensors",
+    "best.safetensors", "report.json", "predictions.csv", "steps.jsonl", "images.safetensors",
 )  # fmt: skip
 CLOCK = ("train_seconds", "eval_seconds", "images_per_second")
 SMALL = [
@@ -23,7 +23,7 @@ LENET = [
     "--max-train-samples",
     "100",
 ]  # 4 steps an epoch
-ALEXNET = [*LENET, "--model", "alexnet", "--dataset", "shapes", "--num-samples", "60"]
+ALEXNET = [*LENET, "--model", "alexnet", "--dataset", "digits"]
 ALEXNET += ["--max-train-samples", "30", "--batch-size", "8"]  # 4 steps an epoch, too
 
 
@@ -45,7 +45,7 @@ def cut_off(monkeypatch, step, call):
 
     def after_step(kept, best, position):
         stops = original(kept, best, position)
-        if position.step == step:
+        if train_state.step == step:
             raise Killed
         return stops
 

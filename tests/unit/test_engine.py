@@ -17,7 +17,7 @@ from lab.data.sampler import ShardedBatchSampler
 from lab.data.transforms import BatchTransform
 from lab.data.types import Batch, Split
 from lab.distributed import build_accelerator
-from lab.engine.training import seed_dropout, train_one_epoch, update_ema
+from lab.engine.training import seed_dropout, train_one_epoch
 from lab.models import build_model
 
 PLAIN = {
@@ -93,7 +93,7 @@ def test_p2_the_mean_of_the_processes_steps_is_the_step_of_one_process(
         train_step = make_train_step(accelerator, grad_accum_steps=grad_accum_steps)
         train_step.accelerator = FakeWorld(accelerator, len(sizes))
         before, part = weights(train_step.model), slice(start, start + size)
-        index = whole.index[part]
+        index = whole.indices[part]
         batch = Batch(whole.images[part], whole.labels[part], index, whole.global_batch_size)
         train_step.run(batch)
         steps.append(before - weights(train_step.model))
@@ -139,7 +139,7 @@ def test_the_average_follows_its_formula(accelerator):
     ema_model = 0
     for step, decay in ((1, 0), (2, 1 / 11), (3, 2 / 12), (4, 0.2), (5, 0.2)):
         train_step.run(make_batch(5, seed=step))
-        update_ema(train_step.ema.module, train_step.model, 0.2, step)
+        train_step.ema.update(train_step.model, step)
         ema_model = decay * ema_model + (1 - decay) * weights(train_step.model)
         assert torch.allclose(weights(train_step.eval_model), ema_model, atol=1e-6)
     assert not torch.allclose(weights(train_step.model), ema_model, atol=1e-3)
@@ -216,7 +216,7 @@ def test_p7_a_loss_that_is_not_finite_ends_the_run(accelerator, log_every):
     train_step = make_train_step(accelerator, log_every=log_every)
     with torch.no_grad():
         train_step.model.classifier[-1].bias[0] = math.nan
-    with pytest.raises(ValueError, match=r"the loss is nan at step 1 \(.*Lower --lr"):
+    with pytest.raises(ValueError, match=r"the loss is nan at step 1 \(.*lower --lr"):
         train(train_step)
 
 

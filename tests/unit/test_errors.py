@@ -95,7 +95,7 @@ HELP = "See `python train.py --help`."
         (
             "--output-dir /proc/runs",
             "cannot write /proc/runs/lenet5-digits (No such file or directory). "
-            "Make its folder first, or name another.",
+            "Create its directory first, or give another one.",
         ),
         (
             "--output-dir dangling",
@@ -109,9 +109,9 @@ HELP = "See `python train.py --help`."
             "--name taken",
             "the run runs/taken exists. Give another --name, or --overwrite to replace it.",
         ),
-        ("--name taken --overwrite", "runs/taken is not a run's folder. Give another --name."),
-        ("--name model --overwrite", "runs/model is not a run's folder. Give another --name."),
-        ("--name file --overwrite", "runs/file is not a run's folder. Give another --name."),
+        ("--name taken --overwrite", "runs/taken is not the directory of a run. Give another --name."),
+        ("--name model --overwrite", "runs/model is not the directory of a run. Give another --name."),
+        ("--name file --overwrite", "runs/file is not the directory of a run. Give another --name."),
         (
             "--dataset folder",
             "there is no folder data. Give --data-dir a folder of CLASS/pictures.",
@@ -202,7 +202,7 @@ def test_p7_asking_for_too_much_memory_is_a_users_mistake(capsys):
 
 # What a disk refuses
 
-MAY_NOT = "Name a folder that you may write to."
+MAY_NOT = "Give a directory with write permission."
 
 
 @pytest.mark.parametrize(
@@ -213,8 +213,8 @@ MAY_NOT = "Name a folder that you may write to."
         (errno.EACCES, MAY_NOT),
         (errno.EPERM, MAY_NOT),
         (errno.EROFS, MAY_NOT),
-        (errno.EISDIR, "Name a file, not a folder."),
-        (errno.ENOENT, "Make its folder first, or name another."),
+        (errno.EISDIR, "Give a file, not a directory."),
+        (errno.ENOENT, "Create its directory first, or give another one."),
     ],
 )
 def test_p7_the_hint_is_of_the_system_s_reason(number, hint):

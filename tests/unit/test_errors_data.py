@@ -22,7 +22,7 @@ import train
 from lab.config import recipes
 from lab.data import DataConfig, load_splits
 from lab.data.decode import FileImages
-from lab.data.loaders import build_loader
+from lab.data.loaders import LoaderOptions, build_loader
 from lab.data.transforms import BatchTransform
 from lab.data.types import Split
 from lab.errors import UserError
@@ -114,20 +114,20 @@ def test_p7_too_few_pictures(fails, tmp_path):
 
 
 @pytest.mark.parametrize("refused", ["pictures", "pictures/a", "pictures/a/deep"])
-def test_p7_a_folder_that_may_not_be_read_is_named(fails, tmp_path, monkeypatch, write_error):
+def test_p7_a_folder_that_may_not_be_read_is_named(fails, tmp_path, monkeypatch, refused):
     """It is neither passed over nor called empty."""
     for name in ("a/deep/0.png", "b/0.png", "b/1.png"):
         make_picture(tmp_path / "pictures" / name)
     scandir = os.scandir
 
     def refuse(path):  # root may read everything
-        if str(path) == write_error:
+        if str(path) == refused:
             raise PermissionError(errno.EACCES, "Permission denied", str(path))
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", refuse)
     assert fails(train, "--dataset", "folder", "--data-dir", "pictures", "--quiet") == (
-        f"cannot read the folder {write_error} (Permission denied). Mend its permissions."
+        f"cannot read the folder {refused} (Permission denied). Mend its permissions."
     )
 
 
@@ -184,7 +184,8 @@ def test_p7_a_worker_names_a_damaged_picture(tmp_path):
     path = str(tmp_path / "x.png")
     Path(path).write_text("not a picture")
     split = Split(FileImages((path,), 32), torch.zeros(1, dtype=torch.long), ("a", "b"))
-    loader = build_loader(split, **LOADER | {"kind": "streaming", "num_workers": 1})
+    options = LoaderOptions(0, 1, torch.device("cpu"), "streaming", 1, math.inf)
+    loader = build_loader(split, TRANSFORM, options, batch_size=3, seed=0)
     try:  # pytest.raises would keep the loader, whose workers then end seconds later
         list(loader.batches())
     except Exception as error:
@@ -197,24 +198,15 @@ def test_p7_a_worker_names_a_damaged_picture(tmp_path):
         pytest.fail("no error")
 
 
-LOADER = {
-    "preprocess": BatchTransform((0.5,), (0.5,), (), "cpu"),
-    "batch_size": 3,
-    "seed": 0,
-    "rank": 0,
-    "world_size": 1,
-    "device": torch.device("cpu"),
-    "kind": "resident",
-    "num_workers": 0,
-    "memory": math.inf,
-}
+TRANSFORM = BatchTransform((0.5,), (0.5,), (), "cpu")
 
 
 def test_p7_a_batch_smaller_than_the_world():
     config = recipes.resolve({"dataset": "digits"})
     split = load_splits(DataConfig.of(config), math.inf, 1).train
+    options = LoaderOptions(0, 4, torch.device("cpu"), "resident", 0, math.inf)
     with pytest.raises(UserError) as caught:
-        build_loader(split, **LOADER | {"world_size": 4})
+        build_loader(split, TRANSFORM, options, batch_size=3, seed=0)
     assert str(caught.value) == (
         "--batch-size 3 is smaller than the number of processes, 4. "
         "It counts the samples of all processes together: give more."

@@ -22,7 +22,6 @@ from lab.checkpoint.run_dir import RunDir
 from lab.config import recipes
 from lab.config.schema import EvalConfig
 from lab.data import DataConfig, load_splits
-from lab.data.shapes import SHAPE_NAMES
 from lab.errors import UserError
 from lab.models import build_model
 
@@ -53,12 +52,12 @@ def with_metadata(content: bytes, header: dict | None) -> bytes:
     ("words", "message"),
     [
         ("", "the following arguments are required: weights. See `python evaluate.py --help`."),
-        ("nosuch", "there is no file nosuch. Give a run's folder or its best.safetensors."),
+        ("nosuch", "there is no file nosuch. Give a run's directory or its best.safetensors."),
         (
             "n" * 300,
-            f"there is no file {'n' * 300}. Give a run's folder or its best.safetensors.",
+            f"there is no file {'n' * 300}. Give a run's directory or its best.safetensors.",
         ),
-        (".", ". holds no best.safetensors. Give the folder of a finished run."),
+        (".", ". contains no best.safetensors. Give the directory of a finished run."),
         ("w --split vla", "--split has no vla. Choose from test, val, train, all."),
         ("w --dataset minst", "there is no data set minst. Did you mean mnist?"),
         (
@@ -67,15 +66,14 @@ def with_metadata(content: bytes, header: dict | None) -> bytes:
             "Leave it out; for a folder of pictures, give --dataset folder.",
         ),
         (
-            "w --dataset shapes",
-            "the data has classes that w does not know: "
-            + ", ".join(SHAPE_NAMES[:5])
-            + " and 5 more. Give --dataset and --data-dir with classes that it was trained on.",
+            "w --dataset folder --data-dir other",
+            "the data have classes that w was not trained on: "
+            "a, b, c, d, e and 2 more. Give --dataset and --data-dir with classes that it was trained on.",
         ),
         (
             "w --dataset folder --data-dir rgb",
             "w takes images with 1 channels, the data's have 3. "
-            "Give data like that it was trained on.",
+            "Give data with that many channels.",
         ),
         ("w --output w", f"cannot write w (File exists). {NO_FOLDER}"),
     ],
@@ -85,6 +83,8 @@ def test_p7_evaluate_refuses(fails, tmp_path, trained, words, message):
     for digit in range(10):
         for i in range(3):
             make_picture(tmp_path / f"rgb/{digit}/{i}.png")
+            for name in "abcdefg":
+                make_picture(tmp_path / f"other/{name}/{i}.png")
     assert fails(evaluate, *words.split(), "--quiet") == message
 
 
@@ -148,7 +148,7 @@ def test_p7_weights_without_permission_are_not_called_damaged_or_missing(trained
             Path(folder, locked).chmod(0o700)
     assert str(raised.value) == (
         f"cannot read {path} (Permission denied). "
-        "Check the permissions of the file and of its folders."
+        "Check the permissions of the file and of its directories."
     )
 
 
@@ -167,7 +167,7 @@ def test_p7_another_kind_of_file_is_not_called_damaged(fails, tmp_path, trained,
     os.chdir(tmp_path)
     (tmp_path / "w").write_bytes(make(trained[1]))
     assert fails(evaluate, "w", "--quiet") == (
-        "w is no weights file of train.py. Give a run's folder or its best.safetensors."
+        "w is not a weights file of train.py. Give a run's directory or its best.safetensors."
     )
 
 
@@ -221,7 +221,7 @@ def test_p7_metadata_may_be_a_strangers(fails, tmp_path, trained, change, reason
         header = {"lab": json.dumps(changed)}
     (tmp_path / "w").write_bytes(with_metadata(content, header))
     message = fails(evaluate, "w", "--quiet")
-    assert matches(message, f"w does not say what network it holds ({reason}). {FOREIGN}")
+    assert matches(message, f"w has invalid metadata ({reason}). {FOREIGN}")
 
 
 def test_p7_weights_of_a_newer_format_say_so(fails, tmp_path, trained):
@@ -255,7 +255,7 @@ def test_p4_a_small_file_that_names_many_classes_is_refused_before_memory_is_tak
         weights.load_model(path, weights.read_metadata(path))
     assert str(raised.value) == (
         f"{path} holds the weights of another architecture: classifier.2.bias is [10], "
-        "not [300000]. Give the weights of the network that its header names."
+        "not [300000]. Give the weights of the model that its metadata name."
     )
     assert largest.num_bytes < path.stat().st_size
 
@@ -275,7 +275,7 @@ def test_p7_weights_of_another_architecture(fails, tmp_path, trained, tensors, r
     weights.write_weights(tmp_path / "w", weights.copy_of(model), trained[0])
     assert fails(evaluate, "w") == (
         f"w holds the weights of another architecture: {reason}. "
-        "Give the weights of the network that its header names."
+        "Give the weights of the model that its metadata name."
     )
 
 

@@ -135,7 +135,7 @@ def test_p7_classes_that_the_weights_do_not_know_are_refused(fails, tmp_path, tr
     make_images(tmp_path / "new" / "purple", "dark", 3, seed=1)
     words = ("--data-dir", "new", "--split", "all", "--quiet")
     assert fails(evaluate, trained[0], *words) == (
-        f"the data has classes that {trained[0]}/best.safetensors does not know: purple. "
+        f"the data have classes that {trained[0]}/best.safetensors was not trained on: purple. "
         "Give --dataset and --data-dir with classes that it was trained on."
     )
 

@@ -241,9 +241,9 @@ def test_p7_a_network_that_cannot_be_exported_is_named(fails, finished, monkeypa
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("gone", "there is no file gone. Give a run's folder or its best.safetensors."),
+        ("gone", "there is no file gone. Give a run's directory or its best.safetensors."),
         ("RUN --format tflite", "--format has no tflite. Choose from onnx, torch-export."),
-        ("RUN --output a/b", "--output a/b: there is no folder a. Make it first."),
+        ("RUN --output a/b", "invalid --output a/b: there is no directory a. Create it first."),
         (
             "RUN/best.safetensors --output RUN/best.safetensors",
             "--output RUN/best.safetensors is the weights' own file. Give another name.",

@@ -8,6 +8,7 @@ import pytest
 import torch
 from mistakes import matches
 from resuming import cut_off, resume, same_end, start
+from shapes import write_shapes
 from torchvision import models as torchvisions
 from trainers import place, prepare
 
@@ -30,7 +31,7 @@ SMALL += [
     "--log-every",
     "1",
 ]
-SMALL += ["--max-steps", "0", "--epochs", "2", "--num-samples", "60"]
+SMALL += ["--max-steps", "0", "--epochs", "2"]
 
 
 def model_of(name=NAME, num_classes=10, in_chans=3, image_size=16):
@@ -69,7 +70,7 @@ def taken(model, source, monkeypatch, found, heads):
 
 
 def test_p7_pretrained_without_a_network_is_one_line(fails, hub):
-    message = fails(train, *SMALL, "--dataset", "shapes", "--pretrained")
+    message = fails(train, *SMALL, "--dataset", "digits", "--pretrained")
     assert matches(
         message,
         f"torchvision's ImageNet weights of mobilenet_v3_small cannot be had (*). Download "
@@ -110,7 +111,8 @@ def test_a_downloaded_file_is_read_and_used(hub, tmp_path, capsys):
     url = torchvisions.get_model_weights("mobilenet_v3_small").DEFAULT.url
     torch.save(source.state_dict(), hub / Path(url).name)
     words = [w for w in SMALL if w != "--quiet"]
-    start(tmp_path, *words, "--dataset", "shapes", "--pretrained", "--freeze", "backbone")
+    words += ["--dataset", "folder", "--data-dir", str(write_shapes(tmp_path / "shapes", 60))]
+    start(tmp_path, *words, "--pretrained", "--freeze", "backbone")
     told = " ".join(capsys.readouterr().out.split())
     number = len(source.state_dict())
     assert f"{number - 2} of {number} tensors taken over" in told
@@ -135,7 +137,7 @@ def test_densenets_older_names_find_their_places(hub):
     assert pretrained.fetch("densenet121").keys() == names.keys()
 
 
-@pytest.mark.parametrize("name", ["mobilenet", NAME, "efficientnet_b0"])
+@pytest.mark.parametrize("name", ["mobilenet_v2", NAME, "efficientnet_b0"])
 def test_an_unchanged_network_says_what_torchvisions_says(monkeypatch, name):
     """From 64 pixels on; of grey images what it says of the same in colour."""
     source = imagenets(MODELS[name].weights, num_classes=10)
@@ -186,14 +188,14 @@ def start_from(path, **model):
     built_model = build_model(**model_of(**model))
     before = {name: tensor.clone() for name, tensor in built_model.state_dict().items()}
     config = resolve({"model": NAME, "dataset": "digits", "init_checkpoint": str(path)})
-    init_weights.start_from(built_model, model_of(**model), config)
+    init_weights.load_init_weights(built_model, model_of(**model), config)
     return before, built_model.state_dict()
 
 
 @pytest.mark.parametrize("num_classes", [10, 3])
 def test_init_from_takes_all_but_a_head_of_another_size(trained, monkeypatch, num_classes):
     told = []
-    monkeypatch.setattr(init_weights.console, "say", told.append)
+    monkeypatch.setattr(init_weights.console, "info", told.append)
     saved = weights_module.read_tensors(trained / "best.safetensors")
     before, after = start_from(trained, in_chans=1, num_classes=num_classes)
     fresh = {name for name in after if not torch.equal(after[name], saved[name])}
@@ -204,17 +206,18 @@ def test_init_from_takes_all_but_a_head_of_another_size(trained, monkeypatch, nu
     assert told == [f"weights of {trained}; {ending}"]
 
 
-def test_p7_init_from_another_network_says_how_it_differs(fails, trained):
+def test_p7_init_from_another_network_says_how_it_differs(fails, tmp_path, trained):
+    write_shapes(tmp_path / "shapes", 60)
     for words, message in {
         "--model mobilenet_v2": f"holds {NAME}, not mobilenet. Give --model {NAME}.",
-        "--dataset shapes": "takes images with 1 channels, the data's have 3. Give data like "
-        "that it was trained on.",
+        "--dataset folder --data-dir shapes": "takes images with 1 channels, the data's have 3. "
+        "Give data with that many channels.",
         "--image-size 32": "was trained on images of 16 pixels, not 32. Give --image-size 16.",
     }.items():
         base = [*SMALL, "--dataset", "digits", "--init-checkpoint", trained]
         assert fails(train, *base, *words.split()) == f"{trained}/best.safetensors {message}"
     assert fails(train, *SMALL, "--dataset", "digits", "--init-checkpoint", "gone") == (
-        "there is no file gone. Give a run's folder or its best.safetensors."
+        "there is no file gone. Give a run's directory or its best.safetensors."
     )
 
 
@@ -237,7 +240,7 @@ def test_a_frozen_backbone_stays_and_its_batchnorm_too(trained):
     words = {"model": NAME, "dataset": "digits", "recipe": "smoke", "init_checkpoint": str(trained)}
     config = resolve({**words, "freeze": "backbone", "ema_decay": 0.5, "max_grad_norm": 1.0})
     model = build_model(**model_of(in_chans=1))
-    init_weights.start_from(model, model_of(in_chans=1), config)
+    init_weights.load_init_weights(model, model_of(in_chans=1), config)
     init_weights.freeze(model, model_of(in_chans=1), config.freeze)
     train_step = prepare(place("cpu"), model, config)
     heads = {"classifier.3.weight", "classifier.3.bias"}
@@ -283,7 +286,7 @@ def test_few_steps_from_random_weights_are_warned_of(capsys):
         init_weights.warn_of_few_steps(config, num_batches)
         return capsys.readouterr().err
 
-    words = "warning: only 297 steps in all: too few to learn much from random weights. Give "
+    words = "warning: only 297 steps in total: too few to learn much from random weights. Give "
     assert told(99, model="lenet5") == words + "a smaller --batch-size or more --epochs.\n"
-    assert told(99, model="mobilenet").startswith(words + "--pretrained, a smaller --batch-size")
+    assert told(99, model="mobilenet_v2").startswith(words + "--pretrained, a smaller --batch-size")
     assert told(100) == told(99, max_steps=9) == told(99, init_checkpoint="w") == ""

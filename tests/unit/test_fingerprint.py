@@ -18,7 +18,7 @@ from lab.errors import UserError
 
 
 def config(root: Path) -> DataConfig:
-    return DataConfig("folder", str(root), 32, 0.1, 0.2, 0, 20, 0, 0)
+    return DataConfig("folder", str(root), 32, 0.1, 0.2, 0, 0, 0)
 
 
 def write_pictures(root: Path, count: int = 6) -> Path:
@@ -149,7 +149,7 @@ def test_a_replaced_image_is_named(tmp_path):
 
 
 def test_images_in_memory_are_named_by_their_position():
-    listing = list_samples(DataConfig("digits", "data", 8, 0.1, 0.2, 0, 20, 0, 0))
+    listing = list_samples(DataConfig("digits", "data", 8, 0.1, 0.2, 0, 0, 0))
     other = Listing({**listing.samples, "image 7 of train": ("3", 0)}, listing.digests)
     assert listing.first_difference(other) == "image 7 of train is of class 3, not 7"
 

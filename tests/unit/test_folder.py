@@ -34,7 +34,7 @@ def assert_close(found: torch.Tensor, expected: Image.Image) -> None:
 
 
 def config(root: Path, size: int = 32) -> DataConfig:
-    return DataConfig("folder", str(root), size, 0.1, 0.2, 0, 10, 0, 0)
+    return DataConfig("folder", str(root), size, 0.1, 0.2, 0, 0, 0)
 
 
 def write(root: Path, *names: str) -> None:

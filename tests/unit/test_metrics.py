@@ -55,7 +55,7 @@ def test_p1_report_equals_scikit_learn(case):
     assert found["loss"] == pytest.approx(math.fsum(losses.tolist()) / len(labels), abs=1e-9)
     accuracy = reference.accuracy_score(labels, predictions)
     assert found["accuracy"] == pytest.approx(accuracy, abs=1e-9)
-    macro = reference.f1_score(labels, predictions, ema_model="macro", zero_division=0)
+    macro = reference.f1_score(labels, predictions, average="macro", zero_division=0)
     assert found["macro_f1"] == pytest.approx(macro, abs=1e-9)
     matrix = reference.confusion_matrix(labels, predictions, labels=every)
     assert found["confusion_matrix"] == matrix.tolist()

@@ -145,7 +145,7 @@ def test_sgd_follows_its_formula(momentum):
 @pytest.mark.parametrize("shape", [(8, 8), (5, 40), (40, 5), (1, 9)])
 def test_muons_update_is_nearly_orthogonal(shape, bfloat16, tolerance, monkeypatch):
     """The singular vectors stay, and the singular values come near 1."""
-    monkeypatch.setattr(muon, "multiplies_bfloat16", lambda device_type: bfloat16)
+    monkeypatch.setattr(muon, "has_native_bf16", lambda device_type: bfloat16)
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 1e-3
     found = zeropower_via_newtonschulz(matrix)
     assert found.dtype == matrix.dtype

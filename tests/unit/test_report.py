@@ -56,7 +56,7 @@ def embedded(path):
 def test_a_training_leaves_its_pictures_and_its_page(finished):
     assert {p.name for p in (finished / "plots").iterdir()} == PLOTS
     assert "<h1>lenet5 on digits</h1>" in (finished / "report.html").read_text()
-    assert len(load_file(finished / "pictures.safetensors")["batch"]) == 32
+    assert len(load_file(finished / "images.safetensors")["batch"]) == 32
 
 
 def test_what_was_deleted_is_drawn_again(hostile, tmp_path, capsys):
@@ -169,7 +169,7 @@ def test_a_thousand_classes_are_listed_instead(tmp_path):
 
 
 def test_p2_the_batch_is_what_the_network_sees():
-    config = recipes.resolve({"dataset": "shapes", "augment": "crop,flip,cutout", "batch_size": 50})
+    config = recipes.resolve({"dataset": "digits", "augment": "crop,flip,cutout", "batch_size": 50})
     data = splits("ab", num_test=2)
     images, index = mistakes.first_batch(config, data)
     assert len(index) == 50
@@ -182,7 +182,7 @@ def test_p2_the_batch_is_what_the_network_sees():
 
 @pytest.mark.parametrize("mixes", ["flip,mixup", "cutmix"])
 def test_p2_a_mixed_batch_is_the_loaders(mixes):
-    words = {"dataset": "shapes", "augment": mixes, "batch_size": 70}
+    words = {"dataset": "digits", "augment": mixes, "batch_size": 70}
     config, data = recipes.resolve(words), splits("ab", num_test=2)
     plain = BatchTransform(data.mean, data.std, config.augmentations, "cpu", config.mixup_alpha)
     plan = ShardedBatchSampler(len(data.train.labels), 70, config.seed, rank=0, world_size=1)
@@ -216,9 +216,9 @@ def test_the_mistakes_kept_are_the_most_confident_and_of_every_cell():
 
 def test_large_pictures_are_kept_small_and_a_run_without_mistakes_is_drawn(tmp_path):
     path = make_run(tmp_path / "run", "ab", num_test=60, size=100)
-    assert load_file(path / "pictures.safetensors")["batch"].shape == (64, 3, 64, 64)
+    assert load_file(path / "images.safetensors")["batch"].shape == (64, 3, 64, 64)
     data, run = splits("ab", num_test=60, size=100), RunDir(path)
-    config = recipes.resolve({"dataset": "shapes"})
+    config = recipes.resolve({"dataset": "digits"})
     perfect = predicted(data.test, right=1.1)
     run.write_report(
         {"split": "test", **perfect.report(), "best_epoch": 3, "selection_split": "test"}
@@ -291,7 +291,7 @@ def test_class_names_are_whole_where_there_is_room(tmp_path):
         assert f"<span>{name}</span></th>" in page
 
 
-@pytest.mark.parametrize("name", ["pictures.safetensors", "predictions.csv"])
+@pytest.mark.parametrize("name", ["images.safetensors", "predictions.csv"])
 def test_without_pictures_the_rest_is_drawn(hostile, tmp_path, capsys, name):
     path = shutil.copytree(hostile, tmp_path / "run", ignore=shutil.ignore_patterns("plots", name))
     plots.draw(path)
@@ -306,7 +306,7 @@ def test_without_pictures_the_rest_is_drawn(hostile, tmp_path, capsys, name):
 )
 def test_p7_damaged_pictures_are_named(hostile, tmp_path, damage):
     path = shutil.copytree(hostile, tmp_path / "run")
-    file = path / "pictures.safetensors"
+    file = path / "images.safetensors"
     save_file(load_file(file) | damage, file)
     if not damage:
         file.write_bytes(file.read_bytes()[:-1])

@@ -158,7 +158,7 @@ def recipe_settings(run: Path) -> tuple[dict, dict]:
     config, log = read(run / "config.json"), (run / "log.txt").read_text()
     names = {name for recipe in recipes.RECIPES.values() for v in recipe.values() for name in v}
     given = {name: config[name] for name in ("model", "dataset", "data_dir", "recipe", "epochs")}
-    if config["dataset"] in ("digits", "shapes"):
+    if config["dataset"] == "digits":
         del given["data_dir"]
     command = next(line for line in [*log.splitlines(), ""] if "train.py" in line or not line)
     for name in names & config.keys():

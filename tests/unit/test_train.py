@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from shapes import write_shapes
 from sklearn import metrics as reference
 
 import evaluate
@@ -22,7 +23,7 @@ from lab.errors import UserError
 
 RUN_FILES = {
     "config.json", "history.jsonl", "steps.jsonl", "best.safetensors", "report.json",
-    "predictions.csv", "pictures.safetensors", "README.md", "state",
+    "predictions.csv", "images.safetensors", "README.md", "state",
 }  # fmt: skip
 HISTORY = [
     "epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "val_macro_f1",
@@ -370,8 +371,9 @@ def test_p7_a_run_whose_steps_are_all_skipped_ends_in_an_error(tmp_path, monkeyp
     ]
 
 
-def test_alexnet_trains_on_shapes(tmp_path):
-    words = ["--model", "alexnet", "--dataset", "shapes", "--num-samples", "101"]
+def test_alexnet_trains_on_color_images(tmp_path):
+    words = ["--model", "alexnet", "--dataset", "folder"]
+    words += ["--data-dir", str(write_shapes(tmp_path / "shapes", 101))]
     folder = run(tmp_path, *words, "--batch-size", "8", "--max-steps", "3", "--log-every", "1")
     assert all(math.isfinite(loss) for loss in losses(folder))
     assert len(losses(folder)) == 3

@@ -17,7 +17,7 @@ from lab.data import splits as splits_module
 from lab.data.decode import FileImages, UnreadableImages
 from lab.errors import UserError
 
-CONFIG = DataConfig("folder", "", 32, 0.25, 0.25, 0, 10, 0, 0)
+CONFIG = DataConfig("folder", "", 32, 0.25, 0.25, 0, 0, 0)
 KINDS = pytest.mark.parametrize("memory", [math.inf, 0], ids=["resident", "streaming"])
 
 
@@ -163,7 +163,7 @@ def test_weights_say_what_their_evaluation_skips(pictures, tmp_path, monkeypatch
     [spoiled] = spoil(splits, "test", 2)
     words = "--dataset folder --data-dir pictures --recipe smoke --quiet --threads 1 --epochs 1"
     words += " --val-fraction 0.25 --test-fraction 0.25 --skip-unreadable --name x"
-    assert train.main(words.split()) == 0
+    assert train.main(words.split()).exit_code == 0
     assert len((tmp_path / "runs/x/predictions.csv").read_text().splitlines()) == 12
     capfd.readouterr()
     evaluate.main(["runs/x", "--quiet", "--threads", "1"])
