@@ -1,12 +1,12 @@
-"""Compares finished runs: one table, and what of a difference may be chance.
+"""Compare finished runs, or draw the plots and the page of one run again.
 
-  python compare.py runs/*                 what has been trained
-  python compare.py runs/lenet5-mnist      one run: its plots and page again
+  python compare.py runs/*                 a table of runs, with 95 % confidence intervals
+  python compare.py runs/lenet5-mnist      the plots and the page of one run
 
-Writes comparison.md, comparison.csv, comparison.png and compare.html, a page of them all, to
---output. Of one run it draws plots/ and report.html again, in the run's folder, and writes the
-model card README.md if there is none. A terminal shows the columns that it has room for, the
-files have all of them.
+Several runs: writes comparison.md, comparison.csv, comparison.png and compare.html, a page with all
+of them, to --output. A narrow terminal shows some of the columns; the files contain all of them.
+One run: writes plots/ and report.html in its directory again, and README.md, its model card, if it
+has none.
 """
 
 import sys
@@ -21,34 +21,35 @@ from lab.report.compare import CompareConfig
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Compares as the command line `argv` says; the exit code. Raises `UserError`."""
+    """Compare runs as the command line `argv` says, and return 0. Raise `UserError` on failure."""
     config = CompareConfig(
         **parse_arguments(CompareConfig, argv, prog="compare.py", description=__doc__)
     )
     if len(config.runs) == 1:
-        return draw_again(config)
-    folder = Path(config.output)
+        return redraw(config)
+    output = Path(config.output)
     runs = compare.read_runs(config.runs)
     rows = compare.rows(runs)
     console.runs_table([{name: compare.text(name, row[name]) for name in row} for row in rows])
-    compare.make(folder)
-    compare.write(folder, runs, rows)
-    plots.accuracy_against_cost(rows, folder / compare.COMPARISON_PLOT)
-    html.write_comparison(folder, runs, rows)
-    console.print_line(compare.INTERVAL)
-    console.print_line(f"written: {folder}")
+    compare.write(output, runs, rows)
+    plots.save(output / compare.COMPARISON_PLOT, lambda: plots.accuracy_over_cost(rows))
+    html.write_comparison(output, runs, rows)
+    console.print_line(compare.INTERVAL_NOTE)
+    console.print_line(f"written: {output}")
     return 0
 
 
-def draw_again(config: CompareConfig) -> int:
-    """Write the plots and the page of a run again, and its model card if it has none."""
+def redraw(config: CompareConfig) -> int:
+    """Write the plots and the page of one run again, and its model card if it has none."""
     if config.output != CompareConfig.output:
-        raise UserError("--output is for several runs", "Name more of them, or leave it out")
+        raise UserError(
+            "invalid --output: it applies to several runs", "Give several runs, or omit --output"
+        )
     run = RunDir(config.runs[0])
     written = [run.path / PLOTS, run.path / PAGE]
     plots.draw(run.path)
     html.write(run.path)
-    if not (run.path / CARD).exists():  # what was edited in one is not lost
+    if not (run.path / CARD).exists():  # an existing card may have been edited
         model_card.write(run)
         written.append(run.path / CARD)
     for path in written:

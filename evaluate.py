@@ -1,12 +1,12 @@
-"""Evaluates saved weights on a split: exact numbers, per-class table, confusion matrix.
+"""Evaluate saved weights on a split: exact metrics, metrics per class, confusion matrix.
 
-  python evaluate.py runs/lenet5-mnist                   the test split of what it was trained on
+  python evaluate.py runs/lenet5-mnist                   test split of the training dataset
   python evaluate.py best.safetensors --split val        another split, from the file alone
-  python evaluate.py best.safetensors --dataset folder --data-dir PICTURES --split all
-  python evaluate.py runs/alexnet-cifar10 --tta flip     ... and with mirror images, reported apart
+  python evaluate.py best.safetensors --dataset folder --data-dir IMAGES --split all
+  python evaluate.py runs/alexnet-cifar10 --tta flip     also with test-time augmentation
   accelerate launch --config_file accelerate_configs/multi_gpu.yaml evaluate.py runs/lenet5-mnist
 
-Writes report.json and predictions.csv. The numbers do not depend on the number of processes.
+Writes report.json and predictions.csv. The results do not depend on the number of processes.
 """
 
 import sys
@@ -21,12 +21,12 @@ from lab.errors import name_some, run_script
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Evaluates as the command line `argv` says; raises `UserError`."""
+    """Evaluate weights as the command line `argv` says. Raises `UserError`."""
     config = EvalConfig(
         **parse_arguments(EvalConfig, argv, prog="evaluate.py", description=__doc__)
     )
 
-    # PyTorch takes seconds to import: --help and a mistyped option are answered before.
+    # Importing PyTorch takes seconds: --help and command-line mistakes are answered before.
     import torch
 
     from lab.checkpoint import run_dir, weights
@@ -36,6 +36,7 @@ def main(argv: list[str] | None = None) -> None:
         list_samples,
         load_fingerprints,
         load_split,
+        read_dataset,
     )
     from lab.data.fingerprint import changed_splits
     from lab.data.loaders import LoaderOptions, build_loader, eval_batch_size
@@ -64,19 +65,21 @@ def main(argv: list[str] | None = None) -> None:
     options = LoaderOptions.create(accelerator, config.loader, config.workers)
     data = DataConfig(**metadata["data"] | config.data_overrides())
     limits = {name: metadata["data"][name] for name in ("max_train_samples", "max_eval_samples")}
-    as_trained = replace(data, **limits)  # the data given, with the number of samples in training
+    as_trained = replace(data, **limits)  # with the number of samples of the training
     check_dataset(data.dataset, config.data_dir)
     with raise_on_all_ranks(accelerator):
         model = weights.load_model(path, metadata)
         with console.status(f"reading {data.dataset}"):
-            # The metadata may be a stranger's: only a folder that the user names is written to.
+            # Download only to a directory that the user names, never to one in the metadata.
             download = config.data_dir is not None
+            raw = read_dataset(data, download)
+            num_workers = torch.get_num_threads()
             split, fingerprint = load_split(
-                data, config.split, options.memory, torch.get_num_threads(), download
+                data, config.split, options.memory, num_workers, raw=raw
             )
             current = {config.split: fingerprint}
             if config.split == "all" or data != as_trained:
-                current = load_fingerprints(as_trained, download, torch.get_num_threads())
+                current = load_fingerprints(as_trained, raw, num_workers)
             if config.split != "all":
                 current = {config.split: current[config.split]}
             changed = bool(changed_splits(metadata["fingerprints"], current))
@@ -85,13 +88,13 @@ def main(argv: list[str] | None = None) -> None:
     )
     with raise_on_all_ranks(accelerator):
         split = weights.align_classes(path, metadata, split)
-        plain = BatchTransform(metadata["mean"], metadata["std"], (), accelerator.device)
+        transform = BatchTransform(metadata["mean"], metadata["std"], (), accelerator.device)
         size = config.batch_size or eval_batch_size(
             accelerator.device, metadata["model"]["image_size"]
         )
-        loader = build_loader(split, plain, options, batch_size=size, seed=None)
+        loader = build_loader(split, transform, options, batch_size=size, seed=None)
         is_main_process = accelerator.is_main_process
-        outputs = {  # the plain result comes first, whatever else is asked for
+        outputs = {  # without test-time augmentation first
             tta: run_dir.evaluation_dir(
                 path, config.part(metadata["data"]), config.output, is_main_process, tta
             )
@@ -100,13 +103,13 @@ def main(argv: list[str] | None = None) -> None:
     if changed:
         console.warn(
             f"{'the data' if config.split == 'all' else f'the {config.split} split'} has changed "
-            "since the training (files added, removed, renamed or replaced), or is other data: it "
-            "may hold samples that were trained on"
+            "since the training (files added, removed, renamed or replaced), or is another "
+            "dataset: it may contain training samples"
         )
     if missing := split.missing_classes():
         console.warn(
             f"the data has no samples of {len(missing)} of the {len(split.class_names)} classes "
-            f"({name_some(missing)}): macro-F1 leaves out those that are not predicted either"
+            f"({name_some(missing)}): macro-F1 leaves out those that are also never predicted"
         )
     console.settings(
         f"{model_name} of {path}",
@@ -128,8 +131,10 @@ def main(argv: list[str] | None = None) -> None:
         title = f"{model_name} on {data.dataset}"
         if tta != "none":
             report["tta"] = tta
-            title += f", apart: mean over each picture and its mirror image (--tta {tta})"
-        with raise_on_all_ranks(accelerator):  # the report last: where it is, all is
+            title += f", averaged over each image and its mirror image (--tta {tta})"
+        with raise_on_all_ranks(
+            accelerator
+        ):  # the report last: if it exists, so do the predictions
             output.write_predictions(predictions.csv(split.files()))
             output.write_report(report)
         if tta == "none":

@@ -1,14 +1,14 @@
-"""Exports saved weights as one file that runs without lab, and checks it against the network.
+"""Export saved weights to one file that runs without lab, and compare it with the model.
 
   python export.py runs/lenet5-mnist                     best.onnx beside the weights
   python export.py best.safetensors --dynamic-batch --softmax --output model.onnx
   python export.py best.safetensors --format torch-export
 
-ONNX takes `pip install -e '.[onnx]'`. The file takes images uint8 [N, C, H, W], 0 to 255, and
-normalises them itself; N is 1 without --dynamic-batch. It returns float32 [N, K]. Its metadata, as
-JSON, has the input's and the output's name and shape, the class names and more; docs/training.md
-lists the keys. Prepare images as lab does: turned as their EXIF data say, cut to the central
-square, and resized with a bilinear, antialiased filter:
+ONNX needs `pip install -e '.[onnx]'`. The input is uint8 [N, C, H, W], 0 to 255, which the exported
+model normalizes; N is 1 without --dynamic-batch. The output is float32 [N, K]. The metadata, as
+JSON, contain the name and shape of input and output, the class names and more; docs/training.md
+lists the keys. Prepare images as lab does: rotate them according to their EXIF data, crop the
+central square, and resize it with a bilinear, antialiased filter:
 
     import numpy as np
     from PIL import Image, ImageOps
@@ -45,8 +45,8 @@ With PyTorch:
     outputs = model(torch.from_numpy(images))
     names = [description["class_names"][k] for k in outputs.argmax(1)]
 
-Neither file holds a pickle. But torch.export.load unpickles what a file tells it to: give it none
-of a stranger's. PyTorch says that its next versions may not read a .pt2; keep the weights.
+Neither file contains a pickle. However, torch.export.load can unpickle: do not load a .pt2 file
+that you do not trust. Future versions of PyTorch may not read a .pt2, so keep the weights.
 """
 
 import copy
@@ -66,18 +66,19 @@ class ExportConfig:
 
     # fmt: off
     weights: str = option("", WEIGHTS,
-        "a run's folder or a .safetensors file that train.py wrote", positional=True)
+        "directory of a run, or its .safetensors file", positional=True)
     format: str = option("onnx", REPORT,
         "onnx, or a program of torch.export (.pt2)", choices=("onnx", "torch-export"))
-    dynamic_batch: bool = option(False, REPORT, "take any number of images, not one")
+    dynamic_batch: bool = option(False, REPORT, "accept any number of images instead of one")
     half: bool = option(False, REPORT,
-        "float16 weights and arithmetic, for GPUs: half the size. On an x86 CPU, ONNX Runtime may "
-        "crash as it loads a transformer of them; ORT_ENABLE_EXTENDED avoids it")
-    softmax: bool = option(False, REPORT, "return probabilities, not logits")
+        "float16 weights and computation, for GPUs. On an x86 CPU, ONNX Runtime may crash when it "
+        "loads such a transformer; ORT_ENABLE_EXTENDED avoids it")
+    softmax: bool = option(False, REPORT, "return probabilities instead of logits")
     output: str = option("", REPORT,
-        "the file; else beside the weights, as .onnx or .pt2", metavar="FILE")
-    threads: int = option(0, MACHINE, "CPU threads; 0: by cores", low=0, high=1024)
-    debug: bool = option(False, REPORT, "show the traceback of an error")
+        "file to write; default: beside the weights, as .onnx or .pt2", metavar="FILE")
+    threads: int = option(0, MACHINE,
+        "number of CPU threads; 0: depends on the CPU cores", low=0, high=1024)
+    debug: bool = option(False, REPORT, "print the traceback of an error")
     # fmt: on
 
     def __post_init__(self) -> None:
@@ -85,12 +86,12 @@ class ExportConfig:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Exports as the command line `argv` says; raises `UserError`."""
+    """Export weights as the command line `argv` says. Raises `UserError`."""
     config = ExportConfig(
         **parse_arguments(ExportConfig, argv, prog="export.py", description=__doc__)
     )
 
-    # PyTorch takes seconds to import: --help and a mistyped option are answered before.
+    # Importing PyTorch takes seconds: --help and command-line mistakes are answered before.
     import torch
 
     from lab import export
@@ -120,12 +121,13 @@ def main(argv: list[str] | None = None) -> None:
         )
     if difference > bound:
         raise UserError(
-            f"the exported file is off by {difference:.1e}, more than {bound:.1e}: it is not kept",
-            "Leave --half out" if config.half else "Try the other --format",
+            f"the outputs of the exported file differ by {difference:.1e}, more than {bound:.1e}, "
+            "from those of the model; it is not written",
+            "Leave out --half" if config.half else "Try the other --format",
         )
     export.write(output, content)
-    console.print_line(f"largest difference to the network: {difference:.1e} (bound: {bound:.1e})")
-    console.print_line(f"written: {output}, {len(content) / 1e6:,.1f} MB")
+    console.print_line(f"largest difference from the model: {difference:.1e} (bound: {bound:.1e})")
+    console.print_line(f"wrote {output}, {len(content) / 1e6:,.1f} MB")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Classifies pictures with saved weights, preprocessed as in evaluation.
+"""Classify images with saved weights, preprocessed as in evaluation.
 
-  python predict.py runs/alexnet-folder PICTURE.jpg            its three likeliest classes
-  python predict.py best.safetensors FOLDER --csv classes.csv
+  python predict.py runs/alexnet-folder IMAGE.jpg              the top three classes
+  python predict.py best.safetensors IMAGES --csv classes.csv
   find . -name '*.png' | python predict.py best.safetensors - --json - --top-k 1
-  accelerate launch --config_file accelerate_configs/multi_gpu.yaml predict.py WEIGHTS FOLDER
+  accelerate launch --config_file accelerate_configs/multi_gpu.yaml predict.py WEIGHTS IMAGES
 
-A picture or folder that cannot be read is named in a warning and in the output; the others are
+If a file or directory cannot be read, a warning and the output say so, the other images are
 classified, and the exit code is 1.
 """
 
@@ -26,40 +26,48 @@ class PredictConfig:
 
     # fmt: off
     weights: str = option("", WEIGHTS,
-        "a run's folder or a .safetensors file that train.py wrote", positional=True)
-    pictures: tuple[str, ...] = option((), WEIGHTS,
-        "pictures, folders of them, or - for paths on standard input", positional=True, nargs="*")
-    top_k: int = option(3, REPORT, "likeliest classes of each picture", low=1)
+        "directory of a run, or its .safetensors file", positional=True)
+    images: tuple[str, ...] = option((), WEIGHTS,
+        "image files, directories, or - for paths on standard input", positional=True, nargs="*")
+    top_k: int = option(3, REPORT, "number of classes to output per image", low=1)
     json: str = option("", REPORT,
-        "a JSON object a line, into this file; - is standard output", metavar="FILE")
-    csv: str = option("", REPORT, "the same as CSV", metavar="FILE")
+        "write one JSON object per line to this file; - is standard output", metavar="FILE")
+    csv: str = option("", REPORT,
+        "write CSV to this file; - is standard output", metavar="FILE")
     tta: str = option("none", WEIGHTS,
-        "flip: the mean softmax of each picture and its mirror image", choices=TTA)
-    batch_size: int = option(100, MACHINE, "pictures a forward pass", low=1)
+        "test-time augmentation; flip: average the probabilities with those of the mirror image",
+        choices=TTA)
+    batch_size: int = option(100, MACHINE, "images per forward pass", low=1)
     device: str = option("auto", MACHINE,
-        "auto: an accelerator where there is one", choices=("auto", "cpu"))
-    workers: int = option(-1, MACHINE, "processes that decode; -1: by cores", low=-1, high=256)
+        "device; auto: an accelerator if one is available", choices=("auto", "cpu"))
+    workers: int = option(-1, MACHINE,
+        "number of data-loading workers per process; -1: depends on the CPU cores",
+        low=-1, high=256)
     threads: int = option(0, MACHINE,
-        "CPU threads a process; 0: cores / processes on this host", low=0, high=1024)
+        "number of CPU threads per process; 0: CPU cores divided by local processes",
+        low=0, high=1024)
     quiet: bool = option(False, REPORT, "print no table")
-    debug: bool = option(False, REPORT, "show the traceback of an error")
+    debug: bool = option(False, REPORT, "print the traceback of an error")
     # fmt: on
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if not self.pictures:
-            raise UserError("there are no pictures to classify", "Name some, or a folder of them")
+        if not self.images:
+            raise UserError(
+                "there are no images to classify",
+                "Give image files, or directories that contain some",
+            )
         if self.json and self.json == self.csv:
-            raise UserError(f"--json and --csv both go to {self.json}", "Name two files")
+            raise UserError(f"--json and --csv both write {self.json}", "Give different files")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Classifies as the command line `argv` says; the exit code. Raises `UserError`."""
+    """Classify images as the command line `argv` says. Return the exit code. Raises `UserError`."""
     config = PredictConfig(
         **parse_arguments(PredictConfig, argv, prog="predict.py", description=__doc__)
     )
 
-    # PyTorch takes seconds to import: --help and a mistyped option are answered before.
+    # Importing PyTorch takes seconds: --help and command-line mistakes are answered before.
     from accelerate.utils import broadcast_object_list
 
     from lab import inference
@@ -84,12 +92,12 @@ def main(argv: list[str] | None = None) -> int:
     )
     with raise_on_all_ranks(accelerator):
         model = weights_module.load_model(path, metadata)
-        listed = inference.find_images(config.pictures) if accelerator.is_main_process else None
+        listed = inference.find_images(config.images) if accelerator.is_main_process else None
     paths, unreadable = broadcast_object_list([listed])[0]
     model = to_device(model, model_name, accelerator.device)
     options = LoaderOptions.create(accelerator, "streaming", config.workers)
-    with console.progress("pictures", -(-len(paths) // accelerator.num_processes)) as progress:
-        found = inference.predict_files(
+    with console.progress("images", -(-len(paths) // accelerator.num_processes)) as progress:
+        predictions = inference.predict_files(
             accelerator,
             model,
             metadata,
@@ -100,22 +108,22 @@ def main(argv: list[str] | None = None) -> int:
             tta=config.tta,
             on_batch=progress.update,
         )
-    found += unreadable
-    failed = [one for one in found if one.error]
-    for one in failed:
-        console.warn(one.error)
+    predictions += unreadable
+    errors = [p.error for p in predictions if p.error]
+    for error in errors:
+        console.warn(error)
     if console.is_main_process():
         if config.json:
-            inference.write_output(config.json, inference.json_lines(found))
+            inference.write_output(config.json, inference.json_lines(predictions))
         if config.csv:
-            inference.write_output(config.csv, inference.csv_rows(found, config.top_k))
-        if "-" not in files:  # standard output is the answer's alone
+            inference.write_output(config.csv, inference.csv_rows(predictions, config.top_k))
+        if "-" not in files:  # standard output has nothing but the predictions
             for file in files:
-                console.info(f"written: {file}")
+                console.info(f"wrote {file}")
         if not (config.json or config.csv or config.quiet):
-            console.predictions_table([(one.path, one.classes) for one in found if one.classes])
+            console.predictions_table([(p.path, p.classes) for p in predictions if p.classes])
     accelerator.end_training()
-    return 1 if failed else 0
+    return 1 if errors else 0
 
 
 if __name__ == "__main__":

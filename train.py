@@ -1,11 +1,12 @@
 """Train an image classifier on one process or many, and test its best epoch.
 
   python train.py                          LeNet-5 on MNIST
-  python train.py --dataset digits         the same on bundled digits, without a download
+  python train.py --dataset digits         LeNet-5 on the bundled digits, without a download
   python train.py --model alexnet          AlexNet on CIFAR-10
-  python train.py --model alexnet --dataset folder --data-dir PHOTOS
+  python train.py --model alexnet --dataset folder --data-dir IMAGES
   python train.py --model efficientnet_b0 --pretrained
   python train.py --resume runs/lenet5-mnist
+  python train.py --config runs/lenet5-mnist/config.json --seed 1
   accelerate launch --config_file accelerate_configs/multi_gpu.yaml train.py --model alexnet
 
 The run's directory, runs/MODEL-DATASET, receives config.json, history.jsonl, steps.jsonl,
@@ -21,7 +22,7 @@ from functools import partial
 
 from lab import console
 from lab.checkpoint.run_dir import RunDir
-from lab.config.cli import parse_arguments
+from lab.config.cli import parse_arguments, print_config
 from lab.config.recipes import resolve
 from lab.config.schema import TrainConfig
 from lab.data import check_dataset
@@ -30,14 +31,17 @@ from lab.models import check_model
 
 
 def main(argv: list[str] | None = None) -> RunDir:
-    """Train as the command line `argv` says, and return the run. Raises `UserError`."""
+    """Train as the command line `argv` says, and return the run directory. Raises `UserError`."""
     start_time = time.monotonic()
     overrides = parse_arguments(TrainConfig, argv, prog="train.py", description=__doc__)
+    print_only = overrides.pop("print_config", False)
     config = resolve(overrides)
     check_model(config.model, config.pretrained)
     check_dataset(config.dataset, overrides.get("data_dir"))
+    if print_only:
+        print_config(config)  # and exit
 
-    # PyTorch takes seconds to import: --help and mistakes on the command line are answered before.
+    # Importing PyTorch takes seconds: --help and command-line mistakes are answered before.
     from lab.checkpoint.manager import open_run, remove_checkpoints
     from lab.distributed import init_distributed, raise_on_all_ranks
     from lab.loggers import check_packages
@@ -45,7 +49,7 @@ def main(argv: list[str] | None = None) -> RunDir:
 
     world = init_distributed(config.timeout_seconds, config.quiet)
     with open_run(config, overrides, world) as (run, config, checkpoint):
-        with raise_on_all_ranks(world):  # what would otherwise fail at the end of the run only
+        with raise_on_all_ranks(world):  # these would otherwise fail at the end of the run
             check_packages(config, needed=world.is_main_process)
             hub.check_upload(config, needed=world.is_main_process)
         if checkpoint and checkpoint.is_finished(config):

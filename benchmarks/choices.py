@@ -7,7 +7,7 @@
 Whole training steps of 128 images that lie ready. All variants of a network are built once and
 timed in turn in one process; bfloat16 only where the device multiplies it. `auto` marks what
 `--mixed-precision auto` and `lay_out` choose; that is what is compiled. Then, in processes of their
-own: `auto`, which keeps freed memory, without that, and with PyTorch's average pooling. Last,
+own: `auto`, which keeps freed memory, and without that. Last,
 Muon's iterations on the kernels of AlexNet in both precisions.
 """
 
@@ -17,7 +17,7 @@ import json
 import time
 from functools import partial
 
-from common import child, in_turn, ratios, spread, use_pytorchs_pooling, write_json
+from common import child, in_turn, ratios, spread, write_json
 
 BATCH_SIZE = 128
 STEPS = {"lenet5": 100, "alexnet": 8}
@@ -30,7 +30,6 @@ def step_timer(
     channels_last: bool,
     threads: int,
     compiled: bool,
-    own_pooling: bool = True,
 ):
     """A function that runs some training steps and returns their images a second."""
     import torch
@@ -43,8 +42,6 @@ def step_timer(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     built_model = build_model(model, num_classes=10, in_chans=CHANNELS[model], image_size=32)
-    if not own_pooling:
-        use_pytorchs_pooling(built_model)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     built_model = built_model.to(device, memory_format=layout)
     if compiled:
@@ -110,8 +107,8 @@ def run_one(model: str, variant: str) -> dict:
     if variant != "freed memory given back":
         keep_freed_memory()
     large = MODELS[model].benefits_from_bf16
-    precision, own = choose_precision("auto", "cpu", large), variant != "PyTorch's pooling"
-    run = step_timer(model, precision, large, num_cores(), False, own)
+    precision = choose_precision("auto", "cpu", large)
+    run = step_timer(model, precision, large, num_cores(), False)
     run()
     return run()
 
@@ -171,7 +168,6 @@ def main() -> None:
         output[model] = results
         if device_type == "cpu":
             others = ["auto", "freed memory given back"]
-            others += ["PyTorch's pooling"] * (model == "lenet5")
             contenders = {name: partial(child, __file__, "--one", model, name) for name in others}
             results = in_turn(contenders, args.rounds, show="images_per_second")
             print(table(results, "auto"))

@@ -70,18 +70,6 @@ def write_json(path: str | None, content: dict) -> None:
         Path(path).write_text(text + "\n")
 
 
-def use_pytorchs_pooling(model: Any) -> None:
-    """Puts nn.AvgPool2d in the place of lab's own average pooling, wherever it is in `network`."""
-    from torch import nn
-
-    from lab.models.lenet import AveragePool
-
-    for module in model.modules():
-        for name, layer in module.named_children():
-            if isinstance(layer, AveragePool):
-                setattr(module, name, nn.AvgPool2d(layer.kernel_size))
-
-
 def prepare(accelerator, model, config):
     """Return the training step of a model, built as train.py builds it."""
     from lab.engine.ema import ModelEma

@@ -1,8 +1,8 @@
 """The training loops that train_speed.py times.
 
 Each contender is a function of a `Case` that returns two callables: `train(num_steps)`, which
-trains that many steps (None: one epoch) and returns the number of images, and `evaluate()`, which
-returns the test accuracy (None where there is nothing to evaluate).
+trains for that many steps (None: one epoch) and returns the number of images, and `evaluate()`,
+which returns the test accuracy (None if the contender does not evaluate).
 """
 
 from collections.abc import Callable
@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import use_pytorchs_pooling
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision import datasets
@@ -29,7 +28,7 @@ Contender = tuple[Callable[[int | None], int], Callable[[], float | None]]
 
 @dataclass(frozen=True)
 class Case:
-    """A network and its data, as the notebooks train them."""
+    """A model and its dataset, as the notebooks train them."""
 
     model: str
     dataset: str  # "mnist" or "folder"
@@ -37,19 +36,19 @@ class Case:
 
     @property
     def config(self) -> TrainConfig:
-        """The notebook recipe, so that every contender does the same arithmetic."""
+        """Return the notebook recipe, so that all contenders compute the same."""
         settings = {"model": self.model, "dataset": self.dataset, "data_dir": self.data_dir}
         return resolve({**settings, "recipe": "notebook"})
 
     @property
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and standard deviation of each channel, as the notebooks normalise by them."""
+        """Return the mean and standard deviation of each channel that the notebooks use."""
         if self.dataset == "mnist":
             return (0.1307,), (0.3081,)
         return (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
     def sets(self) -> tuple[Any, Any]:
-        """torchvision's training and test sets with the notebooks' per-sample transforms."""
+        """Return the training and test set with the notebooks' per-sample transforms."""
         plain = [T.ToTensor(), T.Normalize(*self.statistics)]
         if self.dataset == "mnist":
             transform = T.Compose([T.Resize((32, 32)), *plain])
@@ -64,14 +63,8 @@ class Case:
             datasets.ImageFolder(str(root / "test"), T.Compose(plain)),
         )
 
-    def usual_model(self) -> nn.Module:
-        """`network` as the notebooks have it: of PyTorch's own layers."""
-        model = self.make_model()
-        use_pytorchs_pooling(model)
-        return model
-
     def make_model(self) -> nn.Module:
-        """The case's network with the project's initial weights."""
+        """Return the model with lab's initial weights."""
         from lab.models import build_model
 
         torch.manual_seed(42)
@@ -80,7 +73,7 @@ class Case:
 
 
 def measure(model: nn.Module, loader: DataLoader) -> float:
-    """The accuracy, as the notebooks measure it."""
+    """Return the accuracy, computed as in the notebooks."""
     model.eval()
     correct, total = 0, 0
     with torch.no_grad():
@@ -92,9 +85,9 @@ def measure(model: nn.Module, loader: DataLoader) -> float:
 
 
 def notebook(case: Case) -> Contender:
-    """The notebooks' loop: per-sample transforms, worker processes, `.item()` in every step."""
+    """Return the notebooks' loop: per-sample transforms, worker processes, `.item()` in every step."""
     train_set, test_set = case.sets()
-    model = case.usual_model()
+    model = case.make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
     loader = DataLoader(train_set, BATCH_SIZE, shuffle=True, num_workers=WORKERS)
     test_loader = DataLoader(test_set, BATCH_SIZE, num_workers=WORKERS)
@@ -117,12 +110,12 @@ def notebook(case: Case) -> Contender:
 
 
 def accelerate(case: Case) -> Contender:
-    """The usual Accelerate loop: prepared loaders, `gather_for_metrics`."""
+    """Return the usual Accelerate loop: prepared loaders, `gather_for_metrics`."""
     from accelerate import Accelerator
 
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     train_set, test_set = case.sets()
-    built_model = case.usual_model()
+    built_model = case.make_model()
     optimizer = torch.optim.SGD(built_model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
     loader = DataLoader(train_set, BATCH_SIZE, shuffle=True, num_workers=WORKERS)
     test_loader = DataLoader(test_set, BATCH_SIZE, num_workers=WORKERS)
@@ -157,7 +150,7 @@ def accelerate(case: Case) -> Contender:
 
 
 def lab(case: Case) -> Contender:
-    """This project's loader, engine and evaluation, put together as train.py does."""
+    """Return lab's loader, training step and evaluation, combined as in train.py."""
     from dataclasses import replace
 
     from common import prepare
@@ -173,20 +166,20 @@ def lab(case: Case) -> Contender:
 
     config = case.config
     accelerator = build_accelerator(benefits_from_bf16=find_model(case.model).benefits_from_bf16)
-    place = LoaderOptions.create(accelerator, "auto", -1)
-    splits = load_splits(DataConfig.of(config), place.memory, torch.get_num_threads())
+    options = LoaderOptions.create(accelerator, "auto", -1)
+    splits = load_splits(DataConfig.of(config), options.memory, torch.get_num_threads())
     augment = BatchTransform(splits.mean, splits.std, config.augmentations, accelerator.device)
     plain = BatchTransform(splits.mean, splits.std, (), accelerator.device)
-    loader = build_loader(splits.train, augment, place, batch_size=BATCH_SIZE, seed=42)
+    loader = build_loader(splits.train, augment, options, batch_size=BATCH_SIZE, seed=42)
     eval_size = eval_batch_size(accelerator.device, 32)
-    test_loader = build_loader(splits.test, plain, place, batch_size=eval_size, seed=None)
+    test_loader = build_loader(splits.test, plain, options, batch_size=eval_size, seed=None)
     train_step = prepare(accelerator, case.make_model(), config)
 
     def train(num_steps: int | None) -> int:
         train_step.config = replace(config, max_steps=num_steps or 0)
-        position = TrainState()
-        train_one_epoch(train_step, loader, position, lambda *_: None, lambda _: None)
-        return min(position.step * BATCH_SIZE, loader.sampler.num_samples)
+        state = TrainState()
+        train_one_epoch(train_step, loader, state, lambda *_: None, lambda _: None)
+        return min(state.step * BATCH_SIZE, loader.sampler.num_samples)
 
     def evaluate() -> float:
         return predict_all(accelerator, train_step.eval_model, test_loader).scores()["accuracy"]
@@ -195,7 +188,7 @@ def lab(case: Case) -> Contender:
 
 
 def load_images(dataset: Any, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return a data set's images, uint8 [N, C, 32, 32], and labels, int64 [N], on the device."""
+    """Return a dataset's images, uint8 [N, C, 32, 32], and labels, int64 [N], on the device."""
     dataset.transform = T.Compose([T.Resize((32, 32)), T.PILToTensor()])
     batches = DataLoader(dataset, 1000, num_workers=WORKERS)
     images, labels = zip(*batches, strict=True)
@@ -203,30 +196,30 @@ def load_images(dataset: Any, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def crop_and_flip(images: Tensor) -> Tensor:
-    """Return random crops of images [n, C, H, W] padded by 4 pixels, every second one mirrored."""
+    """Return random crops of images [n, C, H, W] padded by 4 pixels, half of them flipped."""
     num_images, _, height, width = images.shape
     device = images.device
     padded = F.pad(images, (4, 4, 4, 4))
     top, left = torch.randint(9, (2, num_images, 1), device=device)
     rows = top + torch.arange(height, device=device)  # [n, H]
     columns = left + torch.arange(width, device=device)  # [n, W]
-    mirrored = torch.rand(num_images, 1, device=device) < 0.5
-    columns = torch.where(mirrored, columns.flip(1), columns)
+    flipped = torch.rand(num_images, 1, device=device) < 0.5
+    columns = torch.where(flipped, columns.flip(1), columns)
     sample = torch.arange(num_images, device=device)[:, None, None]
     return padded[sample, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
 def resident(case: Case, *, plain: bool = False) -> Contender:
-    """Train with a plain PyTorch loop over images that lie on the device: no DataLoader.
+    """Return a plain PyTorch loop over images that are resident on the device, without DataLoader.
 
-    It has bfloat16 autocast and channels_last where lab has them; `plain`: neither of them.
+    It uses bfloat16 autocast and channels_last if lab does, and never if `plain`.
     """
     from lab.distributed import choose_precision
     from lab.engine.training import to_device
     from lab.models import find_model
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = case.usual_model().to(device)
+    model = case.make_model().to(device)
     precision = "no"
     if not plain:
         model = to_device(model, case.model, device)
@@ -276,7 +269,7 @@ def resident(case: Case, *, plain: bool = False) -> Contender:
 
 
 def floor(case: Case) -> Contender:
-    """The arithmetic alone: lab's network, precision and optimizer on one batch that lies ready."""
+    """Return the computation alone: lab's model, precision and optimizer on one prepared batch."""
     from common import prepare
 
     from lab.distributed import build_accelerator
@@ -300,7 +293,7 @@ def floor(case: Case) -> Contender:
 
 
 def lightning(case: Case) -> Contender:
-    """PyTorch Lightning's Trainer on the notebooks' data sets, as its documentation has it."""
+    """Return PyTorch Lightning's Trainer on the notebooks' datasets, as in its documentation."""
     import logging
     import warnings
 
@@ -326,7 +319,7 @@ def lightning(case: Case) -> Contender:
         def configure_optimizers(self):
             return torch.optim.SGD(self.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
 
-    module = Module(case.usual_model())
+    module = Module(case.make_model())
     train_set, test_set = case.sets()
     loader = DataLoader(train_set, BATCH_SIZE, shuffle=True, num_workers=WORKERS)
     test_loader = DataLoader(test_set, BATCH_SIZE, num_workers=WORKERS)
@@ -334,12 +327,12 @@ def lightning(case: Case) -> Contender:
 
     def train(num_steps: int | None) -> int:
         limit = {"limit_train_batches": num_steps} if num_steps else {}
-        L.TrainStep(max_epochs=1, **settings, **limit).fit(module, loader)
+        L.Trainer(max_epochs=1, **settings, **limit).fit(module, loader)
         return min((num_steps or len(loader)) * BATCH_SIZE, len(train_set))
 
     def evaluate() -> float:
         module.correct = module.total = 0
-        L.TrainStep(**settings).validate(module, test_loader, verbose=False)
+        L.Trainer(**settings).validate(module, test_loader, verbose=False)
         return module.correct / module.total
 
     return train, evaluate
@@ -351,7 +344,7 @@ def timm(case: Case) -> Contender:
 
     grey = case.dataset == "mnist"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = case.usual_model().to(device)
+    model = case.make_model().to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
     settings = {
         "input_size": (1 if grey else 3, 32, 32),

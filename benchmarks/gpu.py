@@ -44,13 +44,13 @@ LENET = partial(Case, model="lenet5", dataset="mnist")
 ALEXNET = partial(Case, model="alexnet", augment="crop,flip")
 BF16 = partial(ALEXNET, precision="bf16", channels_last=True)
 
-NETWORKS = (
+OTHER_MODELS = (
     "googlenet",
     "densenet",
     "densenet121",
-    "mobilenet",
+    "mobilenet_v2",
     "mobilenet_v3_small",
-    "efficientnet",
+    "efficientnet_b0",
     "vit_tiny",
     "vit_small",
     "vit_hybrid",
@@ -79,7 +79,7 @@ STEPS = [
     BF16("alexnet bfloat16, batch 8192", batch_size=8192),
     BF16("alexnet bfloat16, compile", compile="default"),
     BF16("alexnet bfloat16, batch 2048, compile", batch_size=2048, compile="default"),
-    *(BF16(f"{name} bfloat16", model=name) for name in NETWORKS),
+    *(BF16(f"{name} bfloat16", model=name) for name in OTHER_MODELS),
 ]
 EPOCHS = [  # and how many of them
     (LENET("lenet5, epochs"), 6),

@@ -136,10 +136,9 @@ def build(case: Case, bench: Bench) -> tuple[Any, Any, Any]:
     from common import prepare
 
     from lab.config.recipes import resolve
-    from lab.data.loaders import LoaderOptions, build_loader
+    from lab.data.loaders import LoaderOptions, build_loader, eval_batch_size
     from lab.data.transforms import BatchTransform
     from lab.distributed import build_accelerator
-    from lab.engine.evaluation import eval_batch_size
     from lab.models import build_model
 
     dataset = case.dataset

@@ -1,10 +1,9 @@
-"""What a state and the best weights, written in the background, cost an epoch: AlexNet and AdamW.
+"""Measure what writing checkpoints and best weights costs per epoch: AlexNet with AdamW.
 
   python benchmarks/saving.py
 
-Blocks of 40 steps of 128 images that lie ready, in turn with and without a save at their beginning;
-the difference, as a share of the 352 steps of an epoch of 45,000 images. Five minutes on 2 CPU
-cores.
+Alternates blocks of 40 steps of 128 images in memory with and without writing, and prints the
+difference as a share of an epoch of 45,000 images (352 steps). Takes five minutes on 2 CPU cores.
 """
 
 import argparse
@@ -19,7 +18,7 @@ BATCH_SIZE, STEPS, STEPS_PER_EPOCH = 128, 40, 352
 
 
 def main() -> None:
-    """Runs what the command line says."""
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -30,8 +29,9 @@ def main() -> None:
     import torch
     from common import prepare
 
-    from lab.checkpoint.atomic_io import AsyncWriter, CheckpointManager
+    from lab.checkpoint.atomic_io import AsyncWriter
     from lab.checkpoint.interrupt import InterruptHandler
+    from lab.checkpoint.manager import CheckpointManager
     from lab.checkpoint.run_dir import RunDir
     from lab.checkpoint.train_state import TrainState
     from lab.checkpoint.weights import BestWeights
@@ -41,7 +41,7 @@ def main() -> None:
     from lab.distributed import build_accelerator
     from lab.models import build_model
 
-    # AdamW has the largest state: two moments of every weight.
+    # AdamW has the largest optimizer state: two moments for each parameter.
     config = resolve({"model": "alexnet", "dataset": "folder", "optimizer": "adamw", "lr": 1e-3})
     accelerator = build_accelerator(benefits_from_bf16=True)
     torch.manual_seed(0)
@@ -68,8 +68,8 @@ def main() -> None:
         run.checkpoints_dir.mkdir()
         split = Split(images.cpu(), labels.cpu(), tuple("0123456789"))
         splits = Splits(split, split, split, (0.0,) * 3, (1.0,) * 3, "validation", {})
-        kept = CheckpointManager(run, writer, interrupts, train_step, splits, 0)
-        best, position, row = BestWeights(run, writer), TrainState(), {"epoch": 1}
+        checkpoints = CheckpointManager(run, writer, interrupts, train_step, splits, 0)
+        best, state, row = BestWeights(run, writer), TrainState(), {"epoch": 1}
         steps(5)
         seconds: dict[bool, list[float]] = {False: [], True: []}
         copying = []
@@ -78,8 +78,8 @@ def main() -> None:
                 writer.wait()
                 start = time.perf_counter()
                 if saves:
-                    train_state.step += 1
-                    kept.save(row, position)
+                    state.step += 1
+                    checkpoints.save(row, state)
                     copying.append(time.perf_counter() - start)
                 steps(STEPS // 2)
                 if saves:
@@ -93,8 +93,10 @@ def main() -> None:
     shares = [100 * e / epoch for e in extra]
     print(f"{config.model} with {config.optimizer}")
     print(f"sizes in MB: {', '.join(f'{name} {size:.0f}' for name, size in sizes.items())}")
-    print(f"an epoch takes {epoch:.1f} s; copying a state {spread(copying)} s")
-    print(f"one state and one best.safetensors cost {spread(extra)} s of it: {spread(shares)} %")
+    print(f"an epoch takes {epoch:.1f} s; copying the training state {spread(copying)} s")
+    print(
+        f"one checkpoint and one best.safetensors cost {spread(extra)} s of it: {spread(shares)} %"
+    )
     measured = {"plain": seconds[False], "saving": seconds[True], "copying": copying}
     write_json(args.json, {"model": config.model, "optimizer": config.optimizer, **measured})
 

@@ -1,20 +1,22 @@
-"""Speed of training and evaluation, side by side: the usual loops, lab, and the floor.
+"""Compare the speed of training and evaluation: the usual loops, lab, and the floor.
 
   python benchmarks/train_speed.py --mnist DATA --photographs DATA/cifar10-jpg
   python benchmarks/train_speed.py --mnist DATA --contenders notebook,lab,lightning,timm --rounds 5
-  python benchmarks/train_speed.py --quick       tiny random images: does the script run?
+  python benchmarks/train_speed.py --random      both cases on random images, without any data
+  python benchmarks/train_speed.py --quick       test this script on a few random images
 
-DATA is a --data-dir as for train.py; the photographs lie in train/CLASS and test/CLASS. About four
-minutes a round on 2 CPU cores. Contenders run in turn, each in a process of its own, so that
-ratios hold on a noisy machine; of every figure the median over the rounds is given, with the
-smallest and the largest. `lightning` and `timm` need the package of that name.
+DATA is a --data-dir as for train.py; --photographs contains train/CLASS and test/CLASS. A round
+takes about four minutes on 2 CPU cores. The contenders run in turn, each in its own process, so
+that ratios hold on a noisy machine. All figures are medians over the rounds, with the minimum and
+maximum. A contender whose package (lightning, timm) is not installed is skipped.
 
-`resident` is the plain PyTorch loop to measure against: the images lie on the device, and it has
-lab's bfloat16 and channels_last. `resident-float32` has neither. The last table divides what lab
-gains on the notebook into the parts that lie between these loops.
+`resident` is the plain PyTorch loop to compare with: the images are resident on the device, in
+lab's precision and memory format. `resident-float32` is the same in float32 without channels_last.
+The last table splits lab's speed-up over the notebook into the steps between these loops.
 """
 
 import argparse
+import importlib.util
 import json
 import resource
 import tempfile
@@ -24,8 +26,8 @@ from pathlib import Path
 
 from common import child, in_turn, ratios, spread, write_json
 
-CONTENDERS = "notebook,accelerate,resident-float32,resident,lab,floor"
-PARTS = {  # what lies between two contenders: the slower and the faster
+CONTENDERS = "notebook,accelerate,lightning,resident-float32,resident,lab,floor"
+PARTS = {  # the slower and the faster contender that differ in this
     "no DataLoader, no per-image transforms": ("notebook", "resident-float32"),
     "bfloat16 and channels_last": ("resident-float32", "resident"),
     "the rest of lab": ("resident", "lab"),
@@ -34,7 +36,7 @@ PARTS = {  # what lies between two contenders: the slower and the faster
 
 
 def run_one(name: str, model: str, dataset: str, data_dir: str, num_steps: int | None) -> dict:
-    """What one contender gives, measured in this process."""
+    """Return the measurements of one contender, made in this process."""
     import accelerate  # noqa: F401
     import torch
     import torchvision  # noqa: F401
@@ -66,7 +68,7 @@ def run_one(name: str, model: str, dataset: str, data_dir: str, num_steps: int |
 
 
 def table(results: dict[str, list[dict]]) -> str:
-    """The figures of a case as Markdown; ratios are taken round by round."""
+    """Return the results of a case as Markdown tables; ratios are computed round by round."""
     lines = ["| | images/s | evaluation, s | first step after imports, s | MB above imports |"]
     lines.append("| --- | --- | --- | --- | --- |")
     for name, rows in results.items():
@@ -91,7 +93,7 @@ def table(results: dict[str, list[dict]]) -> str:
 
 
 def parts_table(results: dict[str, list[dict]]) -> list[str]:
-    """Return lab's gain on the notebook in parts, as Markdown; nothing where a loop is missing."""
+    """Return the parts of lab's speed-up as Markdown lines, or [] if a contender is missing."""
     if not {name for pair in PARTS.values() for name in pair} <= results.keys():
         return []
     lines = ["", "| times as fast by | training | evaluation |", "| --- | --- | --- |"]
@@ -101,60 +103,89 @@ def parts_table(results: dict[str, list[dict]]) -> list[str]:
     return lines
 
 
-def write_random_images(folder: Path) -> None:
-    """Write some JPEG files of noise into train/CLASS and test/CLASS of a folder."""
+def write_random_images(directory: Path, num_train: int, num_test: int) -> None:
+    """Write random JPEG files of 32 pixels into train/CLASS and test/CLASS of a directory."""
     import numpy as np
     from PIL import Image
 
     random = np.random.default_rng(0)
-    for split, num_images in (("train", 300), ("test", 50)):
+    for split, num_images in (("train", num_train), ("test", num_test)):
         for number in range(num_images):
-            path = folder / split / f"class{number % 10}" / f"{number}.jpg"
+            path = directory / split / f"class{number % 10}" / f"{number}.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)
             pixels = random.integers(0, 256, (32, 32, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(path)
 
 
+def write_random_mnist(directory: Path) -> None:
+    """Write random images and labels in MNIST's format and numbers into a data directory."""
+    import numpy as np
+
+    random = np.random.default_rng(0)
+    raw = directory / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for split, count in (("train", 60_000), ("t10k", 10_000)):
+        for kind, shape in (("images-idx3", (count, 28, 28)), ("labels-idx1", (count,))):
+            high = 256 if len(shape) == 3 else 10
+            values = random.integers(0, high, shape, dtype=np.uint8)
+            header = np.array([0x800 + len(shape), *shape], dtype=">i4").tobytes()
+            (raw / f"{split}-{kind}-ubyte").write_bytes(header + values.tobytes())
+
+
+def installed(names: str) -> list[str]:
+    """Return the contenders of a comma-separated list whose packages are installed."""
+    missing = {n for n in ("lightning", "timm") if importlib.util.find_spec(n) is None}
+    contenders = names.split(",")
+    for name in missing.intersection(contenders):
+        print(f"skipped: {name} is not installed", flush=True)
+    return [name for name in contenders if name not in missing]
+
+
 def main() -> None:
-    """Runs the cases that the command line names."""
+    """Measure the cases named on the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--mnist", metavar="DIR", help="LeNet-5 on MNIST from DIR")
-    parser.add_argument("--photographs", metavar="DIR", help="AlexNet on the pictures in DIR")
+    parser.add_argument("--photographs", metavar="DIR", help="AlexNet on the images in DIR")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--alexnet-steps", type=int, default=40, help="steps timed; 0: an epoch")
+    parser.add_argument("--alexnet-steps", type=int, default=40, help="number of timed steps; 0: an epoch")
     parser.add_argument("--contenders", default=CONTENDERS)
-    parser.add_argument("--json", metavar="FILE", help="write all figures there")
-    parser.add_argument("--quick", action="store_true", help="LeNet-5 on tiny random images")
+    parser.add_argument("--json", metavar="FILE", help="write all measurements to FILE")
+    parser.add_argument("--random", action="store_true", help="both cases, on random images")
+    parser.add_argument("--quick", action="store_true", help="LeNet-5 on a few random images")
     parser.add_argument("--one", nargs=5, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
         name, model, dataset, data_dir, num_steps = args.one
         print(json.dumps(run_one(name, model, dataset, data_dir, int(num_steps) or None)))
         return
-    cases = {
-        "LeNet-5, MNIST": ("lenet5", "mnist", args.mnist, 0),
-        "AlexNet, photographs": ("alexnet", "folder", args.photographs, args.alexnet_steps),
-    }
-    if not (args.mnist or args.photographs or args.quick):
-        parser.error("give --mnist DIR, --photographs DIR or both")
-    output = {}
-    with tempfile.TemporaryDirectory() as folder:
+    if not (args.mnist or args.photographs or args.random or args.quick):
+        parser.error("give --mnist DIR, --photographs DIR or both, or --random")
+    output, names = {}, installed(args.contenders)
+    with tempfile.TemporaryDirectory() as directory:
+        if args.random:
+            args.mnist = args.photographs = directory
+            write_random_mnist(Path(directory))
+            write_random_images(Path(directory), 50_000, 10_000)
+        cases = {
+            "LeNet-5, MNIST": ("lenet5", "mnist", args.mnist, 0),
+            "AlexNet, photographs": ("alexnet", "folder", args.photographs, args.alexnet_steps),
+        }
         if args.quick:
-            write_random_images(Path(folder))
-            cases = {"LeNet-5, random images": ("lenet5", "folder", folder, 2)}
+            write_random_images(Path(directory), 300, 50)
+            cases = {"LeNet-5, random images": ("lenet5", "folder", directory, 2)}
         for title, (model, dataset, data_dir, num_steps) in cases.items():
             if not data_dir:
                 continue
             print(title)
             contenders = {
                 name: partial(child, __file__, "--one", name, model, dataset, data_dir, num_steps)
-                for name in args.contenders.split(",")
+                for name in names
             }
             output[title] = in_turn(contenders, args.rounds, show="images_per_second")
             print(f"\n{table(output[title])}\n")
-    write_json(args.json, {"quick": args.quick, "cases": output})
+    write_json(args.json, {"quick": args.quick, "random": args.random, "cases": output})
 
 
 if __name__ == "__main__":

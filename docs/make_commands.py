@@ -1,8 +1,8 @@
-"""Writes docs/commands.md: the --help of every script in the repository's root.
+"""Write docs/commands.md: the --help of every script in the root directory.
 
   python docs/make_commands.py
 
-tests/unit/test_docs.py fails while the page is not what this gives.
+tests/unit/test_docs.py fails if the page is not up to date.
 """
 
 import contextlib
@@ -19,26 +19,27 @@ WIDTH = 100
 HEAD = """\
 # Commands
 
-What `--help` prints, script by script. `python docs/make_commands.py` writes this page.
+The output of `--help` for every script. `python docs/make_commands.py` writes this page.
 
-`[5]` is the default. `[recipe]`: the recipe of the model and data set gives it, and the command
-line comes last. Where `--no-NAME` is listed beside `--NAME`, it turns off what a recipe, or the run
-that is resumed, turned on. [training.md](training.md) says which options are worth knowing, and
-[launching.md](launching.md) what may stand in place of `python`.
+`[5]` is a default. The default of an option marked `[recipe]` comes from the recipe for the model
+and dataset. The settings file of `--config` overrides the recipe, and the command line overrides
+both. `--no-NAME` turns off what a recipe, a settings file or the resumed run turned on.
+[training.md](training.md) explains the most useful options, and [launching.md](launching.md) how to
+launch several processes.
 """
 
 
 def page() -> str:
-    """The text of docs/commands.md."""
+    """Return the text of docs/commands.md."""
     scripts = sorted(path.stem for path in ROOT.glob("*.py"))
     parts = [f"\n## {name}.py\n\n```text\n{help_of(name)}\n```\n" for name in scripts]
     return HEAD + "".join(parts)
 
 
 def help_of(name: str) -> str:
-    """What `python NAME.py --help` prints, without the line of usage, which repeats every option.
+    """Return the output of `python NAME.py --help` without the usage line.
 
-    That line is also what Python's versions wrap in different ways.
+    That line repeats every option, and versions of Python wrap it differently.
     """
     script = importlib.import_module(name)
     with (

@@ -1,9 +1,9 @@
-"""Draws README's pictures anew: docs/console.svg and docs/report.png.
+"""Make the screenshots of the README: docs/console.svg and docs/report.png.
 
   python docs/make_pictures.py runs/lenet5-mnist     the finished run whose page is shown
 
-The first is of a training of LeNet-5 on the bundled digits, which it does; the second takes
-Chromium.
+The first shows the output of training LeNet-5 on the bundled digits, which this script runs. The
+second shows the page of the run and needs Playwright and Chromium.
 """
 
 import io
@@ -17,11 +17,11 @@ from pathlib import Path
 from unittest import mock
 
 DOCS = Path(__file__).resolve().parent
-CELL = "4,9"  # true and predicted class: the cell that is clicked
+CELL = "4,9"  # true and predicted class of the cell to click
 
 
 def console_svg() -> str:
-    """What a training prints on a terminal of 100 columns."""
+    """Return the output of a training run on a terminal of 100 columns, as SVG."""
     from rich.console import Console
 
     import train
@@ -29,20 +29,20 @@ def console_svg() -> str:
 
     terminal = Console(force_terminal=True, record=True, width=100, file=io.StringIO())
     with (
-        tempfile.TemporaryDirectory() as folder,
-        chdir(folder),
+        tempfile.TemporaryDirectory() as directory,
+        chdir(directory),
         mock.patch.object(console, "out", return_value=terminal),
-        mock.patch.object(console, "_live", return_value=nullcontext()),  # no frames of bars
+        mock.patch.object(console, "_live", return_value=nullcontext()),  # no progress bars
     ):
         terminal.print("[bold green]$[/] [bold]python train.py --dataset digits[/]")
         train.main(["--dataset", "digits"])
         terminal.print()
-    # Without rich's web fonts: a picture asks no network.
+    # Remove rich's web fonts, so that the image loads nothing from the network.
     return re.sub(r"@font-face {.*?}\s*", "", terminal.export_svg(title="lab"), flags=re.DOTALL)
 
 
 def report_png(run: Path, target: Path) -> None:
-    """The top of a run's page, a cell of its confusion matrix clicked."""
+    """Save a screenshot of a run's page with a cell of the confusion matrix selected."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as driver:
@@ -57,7 +57,7 @@ def report_png(run: Path, target: Path) -> None:
 
 
 def main() -> None:
-    """Writes both."""
+    """Write both files."""
     report_png(Path(sys.argv[1]), DOCS / "report.png")
     (DOCS / "console.svg").write_text(console_svg())
 

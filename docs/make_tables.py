@@ -1,9 +1,9 @@
-"""Write the tables of the pages anew, from the logs in results/ and benchmarks/logs.
+"""Write the tables of the documentation from the logs in results/ and benchmarks/logs.
 
   python docs/make_tables.py
 
 A table stands between `<!-- table NAME: docs/make_tables.py -->` and `<!-- end -->`; NAME is a key
-of TABLES. `tests/unit/test_results.py` fails where a page and this script disagree.
+of TABLES. `tests/unit/test_results.py` fails if a page differs from what this script writes.
 """
 
 import json
@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+LOGS = ROOT / "benchmarks" / "logs"
 sys.path += [str(ROOT), str(ROOT / "benchmarks")]  # lab, installed or not; benchmarks
 
 import choices  # noqa: E402
 import saving  # noqa: E402
+import train_speed  # noqa: E402
 from common import ratios, spread  # noqa: E402
 
 from lab.report.run_reader import RunResult, read_run  # noqa: E402
@@ -35,15 +37,15 @@ def run(name: str) -> RunResult:
 
 
 def runs(pattern: str) -> list[RunResult]:
-    """Return the runs in results/ whose names match, the most accurate first."""
+    """Return the runs in results/ whose names match, sorted by test accuracy, best first."""
     names = sorted(path.name for path in (ROOT / "results").glob(pattern) if path.is_dir())
-    return sorted(map(run, names), key=lambda found: -found.report["accuracy"])
+    return sorted(map(run, names), key=lambda result: -result.report["accuracy"])
 
 
 @cache
 def log(name: str) -> dict[str, Any]:
     """Return the content of benchmarks/logs/NAME.json."""
-    return json.loads((ROOT / "benchmarks" / "logs" / f"{name}.json").read_text())
+    return json.loads((LOGS / f"{name}.json").read_text())
 
 
 def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -74,30 +76,30 @@ def results() -> str:
     rows.insert(0, ["LeNet-5, MNIST", *own])
     own = ["the notebook itself", "20", "test", "0.8287", "-", "-", "-"]
     rows.insert(3, ["AlexNet, CIFAR-10", *own])
-    heads = ("row", "recipe", "epochs", "selected on", "test accuracy", "macro-F1", "on")
+    heads = ("row", "recipe", "epochs", "selected on", "test accuracy", "macro-F1", "hardware")
     return markdown((*heads, "in `results/`"), rows)
 
 
 def result(title: str, pattern: str) -> list[str]:
     """Return a row of README's table."""
-    found = runs(pattern)
-    one = found[0]
-    accuracies = [r.report["accuracy"] for r in found]
+    seeds = runs(pattern)
+    first = seeds[0]
+    accuracies = [r.report["accuracy"] for r in seeds]
     accuracy = f"{statistics.mean(accuracies):.4f}"
-    if len(found) > 1:
+    if len(seeds) > 1:
         accuracy += f" (standard deviation {statistics.stdev(accuracies):.4f})"
-    macro_f1 = f"{statistics.mean(r.report['macro_f1'] for r in found):.4f}"
-    selected = one.report["selection_split"]
-    epochs = str(len(one.history))
-    row = [title, one.config["recipe"], epochs, selected, accuracy, macro_f1, place(one)]
+    macro_f1 = f"{statistics.mean(r.report['macro_f1'] for r in seeds):.4f}"
+    selected = first.report["selection_split"]
+    epochs = str(len(first.history))
+    row = [title, first.config["recipe"], epochs, selected, accuracy, macro_f1, hardware(first)]
     return [*row, f"`{pattern}`"]
 
 
-def place(found: RunResult) -> str:
-    """Return where a run trained: a GPU's short name, or how many CPU cores."""
-    if found.config["device"] == "cuda":
-        return found.config["device_name"].split()[1]
-    threads = found.config["threads"]
+def hardware(run: RunResult) -> str:
+    """Return the hardware of a run: a GPU's short name, or the number of CPU cores."""
+    if run.config["device"] == "cuda":
+        return run.config["device_name"].split()[1]
+    threads = run.config["threads"]
     return "one CPU core" if threads == 1 else f"{threads} CPU cores"
 
 
@@ -105,18 +107,18 @@ def place(found: RunResult) -> str:
 
 
 def models() -> str:
-    """Return the table of every network after three epochs."""
-    costs = log("networks")["results"]
+    """Return the table of all models after three epochs."""
+    costs = log("models")["results"]
     page = (ROOT / "results" / "comparison-photographs-3.md").read_text()
     rows = []
-    for found in runs("*-photographs-3"):
-        model, config, report = found.config["model"], found.config, found.report
+    for result in runs("*-photographs-3"):
+        model, config, report = result.config["model"], result.config, result.report
         median = {
             key: statistics.median(row[key] for row in costs[model])
             for key in ("latency_ms", "memory_mb")
         }
         speed = statistics.median(ratios(costs, model, "alexnet", "train_images_per_second"))
-        difference = re.search(rf"^\| {found.path.name} .*?(-|-\S+ \[.*?\]) \| val", page, re.M)
+        difference = re.search(rf"^\| {result.path.name} .*?(-|-\S+ \[.*?\]) \| val", page, re.M)
         assert difference
         numbers = [f"{float(n):.3f}" for n in re.findall(r"-?\d\.\d+", difference[1])]
         against = "{} [{}, {}]".format(*numbers) if numbers else "-"
@@ -132,29 +134,29 @@ def models() -> str:
                 f"{median['latency_ms']:.1f}",
                 f"{speed:.0f}" if speed > 10 else f"{speed:.2f}",
                 f"{median['memory_mb']:,.0f}",
-                f"`{found.path.name}`",
+                f"`{result.path.name}`",
             ]
         )
-    heads = ("network", "accuracy", "macro-F1", "to the best", "batch", "parameters")
-    heads += ("multiply-adds", "latency, ms", "training", "memory, MB", "in `results/`")
+    heads = ("model", "accuracy", "macro-F1", "vs. best", "batch", "parameters")
+    heads += ("MACs", "latency, ms", "training", "memory, MB", "in `results/`")
     return markdown(heads, rows)
 
 
 def fewer_images() -> str:
-    """Return the table of the short trainings, and what all images bring."""
+    """Return the table of the short runs, and the gain from training on all images."""
     rows = []
-    for found in runs("short-*-photographs"):
-        name = found.path.name
+    for short in runs("short-*-photographs"):
+        name = short.path.name
         more = ROOT / "results" / f"{name.removeprefix('short-')}-3"
-        accuracy = found.report["accuracy"]
+        accuracy = short.report["accuracy"]
         gain = f"+{run(more.name).report['accuracy'] - accuracy:.3f}" if more.exists() else "-"
-        row = [f"`{found.config['model']}`", f"{accuracy:.4f}", f"{found.report['macro_f1']:.4f}"]
+        row = [f"`{short.config['model']}`", f"{accuracy:.4f}", f"{short.report['macro_f1']:.4f}"]
         rows.append([*row, gain, f"`{name}`"])
-    return markdown(("network", "accuracy", "macro-F1", "gain", "in `results/`"), rows)
+    return markdown(("model", "accuracy", "macro-F1", "gain", "in `results/`"), rows)
 
 
 def both_tasks() -> str:
-    """Return LeNet-5's and AlexNet's short trainings on digits and on photographs."""
+    """Return the short runs of LeNet-5 and AlexNet on digits and on photographs."""
     rows = []
     for model in ("lenet5", "alexnet"):
         cells = []
@@ -167,10 +169,10 @@ def both_tasks() -> str:
 
 
 def confusions() -> str:
-    """Return the most frequent confusions of the networks after three epochs."""
-    found = runs("*-photographs-3")
-    names = found[0].report["class_names"]
-    matrices = [r.report["confusion_matrix"] for r in found]
+    """Return the most frequent confusions of the models after three epochs."""
+    reports = [result.report for result in runs("*-photographs-3")]
+    names = reports[0]["class_names"]
+    matrices = [report["confusion_matrix"] for report in reports]
     cells = []
     for i, true in enumerate(names):
         for j, predicted in enumerate(names):
@@ -181,14 +183,14 @@ def confusions() -> str:
         [true, predicted, f"{statistics.mean(n):.0f}", f"{min(n)} - {max(n)}"]
         for true, predicted, n in cells[:8]
     ]
-    return markdown(("class", "predicted as", "mean of the networks", "least - most"), rows)
+    return markdown(("class", "predicted as", "mean of the models", "min - max"), rows)
 
 
 # benchmarks/RESULTS.md
 
 
 def speed() -> str:
-    """Return the table of what was measured on CPUs."""
+    """Return the table of the measurements on CPUs."""
     lenet, lenet_floor = (log(n)["cases"]["LeNet-5, MNIST"] for n in ("lenet5", "lenet5-floor"))
     alexnet, alexnet_floor = (
         log(n)["cases"]["AlexNet, photographs"] for n in ("alexnet", "alexnet-floor")
@@ -212,7 +214,7 @@ def speed() -> str:
     epoch = statistics.median(plain) / saving.STEPS * saving.STEPS_PER_EPOCH
     shares = [100 * (b - a) / epoch for a, b in zip(plain, with_saving, strict=True)]
     first_run = "`train_speed.py --mnist data --contenders notebook,accelerate,lightning,lab,floor`"
-    hidden = "; without any exchange "
+    bound = "; without all-reduce "
     rows = [
         ("LeNet-5, MNIST, epoch with evaluation, against the notebook's loop", first_run,
          "3.5", against(lenet, "notebook")),
@@ -241,23 +243,40 @@ def speed() -> str:
          "as that"),
         ("evaluation against the notebook's", "the same as the first", "5",
          against(alexnet, "notebook", "eval_seconds")),
+        *parts_of_speed_up(),
         ("folder of 50,000 JPEG files, first decode, against ImageFolder",
          "`folder.py data/cifar10-jpg/train`", "2",
          spread(ratios(folder, "ImageFolder, 2 workers", "lab, first start", "seconds"))),
         ("its second start", "the same", "1 s",
          f"{median(folder['lab, second start'], 'seconds'):.2f} s"),
-        ("one state and one best.safetensors, of an epoch (AlexNet, AdamW, 178 and 59 MB)",
+        ("one checkpoint and one best.safetensors, share of an epoch (AlexNet, AdamW, 178 and 59 MB)",
          "`saving.py --rounds 8`", "2 %", f"{spread(shares)} %"),
         ("2 processes over gloo against 1, AlexNet †", "`worlds.py --rounds 3`", "0.85",
-         of_one(epyc, "2 processes, gloo") + ", with the bf16 hook "
-         + of_one(epyc, "2 processes, bf16 hook") + hidden
+         of_one(epyc, "2 processes") + ", with the bf16 hook "
+         + of_one(epyc, "2 processes, bf16 hook") + bound
          + of_one(epyc, "2 processes, no exchange")),
         ("the same in bfloat16, on the first machine", "`worlds.py --rounds 3`", "0.85",
          of_one(xeon, "2 processes") + ", with the bf16 hook "
-         + of_one(xeon, "2 processes, bf16 hook") + hidden
+         + of_one(xeon, "2 processes, bf16 hook") + bound
          + of_one(xeon, "2 processes, no exchange") + ": not met"),
     ]  # fmt: skip
     return markdown(("what", "command", "target", "measured"), rows)
+
+
+def parts_of_speed_up() -> list[tuple[str, str, str, str]]:
+    """Return the rows that split lab's speed-up over the notebook; see train_speed.PARTS."""
+    command = "`train_speed.py --random --json logs/resident.json`"
+    cases = log("resident")["cases"] if (LOGS / "resident.json").exists() else {}
+    rows = []
+    for case in ("LeNet-5, MNIST", "AlexNet, photographs"):
+        for part, pair in train_speed.PARTS.items():
+            measured = "not measured"
+            if case in cases:
+                keys = ("train_seconds", "eval_seconds")
+                training, evaluation = (spread(ratios(cases[case], *pair, key)) for key in keys)
+                measured = f"training {training}, evaluation {evaluation}"
+            rows.append((f"{case}, speed-up from {part} ‡", command, "-", measured))
+    return rows
 
 
 def gpu_steps() -> str:
@@ -281,7 +300,7 @@ def gpu_steps() -> str:
         ("batch 2,048", "alexnet bfloat16, batch 2048", ""),
         ("batch 8,192", "alexnet bfloat16, batch 8192", ""),
         ("`--compile`", "alexnet bfloat16, compile", ""),
-        ("a batch cut, cropped, flipped", "alexnet, batches", "alexnet, batches, kernel by kernel"),
+        ("load, crop and flip a batch", "alexnet, batches", "alexnet, batches, kernel by kernel"),
     ]  # fmt: skip
     rows = []
     for title, name, by_kernels in lines:
@@ -290,8 +309,8 @@ def gpu_steps() -> str:
         cells = [f"{row['ms']:#.3g}", f"{row['images_per_second']:,.0f}", of_rate]
         cells += [f"{plain['ms']:#.3g}", str(plain["launches"])] if plain else ["", ""]
         rows.append([title, *cells])
-    heads = ("step", "ms", "images/s", "of the matrix rate", "kernel by kernel, ms")
-    return markdown((*heads, "launches of it"), rows)
+    heads = ("step", "ms", "images/s", "share of the matrix rate", "without graphs, ms")
+    return markdown((*heads, "its launches"), rows)
 
 
 def gpu_epochs() -> str:
@@ -303,34 +322,34 @@ def gpu_epochs() -> str:
         counts = str(len(seconds))
         cells = [counts, f"{seconds[0]:.2f}", later, f"{evaluation:.3f}", f"{row['seconds']:.1f}"]
         rows.append([name, *cells])
-    heads = ("training", "epochs", "training the first, s", "each later one, s", "an evaluation, s")
-    return markdown((*heads, "all, s"), rows)
+    heads = ("run", "epochs", "first epoch, s", "later epochs, s", "evaluation, s")
+    return markdown((*heads, "total, s"), rows)
 
 
 def precisions() -> str:
-    """Return the table of what lab chooses by itself, with two threads."""
-    found = log("choices")["results"]
+    """Return the table of lab's automatic choices, with two threads."""
+    results = log("choices")["results"]
     rows = []
     for model, title in (("lenet5", "LeNet-5"), ("alexnet", "AlexNet")):
         for part in (model, f"{model}, in processes of their own"):
-            chosen = next(name for name in found[part] if "auto" in name)
-            for name, timed in found[part].items():
+            chosen = next(name for name in results[part] if "auto" in name)
+            for name, timed in results[part].items():
                 if "1 threads" in name:
                     continue
                 label = name.replace(", 2 threads", "").replace("(auto)", "auto")
                 label = label.replace("auto", "**auto**")
                 if part != model:
-                    label += " (a process of its own)"
+                    label += " (own process)"
                 speeds = spread([row["images_per_second"] for row in timed], ",.0f")
-                against = spread(ratios(found[part], name, chosen, "images_per_second"))
+                against = spread(ratios(results[part], name, chosen, "images_per_second"))
                 rows.append([title, label, speeds, against])
-    return markdown(("network", "", "images/s", "/ auto"), rows)
+    return markdown(("model", "", "images/s", "/ auto"), rows)
 
 
 def muon() -> str:
     """Return the table of Muon's iterations in both precisions."""
-    found = log("muon")["results"]["muon"]
-    return choices.table(found, "float32 (auto)", "updates_per_second").strip()
+    results = log("muon")["results"]["muon"]
+    return choices.table(results, "float32 (auto)", "updates_per_second").strip()
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -350,21 +369,21 @@ TABLES: dict[str, Callable[[], str]] = {
 }
 
 
-def made(page: str) -> str:
-    """Return a page's text with its tables as the logs have them."""
+def rewrite(page: str) -> str:
+    """Return a page's text with its tables replaced by those made from the logs."""
 
-    def block(found: re.Match[str]) -> str:
-        return f"{found[1]}\n{TABLES[found[2]]()}\n\n{found[3]}"
+    def block(match: re.Match[str]) -> str:
+        return f"{match[1]}\n{TABLES[match[2]]()}\n\n{match[3]}"
 
     return re.sub(BLOCK, block, page, flags=re.DOTALL)
 
 
 def main() -> None:
-    """Write every page whose tables changed."""
+    """Update all pages whose tables changed."""
     for name in PAGES:
         path = ROOT / name
         before = path.read_text()
-        after = made(before)
+        after = rewrite(before)
         if after != before:
             path.write_text(after)
             print(f"written: {name}")

@@ -1,4 +1,4 @@
-"""Tables: a report's numbers by class and its confusion matrix; runs side by side."""
+"""Terminal output: messages, progress and tables. Only the main process prints."""
 
 import os
 import re
@@ -19,11 +19,11 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-# Class names and paths come from users and strangers' files: they may not steer the terminal.
+# Class names and paths come from files: they must not control the terminal.
 _CONTROL_CODES = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-UNLIMITED = 10_000  # a log has no right margin: nothing is wrapped or cut
-KEY_SHARE = 0.6  # of a table's width, for the column that says what a row is about
-COLUMN_GAP = 2  # characters that a column of a table takes beside its own width
+UNLIMITED = 10_000  # width of a log file, in which nothing is wrapped or cut
+KEY_SHARE = 0.6  # of a table's width that its first column may take
+COLUMN_GAP = 2  # characters between columns
 
 _main_process: bool | None = None
 _quiet = False
@@ -32,42 +32,42 @@ _header_printed = False
 
 
 def configure(*, main_process: bool, quiet: bool = False) -> None:
-    """Sets who speaks, and lets the next epoch row print its header again.
+    """Set which process prints, and print the header again with the next epoch row.
 
-    Until it is called, the process whose environment has RANK unset or 0 is the main one.
+    Before the first call, the main process is the one whose RANK is unset or 0.
     """
     global _main_process, _quiet, _header_printed
     _main_process, _quiet, _header_printed = main_process, quiet, False
 
 
 def info(text: str) -> None:
-    """Prints a line on standard output, unless quiet."""
+    """Print a line on standard output, unless quiet."""
     if chatty():
         print_line(text)
 
 
 def warn(text: str) -> None:
-    """Prints one line, `warning: TEXT`, on standard error, also when quiet."""
+    """Print one line, `warning: TEXT`, on standard error, even if quiet."""
     _stderr_line(f"warning: {text}")
 
 
 def error(text: str) -> None:
-    """Prints one line, `error: TEXT`, on standard error, also when quiet."""
+    """Print one line, `error: TEXT`, on standard error, even if quiet."""
     _stderr_line(f"error: {text}")
 
 
 def settings(title: str, rows: Mapping[str, object]) -> None:
-    """Prints what was chosen: a title, then a key and its value a line."""
+    """Print a title, then one line per setting."""
     if chatty():
         print_line(title, "bold")
         print_line(_pairs(rows, indent="  "))
 
 
 def run_summary(config: Any, splits: Any, device: Mapping[str, Any]) -> None:
-    """Print what a run trains on, how and where, and the class counts of a folder of images.
+    """Print the data, hyperparameters and devices of a run, and the class counts of a folder.
 
-    `config` is a `TrainConfig`, `splits` a `lab.data.Splits`, `device` what
-    `lab.distributed.describe` returns.
+    `config` is a `TrainConfig`, `splits` a `lab.data.Splits`, `device` the result of
+    `lab.distributed.describe`.
     """
     num_train, num_val, num_test = (
         f"{len(split.labels):,}" for split in (splits.train, splits.val, splits.test)
@@ -92,7 +92,7 @@ def run_summary(config: Any, splits: Any, device: Mapping[str, Any]) -> None:
 
 
 def device_summary(device: Mapping[str, Any]) -> str:
-    """Return what `lab.distributed.describe` returns in one line."""
+    """Return the result of `lab.distributed.describe` as one line."""
     return (
         f"{device['world_size']} x {device['device']} ({device['device_name']}), "
         f"CPU threads: {device['threads']}, {device['precision']}"
@@ -101,7 +101,7 @@ def device_summary(device: Mapping[str, Any]) -> str:
 
 @contextmanager
 def status(text: str) -> Iterator[None]:
-    """Shows a spinner while something slow runs; one plain line where there is no terminal."""
+    """Show a spinner during a slow operation; without a terminal, print one line."""
     if chatty() and out().is_terminal:
         spinner = Spinner("dots", text=literal(text), style="cyan")
         with _live(lambda: spinner, per_second=8):
@@ -112,7 +112,7 @@ def status(text: str) -> Iterator[None]:
 
 
 class Progress:
-    """How far something is. `update` only stores numbers; rich's refresh thread calls `draw`."""
+    """The progress of a loop. `update` only stores numbers; rich's refresh thread calls `draw`."""
 
     def __init__(self, title: str, num_steps: int):
         self.title, self.num_steps, self.step = title, num_steps, 0
@@ -123,7 +123,7 @@ class Progress:
     def update(
         self, step: int, images_per_second: float | None = None, loss: float | None = None
     ) -> None:
-        """Stores that `step` of `num_steps` steps are done; a number left out keeps its value."""
+        """Store that `step` steps are done; None keeps the previous number."""
         self.step = step
         if self.first is None:
             self.first = step, time.monotonic()
@@ -133,14 +133,14 @@ class Progress:
             self.loss = loss
 
     def draw(self) -> Table:
-        """One line: title, bar, steps, speed, loss, time left."""
+        """Return one line: title, bar, steps, speed, loss, remaining time."""
         step, first = self.step, self.first
         facts = [f"{step:>{len(str(self.num_steps))}}/{self.num_steps}"]
         if self.images_per_second is not None:
             facts.append(f"{self.images_per_second:,.0f} images/s")
         if self.loss is not None:
             facts.append(f"loss {_decimals(self.loss)}")
-        # Timed from the first update on: the first step is slow.
+        # Estimated from the first update on, because the first step is slow.
         if first is not None and step > first[0]:
             seconds = (time.monotonic() - first[1]) / (step - first[0]) * (self.num_steps - step)
             facts.append(f"{timedelta(seconds=max(0, round(seconds)))} left")
@@ -156,7 +156,7 @@ class Progress:
 
 @contextmanager
 def progress(title: str, num_steps: int) -> Iterator[Progress]:
-    """Yields a Progress to update every step; its line is gone at the end."""
+    """Yield a Progress to update every step; its line is erased at the end."""
     line = Progress(title, num_steps)
     shown = chatty() and out().is_terminal
     with _live(line.draw, per_second=4) if shown else nullcontext():
@@ -164,13 +164,21 @@ def progress(title: str, num_steps: int) -> Iterator[Progress]:
 
 
 def epoch_row(row: Mapping[str, Any], best: bool, selection_split: str) -> None:
-    """Prints a line of history.jsonl, starred when it is the best so far; a header comes first."""
+    """Print a line of history.jsonl, with a star if it is the best so far; first a header.
+
+    Warn, even if quiet, if steps of the epoch were skipped.
+    """
     global _header_printed
+    if row.get("skipped_steps"):
+        warn(
+            f"epoch {row['epoch']}: {row['skipped_steps']} steps were skipped because the loss or "
+            "a gradient was not finite"
+        )
     if not chatty():
         return
     split = "val" if selection_split == "validation" else selection_split
     seconds = (row.get("train_seconds") or 0.0) + (row.get("eval_seconds") or 0.0)
-    columns = {  # a column is as wide as its name
+    columns = {  # columns are as wide as their names
         "epoch": str(row["epoch"]),
         "train loss": _decimals(row.get("train_loss")),
         "train acc": _decimals(row.get("train_accuracy")),
@@ -198,9 +206,10 @@ def report(
     command: str | None = None,
     note: str = "",
 ) -> None:
-    """Prints the result: numbers, where the files are, the command that gives the numbers again.
+    """Print the metrics of a report, the paths of its files and the command to reproduce it.
 
-    Also when quiet. Paths and command stand below the panel, unbroken, so that they can be copied.
+    Prints even if quiet. Paths and command are below the panel, unbroken, so that they can be
+    copied.
     """
     if not is_main_process():
         return
@@ -227,39 +236,39 @@ def report(
 
 
 def is_main_process() -> bool:
-    """Whether this process is the one that prints."""
+    """Return whether this process prints."""
     if _main_process is not None:
         return _main_process
-    # A RANK left in the environment means nothing without a world.
+    # A leftover RANK has no meaning in a world of one process.
     return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
 
 
 def chatty() -> bool:
-    """Whether this process prints more than the result."""
+    """Return whether this process prints more than the result."""
     return is_main_process() and not _quiet
 
 
 @cache
 def out() -> Console:
-    """The Console on standard output; `is_terminal` tells coloured and live from plain."""
-    # Python's own choice for standard error: a name that the log cannot encode ends no training.
+    """Return the console of standard output; it is colored and live if `is_terminal`."""
+    # As for standard error: a name that the encoding does not contain must not end a training.
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")
     utf8 = (sys.stdout.encoding or "").lower().startswith("utf")
     if sys.stdout.isatty() and utf8 and os.environ.get("TERM") not in ("dumb", "unknown"):
         return Console(force_terminal=True)
-    # In a notebook too: what rich displays there is lost where a process was forked off it.
+    # Also in a notebook: rich output of forked processes is lost there.
     return Console(force_terminal=False, force_jupyter=False, color_system=None, width=UNLIMITED)
 
 
 def literal(value: object, style: str = "") -> Text:
-    """A value as literal text: no markup, no control codes."""
+    """Return a value as literal text, without markup and control codes."""
     text = str(value).encode(errors="backslashreplace").decode()  # a path need not be UTF-8
     return value if isinstance(value, Text) else Text(_CONTROL_CODES.sub("?", text), style)
 
 
 def _pairs(rows: Mapping[str, object], indent: str = "") -> Text:
-    """A line a row: the key, padded, and its value."""
+    """Return one line per row: the padded key and its value."""
     width = max(map(len, rows), default=0)
     lines = [
         Text.assemble(
@@ -271,7 +280,7 @@ def _pairs(rows: Mapping[str, object], indent: str = "") -> Text:
 
 
 def print_line(value: object, style: str = "") -> None:
-    """Prints a line that the terminal may wrap, but that stays whole when it is copied."""
+    """Print a line that the terminal may wrap, but that is copied as one line."""
     out().print(literal(value, style), soft_wrap=True)
 
 
@@ -287,7 +296,7 @@ def _stderr_line(text: str) -> None:
 @contextmanager
 def _live(draw: Callable[[], RenderableType], per_second: int) -> Iterator[None]:
     global _live_line
-    # Not redirected: a loader worker forked while rich holds its lock would hang on a print.
+    # No redirection: a worker that is forked while rich holds its lock would hang on a print.
     live = Live(
         get_renderable=draw,
         console=out(),
@@ -296,7 +305,7 @@ def _live(draw: Callable[[], RenderableType], per_second: int) -> Iterator[None]
         redirect_stdout=False,
         redirect_stderr=False,
     )
-    with suppress(RuntimeError):  # no thread is to be had for drawing: go on without it
+    with suppress(RuntimeError):  # no thread can be started: continue without the line
         live.start()
         _live_line = True
     try:
@@ -306,16 +315,16 @@ def _live(draw: Callable[[], RenderableType], per_second: int) -> Iterator[None]
         live.stop()
 
 
-def number_table(first: object, *others: object, wrapped: Collection[int] = ()) -> Table:
-    """Return a table whose first column holds names, and the others numbers.
+def number_table(first: object, *further: object, wrapped: Collection[int] = ()) -> Table:
+    """Return a table with a first column of names and further columns of numbers.
 
-    Of the other columns, only those whose positions are in `wrapped` hold text that may be wrapped.
+    Columns whose indices are in `wrapped` contain text that may be wrapped.
     """
     box = SIMPLE_HEAD if out().is_terminal else None
     table = Table(box=box, pad_edge=False, padding=(0, 1 if box else 2, 0, 0))
     table.add_column(literal(first), overflow="fold")
-    for position, name in enumerate(others, 1):
-        if position in wrapped:
+    for index, name in enumerate(further, 1):
+        if index in wrapped:
             table.add_column(literal(name), overflow="fold")
         else:
             table.add_column(literal(name), justify="right", no_wrap=True)
@@ -330,12 +339,11 @@ def print_table(
     wrapped: Collection[int] = (),
     styles: Sequence[str] | None = None,
 ) -> None:
-    """Print a table that fits the terminal, with the columns that matter most.
+    """Print a table that fits the terminal, and the names of the columns that do not fit.
 
-    Column 0, the key, is never left out. `order` lists groups of the positions of the others, the
-    most important first: the first group is never left out either, a later one only where it does
-    not fit beside a key of KEY_SHARE of the width. What is still too wide is wrapped: the key, and
-    the columns in `wrapped`. The names of the columns left out follow the table.
+    `order` lists groups of column indices, the most important first. Column 0 and the first group
+    are always printed, a later group if it fits beside a first column of KEY_SHARE of the width.
+    The first column and those in `wrapped` are wrapped if necessary.
     """
     room = out().width
     cells = [[_one_line(cell) for cell in row] for row in (heads, *rows)]
@@ -352,7 +360,7 @@ def print_table(
         table.add_row(*line, style=style)
     out().print(table)
     if left_out := [head for k, head in enumerate(heads) if k not in shown]:
-        print_line(f"no room for: {', '.join(left_out)}", "dim")
+        print_line(f"columns that do not fit: {', '.join(left_out)}", "dim")
 
 
 def _one_line(value: object) -> Text:
@@ -364,23 +372,23 @@ def _formatted(value: Any, form: str) -> str:
 
 
 def _decimals(value: float | None) -> str:
-    """Four decimals, or an exponent where a diverging loss would break the columns."""
+    """Format with four decimals; large values, such as a diverging loss, with an exponent."""
     return _formatted(value, ".4f" if value is None or abs(value) < 1000 else ".1e")
 
 
 def duration(seconds: float) -> str:
-    """A duration in at most six characters: 12.3s, 4m05s, 2h07m."""
+    """Format a duration in at most six characters: 12.3s, 4m05s, 2h07m."""
     if seconds < 59.95:
         return f"{seconds:.1f}s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes}m{rest:02}s" if minutes < 60 else f"{minutes // 60}h{minutes % 60:02}m"
 
 
-LABEL = 24  # characters that the names of a confusion matrix's rows have at least
+LABEL_WIDTH = 24  # minimum width of the row names of a confusion matrix, in characters
 
 
 def class_table(report: Mapping[str, Any]) -> None:
-    """Prints precision, recall, F1 and support of every class; the lowest F1 is marked yellow."""
+    """Print precision, recall, F1 and support of every class; the lowest F1 is yellow."""
     if not chatty():
         return
     lowest = min((row["f1"] for row in report["per_class"]), default=0.0)
@@ -398,9 +406,9 @@ def class_table(report: Mapping[str, Any]) -> None:
 
 
 def class_counts(class_names: Sequence[str], counts: Mapping[str, Sequence[int]]) -> None:
-    """Print the number of images of every class, a column for each split in `counts`, and totals.
+    """Print the number of images of every class, with one column per split, and the totals.
 
-    Of more than 20 classes the first and last eight are printed, and the range of the others.
+    For more than 20 classes, print the first and last eight, and the range of the rest.
     """
     if not chatty():
         return
@@ -425,10 +433,10 @@ def _count_cells(name: str, *counts: int) -> list[Any]:
 
 
 def confusion_matrix(report: Mapping[str, Any]) -> None:
-    """Prints the matrix, a row a true class and a column a predicted one.
+    """Print the matrix with one row per true class and one column per predicted class.
 
-    Columns are headed by class names where these fit, else by class numbers. With more than 20
-    classes, or too wide for the terminal, the 10 most frequent confusions are listed instead.
+    Column heads are class names if they fit, else class numbers. If there are more than 20 classes
+    or the matrix is too wide, print the 10 most frequent confusions instead.
     """
     if not chatty():
         return
@@ -439,12 +447,12 @@ def confusion_matrix(report: Mapping[str, Any]) -> None:
         for labels, heads in (names, names), (numbered, range(len(names))):
             table = _matrix_table(matrix, labels, heads)
             if out().is_terminal:  # a longer name is wrapped
-                table.columns[0].max_width = LABEL
+                table.columns[0].max_width = LABEL_WIDTH
             unlimited = out().options.update(width=UNLIMITED)
             spare = room - out().measure(table, options=unlimited).maximum
             if spare >= 0:
                 if out().is_terminal:
-                    table.columns[0].max_width = LABEL + spare
+                    table.columns[0].max_width = LABEL_WIDTH + spare
                 return out().print(table)
     errors = [(n, i, j) for i, row in enumerate(matrix) for j, n in enumerate(row) if n and i != j]
     errors.sort(key=lambda error: -error[0])
@@ -472,20 +480,20 @@ def _matrix_table(
 
 
 def _error_style(share: float) -> str:
-    """Redder, the larger the share of a class that is taken for one other; full at a quarter."""
+    """Return a red that is stronger for a larger share of a class, and full from 25 % on."""
     if share < 0.02:
         return "red" if share else "dim"
     return f"white on rgb({110 + int(120 * min(1, 4 * share))},0,0)"
 
 
-# Columns of a comparison, the most important first: those that fit are shown. What a run's best
-# epoch was selected on comes early, because without it an optimistic accuracy looks like any other.
-IMPORTANCE = ("accuracy", "chosen on", "to best", "data set", "macro-F1", "model", "seconds",
-              "parameters", "epochs", "images/s", "multiply-adds")  # fmt: skip
+# Columns of a comparison, the most important first. The split that selected the best epoch is
+# among them, because an accuracy that was selected on the test split is optimistic.
+IMPORTANCE = ("accuracy", "selected on", "vs. best", "dataset", "macro-F1", "model", "seconds",
+              "parameters", "epochs", "images/s", "MACs")  # fmt: skip
 
 
 def runs_table(rows: Sequence[Mapping[str, str]]) -> None:
-    """Print rows of text, all with the columns of the first one; the column "run" is the key."""
+    """Print a comparison of runs; all rows have the columns of the first one."""
     heads = list(rows[0])
     print_table(
         heads,
@@ -495,16 +503,16 @@ def runs_table(rows: Sequence[Mapping[str, str]]) -> None:
 
 
 def predictions_table(rows: Sequence[tuple[str, Sequence[tuple[str, float]]]]) -> None:
-    """Print the likeliest classes of each picture with their softmax, as many as there is room for.
+    """Print the top classes of each image with their probabilities, as many as fit.
 
-    The file name and the likeliest class are always shown.
+    The path and the first class are always printed.
     """
     if rows:
         ranks = range(1, len(rows[0][1]) + 1)
         ordinals = ["", *(f" {k}" for k in ranks[1:])]
-        heads = [word + ordinal for ordinal in ordinals for word in ("class", "confidence")]
+        heads = [name + ordinal for ordinal in ordinals for name in ("class", "confidence")]
         print_table(
-            ["picture", *heads],
+            ["image", *heads],
             [
                 [path, *(cell for name, value in classes for cell in (name, f"{value:.4f}"))]
                 for path, classes in rows

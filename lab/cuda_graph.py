@@ -1,7 +1,7 @@
-"""Replayed: work that a GPU does over and over, recorded as a CUDA graph and sent to it whole.
+"""A function that is captured as a CUDA graph and replayed.
 
-A training step is 60 kernels and more, and a host needs longer to send them one by one than a GPU
-to compute them, unless network or batch are large (benchmarks/RESULTS.md).
+A training step launches 60 kernels or more. Unless the model or the batch is large, the host takes
+longer to launch them one by one than the GPU to run them (benchmarks/RESULTS.md).
 """
 
 from collections import Counter
@@ -13,18 +13,17 @@ from torch import Tensor
 
 from lab.errors import UserError
 
-NUM_WARMUP_CALLS = (
-    3  # calls that are not recorded: they choose kernels, compile, make optimizer states
-)
+# Calls before the capture, which select kernels, compile and allocate the optimizer state.
+NUM_WARMUP_CALLS = 3
 
 
 class CUDAGraphRunner:
-    """`function`, from tensors of one GPU to a tensor there, replayed once it was warmed up.
+    """Call a function of tensors on one GPU, and replay it as a CUDA graph after the warmup.
 
-    A recording is kept for each combination of shapes. It holds what the function read on its way,
-    weights and buffers, by address: they are to be changed in place. Random numbers are drawn anew
-    at each replay, from the generator's seed. The function may not wait for the device, nor take
-    another way from one call to the next.
+    There is one graph for each combination of input shapes. A graph accesses the weights and
+    buffers that the function uses by address, so they may only be changed in place. Each replay
+    draws new random numbers from the generator's current seed. The function may not wait for the
+    device, and must run the same kernels in each call.
     """
 
     def __init__(self, function: Callable[..., Tensor]):
@@ -33,32 +32,32 @@ class CUDAGraphRunner:
         self.graphs: dict[Any, tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]] = {}
 
     def __call__(self, *inputs: Tensor) -> Tensor:
-        """What the function returns, in memory of its own. Raises `UserError`."""
+        """Return the function's result, a new tensor. Raises `UserError` if the capture fails."""
         shapes = tuple(tensor.shape for tensor in inputs)
         if shapes not in self.graphs:
             self.calls[shapes] += 1
             if self.calls[shapes] <= NUM_WARMUP_CALLS:
                 return self.function(*inputs)
-            self.graphs[shapes] = self._record(inputs)
+            self.graphs[shapes] = self._capture(inputs)
         graph, static_inputs, result = self.graphs[shapes]
-        for place, tensor in zip(static_inputs, inputs, strict=True):
-            place.copy_(tensor, non_blocking=True)
+        for static_input, tensor in zip(static_inputs, inputs, strict=True):
+            static_input.copy_(tensor, non_blocking=True)
         graph.replay()
         return result.clone()
 
-    def _record(self, inputs: tuple[Tensor, ...]) -> tuple[torch.cuda.CUDAGraph, Any, Tensor]:
+    def _capture(self, inputs: tuple[Tensor, ...]) -> tuple[torch.cuda.CUDAGraph, Any, Tensor]:
         graph, static_inputs = torch.cuda.CUDAGraph(), [tensor.clone() for tensor in inputs]
-        # Recordings share memory: one is replayed at a time, and its result copied at once.
+        # Graphs share memory, as one is replayed at a time and its result is copied at once.
         pool = next((old.pool() for old, *_ in self.graphs.values()), None)
         try:
-            # Other threads, which write states and pin batches, may use the GPU meanwhile.
+            # Other threads, which write checkpoints and pin batches, may use the GPU meanwhile.
             with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 result = self.function(*static_inputs)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
             raise UserError(
-                f"the step cannot be recorded as a CUDA graph ({str(error).splitlines()[0]})",
+                f"the step cannot be captured as a CUDA graph ({str(error).splitlines()[0]})",
                 "Give --cuda-graphs never",
             ) from error
         return graph, static_inputs, result

@@ -1,4 +1,4 @@
-"""Where a run takes place: the Accelerator, precision and threads; what processes must agree on."""
+"""Processes and hardware: the Accelerator, precision, threads, memory, and errors on all ranks."""
 
 import ctypes
 import multiprocessing
@@ -25,12 +25,12 @@ from accelerate.utils import (
 )
 
 from lab import console
-from lab.errors import UserError
+from lab.errors import UserError, name_some
 
 
 @cache
 def has_native_bf16(device_type: str) -> bool:
-    """Whether the device has bfloat16 arithmetic; emulated, it is slower than float32."""
+    """Return whether the device has bfloat16 arithmetic; emulated, it is slower than float32."""
     if device_type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device_type == "cpu":
@@ -41,25 +41,25 @@ def has_native_bf16(device_type: str) -> bool:
 
 @contextmanager
 def no_cudnn_benchmark() -> Iterator[None]:
-    """cuDNN's own choice of kernels meanwhile, not the fastest of a trial: the same in each run."""
-    timed = torch.backends.cudnn.benchmark
+    """Disable cuDNN's benchmark in the block, so that it uses the same kernels in each run."""
+    before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = False
     try:
         yield
     finally:
-        torch.backends.cudnn.benchmark = timed
+        torch.backends.cudnn.benchmark = before
 
 
 def keep_freed_memory() -> None:
-    """Has this process keep what a step frees, in large pages, for the next step's tensors.
+    """Keep the memory that a step frees, in large pages, for the tensors of the next step.
 
-    Else each step hands its memory back and gets it again page by page, zeroed: on a CPU up to a
-    quarter of LeNet-5's time (benchmarks/RESULTS.md).
+    Otherwise each step returns its memory to the system and gets it back page by page, zeroed. On a
+    CPU this takes up to a quarter of LeNet-5's time (benchmarks/RESULTS.md).
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read at PyTorch's first allocation
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt:  # glibc's; malloc.h: the thresholds for a mapping of its own, for giving back
-        mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD, the highest it takes
+    if mallopt:  # glibc only; the constants are in malloc.h
+        mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD, its maximum
         mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
 
 
@@ -72,10 +72,10 @@ def available_memory(root: Path = Path("/")) -> int:
 
 
 def _left_in_cgroups(root: Path) -> Iterator[int]:
-    """Yield what each control group that this process is in has left, up to the outermost.
+    """Yield the bytes left in each control group of this process, from the innermost outwards.
 
-    A limit of any of them holds. Within a container the path is often the host's, of which only
-    the outermost directory is there. (Linux, Documentation/admin-guide/cgroup-v2.rst and -v1.)
+    All of their limits apply. In a container the path is often that of the host, of which only the
+    outermost directory exists. (Linux, Documentation/admin-guide/cgroup-v2.rst and cgroup-v1.)
     """
     mount = root / "sys/fs/cgroup"
     with suppress(OSError, ValueError):
@@ -90,7 +90,7 @@ def _left_in_cgroups(root: Path) -> Iterator[int]:
                 continue
             inner = Path(path.lstrip("/"))
             for directory in (base / part for base in mounts for part in (inner, *inner.parents)):
-                with suppress(OSError, ValueError):  # of no limit, the text is "max"
+                with suppress(OSError, ValueError):  # without a limit, the text is "max"
                     limit, used = (
                         int((directory / f"memory.{name}").read_text()) for name in files[:2]
                     )
@@ -125,10 +125,10 @@ def build_accelerator(
     quiet: bool = False,
     cpu: bool = False,
 ) -> Accelerator:
-    """The Accelerator of this process, joined with the others that its launcher started.
+    """Return the Accelerator of this process, connected to all processes of its launcher.
 
-    Raises `UserError` where the launcher's processes would each train alone, and for a precision
-    that the device lacks.
+    Raises `UserError` if the launcher's processes would each train alone, or the device does not
+    support the precision.
     """
     device_type = init_distributed(timeout_seconds, quiet, cpu).device.type
     precision = choose_precision(
@@ -142,22 +142,21 @@ def build_accelerator(
             DistributedDataParallelKwargs(
                 gradient_as_bucket_view=True,
                 comm_hook=COMM_HOOKS[comm_hook],
-                # PyTorch's own default, 1,000, would leave short runs uncompressed.
+                # PyTorch's default, 1,000, would leave short runs uncompressed.
                 comm_state_option={"start_powerSGD_iter": 10} if comm_hook == "powersgd" else {},
             ),
         ],
     )
     if accelerator.distributed_type == DistributedType.FSDP:
         raise UserError(
-            "lab does not train under FSDP yet", "Launch with accelerate_configs/multi_gpu.yaml"
+            "lab does not support FSDP", "Launch with accelerate_configs/multi_gpu.yaml"
         )
     keep_freed_memory()
     torch.set_num_threads(threads or default_threads())
     if device_type == "cuda":
-        # TensorFloat-32 unless float32 was asked for by name.
-        tf32 = mixed_precision != "no"
+        tf32 = mixed_precision != "no"  # "no" requests float32 explicitly
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
-        # Kernels chosen by timing differ from run to run: for training only.
+        # Kernels chosen by benchmarks differ from run to run: for training only.
         torch.backends.cudnn.benchmark = training and not deterministic
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -168,28 +167,28 @@ def build_accelerator(
 def init_distributed(
     timeout_seconds: int = 600, quiet: bool = False, cpu: bool = False
 ) -> PartialState:
-    """The world of processes that the launcher started, which this one has joined.
+    """Connect this process to all processes of its launcher, and return their shared state.
 
-    Raises `UserError` where the launcher's processes would each train alone.
+    Raises `UserError` if the launcher's processes would each train alone.
     """
-    _refuse_a_lone_launch()
-    _refuse_restarts_in_an_old_store()
+    _check_cpu_launch()
+    _check_restarts()
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size > 1 and "MASTER_ADDR" not in os.environ:
         raise UserError(
             f"WORLD_SIZE is {world_size}, but MASTER_ADDR is not set",
             "Start with accelerate launch or torchrun, or unset WORLD_SIZE",
         )
-    found = torch.accelerator.current_accelerator(check_available=True)
-    # Without it, a CPU world started by torchrun or a MULTI_GPU file is one world a process.
+    device = torch.accelerator.current_accelerator(check_available=True)
+    # Without cpu=True, each CPU process of torchrun or a MULTI_GPU file would be its own world.
     world = PartialState(
-        cpu=cpu or found is None or _flag("ACCELERATE_USE_CPU"),
+        cpu=cpu or device is None or _flag("ACCELERATE_USE_CPU"),
         timeout=timedelta(seconds=timeout_seconds),
     )
     if world.num_processes != world_size:
         raise UserError(
-            f"the launcher started {world_size} processes, but they do not form one world "
-            f"(this one sees {world.num_processes})",
+            f"the launcher started {world_size} processes, but they are not connected (the world "
+            f"size of this one is {world.num_processes})",
             "Launch with `accelerate launch --config_file accelerate_configs/multi_cpu.yaml`",
         )
     console.configure(main_process=world.is_main_process, quiet=quiet)
@@ -203,10 +202,11 @@ def choose_precision(
     trained_precision: str | None = None,
     cpu_bf16: bool = True,
 ) -> str:
-    """The precision "no", "bf16" or "fp16"; raises `UserError` for fp16 on a CPU.
+    """Return the precision "no", "bf16" or "fp16". Raises `UserError` for fp16 on a CPU.
 
-    "auto" is what the weights were `trained_in`; else what `accelerate launch --mixed_precision`
-    names; else bfloat16 where the hardware multiplies it and the network gains (CPU: `cpu_bf16`).
+    "auto" is the precision in which the weights were trained, if any; or else that of `accelerate
+    launch --mixed_precision`; or else bfloat16 if the device has it natively and it makes the model
+    faster (on a CPU: `cpu_bf16`).
     """
     if requested == "auto" and trained_precision:
         return "no" if trained_precision == "fp16" and device_type == "cpu" else trained_precision
@@ -215,8 +215,8 @@ def choose_precision(
         if launched in ("bf16", "fp16"):
             requested = launched
         else:
-            gains = benefits_from_bf16 and (cpu_bf16 or device_type != "cpu")
-            requested = "bf16" if gains and has_native_bf16(device_type) else "no"
+            is_faster = benefits_from_bf16 and (cpu_bf16 or device_type != "cpu")
+            requested = "bf16" if is_faster and has_native_bf16(device_type) else "no"
     if requested == "fp16" and device_type == "cpu":
         raise UserError(
             "--mixed-precision fp16: a CPU cannot train in fp16",
@@ -226,35 +226,36 @@ def choose_precision(
 
 
 def local_world_size() -> int:
-    """Processes of this run on this host."""
+    """Return the number of processes of this run on this host."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def num_cores() -> int:
-    """Cores that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def default_threads() -> int:
-    """CPU threads of a process: what the user's OMP_NUM_THREADS says, else its share of the cores.
+    """Return the user's OMP_NUM_THREADS, or this process's share of the cores if it is not set.
 
-    Launchers set OMP_NUM_THREADS=1 on their own: a 1 under a launcher is not the user's word.
-    A process that notebook_launcher forked has one: had the notebook computed with more, they are
-    not in the copy, which would wait for them for ever.
+    Launchers set OMP_NUM_THREADS=1 themselves, so a 1 is ignored under a launcher. A process forked
+    by notebook_launcher has one thread: it would wait forever for the threads that the notebook had
+    started, as a fork does not copy them.
     """
     if type(multiprocessing.current_process()).__name__ == "ForkProcess":
         return 1
     launched = {"LOCAL_WORLD_SIZE", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys()
-    chosen = os.environ.get("OMP_NUM_THREADS", "")
-    if chosen.isdigit() and int(chosen) > (1 if launched else 0):
-        return int(chosen)
+    threads = os.environ.get("OMP_NUM_THREADS", "")
+    if threads.isdigit() and int(threads) > (1 if launched else 0):
+        return int(threads)
     return max(1, num_cores() // local_world_size())
 
 
 def memory_for_data(device: torch.device) -> float:
-    """Return how many bytes of decoded images a process may hold, those of all splits together.
+    """Return the bytes of decoded images of all splits that a process may hold in memory.
 
-    Half of its share of what is available on the host, and of what is free on its GPU.
+    This is half of its share of the host's available memory, and at most half of its GPU's free
+    memory.
     """
     free = available_memory() / local_world_size()
     if device.type == "cuda":
@@ -263,7 +264,7 @@ def memory_for_data(device: torch.device) -> float:
 
 
 def describe(accelerator: Accelerator) -> dict[str, Any]:
-    """Where this run takes place, as config.json keeps it."""
+    """Return the device, world size, precision and threads for config.json."""
     device = accelerator.device
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
@@ -283,9 +284,9 @@ def describe(accelerator: Accelerator) -> dict[str, Any]:
 
 @contextmanager
 def raise_on_all_ranks(world: Accelerator | PartialState) -> Iterator[None]:
-    """A stretch that all processes pass or none: a `UserError` on one is raised on every process.
+    """Raise a `UserError` of the block on all processes if it is raised on any of them.
 
-    So the main process can print it, whoever met it, and no process waits for one that is gone.
+    So the main process can print it, and no process waits for one that has ended.
     """
     mistake: UserError | None = None
     try:
@@ -294,9 +295,9 @@ def raise_on_all_ranks(world: Accelerator | PartialState) -> Iterator[None]:
         mistake = error
     if world.num_processes > 1:
         mistakes = gather_object([(mistake.what, mistake.hint) if mistake else None])
-        others = next((m for m in mistakes if m), None)
-        if mistake is None and others:
-            mistake = UserError(*others)
+        first = next((m for m in mistakes if m), None)
+        if mistake is None and first:
+            mistake = UserError(*first)
     if mistake:
         raise mistake
 
@@ -306,28 +307,29 @@ def check_same_data(
     fingerprints: Mapping[str, str],
     list_samples: Callable[[], Any],
 ) -> None:
-    """Raise `UserError` on every process where one has other data than the main process.
+    """Raise `UserError` on every process if one has other data than the main process.
 
-    Called by all processes together. `fingerprints` are this process's; where they differ,
-    `list_samples` reads a `lab.data.fingerprint.Listing`, which says in what.
+    All processes must call it, with the fingerprints of their splits. If these differ,
+    `list_samples` returns a `lab.data.fingerprint.Listing`, from which the first difference is
+    found.
     """
     if world.num_processes == 1:
         return
     gathered = gather_object([dict(fingerprints)])
-    others = [str(rank) for rank, found in enumerate(gathered) if found != gathered[0]]
-    if not others:
+    ranks = [str(rank) for rank, values in enumerate(gathered) if values != gathered[0]]
+    if not ranks:
         return
     with raise_on_all_ranks(world):
-        mine = list_samples()
-    reference = broadcast_object_list([mine])[0]
-    differences = gather_object([reference.first_difference(mine)])
+        listing = list_samples()
+    reference = broadcast_object_list([listing])[0]
+    differences = gather_object([reference.first_difference(listing)])
     rank, difference = next(
         ((rank, text) for rank, text in enumerate(differences) if text),
-        (others[0], "the splits differ, the files do not"),
+        (ranks[0], "the splits differ, the files do not"),
     )
-    shown = ", ".join(others[:8]) + (f" and {len(others) - 8} more" if len(others) > 8 else "")
+    names = name_some(ranks, 8)
     raise UserError(
-        f"{f'process {shown} has' if len(others) == 1 else f'processes {shown} have'} other data "
+        f"{f'process {names} has' if len(ranks) == 1 else f'processes {names} have'} other data "
         f"than process 0 (on process {rank}, {difference})",
         "Give every machine a copy of the same files",
     )
@@ -337,39 +339,39 @@ def _flag(name: str) -> bool:
     return os.environ.get(name, "").lower() in ("1", "true", "yes", "on")
 
 
-def _refuse_restarts_in_an_old_store() -> None:
-    """Raises where a restarted world would find the addresses of its dead processes.
+def _check_restarts() -> None:
+    """Raise `UserError` if a restarted world would read the addresses of its old processes.
 
-    torchrun's store outlives them unless it is told otherwise, and a new process now and then reads
-    what an old one wrote (https://github.com/pytorch/pytorch/issues/135712).
+    By default torchrun's store outlives the processes, and a new process sometimes reads what an
+    old one wrote (https://github.com/pytorch/pytorch/issues/135712).
     """
     restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
     if restarts and _flag("TORCHELASTIC_USE_AGENT_STORE"):
         raise UserError(
-            "--max-restarts would start anew with the addresses of the processes that died",
+            "after a restart by --max-restarts, processes may use the addresses of the old ones",
             "Set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, and give torchrun --standalone, or "
             "--rdzv-backend c10d for several machines",
             rank_local=True,
         )
 
 
-def _refuse_a_lone_launch() -> None:
-    """Raises where `accelerate launch --cpu --num_processes N` started one process instead of N.
+def _check_cpu_launch() -> None:
+    """Raise `UserError` if `accelerate launch --cpu --num_processes N` started a single process.
 
-    Its simple launcher takes that path in silence (Accelerate 1.15) and leaves no trace in the
-    environment, so the parent's command line is read.
+    Accelerate 1.15 does so silently, and nothing in the environment shows it, so this function
+    reads the command line of the parent process.
     """
     if "WORLD_SIZE" in os.environ or not _flag("ACCELERATE_USE_CPU"):
         return
     try:
         parent = psutil.Process().parent()
-        words = parent.cmdline() if parent else []
+        arguments = parent.cmdline() if parent else []
     except psutil.Error:
         return
-    for i, word in enumerate(words):
-        name, _, value = word.replace("-", "_").partition("=")
+    for i, argument in enumerate(arguments):
+        name, _, value = argument.replace("-", "_").partition("=")
         if name == "__num_processes":
-            count = value or "".join(words[i + 1 : i + 2])
+            count = value or "".join(arguments[i + 1 : i + 2])
             if count.isdigit() and int(count) > 1:
                 raise UserError(
                     f"accelerate launch --cpu --num_processes {count} started one process",

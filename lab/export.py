@@ -1,4 +1,4 @@
-"""Saved weights as a file that runs without lab: ONNX, or a program of torch.export."""
+"""Export saved weights to a file that runs without lab: ONNX, or a program of torch.export."""
 
 import io
 import json
@@ -19,19 +19,19 @@ from lab.data.transforms import BatchTransform
 from lab.errors import UserError
 
 SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2"}
-EXTRA = ("onnx", "onnxscript", "onnxruntime")  # what the extra `onnx` of pyproject.toml installs
-KEY = "lab"  # of the metadata in an ONNX file; with .json, in a program of torch.export
+EXTRA = ("onnx", "onnxscript", "onnxruntime")  # the extra `onnx` of pyproject.toml
+KEY = "lab"  # of the metadata in an ONNX file; torch.export: an extra file, lab.json
 INPUT, LOGITS, PROBABILITIES = "images", "logits", "probabilities"
-ONNX_BYTES = 2**31 - 2**20  # protobuf's limit for one file, less what the graph takes
+MAX_ONNX_BYTES = 2**31 - 2**20  # protobuf's limit for one file, minus the size of the graph
 
-# How far an output may be off, as a share of the largest logit. Runtimes sum in other orders: a
-# thousand roundings of float32 (2^-23), twenty of float16 (2^-10). The networks of lab, and seven
-# of torchvision's, with random weights, stayed below a fiftieth and a quarter of that.
-SHARE = {torch.float32: 1000 * 2**-23, torch.float16: 20 * 2**-10}
+# Largest difference allowed, relative to the largest logit: 1000 roundings of float32 (2^-23) or 20
+# of float16 (2^-10), because runtimes add in different orders. lab's models and seven of
+# torchvision's, with random weights, stayed below 2 % of the former and 25 % of the latter.
+TOLERANCE = {torch.float32: 1000 * 2**-23, torch.float16: 20 * 2**-10}
 
 
-class Packed(nn.Module):
-    """A network with its normalisation before it, and softmax after it if that is asked for."""
+class ExportedModel(nn.Module):
+    """A model that normalizes its input, optionally with a softmax."""
 
     scale: Tensor  # [C, 1, 1]
     shift: Tensor
@@ -46,30 +46,27 @@ class Packed(nn.Module):
         self.model, self.dtype, self.softmax = model.to(dtype), dtype, softmax
 
     def forward(self, images: Tensor) -> Tensor:
-        """float32 [n, K] of uint8 [n, C, H, W]; normalised in float32, whatever the network's."""
+        """Return float32 [n, K] for uint8 [n, C, H, W]. Normalization is always in float32."""
         scaled = images.float() * self.scale + self.shift
         logits = self.model(scaled.to(self.dtype)).float()
         return logits.softmax(1) if self.softmax else logits
 
 
 def describe(metadata: dict[str, Any], *, dynamic_batch: bool, half: bool, softmax: bool) -> dict:
-    """What the file says of itself: what to give it, what it returns, and of what weights it is.
-
-    `info` is the weights' metadata.
-    """
+    """Return the description in the file: its input, its output, and the weights' metadata."""
     architecture = metadata["model"]
     batch = "batch" if dynamic_batch else 1
     return {
         "input": {
             "name": INPUT,
-            "dtype": "uint8",  # 0 ... 255; normalisation is in the file
+            "dtype": "uint8",  # 0 to 255; the model normalizes it
             "shape": [
                 batch,
                 architecture["in_chans"],
                 architecture["image_size"],
                 architecture["image_size"],
             ],
-            "crop": "central square",  # of an image turned as its EXIF data say
+            "crop": "central square",  # after rotation according to the EXIF data
             "resize": "bilinear, antialiased",
         },
         "output": {
@@ -88,41 +85,42 @@ def describe(metadata: dict[str, Any], *, dynamic_batch: bool, half: bool, softm
 def pack(
     model: nn.Module, metadata: dict[str, Any], kind: str, description: dict[str, Any]
 ) -> bytes:
-    """The content of the file, "onnx" or "torch-export", that is as `description` describes it.
+    """Return the content of an "onnx" or "torch-export" file as `description` describes it.
 
-    `network` is on the CPU, with the weights whose metadata is `info`; it is changed to float16
-    where `description` says so. Raises `UserError` where the libraries are missing, and for a network too
-    large for the format.
+    `model` is on the CPU; if the description says so, it is converted to float16 in place. Raises
+    `UserError` if packages are missing, or if the model cannot be exported or is too large.
     """
     if kind == "onnx":
         check_extra()
     dtype = getattr(torch, description["arithmetic"])
-    packed = Packed(model, metadata, dtype, description["output"]["name"] == PROBABILITIES).eval()
+    exported = ExportedModel(
+        model, metadata, dtype, description["output"]["name"] == PROBABILITIES
+    ).eval()
     batch, *shape = description["input"]["shape"]
     dynamic = batch == "batch"
-    num_bytes = sum(tensor.nbytes for tensor in packed.state_dict().values())
-    if kind == "onnx" and num_bytes > ONNX_BYTES:
+    num_bytes = sum(tensor.nbytes for tensor in exported.state_dict().values())
+    if kind == "onnx" and num_bytes > MAX_ONNX_BYTES:
         raise UserError(
-            f"an ONNX file holds 2 GB, and these weights take {num_bytes / 1e9:.1f}",
+            f"these weights take {num_bytes / 1e9:.1f} GB, and an ONNX file holds at most 2 GB",
             "Give --half or --format torch-export",
         )
-    # Two images: one would be taken for a size that never changes.
+    # Two images, because torch.export specializes a batch of one to that size.
     example = torch.zeros(2 if dynamic else 1, *shape, dtype=torch.uint8)
     dimensions = {0: torch.export.Dim("batch", min=1)} if dynamic else {}
-    logging.disable(logging.ERROR)  # pages of PyTorch's, where it cannot follow a network
+    logging.disable(logging.ERROR)  # PyTorch logs pages if it cannot trace a model
     try:
-        with torch.no_grad(), redirect_stderr(io.StringIO()):  # ... and its print
-            program = torch.export.export(packed, (example,), dynamic_shapes=(dimensions,))
+        with torch.no_grad(), redirect_stderr(io.StringIO()):  # ... and prints
+            program = torch.export.export(exported, (example,), dynamic_shapes=(dimensions,))
         return (
             _onnx(program, dimensions, description)
             if kind == "onnx"
             else _pt2(program, description)
         )
-    except Exception as error:  # of many kinds: torchvision's networks are written in many ways
+    except Exception as error:  # of many types, depending on the model
         reason = str(error).strip().split("\n")[0].rstrip(".")
         raise UserError(
             f"{metadata['model']['name']} cannot be exported ({reason})",
-            "Try the other --format, or leave --dynamic-batch or --half out",
+            "Try the other --format, or leave out --dynamic-batch or --half",
         ) from error
     finally:
         logging.disable(logging.NOTSET)
@@ -131,8 +129,8 @@ def pack(
 def _pt2(program: torch.export.ExportedProgram, description: dict[str, Any]) -> bytes:
     for module in program.graph_module.modules():
         for node in getattr(module, "graph", torch.fx.Graph()).nodes:
-            node.meta.pop("stack_trace", None)  # paths of this machine
-    # They alone are pickled by torch.export.save; without them it writes tensors' bytes and JSON.
+            node.meta.pop("stack_trace", None)  # contains paths of this machine
+    # torch.export.save pickles only these; without them it writes tensors and JSON.
     program.example_inputs = None
     content = io.BytesIO()
     torch.export.save(program, content, extra_files={f"{KEY}.json": json.dumps(description)})
@@ -144,7 +142,7 @@ def _onnx(program: torch.export.ExportedProgram, dimensions: dict, description: 
         program,
         input_names=[INPUT],
         output_names=[description["output"]["name"]],
-        dynamic_shapes=(dimensions,) if dimensions else None,  # for the name of the batch
+        dynamic_shapes=(dimensions,) if dimensions else None,  # names the batch dimension
         dynamo=True,
         external_data=False,
         verbose=False,
@@ -153,13 +151,13 @@ def _onnx(program: torch.export.ExportedProgram, dimensions: dict, description: 
     model = exported.model_proto
     nodes = [node for part in (model.graph, *model.functions) for node in part.node]
     for part in (*nodes, *model.graph.value_info, *model.functions, model.graph):
-        del part.metadata_props[:]  # the lines of this machine's files that an operator came from
+        del part.metadata_props[:]  # stack traces, with paths of this machine
     model.metadata_props.add(key=KEY, value=json.dumps(description))
     return model.SerializeToString()
 
 
 def check_extra() -> None:
-    """Nothing; raises `UserError` where a library that ONNX takes is missing."""
+    """Raise `UserError` if a package that the ONNX export needs is missing."""
     missing = [name for name in EXTRA if find_spec(name) is None]
     if missing:
         raise UserError(
@@ -169,7 +167,7 @@ def check_extra() -> None:
 
 
 def load(content: bytes, kind: str, half: bool) -> Callable[[Tensor], Tensor]:
-    """What an exported file computes, by the library that is to run it, on the CPU."""
+    """Return the function that an exported file computes, run on the CPU by its own runtime."""
     if kind == "torch-export":
         return torch.export.load(io.BytesIO(content)).module()
 
@@ -178,7 +176,7 @@ def load(content: bytes, kind: str, half: bool) -> Callable[[Tensor], Tensor]:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     if half:
-        # The pass after it reads a null pointer in float16 transformers, on x86
+        # The next optimization level reads a null pointer in float16 transformers on x86
         # (https://github.com/microsoft/onnxruntime/issues/28392; seen with 1.32).
         level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
         options.graph_optimization_level = level
@@ -194,32 +192,32 @@ def largest_difference(
     transform: BatchTransform,
     batch_sizes: Sequence[int],
 ) -> tuple[float, float]:
-    """(the largest difference of an exported file's output to the network's, its bound).
+    """Return the largest difference between the outputs of `run` and `model`, and its bound.
 
-    `network`, float32 on the CPU, and `preprocess` are evaluation's own. An output that is not
-    finite, or of another shape, is infinitely far off.
+    `model` (float32, on the CPU) and `transform` are those of evaluation. The difference is
+    infinite if an output is not finite or has another shape.
     """
-    share = SHARE[getattr(torch, description["arithmetic"])]
+    tolerance = TOLERANCE[getattr(torch, description["arithmetic"])]
     largest = bound = 0.0
     model.eval()
     for number, n in enumerate(batch_sizes):
-        images = pictures(n, description["input"]["shape"][1:], seed=number)
+        images = synthetic_images(n, description["input"]["shape"][1:], seed=number)
         expected = model(transform(images)).float()
-        # Below 1, a difference of logits hardly moves a probability: a half of it at most.
-        bound = max(bound, share * max(1.0, expected.abs().max().item()))
+        # A small difference of logits changes a probability by at most half as much.
+        bound = max(bound, tolerance * max(1.0, expected.abs().max().item()))
         if description["output"]["name"] == PROBABILITIES:
             expected = expected.softmax(1)
-        found = run(images)
-        if found.shape != expected.shape or not bool(found.isfinite().all()):
+        outputs = run(images)
+        if outputs.shape != expected.shape or not bool(outputs.isfinite().all()):
             return float("inf"), bound
-        largest = max(largest, (found - expected).abs().max().item())
+        largest = max(largest, (outputs - expected).abs().max().item())
     return largest, bound / 2 if description["output"]["name"] == PROBABILITIES else bound
 
 
-def pictures(num: int, shape: Sequence[int], seed: int) -> Tensor:
-    """uint8 [num, C, H, W] like photographs: smooth shapes, some grain, all of the range.
+def synthetic_images(num: int, shape: Sequence[int], seed: int) -> Tensor:
+    """Return uint8 [num, C, H, W] with the value range and smoothness of natural images.
 
-    The first is noise from black to white.
+    The first image is uniform noise.
     """
     generator = torch.Generator().manual_seed(seed)
     in_chans, *size = shape
@@ -232,12 +230,12 @@ def pictures(num: int, shape: Sequence[int], seed: int) -> Tensor:
 
 
 def write(path: Path, content: bytes) -> None:
-    """Writes the file, whole or not at all."""
+    """Write the file atomically."""
     write_atomically(path, lambda temporary: temporary.write_bytes(content))
 
 
 def check_writable(output: Path, weights: Path) -> None:
-    """Nothing; raises `UserError` where the file would replace the weights, or has no folder."""
+    """Raise `UserError` if the file would replace the weights, or cannot be written."""
     if output.exists() and output.samefile(weights):
-        raise UserError(f"--output {output} is the weights' own file", "Give another name")
+        raise UserError(f"--output {output} is the file of the weights", "Give another file")
     check_output_file("--output", output)

@@ -1,6 +1,6 @@
-"""lab from Python, for notebooks and other programs: train, load_model, predict.
+"""Classify images with saved weights: `lab.load_model`, `lab.predict`, and the parts of predict.py.
 
-A mistake that the caller can mend raises `lab.errors.UserError`, never SystemExit.
+Errors that the caller can fix raise `lab.errors.UserError`.
 """
 
 from __future__ import annotations
@@ -40,56 +40,59 @@ if TYPE_CHECKING:
     import numpy as np
 
     File = str | os.PathLike[str]
-    Pictures = File | Image.Image | Sequence[File | Image.Image] | Tensor | np.ndarray
+    Images = File | Image.Image | Sequence[File | Image.Image] | Tensor | np.ndarray
+
+
+GIVE_IMAGES = "Give image files, or directories that contain some"
 
 
 @dataclass(frozen=True)
 class ImagePrediction:
-    """What a network says of one picture; `error` instead, where it cannot be read."""
+    """The prediction for an image file, or the error if the file cannot be read."""
 
     path: str
-    classes: tuple[tuple[str, float], ...]  # the likeliest first, with its softmax
+    classes: tuple[tuple[str, float], ...]  # top-k class names and probabilities, descending
     error: str = ""
 
 
-def find_images(words: Sequence[str]) -> tuple[list[str], list[ImagePrediction]]:
-    """Return the paths of the images that `words` name, and an entry for each unreadable directory.
+def find_images(arguments: Sequence[str]) -> tuple[list[str], list[ImagePrediction]]:
+    """Return the paths of the images to classify, and an entry for each unreadable directory.
 
-    A word is a file, a directory (searched at any depth, sorted by name) or `-` for paths on
-    standard input. Raises `UserError` for a word that names nothing, and if there is no image.
+    An argument is a file, a directory (searched recursively, sorted by name) or `-` for paths on
+    standard input. Raises `UserError` if one of them does not exist, or if there is no image.
 
     Call it in one process and broadcast the result: processes share one standard input, and each
     would read a part of it.
     """
-    found: list[str] = []
-    others: list[str] = []
+    paths: list[str] = []
+    ignored: list[str] = []
     unreadable: list[ImagePrediction] = []
 
     def on_error(error: OSError) -> None:
         what = f"cannot read the directory {error.filename} ({error.strerror})"
         unreadable.append(ImagePrediction(str(error.filename), (), what))
 
-    for word in words:
-        if word == "-":
-            found += filter(None, os.fsdecode(sys.stdin.buffer.read()).split("\n"))
-        elif os.path.isdir(word):
-            found += sorted(pictures(Path(word), others, on_error))
-        elif _exists(word):
-            found.append(word)
+    for argument in arguments:
+        if argument == "-":
+            paths += filter(None, os.fsdecode(sys.stdin.buffer.read()).split("\n"))
+        elif os.path.isdir(argument):
+            paths += sorted(pictures(Path(argument), ignored, on_error))
+        elif _exists(argument):
+            paths.append(argument)
         else:
-            raise UserError(f"there is no file {word}", "Give pictures, or folders of them")
-    if others:
+            raise UserError(f"there is no file {argument}", GIVE_IMAGES)
+    if ignored:
         console.warn(
-            f"{len(others)} of the files in folders are left out, as {min(others)}: "
-            f"not {', '.join(SUFFIXES)}. Name them one by one to have them classified."
+            f"ignoring {len(ignored)} files in directories, such as {min(ignored)}, whose suffix "
+            f"is none of {', '.join(SUFFIXES)}; give their paths to classify them"
         )
-    if not found and not unreadable:
-        raise UserError("there are no pictures to classify", "Give pictures, or folders of them")
-    return found, unreadable
+    if not paths and not unreadable:
+        raise UserError("there are no images to classify", GIVE_IMAGES)
+    return paths, unreadable
 
 
 def _exists(path: str) -> bool:
-    """Return whether there is such a file; also if only reading it can tell."""
+    """Return whether a file exists, or may exist in a directory that cannot be searched."""
     try:
         os.stat(path)
     except PermissionError:
@@ -100,23 +103,26 @@ def _exists(path: str) -> bool:
 
 
 class _ImageDataset:
-    """Indexed by the positions of a batch: (uint8 [n, C, size, size], [(position, error)])."""
+    """Decoded images, indexed by a batch of indices into `paths`.
+
+    An item is (uint8 [n, C, size, size], the n indices, [(index, error)] of unreadable files).
+    """
 
     def __init__(self, paths: Sequence[str], size: int, in_chans: int):
         self.paths, self.size, self.in_chans = paths, size, in_chans
 
     def __getitem__(self, index: Tensor) -> tuple[Tensor, list[int], list[tuple[int, str]]]:
-        images, positions, errors = [], [], []
+        images, decoded, errors = [], [], []
         for i in index.tolist():
             try:
                 images.append(decode(self.paths[i], self.size))
-                positions.append(i)
+                decoded.append(i)
             except UserError as error:
                 errors.append((i, error.what))
         if not images:
-            return torch.empty(0, self.in_chans, self.size, self.size).byte(), positions, errors
+            return torch.empty(0, self.in_chans, self.size, self.size).byte(), decoded, errors
         stacked = torch.stack(images)
-        return grey(stacked) if self.in_chans == 1 else stacked, positions, errors
+        return grey(stacked) if self.in_chans == 1 else stacked, decoded, errors
 
 
 @torch.no_grad()
@@ -132,80 +138,81 @@ def predict_files(
     tta: str = "none",
     on_batch: Callable[[int, float], None] = lambda *_: None,
 ) -> list[ImagePrediction]:
-    """One entry a path, in their order, the same on every process.
+    """Return a prediction for each path, in their order, the same on every process.
 
-    `about` is the metadata of the weights in `network`; `on_batch` hears how many pictures this
-    process has seen, and how many a second. A picture that cannot be read is told of in its entry.
+    `metadata` belongs to the weights of `model`. `on_batch` is called with the number of images
+    this process has classified, and the number per second. A file that cannot be read has an error
+    in its prediction.
     """
     names, device = metadata["class_names"], accelerator.device
     top_k = min(top_k, len(names))
     transform = BatchTransform(metadata["mean"], metadata["std"], (), device)
     batches = torch.arange(len(paths)).split(batch_size)
-    mine = batches[shard(len(batches), accelerator.process_index, accelerator.num_processes)]
+    own = batches[shard(len(batches), accelerator.process_index, accelerator.num_processes)]
     size, in_chans = metadata["model"]["image_size"], metadata["model"]["in_chans"]
     reader = BatchReader(
         _ImageDataset(paths, size, in_chans),
-        mine,
-        num_workers if len(mine) > 1 else 0,
+        own,
+        num_workers if len(own) > 1 else 0,
         batch_nbytes=min(batch_size, len(paths)) * 3 * size**2,
         pin_memory=device.type == "cuda",
     )
-    # float32 holds each class's number exactly; a row that nobody fills is one that failed.
+    # float32 represents class indices exactly; the rows of unreadable files stay zero.
     table = torch.zeros(len(paths), 2, top_k, device=device)
-    failed: list[tuple[int, str]] = []
+    errors: list[tuple[int, str]] = []
     model.eval()
-    seen, start = 0, time.perf_counter()
+    num_done, start = 0, time.perf_counter()
     with reader, accelerator.autocast():
-        for images, positions, errors in reader:
-            failed += errors
-            seen += len(positions) + len(errors)
-            if positions:
+        for images, indices, batch_errors in reader:
+            errors += batch_errors
+            num_done += len(indices) + len(batch_errors)
+            if indices:
                 images = transform(images.to(device, non_blocking=True))
                 top = predict_logits(model, images, tta).softmax(1).topk(top_k)
                 rows = torch.stack((top.values, top.indices.float()), 1)
-                table[torch.tensor(positions, device=device)] = rows
-            on_batch(seen, seen / (time.perf_counter() - start))
+                table[torch.tensor(indices, device=device)] = rows
+            on_batch(num_done, num_done / (time.perf_counter() - start))
     table = accelerator.reduce(table).cpu()
-    errors_of = dict(gather_object(failed) if accelerator.num_processes > 1 else failed)
-    found = []
+    error_by_index = dict(gather_object(errors) if accelerator.num_processes > 1 else errors)
+    predictions = []
     for i, (path, (values, classes)) in enumerate(zip(paths, table.tolist(), strict=True)):
         top_classes = tuple((names[int(k)], v) for v, k in zip(values, classes, strict=True))
-        error = errors_of.get(i, "")
-        found.append(ImagePrediction(path, () if error else top_classes, error))
-    return found
+        error = error_by_index.get(i, "")
+        predictions.append(ImagePrediction(path, () if error else top_classes, error))
+    return predictions
 
 
-def json_lines(found: Sequence[ImagePrediction]) -> bytes:
+def json_lines(predictions: Sequence[ImagePrediction]) -> bytes:
     """Return one JSON object per line for each image, with its path and `classes` or `error`.
 
     The text is UTF-8. A byte of a path that is not UTF-8 becomes the JSON escape `\\udcXX`, which
     Python reads back as the same path.
     """
     lines = []
-    for one in found:
-        classes = [{"class": name, "confidence": round(value, 6)} for name, value in one.classes]
-        result = {"error": one.error} if one.error else {"classes": classes}
-        lines.append(json.dumps({"path": one.path, **result}, ensure_ascii=False) + "\n")
+    for p in predictions:
+        classes = [{"class": name, "confidence": round(value, 6)} for name, value in p.classes]
+        result = {"error": p.error} if p.error else {"classes": classes}
+        lines.append(json.dumps({"path": p.path, **result}, ensure_ascii=False) + "\n")
     return "".join(lines).encode("utf-8", "backslashreplace")
 
 
-def csv_rows(found: Sequence[ImagePrediction], top_k: int) -> bytes:
-    """Return one CSV row for each image: path, error, and the likeliest classes with confidence.
+def csv_rows(predictions: Sequence[ImagePrediction], top_k: int) -> bytes:
+    """Return one CSV row for each image: path, error, and the top-k classes with confidence.
 
-    The text is UTF-8, but for paths that are not: these keep their bytes.
+    The text is UTF-8, except that paths keep their bytes.
     """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    ranks = range(1, 1 + max([len(one.classes) for one in found], default=top_k))
+    ranks = range(1, 1 + max([len(p.classes) for p in predictions], default=top_k))
     writer.writerow(["path", "error", *(f"{n}{r}" for r in ranks for n in ("class", "confidence"))])
-    for one in found:
-        cells = [cell for name, value in one.classes for cell in (name, f"{value:.6f}")]
-        writer.writerow([one.path, one.error, *(cells or [""] * (2 * len(ranks)))])
+    for p in predictions:
+        cells = [cell for name, value in p.classes for cell in (name, f"{value:.6f}")]
+        writer.writerow([p.path, p.error, *(cells or [""] * (2 * len(ranks)))])
     return text.getvalue().encode("utf-8", "surrogateescape")
 
 
 def write_output(target: str, content: bytes) -> None:
-    """Write to a file, completely or not at all; `-` is standard output."""
+    """Write a file atomically; `-` is standard output."""
     if target == "-":
         sys.stdout.buffer.write(content)
     else:
@@ -214,23 +221,24 @@ def write_output(target: str, content: bytes) -> None:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a network says of N pictures, in their order; tensors are on the CPU."""
+    """The predictions for N images, in their order. Tensors are on the CPU."""
 
-    labels: Tensor  # int64 [N], the likeliest class of each
-    names: list[str]  # its name
+    labels: Tensor  # int64 [N], the predicted classes
+    names: list[str]  # their N names
     probabilities: Tensor  # float32 [N, K]
     class_names: list[str]  # of all K classes
-    paths: list[str]  # of the N pictures, where they came from files
-    errors: dict[str, str]  # of files in folders, and folders, by path: why they are left out
+    paths: list[str]  # of the N images, if they are files
+    errors: dict[str, str]  # of unreadable files and directories, by path
 
 
 def load_model(weights: File, device: str | torch.device = "auto") -> tuple[nn.Module, dict]:
-    """(the network in evaluation mode, the metadata of its weights).
+    """Return the model in evaluation mode, and the metadata of its weights.
 
-    `weights` is a run's folder or its best.safetensors; `device` "auto" is an accelerator where
-    there is one. The network maps images float32 [n, C, size, size], `(pixels / 255 - mean) / std`,
-    to logits float32 [n, K]. Metadata: "class_names" (K), "mean" and "std" (C, as shares of the
-    full range), "model" with "image_size" in pixels, "metrics" and more. Raises `UserError`.
+    `weights` is the directory of a run or its best.safetensors. `device` "auto" is an accelerator
+    if one is available. The model maps images float32 [n, C, size, size], normalized as
+    `(pixels / 255 - mean) / std`, to logits float32 [n, K]. The metadata contain "class_names" (K),
+    "mean" and "std" (C, of pixels from 0 to 1), "model" with "image_size" in pixels, "metrics" and
+    more. Raises `UserError`.
     """
     path = weights_module.find_weights(os.fspath(weights))
     metadata = weights_module.read_metadata(path)
@@ -242,102 +250,103 @@ def load_model(weights: File, device: str | torch.device = "auto") -> tuple[nn.M
 
 @torch.no_grad()
 def predict(
-    pictures: Pictures,
+    images: Images,
     weights: File | tuple[nn.Module, dict],
     *,
     batch_size: int = EVAL_BATCH_SIZE,
 ) -> Prediction:
-    """Labels, class names and probabilities of pictures, preprocessed as by predict.py.
+    """Return labels, class names and probabilities of images, preprocessed as in evaluation.
 
-    `pictures`: paths of files or folders, Pillow images, or uint8 [N, C, H, W], 0 to 255, of one
-    grey or three colour channels. `weights`: a run's folder, its best.safetensors, or what
-    `load_model` returned, which is quicker a second time. Pictures are cut to their central square
-    and resized; `batch_size` of them go through the network at once.
+    `images` are paths of files or directories, Pillow images, or uint8 [N, C, H, W] from 0 to 255
+    with one (gray) or three (RGB) channels. `weights` is the directory of a run, its
+    best.safetensors, or the result of `load_model`, which saves loading it again. Images are
+    cropped to their central square and resized; `batch_size` of them are classified at a time.
 
-    Files in a folder, and folders, that cannot be read are left out: each is in `errors`, with a
-    warning on standard error. Raises `UserError` for a file given by name that is missing or no
-    picture, and if nothing can be read.
+    Unreadable directories and files in directories are left out: each is in `errors`, with a
+    warning on standard error. Raises `UserError` if a file that is given itself is missing or not
+    an image, or if no image can be read.
     """
     model, metadata = weights if isinstance(weights, tuple) else load_model(weights)
     if batch_size < 1:
-        raise UserError(f"batch_size {batch_size} is too low", "Give at least 1")
+        raise UserError(f"invalid batch_size {batch_size}", "Give at least 1")
     architecture, names = metadata["model"], list(metadata["class_names"])
     device = next(model.parameters()).device
-    found, named, errors = _listed(pictures)
+    items, explicit, errors = _list_images(images)
     transform = BatchTransform(metadata["mean"], metadata["std"], (), device)
     precision = choose_precision(
         "auto", device.type, False, trained_precision=metadata["precision"]
     )
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16
-    was_training, parts = model.training, []
+    was_training, probabilities = model.training, []
     model.eval()
     with torch.autocast(device.type, dtype, enabled=precision != "no"):
-        for start in range(0, len(found), batch_size):
-            part = found[start : start + batch_size]
-            images = _decode_images(part, architecture["image_size"], named, errors)
-            if images is None:
+        for start in range(0, len(items), batch_size):
+            batch = _decode_images(
+                items[start : start + batch_size], architecture["image_size"], explicit, errors
+            )
+            if batch is None:
                 continue
-            if images.shape[1] > architecture["in_chans"]:
-                images = grey(images)
-            images = images.expand(-1, architecture["in_chans"], -1, -1)
-            logits = model(transform(images.to(device)))
-            parts.append(logits.float().softmax(1).cpu())
+            if batch.shape[1] > architecture["in_chans"]:
+                batch = grey(batch)
+            batch = batch.expand(-1, architecture["in_chans"], -1, -1)
+            logits = model(transform(batch.to(device)))
+            probabilities.append(logits.float().softmax(1).cpu())
     model.train(was_training)
     for error in errors.values():
         console.warn(error)
-    if not parts:
+    if not probabilities:
         raise UserError(
-            f"none of the pictures can be read: {next(iter(errors.values()))}",
-            "Give pictures, or folders of them",
+            f"none of the images can be read: {next(iter(errors.values()))}", GIVE_IMAGES
         )
-    probabilities = torch.cat(parts)
-    labels = probabilities.argmax(1)
+    joined = torch.cat(probabilities)
+    labels = joined.argmax(1)
     label_names = [names[k] for k in labels.tolist()]
-    paths = [path for path in found if path not in errors] if named else []
-    return Prediction(labels, label_names, probabilities, names, paths, errors)
+    paths = [path for path in items if path not in errors] if explicit else []
+    return Prediction(labels, label_names, joined, names, paths, errors)
 
 
-def _listed(pictures: Pictures) -> tuple[Sequence[Any] | Tensor, set[str], dict[str, str]]:
-    """Return pictures that can be cut into batches, the paths given by name, and errors by path."""
-    if isinstance(pictures, (str, os.PathLike, Image.Image)):
-        pictures = [pictures]
-    if isinstance(pictures, (list, tuple)):
-        if any(isinstance(one, (Tensor, bytes)) or hasattr(one, "dtype") for one in pictures):
-            raise UserError("pictures are a list of arrays", "Stack them to uint8 [N, C, H, W]")
-        files = [os.fspath(one) for one in pictures if not isinstance(one, Image.Image)]
-        if files and len(files) < len(pictures):
-            raise UserError("pictures mix paths and images", "Give one kind")
-        if files or not pictures:
+def _list_images(images: Images) -> tuple[Sequence[Any] | Tensor, set[str], dict[str, str]]:
+    """Return the images as a sequence, the paths that were given explicitly, and errors by path."""
+    if isinstance(images, (str, os.PathLike, Image.Image)):
+        images = [images]
+    if isinstance(images, (list, tuple)):
+        if any(isinstance(item, (Tensor, bytes)) or hasattr(item, "dtype") for item in images):
+            raise UserError("images are a list of arrays", "Stack them to uint8 [N, C, H, W]")
+        files = [os.fspath(item) for item in images if not isinstance(item, Image.Image)]
+        if files and len(files) < len(images):
+            raise UserError("images are both paths and Pillow images", "Give only one kind")
+        if files or not images:
             paths, unreadable = find_images(files)
-            return paths, set(files), {one.path: one.error for one in unreadable}
-        return pictures, set(), {}
-    tensor = torch.as_tensor(pictures)
+            return paths, set(files), {p.path: p.error for p in unreadable}
+        return images, set(), {}
+    tensor = torch.as_tensor(images)
     if tensor.dtype != torch.uint8 or tensor.ndim != 4 or tensor.shape[1] not in (1, 3):
         kind = str(tensor.dtype).removeprefix("torch.")
         raise UserError(
-            f"pictures are {kind} {list(tensor.shape)}",
+            f"images are {kind} {list(tensor.shape)}",
             "Give uint8 [N, C, H, W] with one or three channels, paths, or Pillow images",
         )
     if not tensor.numel():
-        raise UserError("there are no pictures to classify", "Give one or more")
+        raise UserError("there are no images to classify", "Give at least one")
     return tensor, set(), {}
 
 
 def _decode_images(
-    pictures: Sequence[Any] | Tensor, size: int, named: set[str], errors: dict[str, str]
+    items: Sequence[Any] | Tensor, size: int, explicit: set[str], errors: dict[str, str]
 ) -> Tensor | None:
-    """Return the pictures as uint8 [n, C, size, size]; None if there are none left.
+    """Return images as uint8 [n, C, size, size], or None if none of them can be read.
 
-    A file that cannot be read is left out and added to `errors`, or raises if it is `named`.
+    An unreadable file is left out and added to `errors`. Raises `UserError` if it is `explicit`.
     """
-    if isinstance(pictures, Tensor):
-        return square(pictures, size)
+    if isinstance(items, Tensor):
+        return square(items, size)
     images = []
-    for one in pictures:
+    for item in items:
         try:
-            images.append(decode(one, size) if isinstance(one, str) else square(pixels(one), size))
+            is_path = isinstance(item, str)
+            images.append(decode(item, size) if is_path else square(pixels(item), size))
         except UserError as error:
-            if one in named:
+            if item in explicit:
                 raise
-            errors[one] = error.what
+            errors[item] = error.what
     return torch.stack(images) if images else None

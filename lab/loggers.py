@@ -1,7 +1,7 @@
-"""Tracking: log a run to TensorBoard or Weights & Biases through Accelerate's trackers.
+"""Log a run to TensorBoard or Weights & Biases through Accelerate's trackers.
 
-A run's own files are complete without them, so a tracker that fails costs one warning: the run
-goes on without it. `Accelerator.log` would raise instead, in the middle of a step.
+The files of a run are complete without them, so a tracker that fails is dropped with one warning.
+`Accelerator.log` would raise in the middle of a step instead.
 """
 
 import json
@@ -25,7 +25,7 @@ PROJECT = "lab"
 
 
 def check_packages(config: TrainConfig, needed: bool) -> None:
-    """Check that the trackers which this process uses are installed. Raise `UserError`."""
+    """Raise `UserError` if the package of a tracker is missing and `needed` on this process."""
     for name in split_list(config.tracker) if needed else ():
         if find_spec(name) is None:
             raise UserError(
@@ -43,7 +43,7 @@ class Loggers:
         scalars = {k: v for k, v in settings.items() if isinstance(v, bool | int | float | str)}
         for name in split_list(settings["tracker"]) if run.is_main_process else ():
             self._guard(name, self._start, name, scalars, step)
-        # Resuming hides what was logged of the checkpoint's own step; log that step again.
+        # Resuming purges the step of the checkpoint from TensorBoard: log that step again.
         for line in (run.path / STEPS).read_text().splitlines()[-1:] if step else ():
             row = json.loads(line)
             if row["step"] == step:
@@ -81,18 +81,18 @@ class Loggers:
         """Call a tracker; drop it with one warning if it fails."""
         try:
             call(*args, **kwargs)
-        except Exception as error:  # of whatever a tracker or its network can raise
+        except Exception as error:  # of any type: trackers use the network and the disk
             self.trackers.pop(name, None)
             reason = f"{type(error).__name__}: {error}"
-            console.warn(f"{name} failed, and the run goes on without it ({reason})")
+            console.warn(f"--tracker {name} failed; the run continues without it ({reason})")
 
     def _start(self, name: str, settings: dict[str, Any], step: int) -> None:
         make: Any = LOGGER_TYPE_TO_CLASS[name]
         if name == "tensorboard":
-            # Discards what an earlier process logged from this step on: those steps are repeated.
+            # Discard everything logged from this step on: those steps are repeated.
             tracker = make(name, str(self.run.path), purge_step=step or None)
             tracker.start()
-            # As text: Accelerate's hyperparameters are a second, empty run beside this one.
+            # As text, because Accelerate's hyperparameters would create a second, empty run.
             rows = [(escaped(key), escaped(value)) for key, value in settings.items()]
             tracker.log({"settings": table(("setting", "value"), rows)}, step=step)
         else:
@@ -104,12 +104,12 @@ class Loggers:
         self.trackers[name] = tracker
 
     def _wandb_id(self) -> str:
-        """Return the id that W&B knows the run by; a new one where trackers.json has none."""
+        """Return the W&B id of the run from trackers.json, or a new one."""
         path = self.run.path / TRACKED
         try:
-            found = json.loads(path.read_bytes())["wandb_id"]
-            if isinstance(found, str) and found.isalnum():
-                return found
+            saved = json.loads(path.read_bytes())["wandb_id"]
+            if isinstance(saved, str) and saved.isalnum():
+                return saved
         except (OSError, ValueError, LookupError, TypeError):
             pass
         new = secrets.token_hex(4)
@@ -117,11 +117,11 @@ class Loggers:
         return new
 
     def _close(self, name: str, step: int | None) -> None:
-        """Close a tracker, after the plots of a run that ended at `step`."""
+        """Close a tracker; log the plots before if the run finished at `step`."""
         tracker: Any = self.trackers[name]
         for path in self.run.plot_files if step is not None else ():
-            with Image.open(path) as picture:
-                pixels = np.asarray(picture.convert("RGB"))[None]  # [1, H, W, 3]
+            with Image.open(path) as image:
+                pixels = np.asarray(image.convert("RGB"))[None]  # [1, H, W, 3]
             more = {"dataformats": "NHWC"} if name == "tensorboard" else {}
             tracker.log_images({f"{path.parent.name}/{path.stem}": pixels}, step=step, **more)
         tracker.finish()

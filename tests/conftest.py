@@ -9,31 +9,31 @@ from mistakes import tree
 
 from lab.errors import run_script
 
-# Tests run side by side: where two processes have a thread a core each, they wait for one another.
+# Tests run in parallel: with one thread per core in each process they would slow each other down.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _own_cache(tmp_path_factory):
-    """Keeps decoded pictures out of the user's cache, for the launched processes too."""
+    """Keep decoded images out of the user's cache, also in launched processes."""
     os.environ["LAB_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _undrawn():
-    """Leaves out what is drawn at the end of each training: a second, in launched processes too."""
+    """Turn off plots and pages at the end of training, which take a second, also when launched."""
     os.environ["LAB_DRAW"] = "0"
 
 
 def pytest_collection_modifyitems(items):
-    """Files with slow tests come first: begun last, one would run while the other cores rest."""
+    """Run files with slow tests first, so that none of them is left alone at the end."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture
 def fails(tmp_path, monkeypatch, capfd):
-    """Calls a script that must fail as P7 says; its message, without `error: `."""
+    """Return a function that runs a script which must fail as P7 says, and returns its message."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")  # the same messages on a machine with GPUs
 
@@ -55,7 +55,7 @@ def fails(tmp_path, monkeypatch, capfd):
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
-    """The folder of a run of 12 steps, drawn, with states of steps 9 and 12; not to be changed."""
+    """The directory of a finished run of 12 steps with plots and two checkpoints. Do not change it."""
     from resuming import LENET, start  # imports PyTorch, which not every test file needs
 
     folder = tmp_path_factory.mktemp("finished")
@@ -67,5 +67,5 @@ def finished(tmp_path_factory):
 
 @pytest.fixture
 def copied(finished, tmp_path):
-    """A copy of it, to be changed."""
+    """A copy of the finished run that a test may change."""
     return Path(shutil.copytree(finished, tmp_path / "copied"))

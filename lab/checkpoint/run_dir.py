@@ -7,16 +7,17 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from accelerate import Accelerator
 from filelock import FileLock, Timeout
 
 from lab.checkpoint.atomic_io import os_errors_as_user_errors, sync, to_json, write_atomically
 from lab.checkpoint.provenance import commit, versions
 from lab.config.schema import TrainConfig
-from lab.distributed import raise_on_all_ranks
 from lab.errors import UserError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 CONFIG, HISTORY, STEPS = "config.json", "history.jsonl", "steps.jsonl"
 BEST, REPORT, PREDICTIONS = "best.safetensors", "report.json", "predictions.csv"
@@ -161,8 +162,10 @@ class RunDir:
         if self.is_main_process:
             write_atomically(self.path / PREDICTIONS, lambda path: path.write_bytes(content))
 
-    def check_trained(self, accelerator: Accelerator) -> None:
+    def check_trained(self, accelerator: "Accelerator") -> None:
         """Raise `UserError` on all processes if every step was skipped or every epoch diverged."""
+        from lab.distributed import raise_on_all_ranks  # --help needs no PyTorch
+
         with raise_on_all_ranks(accelerator):
             lines = (self.path / HISTORY).read_text().splitlines() if self.is_main_process else []
             rows = [json.loads(line) for line in lines]

@@ -1,1 +1,1 @@
-"""Settings: the options of train.py and evaluate.py, recipes, and the command line."""
+"""Settings: their definitions, recipes, the command line and settings files."""

@@ -1,14 +1,32 @@
-"""The command line of a config dataclass: its flags, their help, what was given."""
+"""The command line of a config dataclass, and the settings files that --config reads."""
 
 import argparse
 import dataclasses
 import difflib
+import json
 import types
 import typing
+from pathlib import Path
 from typing import Any
 
-from lab.config.schema import MACHINE, flag
-from lab.errors import UserError
+import yaml
+
+from lab import console
+from lab.config.schema import MACHINE, InvalidSettingError, TrainConfig, flag
+from lab.errors import UserError, suggestion
+
+KINDS = {bool: "true or false", int: "an integer", float: "a number", str: "a text"}
+# Keys of a run's config.json that are no settings: they describe the run.
+RUN_FACTS = frozenset(
+    ("device", "device_name", "world_size", "precision", "parameters", "macs", "fingerprints",
+     "versions", "commit")
+)  # fmt: skip
+# Settings in a run's config.json that another run does not take over: they name the run, concern
+# its upload or its output on the terminal, or were measured ("threads").
+RUN_SETTINGS = frozenset(
+    ("name", "resume", "overwrite", "push_to_hub", "hub_images", "hub_public", "quiet", "debug",
+     "threads")
+)  # fmt: skip
 
 
 class _Parser(argparse.ArgumentParser):
@@ -16,20 +34,25 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(message, f"See `python {self.prog} --help`")
 
     def parse_args(self, args=None, namespace=None):
-        # Intermixed: options may stand between what has a place.
+        # Intermixed: options may stand between positional arguments.
         parsed, unknown = self.parse_known_intermixed_args(args, namespace)
         if unknown:
-            word = unknown[0].split("=")[0]
-            if not word.startswith("-"):
-                raise UserError(f"{word} is one word too many", f"See `python {self.prog} --help`")
-            close = difflib.get_close_matches(word, self._option_string_actions, 1)
-            hint = f"Did you mean {close[0]}?" if close else f"See `python {self.prog} --help`"
-            raise UserError(f"there is no option {word}", hint)
+            argument = unknown[0].split("=")[0]
+            close = difflib.get_close_matches(argument, self._option_string_actions, 1)
+            what = "unknown option" if argument.startswith("-") else "unexpected argument"
+            hint = f"See `python {self.prog} --help`"
+            if close and argument.startswith("-"):
+                hint = f"Did you mean {close[0]}?"
+            raise UserError(f"{what} {argument}", hint)
         return parsed
 
 
 def parse_arguments(config: type, argv: list[str] | None, *, prog: str, description: str) -> dict:
-    """The settings that were given on the command line, name -> value, and no others."""
+    """Return the settings that the command line gives, by name.
+
+    For `TrainConfig` they include those of the file that --config names, unless the command line
+    overrides them, and "print_config" if that option is given.
+    """
     parser = _Parser(
         prog=prog,
         description=description,
@@ -37,41 +60,118 @@ def parse_arguments(config: type, argv: list[str] | None, *, prog: str, descript
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
+    if config is TrainConfig:
+        group = parser.add_argument_group("settings file")
+        group.add_argument("--config", metavar="FILE", help="YAML file, or config.json of a run, "
+                           "with settings that the command line overrides")  # fmt: skip
+        group.add_argument("--print-config", action="store_true",
+                           help="print all settings as YAML for --config, and exit")  # fmt: skip
     groups: dict[str, Any] = {}
-    hints = typing.get_type_hints(config)
+    kinds = _kinds(config)
     for f in dataclasses.fields(config):
         m = f.metadata
         group = groups.get(m["group"]) or parser.add_argument_group(m["group"])
         groups[m["group"]] = group
-        kind = hints[f.name]
-        if isinstance(kind, types.UnionType):  # `int | None`: None means "not given"
-            kind = next(t for t in typing.get_args(kind) if t is not types.NoneType)
+        kind = kinds[f.name]
         if m.get("positional"):
             group.add_argument(f.name, help=m["text"], nargs=m.get("nargs"))
             continue
         text = m["text"] + (" [recipe]" if m.get("from_recipe") else _default_text(f.default))
-        settings = {"help": text.replace("%", "%%")}
+        option = {"help": text.replace("%", "%%")}
         if kind is bool:
-            both_ways = argparse.BooleanOptionalAction
-            settings["action"] = both_ways if _both_ways(f) else "store_true"
+            # --no-NAME turns off what a recipe, or the run that is resumed, turned on.
+            negatable = m.get("from_recipe") or m["group"] == MACHINE
+            option["action"] = argparse.BooleanOptionalAction if negatable else "store_true"
         else:
-            # Choices are checked by check_fields: argparse words it by the version of Python.
+            # check_fields checks choices: argparse's message depends on the version of Python.
             choices = "{" + ",".join(m["choices"]) + "}" if "choices" in m else None
-            settings |= {
-                "type": kind,
-                "metavar": choices or m.get("metavar") or kind.__name__.upper(),
-            }
-        group.add_argument(flag(f.name), **settings)
-    given = vars(parser.parse_args(argv))
+            option["metavar"] = choices or m.get("metavar") or kind.__name__.upper()
+        group.add_argument(flag(f.name), **option)
+    settings = vars(parser.parse_args(argv))
     for f in dataclasses.fields(config):
-        if f.metadata.get("filled") and given.get(f.name) == "":  # of an unset variable, as a rule
-            raise UserError(f"{flag(f.name)} is empty", "Name it, or leave the option out")
-    return given
+        if f.metadata.get("nonempty") and settings.get(f.name) == "":  # often an unset variable
+            raise UserError(f"{flag(f.name)} is empty", "Give a value, or leave out the option")
+        if kinds[f.name] in (int, float) and f.name in settings:
+            try:
+                settings[f.name] = kinds[f.name](settings[f.name])
+            except ValueError:
+                expected = KINDS[kinds[f.name]]
+                raise InvalidSettingError(flag(f.name), settings[f.name], expected) from None
+    if config is TrainConfig and "config" in settings:
+        settings = read_config(Path(settings.pop("config"))) | settings
+    return settings
 
 
-def _both_ways(f: dataclasses.Field) -> bool:
-    """Whether a switch has a --no- form: what a recipe, or the run that is resumed, turned on."""
-    return bool(f.metadata.get("from_recipe")) or f.metadata["group"] == MACHINE
+def read_config(path: Path) -> dict[str, Any]:
+    """Return the training settings in a YAML file, or in a run's config.json, by name.
+
+    Keys that describe or name the run in a config.json are left out. Raises `UserError` for a file
+    that cannot be read, an unknown key or a value of the wrong type.
+    """
+    is_json = path.suffix == ".json"
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text) if is_json else yaml.safe_load(text)
+    except OSError as error:
+        raise UserError(
+            f"cannot read --config {path} ({error.strerror})",
+            "Give a YAML file, or the config.json of a run",
+        ) from None
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        kind = "JSON" if is_json else "YAML"
+        raise UserError(f"{path} is not valid {kind} ({reason})", "Correct the file") from None
+    if content is None:  # an empty file
+        content = {}
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is not a list of settings", "Write one `name: value` per line")
+    if is_json and "versions" in content:
+        content = {k: v for k, v in content.items() if k not in RUN_FACTS | RUN_SETTINGS}
+    settings, kinds = {}, _kinds(TrainConfig)
+    for name, value in content.items():
+        if name not in TrainConfig.__dataclass_fields__:
+            hint = suggestion(str(name), TrainConfig.__dataclass_fields__)
+            raise UserError(f"unknown setting {name} in {path}", hint)
+        settings[name] = _typed(name, kinds[name], value, path)
+    if settings.get("data_dir") == TrainConfig.data_dir:
+        del settings["data_dir"]  # a bundled dataset accepts no directory, but has the default
+    return settings
+
+
+def print_config(config: TrainConfig) -> typing.NoReturn:
+    """Print the settings as YAML, which --config reads, and exit with code 0."""
+    if config.resume:
+        raise UserError(
+            "--print-config shows the settings of a new run, not of a resumed one",
+            "Leave out --resume, or see the config.json of that run",
+        )
+    text = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+    console.print_line(text.rstrip())
+    raise SystemExit(0)
+
+
+def _typed(name: str, kind: type, value: object, path: Path) -> Any:
+    """Return a value of a settings file as the type of its field. Raise `UserError`."""
+    choices = TrainConfig.__dataclass_fields__[name].metadata.get("choices", ())
+    if value is False and "no" in choices:
+        return "no"  # YAML reads an unquoted no as false
+    if kind is float and isinstance(value, int | str) and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML reads 1e-3, which has no decimal point, as a text
+        except (ValueError, OverflowError):
+            pass
+    if type(value) is not kind:
+        raise InvalidSettingError(name, value, KINDS[kind], f" in {path}")
+    return value
+
+
+def _kinds(config: type) -> dict[str, type]:
+    """Return the type of each field; that of T for `T | None`."""
+    kinds = typing.get_type_hints(config)
+    for name, kind in kinds.items():
+        if isinstance(kind, types.UnionType):
+            kinds[name] = next(t for t in typing.get_args(kind) if t is not types.NoneType)
+    return kinds
 
 
 def _default_text(default: Any) -> str:

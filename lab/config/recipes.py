@@ -1,19 +1,19 @@
-"""RECIPES: named hyper-parameters that a (model, data set) pair starts from.
+"""RECIPES: named hyperparameters for each pair of model and dataset.
 
-A recipe is layered. Its entries apply in this order where their key fits: `*`, the data set, the
-model's family (its name up to the first hyphen or colon: `vit`, `torchvision`), the model,
-`family/dataset`, `model/dataset`; the command line comes last.
+A recipe has layers, which apply in this order: `*`, the dataset, the family of the model (its name
+up to the first `-`, `:` or `_`, such as `vit` or `torchvision`), the model, `family/dataset`,
+`model/dataset`. The settings file of --config and the command line override them.
 """
 
 import re
 from typing import Any
 
 from lab.config.schema import TrainConfig
-from lab.errors import UserError
+from lab.errors import UserError, suggestion
 
 RECIPES: dict[str, dict[str, dict[str, Any]]] = {
-    # The two university notebooks to the letter, their choice of the best epoch on the test split
-    # included.
+    # Exactly the settings of the two university notebooks, which select the best epoch on the
+    # test split.
     "notebook": {
         "*": dict(
             val_fraction=0.0,
@@ -33,14 +33,14 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
         "folder": dict(augment="crop,flip"),
         "alexnet": dict(epochs=20, lr_step_epochs=10),
     },
-    # The best we know; results/ has the runs.
+    # The best known settings; results/ has the runs.
     "default": {
         "*": dict(
             batch_size=128,
             epochs=10,
             augment="crop,flip",
             schedule="linear",
-            warmup_epochs=1,
+            warmup_epochs=1.0,
             optimizer="adamw",
             lr=1e-3,
             weight_decay=0.05,
@@ -49,15 +49,15 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
         "fashion-mnist": dict(augment="flip"),
         "digits": dict(augment="crop", epochs=15),
         "lenet5": dict(
-            batch_size=64, optimizer="nesterov", lr=0.1, weight_decay=5e-4, warmup_epochs=1
+            batch_size=64, optimizer="nesterov", lr=0.1, weight_decay=5e-4, warmup_epochs=1.0
         ),
         "lenet5/mnist": dict(epochs=5, optimizer="muon", lr=2e-3, weight_decay=0.1),
         "alexnet": dict(
             optimizer="muon",
             lr=2e-3,
             weight_decay=0.5,
-            dropout=0.25,  # half, the paper's, is for many more epochs
-            warmup_epochs=1,
+            dropout=0.25,  # the paper's 0.5 needs many more epochs
+            warmup_epochs=1.0,
             init="kaiming",
             label_smoothing=0.1,
             epochs=20,
@@ -70,12 +70,12 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
         "densenet121": dict(label_smoothing=0.1, epochs=20),
         "mobilenet": dict(label_smoothing=0.1, epochs=20),
         "efficientnet": dict(label_smoothing=0.1, epochs=20),
-        # Without BatchNorm, a step too large is not forgiven.
-        "vit": dict(lr=5e-4, max_grad_norm=1, warmup_epochs=2, label_smoothing=0.1, epochs=40),
-        "vit/digits": dict(lr=2e-4),  # whose warm-up is but twenty steps
-        "torchvision": dict(lr=3e-4, max_grad_norm=1, label_smoothing=0.1, epochs=20),
+        # Without BatchNorm, training diverges if a step is too large.
+        "vit": dict(lr=5e-4, max_grad_norm=1.0, warmup_epochs=2.0, label_smoothing=0.1, epochs=40),
+        "vit/digits": dict(lr=2e-4),  # its warmup is only 20 steps
+        "torchvision": dict(lr=3e-4, max_grad_norm=1.0, label_smoothing=0.1, epochs=20),
     },
-    # A few seconds on a laptop: for tests and for a first look at an installation.
+    # A few seconds on a laptop: for tests and to check an installation.
     "smoke": {
         "*": dict(
             epochs=2,
@@ -89,8 +89,8 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
             schedule="constant",
         ),
         "alexnet": dict(lr=5e-4, init="kaiming"),
-        "vit": dict(lr=5e-4, max_grad_norm=1),
-        "torchvision": dict(lr=3e-4, max_grad_norm=1),
+        "vit": dict(lr=5e-4, max_grad_norm=1.0),
+        "torchvision": dict(lr=3e-4, max_grad_norm=1.0),
     },
 }
 
@@ -103,22 +103,22 @@ def model_defaults(model: str) -> tuple[str, int]:
 
 
 def resolve(overrides: dict[str, Any]) -> TrainConfig:
-    """Return the complete settings: defaults, then the recipe of the pair, then the overrides.
+    """Return the complete settings: defaults, overridden by the recipe and then by `overrides`.
 
-    Raises `UserError` for an unknown recipe, and for a value outside its bounds.
+    Raises `UserError` for an unknown recipe or a value outside its bounds.
     """
     model = overrides.get("model", TrainConfig.model)
     default_dataset, image_size = model_defaults(model)
     dataset = overrides.get("dataset") or default_dataset
     name = overrides.get("recipe", TrainConfig.recipe)
     if name not in RECIPES:
-        raise UserError(f"there is no recipe {name}", f"Known: {', '.join(RECIPES)}")
+        raise UserError(f"unknown recipe {name}", suggestion(name, RECIPES))
     settings: dict[str, Any] = {"image_size": image_size}
     family = re.split("[-:_]", model)[0]
     for key in ("*", dataset, family, model, f"{family}/{dataset}", f"{model}/{dataset}"):
         settings |= RECIPES[name].get(key, {})
     settings |= {k: v for k, v in overrides.items() if not (k == "image_size" and v == 0)}
-    if "warmup_epochs" not in overrides:  # a recipe's warm-up shrinks with a short --epochs
+    if "warmup_epochs" not in overrides:  # fewer --epochs shorten the recipe's warmup
         epochs = settings.get("epochs", TrainConfig.epochs)
         settings["warmup_epochs"] = min(settings.get("warmup_epochs", 0.0), epochs / 5)
     return TrainConfig(**(settings | {"model": model, "dataset": dataset}))

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,8 +12,8 @@ from lab.errors import UserError
 class InvalidSettingError(UserError):
     """The error of a setting with a wrong type or a value outside its choices or bounds."""
 
-    def __init__(self, name: str, value: object, expected: str):
-        super().__init__(f"invalid {name} {value!r}", f"expected {expected}")
+    def __init__(self, name: str, value: object, expected: str, source: str = ""):
+        super().__init__(f"invalid {name} {value!r}{source}", f"expected {expected}")
 
     def __str__(self) -> str:
         return f"{self.what}: {self.hint}."
@@ -34,12 +34,6 @@ def split_list(text: str) -> tuple[str, ...]:
     return tuple(name for name in text.replace(" ", "").split(",") if name not in ("", "none"))
 
 
-def join_choices(names: Iterable[str], last: str = "or") -> str:
-    """Return the names as an enumeration: `a, b or c`."""
-    *first, final = names
-    return f"{', '.join(first)} {last} {final}" if first else final
-
-
 def flag(name: str) -> str:
     """Return the command-line option of a field: `--batch-size` for `batch_size`."""
     return "--" + name.replace("_", "-")
@@ -54,9 +48,9 @@ def check_fields(config: Any) -> None:
         expected = ""
         names = split_list(value) if "each_of" in m else ()
         if "choices" in m and value not in m["choices"]:
-            expected = join_choices(m["choices"])
+            expected = f"one of {', '.join(m['choices'])}"
         elif set(names) - set(m.get("each_of", ())):
-            expected = f"none or a comma-separated list of {join_choices(m['each_of'], 'and')}"
+            expected = f"none or a comma-separated list of {', '.join(m['each_of'])}"
         elif len(set(names)) < len(names):
             expected = "every name once"
         elif isinstance(value, float) and not math.isfinite(value):
@@ -111,7 +105,8 @@ class TrainConfig:
     max_train_samples: int = option(0, TASK,
         "maximum number of training samples; 0: all", low=0, metavar="N", from_recipe=True)
     max_eval_samples: int = option(0, TASK,
-        "maximum number of validation and of test samples; 0: all", low=0, metavar="N", from_recipe=True)
+        "maximum number of validation and of test samples; 0: all",
+        low=0, metavar="N", from_recipe=True)
     skip_unreadable: bool = option(False, TASK,
         "leave out images that cannot be decoded, and list them")
 
@@ -159,7 +154,7 @@ class TrainConfig:
         "evaluated and saved; 0: off",
         low=0.0, high=0.999999, from_recipe=True)
     augment: str = option("none", TRAINING,
-        "none, or a comma-separated list of crop, flip, cutout, mixup and cutmix",
+        "none, or a comma-separated list of crop, flip, cutout, mixup, cutmix",
         each_of=AUGMENTATIONS, from_recipe=True, nonempty=True)
     mixup_alpha: float = option(1.0, TRAINING,
         "mixing coefficients of mixup and cutmix are drawn from Beta(A, A); with both, each "
@@ -175,7 +170,8 @@ class TrainConfig:
         "start from these weights of the same model; a classifier of other classes is new",
         metavar="FILE")
     freeze: str = option("none", TRAINING,
-        "parameters that are not trained; backbone: all but the classifier", choices=("none", "backbone"))
+        "parameters that are not trained; backbone: all but the classifier",
+        choices=("none", "backbone"))
     monitor: str = option("accuracy", TRAINING,
         "metric that selects the best epoch",
         choices=("accuracy", "macro_f1", "loss"), from_recipe=True)
@@ -185,7 +181,8 @@ class TrainConfig:
         "if the loss or a gradient is not finite: stop, or skip the step on all processes",
         choices=("stop", "skip"))
     seed: int = option(42, TRAINING,
-        "random seed of the weights, the sample order, augmentation and dropout", low=0, high=2**31 - 1)
+        "random seed of the weights, the sample order, augmentation and dropout",
+        low=0, high=2**31 - 1)
 
     mixed_precision: str = option("auto", MACHINE,
         "precision of the forward and backward pass; auto: depends on device and model",
@@ -195,9 +192,11 @@ class TrainConfig:
         "workers; auto: resident if it fits",
         choices=("auto", "resident", "streaming"))
     workers: int = option(-1, MACHINE,
-        "number of data-loading workers per process; -1: depends on the CPU cores", low=-1, high=256)
+        "number of data-loading workers per process; -1: depends on the CPU cores",
+        low=-1, high=256)
     threads: int = option(0, MACHINE,
-        "number of CPU threads per process; 0: CPU cores divided by local processes", low=0, high=1024)
+        "number of CPU threads per process; 0: CPU cores divided by local processes",
+        low=0, high=1024)
     timeout_seconds: int = option(TIMEOUT_SECONDS, MACHINE,
         "seconds that a process waits for the other processes before it stops",
         low=1, high=MONTH, metavar="N")
@@ -234,13 +233,14 @@ class TrainConfig:
     output_dir: str = option("runs", OUTPUT,
         "parent directory of the runs", metavar="DIR")
     name: str = option("", OUTPUT,
-        "name of the run's directory; default: MODEL-DATASET, then MODEL-DATASET-2, ...", nonempty=True)
+        "name of the run's directory; default: MODEL-DATASET, then MODEL-DATASET-2, ...",
+        nonempty=True)
     overwrite: bool = option(False, OUTPUT,
         "replace the existing run --name")
     log_every: int = option(10, OUTPUT,
         "number of steps between lines of steps.jsonl", low=1, metavar="N")
     tracker: str = option("", OUTPUT,
-        f"comma-separated list of experiment trackers to log to: {join_choices(TRACKERS, 'and')}",
+        f"comma-separated list of experiment trackers to log to: {', '.join(TRACKERS)}",
         each_of=TRACKERS, metavar="LIST")
     push_to_hub: str = option("", OUTPUT,
         "upload the finished run to this Hugging Face repository, which is created as private "
@@ -320,17 +320,21 @@ class EvalConfig:
         "leave out images that cannot be decoded, and list them; default on the training "
         "dataset: as in training")
     tta: str = option("none", WEIGHTS,
-        "test-time augmentation; flip: average with the mirror image, reported separately", choices=TTA)
+        "test-time augmentation; flip: average with the mirror image, reported separately",
+        choices=TTA)
     batch_size: int = option(0, MACHINE,
         "samples per forward pass, which does not change the results; 0: as in training", low=0)
     mixed_precision: str = option("auto", MACHINE,
-        "precision of the forward pass; auto: as in training", choices=("auto", "no", "bf16", "fp16"))
+        "precision of the forward pass; auto: as in training",
+        choices=("auto", "no", "bf16", "fp16"))
     loader: str = option("auto", MACHINE,
         "as for train.py: resident, streaming or auto", choices=("auto", "resident", "streaming"))
     workers: int = option(-1, MACHINE,
-        "number of data-loading workers per process; -1: depends on the CPU cores", low=-1, high=256)
+        "number of data-loading workers per process; -1: depends on the CPU cores",
+        low=-1, high=256)
     threads: int = option(0, MACHINE,
-        "number of CPU threads per process; 0: CPU cores divided by local processes", low=0, high=1024)
+        "number of CPU threads per process; 0: CPU cores divided by local processes",
+        low=0, high=1024)
     timeout_seconds: int = option(TIMEOUT_SECONDS, MACHINE,
         "seconds that a process waits for the other processes before it stops",
         low=1, high=MONTH, metavar="N")

@@ -1,6 +1,6 @@
-"""DATASETS: every data set by name; load_splits reads one.
+"""The datasets by name, and the functions that read their splits.
 
-Listing them imports no torch.
+Importing this module imports no torch, so that `--help` is fast.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ if TYPE_CHECKING:
     from lab.data.types import RawSplits, Split
 
 Numbers = tuple[float, ...]
-TITLES = {"train": "training", "val": "validation", "test": "test"}  # of splits, for people
+TITLES = {"train": "training", "val": "validation", "test": "test"}  # of splits, in messages
 
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """How a data set is read, and how its pixels are normalised."""
+    """How a dataset is read, and how its pixels are normalized."""
 
-    read: str  # "module:function" in this package; returns Parts
-    mean: Numbers | None = None  # a channel, in units of the full range; None: measured
+    read: str  # "module:function" in this package; returns RawSplits
+    mean: Numbers | None = None  # of each channel, for pixels from 0 to 1; None: measured
     std: Numbers | None = None
-    bundled: bool = False  # it comes with lab: no file below --data-dir is read
+    bundled: bool = False  # comes with lab, so that --data-dir is not read
     downloads: bool = False  # `read` takes a second argument: whether it may download
 
 
@@ -58,14 +58,14 @@ DATASETS = {
 
 
 def find_dataset(name: str) -> DatasetSpec:
-    """The spec of a data set; raises `UserError` with the list of the known."""
+    """Return the spec of a dataset. Raises `UserError` for an unknown name."""
     if name not in DATASETS:
-        raise UserError(f"there is no data set {name}", suggestion(name, DATASETS))
+        raise UserError(f"unknown dataset {name}", suggestion(name, DATASETS))
     return DATASETS[name]
 
 
 def check_dataset(dataset: str, data_dir: str | None) -> None:
-    """Raise `UserError` for an unknown dataset, and for a --data-dir that a bundled one ignores."""
+    """Raise `UserError` if the dataset is unknown, or bundled although --data-dir is given."""
     if find_dataset(dataset).bundled and data_dir is not None:
         raise UserError(
             f"{dataset} is bundled with lab and reads nothing from --data-dir {data_dir}",
@@ -75,9 +75,9 @@ def check_dataset(dataset: str, data_dir: str | None) -> None:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """All that decides which samples a split holds; kept in the weights' metadata.
+    """The settings that decide which samples a split contains, as fields of `TrainConfig`.
 
-    Fields as in TrainConfig.
+    They are saved in the metadata of the weights.
     """
 
     dataset: str
@@ -92,16 +92,16 @@ class DataConfig:
 
     @classmethod
     def of(cls, settings: Any) -> DataConfig:
-        """The fields that are attributes of `settings`, a TrainConfig."""
+        """Return the data settings of a `TrainConfig`."""
         return cls(**{f.name: getattr(settings, f.name) for f in fields(cls)})
 
 
 @dataclass(frozen=True)
 class Splits:
-    """The parts of a data set, at one image size, and how to normalise their pixels.
+    """The splits of a dataset at one image size, and how to normalize their pixels.
 
-    `val` is what the best epoch is chosen on: a cut of the training split, or the test split
-    itself where `selected_on` says "test".
+    The best epoch is selected on `val`: a part of the training data or, if `selection_split` is
+    "test", the test split itself.
     """
 
     train: Split
@@ -110,7 +110,7 @@ class Splits:
     mean: Numbers
     std: Numbers
     selection_split: str  # "validation" or "test"
-    fingerprints: dict[str, str]  # of "train", "val", "test": which samples are in it
+    fingerprints: dict[str, str]  # of "train", "test" and, if it is a split of its own, "val"
 
     def class_counts(self) -> dict[str, list[int]]:
         """Return the number of images of each class in the training, validation and test split."""
@@ -123,180 +123,188 @@ class Splits:
         }
 
     def choose_loader(self, kind: str, memory: float) -> str:
-        """Return which loader `kind` "auto" stands for: "resident" or "streaming".
+        """Return the kind of loader to use: "resident" or "streaming".
 
-        Resident where all splits are in memory and take at most `memory` bytes together.
+        `kind` "auto" is "resident" if all splits are in memory and take at most `memory` bytes in
+        total.
         """
         if kind != "auto":
             return kind
         from torch import Tensor
 
         images = {id(s.images): s.images for s in (self.train, self.val, self.test)}.values()
-        decoded = all(isinstance(one, Tensor) for one in images)
-        fits = sum(math.prod(one.shape) for one in images) <= memory
+        decoded = all(isinstance(tensor, Tensor) for tensor in images)
+        fits = sum(math.prod(tensor.shape) for tensor in images) <= memory
         return "resident" if decoded and fits else "streaming"
 
 
 def load_splits(
     config: DataConfig, memory: float, num_workers: int, download: bool = True
 ) -> Splits:
-    """The splits of a data set; the same for the same settings, on every process.
+    """Return the splits of a dataset, which depend on `config` alone.
 
-    Images are decoded, by `num_workers` processes, and resized where all splits together take at
-    most `memory` bytes; otherwise that is left to the loader. Raises `UserError` where files are
-    missing, damaged or too few.
+    Images are decoded by `num_workers` processes, and resized, if all splits take at most `memory`
+    bytes in total; otherwise the loader does that. Raises `UserError` if files are missing and may
+    not be downloaded, are damaged or too few.
     """
     from lab.data.fingerprint import fingerprint
     from lab.data.splits import channel_statistics
 
-    cut = _split(_read(config, download), config)
-    if len(cut["train"].class_names) < 2:
+    splits = _split(read_dataset(config, download), config)
+    if len(splits["train"].class_names) < 2:
         raise UserError(
-            f"{config.data_dir} holds one class, {cut['train'].class_names[0]}",
-            "Two or more are needed, each with the pictures of one class",
+            f"{config.data_dir} has only one class, {splits['train'].class_names[0]}",
+            "Add a directory of images for each class",
         )
-    _check_classes(cut, config)
+    _check_classes(splits, config)
     if config.skip_unreadable:
-        cut = _skip_unreadable(cut, num_workers)
-    named = _ready(cut, config, memory, num_workers)
+        splits = _skip_unreadable(splits, num_workers)
+    sized = _resize_and_decode(splits, config, memory, num_workers)
     spec = find_dataset(config.dataset)
     mean, std = spec.mean, spec.std
     if mean is None or std is None:
-        counts = _cached_histogram(cut, named["train"], num_workers)
-        mean, std = channel_statistics(named["train"].images, counts)
-    selection_split = "validation" if "val" in named else "test"
-    val = named.get("val", named["test"])
-    fingerprints = {name: fingerprint(split) for name, split in cut.items()}
-    return Splits(named["train"], val, named["test"], mean, std, selection_split, fingerprints)
+        counts = _cached_histogram(splits, sized["train"], num_workers)
+        mean, std = channel_statistics(sized["train"].images, counts)
+    selection_split = "validation" if "val" in sized else "test"
+    val = sized.get("val", sized["test"])
+    fingerprints = {name: fingerprint(split) for name, split in splits.items()}
+    return Splits(sized["train"], val, sized["test"], mean, std, selection_split, fingerprints)
 
 
 def load_split(
-    config: DataConfig, name: str, memory: float, num_workers: int, download: bool = True
+    config: DataConfig,
+    name: str,
+    memory: float,
+    num_workers: int,
+    download: bool = True,
+    raw: RawSplits | None = None,
 ) -> tuple[Split, str]:
-    """The split "train", "val" or "test" alone, or "all" of the data; and its fingerprint.
+    """Return the split "train", "val", "test" or "all", and its fingerprint.
 
-    "all" is every sample of every part, or `limit_eval` of them. Without `download`, data that are
-    not in `data_dir` are an error. Raises `UserError` where there is no such split.
+    "all" consists of all samples of the dataset, or `max_eval_samples` of them. `raw` is the result
+    of `read_dataset`, if the dataset has been read already. Raises `UserError` if there is no such
+    split, or if the dataset is not in `data_dir` and may not be downloaded.
     """
     from lab.data.fingerprint import fingerprint
 
-    cut = _split(_read(config, download), config, whole=name == "all")
-    if name not in cut:
+    splits = _split(raw or read_dataset(config, download), config, whole=name == "all")
+    if name not in splits:
         raise UserError(
-            "this data has no validation split: the best epoch was chosen on the test split",
+            "the dataset has no validation split: the best epoch was selected on the test split",
             "Give --split test",
         )
-    one, use_cache = {name: cut[name]}, _is_worth_caching(cut)
+    use_cache = _is_worth_caching(splits)
+    selected = {name: splits[name]}
     if config.skip_unreadable:
-        one = _skip_unreadable(one, num_workers)
-    split = _ready(one, config, memory, num_workers, use_cache)[name]
-    return split, fingerprint(one[name])
+        selected = _skip_unreadable(selected, num_workers)
+    split = _resize_and_decode(selected, config, memory, num_workers, use_cache)[name]
+    return split, fingerprint(selected[name])
 
 
-def load_fingerprints(
-    config: DataConfig, download: bool = True, num_workers: int = 1
-) -> dict[str, str]:
-    """Return the fingerprints of the splits "train", "test" and, if there is one, "val"."""
+def load_fingerprints(config: DataConfig, raw: RawSplits, num_workers: int = 1) -> dict[str, str]:
+    """Return the fingerprints of the splits "train", "test" and, if there is one, "val".
+
+    `raw` is the result of `read_dataset`.
+    """
     from lab.data.fingerprint import fingerprint
 
-    cut = _split(_source(config, download), config)
+    splits = _split(raw, config)
     if config.skip_unreadable:
-        cut = _skip_unreadable(cut, num_workers, warn=False)
-    return {name: fingerprint(split) for name, split in cut.items()}
+        splits = _skip_unreadable(splits, num_workers, warn=False)
+    return {name: fingerprint(split) for name, split in splits.items()}
 
 
 def list_samples(config: DataConfig, name: str | None = None, num_workers: int = 1) -> Listing:
-    """Return what the data hold, to compare with another process's copy of them.
+    """Return the samples of the dataset, to be compared with those of another process.
 
-    `name` is that of the only split in use; None: train, val and test are.
+    `name` is the split in use; None: "train", "val" and "test" are.
     """
     from lab.data.fingerprint import Listing
 
-    parts = _source(config, download=False)  # they have been read before
-    cut = _split(parts, config, whole=name == "all")
-    cut = cut if name is None else {name: cut[name]}
+    raw = _read(config, download=False)
+    splits = _split(raw, config, whole=name == "all")
+    splits = splits if name is None else {name: splits[name]}
     if config.skip_unreadable:
-        cut = _skip_unreadable(cut, num_workers, warn=False)
-        return Listing.of(cut, cut)
-    return Listing.of(parts.named(), cut)
+        splits = _skip_unreadable(splits, num_workers, warn=False)
+        return Listing.of(splits, splits)
+    return Listing.of(raw.named(), splits)
 
 
-def _source(config: DataConfig, download: bool) -> RawSplits:
+def read_dataset(config: DataConfig, download: bool = True) -> RawSplits:
+    """Return the splits as the dataset comes, and print the warnings about its files.
+
+    Raises `UserError` if the dataset is not in `data_dir` and may not be downloaded.
+    """
+    raw = _read(config, download)
+    for warning in raw.warnings:
+        console.warn(warning)
+    return raw
+
+
+def _read(config: DataConfig, download: bool) -> RawSplits:
     spec = find_dataset(config.dataset)
     module, name = spec.read.split(":")
     read = getattr(importlib.import_module(f"lab.data.{module}"), name)
     return read(config, download) if spec.downloads else read(config)
 
 
-def _read(config: DataConfig, download: bool = True) -> RawSplits:
-    parts = _source(config, download)
-    for warning in parts.warnings:
-        console.warn(warning)
-    return parts
+def _split(raw: RawSplits, config: DataConfig, whole: bool = False) -> dict[str, Split]:
+    """Return the splits "train", "test" and, if there is one, "val"; files are not decoded.
 
-
-def _split(parts: RawSplits, config: DataConfig, whole: bool = False) -> dict[str, Split]:
-    """The splits "train", "test" and, where there is one, "val"; files are not decoded yet.
-
-    Or, of the `whole` data, the split "all".
+    With `whole`, return one split "all" of all samples.
     """
     from lab.data.splits import stratified_split, subsample
     from lab.data.types import join
 
     seed = config.split_seed
     if whole:
-        return {"all": subsample(join([*parts.named().values()]), config.max_eval_samples, seed)}
-    train, val, test = parts.train, parts.val, parts.test
+        return {"all": subsample(join([*raw.named().values()]), config.max_eval_samples, seed)}
+    train, val, test = raw.train, raw.val, raw.test
     if test is None:
         train, test = stratified_split(train, config.test_fraction, seed)
     if val is None and config.val_fraction > 0 and len(train.labels):
         train, val = stratified_split(train, config.val_fraction, seed)
-    cut = {"train": subsample(train, config.max_train_samples, seed)}
-    cut["test"] = subsample(test, config.max_eval_samples, seed)
+    splits = {"train": subsample(train, config.max_train_samples, seed)}
+    splits["test"] = subsample(test, config.max_eval_samples, seed)
     if val is not None:
-        cut["val"] = subsample(val, config.max_eval_samples, seed)
-    return cut
+        splits["val"] = subsample(val, config.max_eval_samples, seed)
+    return splits
 
 
-def _check_classes(cut: Mapping[str, Split], config: DataConfig) -> None:
-    """Raise `UserError` for a class without training samples; warn of others without any.
+def _check_classes(splits: Mapping[str, Split], config: DataConfig) -> None:
+    """Raise `UserError` if a class has no training samples; warn if another split lacks a class.
 
-    A training split that --max-train-samples shortens is only warned of; one for evaluation that
-    --max-eval-samples shortens is left alone.
+    A split that --max-train-samples or --max-eval-samples shortens only causes a warning.
     """
-    for name, split in cut.items():
-        counts = split.labels.bincount(minlength=len(split.class_names)).tolist()
-        missing = [c for c, count in zip(split.class_names, counts, strict=True) if not count]
-        limited = len(split.labels) == (
-            config.max_train_samples if name == "train" else config.max_eval_samples
-        )
-        if not missing or len(missing) == len(counts) or (limited and name != "train"):
+    for name, split in splits.items():
+        missing = split.missing_classes()
+        if not missing or len(missing) == len(split.class_names):
             continue
-        classes = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" * (len(missing) > 5))
-        what = (
-            f"the {TITLES[name]} split has no image of class{'es' * (len(missing) > 1)} {classes}"
-        )
+        option, limit = "--max-eval-samples", config.max_eval_samples
+        if name == "train":
+            option, limit = "--max-train-samples", config.max_train_samples
+        limited = len(split.labels) == limit
+        classes = f"class{'es' * (len(missing) > 1)} {name_some(missing)}"
+        what = f"the {TITLES[name]} split has no image of {classes}"
         if name == "train" and not limited:
             raise UserError(what, "Add images of every class, or remove the class")
-        console.warn(
-            f"{what}: " + ("--max-train-samples is too small" if limited else "too few images")
-        )
+        console.warn(f"{what}: {f'{option} is too small' if limited else 'too few images'}")
 
 
 def _skip_unreadable(
-    cut: Mapping[str, Split], num_workers: int, warn: bool = True
+    splits: Mapping[str, Split], num_workers: int, warn: bool = True
 ) -> dict[str, Split]:
-    """Return the splits without the images that cannot be decoded, and warn of those.
+    """Return the splits without the images that cannot be decoded, and warn about these.
 
-    This comes after the cut, so that all other samples stay in their splits. Raises `UserError` if
-    no training image of a class is left.
+    The dataset is split first, so that all other samples stay in their splits. Raises `UserError`
+    if no training image of a class is left.
     """
     import torch
 
     from lab.data.decode import NUM_NAMED, FileImages
 
     readable, skipped = {}, []
-    for name, split in cut.items():
+    for name, split in splits.items():
         if not isinstance(split.images, FileImages):
             raise UserError(
                 "--skip-unreadable is for a directory of images",
@@ -307,11 +315,11 @@ def _skip_unreadable(
         is_readable = torch.ones(len(split.labels), dtype=torch.bool)
         is_readable[list(unreadable)] = False
         readable[name] = split.select(is_readable.nonzero().flatten()) if unreadable else split
-        empty = sorted({*readable[name].missing_classes()} - {*split.missing_classes()})
-        if name == "train" and empty:
+        emptied = sorted({*readable[name].missing_classes()} - {*split.missing_classes()})
+        if name == "train" and emptied:
             raise UserError(
-                f"none of the training images of {', '.join(empty)} can be read",
-                "Replace some, or delete the class",
+                f"none of the training images of {', '.join(emptied)} can be read",
+                "Replace some of them, or delete the class",
             )
     if skipped and warn:
         images = f"{len(skipped)} image{'s' if len(skipped) > 1 else ''}"
@@ -319,68 +327,68 @@ def _skip_unreadable(
     return readable
 
 
-def _is_worth_caching(cut: Mapping[str, Split]) -> bool:
-    """Return whether all splits together have enough images to cache them once decoded."""
+def _is_worth_caching(splits: Mapping[str, Split]) -> bool:
+    """Return whether the splits have enough images in total to cache the decoded images."""
     from lab.data import cache
 
-    return sum(len(split.labels) for split in cut.values()) >= cache.FEWEST
+    return sum(len(split.labels) for split in splits.values()) >= cache.MIN_IMAGES
 
 
-def _cached_histogram(cut: dict[str, Split], train: Split, num_workers: int) -> Tensor | None:
-    """Return the histogram of training images in files; None where it is not worth caching.
+def _cached_histogram(splits: dict[str, Split], train: Split, num_workers: int) -> Tensor | None:
+    """Return the histogram of training images in files; None if it is not worth caching.
 
-    Where images of the sample cannot be decoded, `UnreadableImages` names those of all splits.
+    Raises `UnreadableImages` if images of the sample cannot be decoded, with those of all splits.
     """
     from torch import Tensor
 
     from lab.data.decode import FileImages, UnreadableImages
     from lab.data.splits import sample_positions
 
-    files = cut["train"].images
+    files = splits["train"].images
     decoded = train.images if isinstance(train.images, Tensor) else None
-    if not isinstance(files, FileImages) or (decoded is not None and not _is_worth_caching(cut)):
+    if not isinstance(files, FileImages) or (decoded is not None and not _is_worth_caching(splits)):
         return None
     try:
         return files.histogram(sample_positions(len(files)), num_workers, decoded)
     except UnreadableImages as error:
         reasons = dict(error.reasons)
-        for split in cut.values():
+        for split in splits.values():
             if isinstance(split.images, FileImages):
                 unreadable = split.images.unreadable(num_workers)
-                reasons |= {split.images.paths[i]: what for i, what in unreadable.items()}
+                reasons |= {split.images.paths[i]: reason for i, reason in unreadable.items()}
         raise UnreadableImages(reasons) from error
 
 
-def _ready(
-    named: dict[str, Split],
+def _resize_and_decode(
+    splits: dict[str, Split],
     config: DataConfig,
     memory: float,
     num_workers: int,
     use_cache: bool | None = None,
 ) -> dict[str, Split]:
-    """Return the splits at the image size, and in memory where all of them fit into `memory`.
+    """Return the splits at the image size, and in memory if all of them fit into `memory` bytes.
 
-    `use_cache`: whether to cache decoded images; None: if these splits are worth it.
+    `use_cache` is whether to cache decoded images; None: if there are enough of them.
     """
     from lab.data.decode import UnreadableImages
     from lab.data.splits import in_memory, resize
 
-    for name, split in named.items():
+    for name, split in splits.items():
         if len(split.labels) == 0:
             raise UserError(
                 f"the {TITLES.get(name, name)} split is empty",
-                "Add pictures, or change the fractions",
+                "Add images, or change --test-fraction or --val-fraction",
             )
-    named = {name: resize(split, config.image_size) for name, split in named.items()}
-    if sum(math.prod(split.images.shape) for split in named.values()) > memory:
-        return named
-    use_cache = _is_worth_caching(named) if use_cache is None else use_cache
+    sized = {name: resize(split, config.image_size) for name, split in splits.items()}
+    if sum(math.prod(split.images.shape) for split in sized.values()) > memory:
+        return sized
+    use_cache = _is_worth_caching(sized) if use_cache is None else use_cache
     decoded: dict[str, Split] = {}
     reasons: dict[str, str] = {}
-    for name, split in named.items():
+    for name, split in sized.items():
         try:
             decoded[name] = in_memory(split, num_workers, use_cache)
-        except UnreadableImages as error:  # all splits first, so that one message names all files
+        except UnreadableImages as error:  # one message names the files of all splits
             reasons |= error.reasons
     if reasons:
         raise UnreadableImages(reasons)

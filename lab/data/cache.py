@@ -1,7 +1,4 @@
-"""Decoded images kept on disk, so that a folder is decoded once and read by all processes.
-
-And the turns that they take to download a data set.
-"""
+"""A cache of decoded images on disk, so that a directory is decoded once for all processes."""
 
 from __future__ import annotations
 
@@ -9,38 +6,40 @@ import hashlib
 import json
 import math
 import os
+import stat
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import PIL
 import torch
 import torchvision
 from filelock import FileLock
 from torch import Tensor
 
-# What decides the pixels: the last counts up when `lab.data.decode` changes.
+# What decides the pixels: increase the last number when `lab.data.decode` changes.
 DECODERS = (torchvision.__version__, PIL.__version__, 2)
-FEWEST = 1000  # pictures; fewer are decoded faster than it is worth a file
-KEPT_DAYS = 30  # unused for longer, a file is deleted
-KEPT_BYTES = 20e9  # beyond that, the longest unused ones are
-IN_USE: set[Path] = set()  # what this process has read or written
+MIN_IMAGES = 1000  # fewer images are decoded too fast to be worth a file
+MAX_AGE_DAYS = 30  # files that were not used for longer are deleted
+MAX_BYTES = 20e9  # if the cache is larger, the least recently used files are deleted
+IN_USE: set[Path] = set()  # the files that this process has read or written
 
 
 def cache_dir() -> Path:
-    """Return the directory of the files: in LAB_CACHE, or in `lab` in the user's cache folder."""
+    """Return the cache directory, which is in LAB_CACHE or in the user's cache directory."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("LAB_CACHE") or Path(home) / "lab") / "pictures"
+    return Path(os.environ.get("LAB_CACHE") or Path(home) / "lab") / "images"
 
 
 def cached(key: str, shape: Sequence[int], fill: Callable[[Tensor], None]) -> Tensor:
-    """Return decoded images, uint8 of `shape`: from disk, or by `fill` into a new tensor.
+    """Return decoded images, uint8 of `shape`, from disk or, if they are not there, from `fill`.
 
-    What is on disk is memory-mapped: processes of one host share its pages. One process writes,
-    under a lock that dies with it, to a temporary name that is renamed when it is whole. Where the
-    disk is full or not to be written, the images are decoded into memory.
+    The file is memory-mapped, so that the processes of a host share its pages. One process writes
+    it, under a lock that is released if the process dies, to a temporary name that is renamed at
+    the end. If the disk is full or read-only, the images are decoded into memory.
     """
     with suppress(OSError):
         path = cache_dir() / f"{key}.uint8"
@@ -57,14 +56,15 @@ def cached(key: str, shape: Sequence[int], fill: Callable[[Tensor], None]) -> Te
 
 
 def cached_json(key: str, compute: Callable[[], Any]) -> Any:
-    """Return what `compute()` returned to the first process of this host that asked for `key`.
+    """Return the result of `compute()`, converted to JSON and back, from disk if it is there.
 
-    As JSON leaves it; the others wait. Where nothing can be written, each process computes it.
+    One process of a host computes it while the others wait. If nothing can be written, every
+    process computes it.
     """
-    with ExitStack() as held:
+    with ExitStack() as stack:
         with suppress(OSError):
             cache_dir().mkdir(parents=True, exist_ok=True)
-            held.enter_context(FileLock(cache_dir() / f"{key}.lock"))
+            stack.enter_context(FileLock(cache_dir() / f"{key}.lock"))
         result = load_json(key)
         if result is None:
             result = json.loads(json.dumps(compute()))
@@ -73,7 +73,7 @@ def cached_json(key: str, compute: Callable[[], Any]) -> Any:
 
 
 def load_json(key: str) -> Any:
-    """Return what `store_json` stored; None where there is nothing, or not all of it."""
+    """Return the value that `store_json` stored; None if it is missing or damaged."""
     path = cache_dir() / f"{key}.json"
     with suppress(OSError, ValueError):
         result = json.loads(path.read_text())
@@ -83,7 +83,7 @@ def load_json(key: str) -> Any:
 
 
 def store_json(key: str, value: Any) -> None:
-    """Write a value, whole or not at all; a disk that is full or not to be written is no error."""
+    """Write a value atomically; do nothing if the disk is full or read-only."""
     temporary = cache_dir() / f"{key}-{os.getpid()}.tmp"
     with suppress(OSError):
         try:
@@ -103,12 +103,12 @@ def _mark_as_used(path: Path) -> None:
 
 
 def _read(path: Path, shape: Sequence[int]) -> Tensor | None:
-    """The images in a file; None where there is none, or not all of it."""
+    """Return the images in a file; None if it is missing or incomplete."""
     size = math.prod(shape)
     if not path.is_file() or path.stat().st_size != size:
         return None
     _mark_as_used(path)
-    # Not shared: what this process writes to it stays its own.
+    # shared=False: what this process writes to the tensor does not change the file.
     images = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
     return images.view(tuple(shape))
 
@@ -119,7 +119,7 @@ def _write(path: Path, shape: Sequence[int], fill: Callable[[Tensor], None]) -> 
     try:
         with open(temporary, "w+b") as file:
             file.truncate(size)
-            # A mapped page that the disk has no room for would end the process: claim all now.
+            # Writing to a mapped page that does not fit on the disk would kill the process.
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(file.fileno(), 0, size)
             images = torch.from_file(str(temporary), shared=True, size=size, dtype=torch.uint8)
@@ -130,39 +130,52 @@ def _write(path: Path, shape: Sequence[int], fill: Callable[[Tensor], None]) -> 
     finally:
         temporary.unlink(missing_ok=True)
     _mark_as_used(path)
-    _sweep(path.parent)
+    _delete_unused(path.parent)
 
 
-def _sweep(directory: Path) -> None:
-    """Delete what was long unused, killed writers' files too, and the oldest beyond the limit.
+def _delete_unused(directory: Path) -> None:
+    """Delete files that are too old, those of killed processes, and the oldest beyond the limit.
 
-    What this process uses stays: a split must not push out another split of the same run.
+    Files that this process uses stay: a split must not evict another split of the same run.
     """
     with suppress(OSError):
-        found = [p for suffix in ("uint8", "json", "tmp") for p in directory.glob(f"*.{suffix}")]
+        paths = [p for suffix in ("uint8", "json", "tmp") for p in directory.glob(f"*.{suffix}")]
         total = 0
-        for path in sorted(found, key=lambda p: p.stat().st_mtime, reverse=True):
+        for path in sorted(paths, key=lambda p: p.stat().st_mtime, reverse=True):
             total += path.stat().st_size
-            old = path.stat().st_mtime < time.time() - KEPT_DAYS * 24 * 3600
-            if path not in IN_USE and (old or total > KEPT_BYTES):
+            old = path.stat().st_mtime < time.time() - MAX_AGE_DAYS * 24 * 3600
+            if path not in IN_USE and (old or total > MAX_BYTES):
                 path.unlink()
 
 
-def key_of(paths: Sequence[str], size: int, change_time: bool = False) -> str:
-    """Return a name that changes with any file's path, length or time, their order, size, decoder.
+def stat_files(paths: Sequence[str]) -> Tensor:
+    """Return size in bytes, modification time and change time in ns of each file, int64 [N, 3].
 
-    With `change_time` also with a file's permissions. A file that is missing counts as such.
+    The row of a path that cannot be read as a regular file is (-1, errno, 0), with errno 0 if it is
+    of another type.
+    """
+    stats = np.fromiter(map(_stat_file, paths), np.dtype((np.int64, 3)), len(paths))
+    return torch.from_numpy(stats)
+
+
+def _stat_file(path: str) -> tuple[int, int, int]:
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        return -1, error.errno or 0, 0
+    if not stat.S_ISREG(status.st_mode):  # reading a named pipe would block
+        return -1, 0, 0
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def key_of(paths: Sequence[str], stats: Tensor, size: int, change_time: bool = False) -> str:
+    """Return a key that changes with the decoder, the image size, the files and their order.
+
+    A file is identified by its path, size and modification time and, with `change_time`, by its
+    permissions. `stats` are those of `stat_files`.
     """
     key = hashlib.blake2b(repr((DECODERS, size)).encode(), digest_size=16)
-    here = os.getcwd()
-    for path in paths:
-        line = f"\n{os.path.join(here, path)}"
-        try:
-            stat = os.stat(path)
-        except OSError as error:
-            line += f" {error.strerror}"
-        else:
-            line += f" {stat.st_size} {stat.st_mtime_ns}"
-            line += f" {stat.st_ctime_ns}" if change_time else ""
-        key.update(os.fsencode(line))
+    directory = os.getcwd()
+    key.update(os.fsencode("\0".join(os.path.join(directory, path) for path in paths)))
+    key.update(stats[:, : 3 if change_time else 2].numpy().tobytes())
     return key.hexdigest()

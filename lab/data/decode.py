@@ -1,4 +1,4 @@
-"""Image files decoded to uint8 tensors: one at a time, or all of a split by worker processes."""
+"""Decode image files to uint8 tensors: one at a time, or a whole split in worker processes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import stat
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,39 +18,41 @@ from torchvision.transforms.v2 import functional as F
 
 from lab.data import cache
 from lab.data.splits import histogram
+from lab.data.types import LazyImages
 from lab.data.workers import BatchReader
 from lab.errors import UserError, name_some
 
 try:
     from torchvision.io import decode_jpeg
-except ImportError:  # deprecated in torchvision 0.29: Pillow reads on without it
+except ImportError:  # deprecated in torchvision 0.29; Pillow decodes these files, too
     decode_jpeg = None
 
-# Whatever a file is called, it is opened as one of these. Pillow's other formats are left out:
-# EPS, for one, starts Ghostscript.
+# Files are opened in these formats only, whatever their names are. Pillow supports others, but EPS,
+# for example, starts Ghostscript.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
-MAX_PIXELS = 100_000_000  # a file of a few kB can claim billions, and their memory
-NUM_NAMED = 20  # unreadable files that one message names
+MAX_PIXELS = 100_000_000  # a file of a few kB may claim billions of pixels
+NUM_NAMED = 20  # the most unreadable files that a message lists
 
 
 class UnreadableImages(UserError):
-    """Images that cannot be decoded; `reasons` maps each path to what is wrong with it."""
+    """Images that cannot be decoded; `reasons` maps each path to its error message."""
 
     def __init__(self, reasons: Mapping[str, str]):
-        what, files = next(iter(reasons.values())), "that file"
+        what, files = next(iter(reasons.values())), "the file"
         if len(reasons) > 1:
             names = name_some([*reasons], NUM_NAMED)
-            what, files = f"cannot read {len(reasons)} images: {names}", "those files"
+            what, files = f"cannot read {len(reasons)} images: {names}", "these files"
         super().__init__(what, f"Replace or delete {files}, or give --skip-unreadable")
-        self.args, self.reasons = (reasons,), reasons  # args: what unpickling calls it with
+        self.args, self.reasons = (reasons,), reasons  # args: for unpickling
 
 
 @dataclass(frozen=True)
-class FileImages:
-    """Images in files, decoded when indexed. Behaves as a uint8 tensor [N, 3, size, size]."""
+class FileImages(LazyImages):
+    """Images in files, decoded when they are indexed."""
 
     paths: tuple[str, ...]
-    size: int
+    size: int  # pixels per side
+    stats: Tensor | None = field(default=None, compare=False)  # of `stat_files`, if they are known
 
     @property
     def shape(self) -> Sequence[int]:
@@ -62,7 +64,7 @@ class FileImages:
     def __getitem__(self, index: Tensor) -> Tensor:
         """Return the images at `index`, int64 [n], as uint8 [n, 3, size, size].
 
-        Raises `UnreadableImages` that names all of them that cannot be decoded.
+        Raises `UnreadableImages` with all of them that cannot be decoded.
         """
         images, reasons = self._decode(index)
         if reasons:
@@ -70,25 +72,32 @@ class FileImages:
         return images
 
     def select(self, index: Tensor) -> FileImages:
-        return FileImages(tuple(self.paths[i] for i in index.tolist()), self.size)
+        stats = None if self.stats is None else self.stats[index]
+        return FileImages(tuple(self.paths[i] for i in index.tolist()), self.size, stats)
 
     def join(self, others: Sequence[FileImages]) -> FileImages:
-        """Return the images of several sets as one, in the order given."""
-        return replace(self, paths=tuple(path for files in (self, *others) for path in files.paths))
+        """Return the concatenation of several sets of images."""
+        sets = (self, *others)
+        paths = tuple(path for files in sets for path in files.paths)
+        return FileImages(paths, self.size, torch.cat([files.file_stats() for files in sets]))
+
+    def file_stats(self) -> Tensor:
+        """Return the result of `stat_files`, int64 [N, 3]."""
+        return cache.stat_files(self.paths) if self.stats is None else self.stats
 
     def decode_all(self, num_workers: int, use_cache: bool | None = None) -> Tensor:
-        """Return all images, uint8 [N, 3, size, size]; from the second time on, from the cache.
+        """Return all images, uint8 [N, 3, size, size], decoded or from the cache.
 
-        `use_cache`: whether to use the cache; None: if there are enough images to be worth it.
-        Raises `UnreadableImages` that names every image that cannot be decoded.
+        `use_cache` is whether to use the cache; None: if there are enough images. Raises
+        `UnreadableImages` with every image that cannot be decoded.
         """
         if use_cache is None:
-            use_cache = len(self) >= cache.FEWEST
+            use_cache = len(self) >= cache.MIN_IMAGES
 
         def fill(images: Tensor) -> None:
             key = self._unreadable_key() if use_cache else ""
             if key and (known := cache.load_json(key)):
-                # Another process may just have failed: check the files that it named, no others.
+                # Another process may just have failed: check only the files of its error message.
                 reasons = self._reasons(torch.tensor([i for i, _ in known]))
                 if reasons:
                     raise UnreadableImages(reasons)
@@ -100,11 +109,11 @@ class FileImages:
                     reasons |= unreadable
             if reasons:
                 if key:
-                    cache.store_json(key, self._positions(reasons))
+                    cache.store_json(key, self._by_position(reasons))
                 raise UnreadableImages(reasons)
 
         if use_cache:
-            return cache.cached(cache.key_of(self.paths, self.size), self.shape, fill)
+            return cache.cached(self._key(), self.shape, fill)
         images = torch.empty(tuple(self.shape), dtype=torch.uint8)
         fill(images)
         return images
@@ -112,7 +121,7 @@ class FileImages:
     def histogram(self, index: Tensor, num_workers: int, decoded: Tensor | None = None) -> Tensor:
         """Return how often each value occurs in the images at `index`, int64 [3, 256].
 
-        It is computed once per host and cached. `decoded`: all images, if they are in memory.
+        It is computed once per host and cached. `decoded` are all images, if they are in memory.
         Raises `UnreadableImages`.
         """
 
@@ -132,38 +141,41 @@ class FileImages:
                 raise UnreadableImages(reasons)
             return total.tolist()
 
-        key = cache.key_of([self.paths[i] for i in index.tolist()], self.size)
-        return torch.tensor(cache.cached_json(f"{key}-histogram", count))
+        key = f"{self.select(index)._key()}-histogram"
+        return torch.tensor(cache.cached_json(key, count))
 
     def unreadable(self, num_workers: int) -> dict[int, str]:
-        """Return the positions of the images that cannot be decoded, and what is wrong with each.
+        """Return the error message of each image that cannot be decoded, by position.
 
-        All are decoded, once per host: the list is cached until a file changes.
+        All images are decoded once per host: the result is cached until a file changes.
         """
 
         def check() -> list[tuple[int, str]]:
             batches = self._batches(torch.arange(len(self)), num_workers)
-            found: dict[str, str] = {}
+            unreadable: dict[str, str] = {}
             with _in_workers(self._reasons, batches, num_workers) as results:
                 for reasons in results:
-                    found |= reasons
-            return self._positions(found)
+                    unreadable |= reasons
+            return self._by_position(unreadable)
 
-        return {int(i): what for i, what in cache.cached_json(self._unreadable_key(), check)}
+        return {int(i): reason for i, reason in cache.cached_json(self._unreadable_key(), check)}
+
+    def _key(self, change_time: bool = False) -> str:
+        return cache.key_of(self.paths, self.file_stats(), self.size, change_time)
 
     def _unreadable_key(self) -> str:
-        return cache.key_of(self.paths, self.size, change_time=True) + "-unreadable"
+        return f"{self._key(change_time=True)}-unreadable"
 
-    def _positions(self, reasons: Mapping[str, str]) -> list[tuple[int, str]]:
+    def _by_position(self, reasons: Mapping[str, str]) -> list[tuple[int, str]]:
         return [(i, reasons[path]) for i, path in enumerate(self.paths) if path in reasons]
 
     def _batches(self, index: Tensor, num_workers: int) -> Sequence[Tensor]:
-        # About 2 MB each, as they are sent between processes; fewer so that all have their share.
+        # At most 2 MB each, as they are sent between processes, and enough batches for all workers.
         num_images = min(2**21 // (3 * self.size**2), len(index) // (8 * max(1, num_workers)))
         return index.split(max(1, num_images))
 
     def _decode(self, index: Tensor) -> tuple[Tensor, dict[str, str]]:
-        """Return the images at `index`, and what is wrong with those that cannot be decoded."""
+        """Return the images at `index`, and the errors of those that cannot be decoded, by path."""
         images = torch.zeros(len(index), *self.shape[1:], dtype=torch.uint8)
         reasons = {}
         for image, i in zip(images, index.tolist(), strict=True):
@@ -173,8 +185,8 @@ class FileImages:
                 reasons[self.paths[i]] = error.what
         return images, reasons
 
-    # What workers get and return contains no tensors: PyTorch would send them through shared
-    # memory, which is small in containers.
+    # Workers send NumPy arrays: PyTorch would send tensors through shared memory, which is small in
+    # containers.
 
     def _decode_array(self, index: Tensor) -> tuple[np.ndarray, dict[str, str]]:
         images, reasons = self._decode(index)
@@ -188,8 +200,8 @@ class FileImages:
         return self._decode(index)[1]
 
 
-class _Calls:
-    """Maps the indices of a batch to the result of a function, as worker processes compute it."""
+class _FunctionDataset:
+    """A dataset whose batches are the results of a function of their indices."""
 
     def __init__(self, function: Callable[[Tensor], Any]):
         self.function = function
@@ -203,10 +215,10 @@ def _in_workers(
 ) -> BatchReader:
     """Return a reader that yields `function(batch)` of each batch, computed by worker processes.
 
-    These are processes because, with small images, threads would wait for each other's Python.
+    Threads would wait for each other: decoding small images is mostly Python.
     """
     return BatchReader(
-        _Calls(function),
+        _FunctionDataset(function),
         [batch.tolist() for batch in batches],
         min(num_workers, len(batches)) if num_workers > 1 else 0,
         batch_nbytes=0,
@@ -215,44 +227,44 @@ def _in_workers(
 
 
 def decode(path: str, size: int) -> Tensor:
-    """Return an image as uint8 [3, size, size]: its central square, turned as its EXIF data says.
+    """Return an image as uint8 [3, size, size]: its central square, in its EXIF orientation.
 
-    Transparency is dropped; of an animation it is the first image. Raises `UserError` that names a
-    file that is damaged, no image, or of more than `MAX_PIXELS`.
+    Transparency is dropped, and the first image of an animation is used. Raises `UserError` if the
+    file is damaged, not an image, or has more than `MAX_PIXELS`.
     """
     try:
         image = _decode(_read(path))
-    except Exception as error:  # Pillow's decoders raise many kinds
+    except Exception as error:  # Pillow's decoders raise exceptions of many types
         reason = getattr(error, "strerror", None) or str(error)
         if isinstance(error, UnidentifiedImageError):
-            reason = "in no known format"
+            reason = "unknown format"
         elif isinstance(error, Image.DecompressionBombError):
             reason = f"more than {MAX_PIXELS // 10**6} million pixels"
         raise UserError(
-            f"cannot read the picture {path} ({reason})", "Replace or delete that file"
+            f"cannot read the image {path} ({reason})", "Replace or delete the file"
         ) from error
     return square(image, size)
 
 
 def _read(path: str) -> bytes:
-    if not stat.S_ISREG(os.stat(path).st_mode):  # opening a named pipe waits for its other end
+    if not stat.S_ISREG(os.stat(path).st_mode):  # opening a named pipe would block
         raise ValueError("not a regular file")
     with open(path, "rb", buffering=0) as file:
         return file.read()
 
 
 def _decode(content: bytes) -> Tensor:
-    """Return uint8 [3, H, W] of a file's content, turned as its EXIF data says."""
+    """Return the image in a file's content as uint8 [3, H, W], in its EXIF orientation."""
     header = _read_jpeg_header(content)
     if header is not None:
         num_pixels, exif = header
         _check_size(num_pixels)
         decoded = _decode_jpeg(content)
         if decoded is not None:
-            return _turn(decoded, lambda: _parse_exif(exif)) if exif else decoded
+            return _orient(decoded, lambda: _parse_exif(exif)) if exif else decoded
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's, of metadata; they name no file
-        # This reads the header only.
+        warnings.simplefilter("ignore")  # about metadata; they do not name the file
+        # `open` reads only the header.
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             _check_size(image.width * image.height)
             return pixels(image)
@@ -266,7 +278,8 @@ def _check_size(num_pixels: int) -> None:
 def _read_jpeg_header(content: bytes) -> tuple[int, bytes] | None:
     """Return (number of pixels, EXIF data) of a JPEG; None for any other file.
 
-    From its segments (ITU-T T.81, annex B). Pillow would take longer than a small image's decoder.
+    They are read from its segments (ITU-T T.81, annex B). With Pillow, reading them would take
+    longer than decoding a small image.
     """
     num_pixels, exif, position = 0, b"", 2
     while content.startswith(b"\xff\xd8\xff") and content[position : position + 1] == b"\xff":
@@ -274,7 +287,7 @@ def _read_jpeg_header(content: bytes) -> tuple[int, bytes] | None:
         if marker == b"\xff":  # a fill byte
             position += 1
             continue
-        if marker == b"\xda":  # start of scan: the image follows
+        if marker == b"\xda":  # start of scan: the pixels follow
             return num_pixels, exif
         end = position + 2 + int.from_bytes(content[position + 2 : position + 4], "big")
         segment = content[position + 4 : end]
@@ -290,10 +303,9 @@ START_OF_FRAME = {bytes([n]) for n in range(0xC0, 0xD0)} - {b"\xc4", b"\xc8", b"
 
 
 def _decode_jpeg(content: bytes) -> Tensor | None:
-    """Decode a JPEG by torchvision, which is faster than Pillow; None where it cannot.
+    """Return a JPEG decoded by torchvision, which is faster than Pillow; None if it fails.
 
-    Its PNG decoder is left alone: on some damaged files it ends the process with a segmentation
-    fault (0.29).
+    torchvision's PNG decoder is not used: some damaged files make it crash the process (0.29).
     """
     if decode_jpeg is None:
         return None
@@ -304,15 +316,15 @@ def _decode_jpeg(content: bytes) -> Tensor | None:
 
 
 def pixels(image: Image.Image) -> Tensor:
-    """Return a Pillow image of any mode as uint8 [3, H, W], turned as its EXIF data says."""
+    """Return a Pillow image of any mode as uint8 [3, H, W], in its EXIF orientation."""
     converted = image
-    if image.mode.startswith("I"):  # 16 bits: scaled, as a conversion to RGB would clip
+    if image.mode.startswith("I"):  # 16 bits: scale it, because a conversion to RGB would clip it
         converted = image.convert("I").point(lambda v: v / 256, "L")
-    return _turn(F.pil_to_tensor(converted.convert("RGB")), image.getexif)
+    return _orient(F.pil_to_tensor(converted.convert("RGB")), image.getexif)
 
 
-# The EXIF orientation, and what undoes it: swap height and width, then flip these dimensions.
-TURNS: Mapping[Any, tuple[bool, list[int]]] = {
+# For each EXIF orientation: whether to swap height and width, and which dimensions to flip then.
+ORIENTATIONS: Mapping[Any, tuple[bool, list[int]]] = {
     2: (False, [-1]),
     3: (False, [-2, -1]),
     4: (False, [-2]),
@@ -331,18 +343,18 @@ def _parse_exif(data: bytes) -> Image.Exif:
     return exif
 
 
-def _turn(pixels: Tensor, read_exif: Callable[[], Image.Exif]) -> Tensor:
-    """Turn [3, H, W] as the EXIF data says, parsed by Pillow whatever decoded the image.
+def _orient(pixels: Tensor, read_exif: Callable[[], Image.Exif]) -> Tensor:
+    """Return the image [3, H, W] in the orientation of its EXIF data, which Pillow parses.
 
-    torchvision's parser looks at a JPEG's first APP1 segment only, which may hold XMP.
+    torchvision's parser reads only the first APP1 segment of a JPEG, which may contain XMP data.
     """
     try:
         orientation = read_exif().get(ExifTags.Base.Orientation)
-    except Exception:  # damaged metadata; Pillow raises many kinds
+    except Exception:  # damaged metadata; Pillow raises exceptions of many types
         return pixels
-    if orientation not in TURNS:
+    if orientation not in ORIENTATIONS:
         return pixels
-    swap, flips = TURNS[orientation]
+    swap, flips = ORIENTATIONS[orientation]
     return (pixels.transpose(-2, -1) if swap else pixels).flip(flips)
 
 
@@ -350,14 +362,15 @@ def square(images: Tensor, size: int) -> Tensor:
     """Return the central squares [..., C, size, size] of uint8 [..., C, H, W]."""
     if images.shape[-2:] == (size, size):
         return images
-    # Cut before it is resized: a strip of 1 x 5000 pixels would first become a huge one.
+    # Crop first: resizing an image of 1 x 5000 pixels would make it huge.
     images = F.center_crop(images, [min(images.shape[-2:])])
     return F.resize(images, [size, size], antialias=True)
 
 
 def grey(images: Tensor) -> Tensor:
-    """Return uint8 [..., 1, H, W] of [..., 3, H, W]; what is grey already keeps its values.
+    """Return grayscale images uint8 [..., 1, H, W] of RGB images [..., 3, H, W].
 
-    torchvision's weights add up to 0.9999, and of uint8 it cuts the fraction off: 255 became 254.
+    Gray pixels keep their values: torchvision's weights add up to 0.9999, and it would truncate the
+    result for uint8, so that 255 became 254.
     """
     return F.rgb_to_grayscale(images.float()).round().byte()

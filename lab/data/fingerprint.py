@@ -1,12 +1,11 @@
-"""Fingerprints: whether two runs, or two processes, have the same samples in the same order."""
+"""Fingerprints, which show whether two runs or two processes have the same samples."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-import stat
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -18,32 +17,32 @@ if TYPE_CHECKING:
 
     from lab.data.types import Split
 
-FORMAT = "v2"  # a fingerprint is FORMAT-DIGEST; those of different formats cannot be compared
+FORMAT = "v2"  # a fingerprint is FORMAT-DIGEST; different formats cannot be compared
 NUM_HASHED = 256  # images of a split whose contents are hashed
 BYTES_HASHED = 2**16  # of each file
 
 
 def fingerprint(split: Split) -> str:
-    """Return a digest of labels, file names and sizes, and of the contents of a sample of images.
+    """Return a digest of labels, file names and sizes, and of the content of some images.
 
-    The names are those below the data folder, which may lie elsewhere. Raises `UserError` for a
-    file that cannot be read.
+    File names are relative to the data directory, which may be moved. Raises `UserError` if a file
+    cannot be read.
     """
     digest = hashlib.blake2b(_little_endian(split.labels.numpy()), digest_size=8)
     files = split.files()
     if files is not None and split.paths is not None:
         names = unicodedata.normalize("NFC", "\0".join(files))
         digest.update(names.encode("utf-8", "surrogateescape"))
-        digest.update(_little_endian(file_sizes(split.paths)))
-    for content in hash_sample(split).values():
-        digest.update(content)
+        digest.update(_little_endian(_file_sizes(split)))
+    for image_digest in _hash_sample(split).values():
+        digest.update(image_digest)
     return f"{FORMAT}-{digest.hexdigest()}"
 
 
 def changed_splits(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
     """Return the names of the splits whose recorded fingerprint is not the current one.
 
-    Those that were never recorded, or by an earlier version in another format, cannot be compared.
+    Fingerprints that are missing or in the format of an earlier version cannot be compared.
     """
     return [
         name
@@ -58,25 +57,26 @@ def _has_format(recorded: Any) -> bool:
     return str(recorded).startswith(f"{FORMAT}-")
 
 
-def file_sizes(paths: Sequence[str]) -> np.ndarray:
-    """Return the sizes in bytes, int64 [N]; raises `UserError` for what is not a readable file."""
-    import numpy as np  # here: compare.py --help imports this module
+def _file_sizes(split: Split) -> np.ndarray:
+    """Return the sizes of a split's files in bytes, int64 [N].
 
-    return np.fromiter(map(_file_size, paths), np.int64, len(paths))
+    Raises `UserError` if one of them is not a readable regular file.
+    """
+    from lab.data.cache import stat_files  # here: compare.py --help imports this module
+    from lab.data.decode import FileImages
+
+    assert split.paths is not None
+    images = split.images
+    stats = images.file_stats() if isinstance(images, FileImages) else stat_files(split.paths)
+    for i in (stats[:, 0] < 0).nonzero().flatten().tolist():
+        error_code = int(stats[i, 1])
+        reason = os.strerror(error_code) if error_code else "not a regular file"
+        raise _unreadable(split.paths[i], reason)
+    return stats[:, 0].numpy()
 
 
-def _file_size(path: str) -> int:
-    try:
-        status = os.stat(path)
-    except OSError as error:
-        raise _unreadable(path, error.strerror) from error
-    if not stat.S_ISREG(status.st_mode):  # reading a named pipe would wait for ever
-        raise _unreadable(path, "not a regular file")
-    return status.st_size
-
-
-def hash_sample(split: Split) -> dict[int, bytes]:
-    """Return a digest of each of NUM_HASHED images, evenly spaced, by position in the split."""
+def _hash_sample(split: Split) -> dict[int, bytes]:
+    """Return the digests of NUM_HASHED evenly spaced images, by position in the split."""
     num_samples = len(split.labels)
     num_hashed = min(num_samples, NUM_HASHED)
     return {
@@ -86,7 +86,7 @@ def hash_sample(split: Split) -> dict[int, bytes]:
 
 
 def _content(split: Split, position: int) -> bytes:
-    """Return the beginning of an image's file, or its pixels where it lies in memory."""
+    """Return the beginning of an image's file, or the pixels of an image in memory."""
     if split.paths is None:
         return cast("Tensor", split.images)[position].contiguous().numpy().tobytes()
     path = split.paths[position]
@@ -102,54 +102,55 @@ def _little_endian(array: np.ndarray) -> bytes:
 
 
 def _unreadable(path: str, reason: str | None) -> UserError:
-    return UserError(f"cannot read the file {path} ({reason})", "Replace or delete that file")
+    return UserError(f"cannot read the file {path} ({reason})", "Replace or delete the file")
 
 
 @dataclass(frozen=True)
 class Listing:
-    """The samples of a data set, one by one, to say in what two copies of it differ."""
+    """The samples of a dataset, from which the difference between two copies can be found."""
 
-    samples: dict[str, tuple[str, int]]  # class, and size in bytes, by name
-    digests: dict[str, bytes]  # of the images whose contents a fingerprint has hashed
+    samples: dict[str, tuple[str, int]]  # class and size in bytes, by name
+    digests: dict[str, bytes]  # of the images whose content is part of a fingerprint
 
     @classmethod
-    def of(cls, parts: Mapping[str, Split], cut: Mapping[str, Split]) -> Listing:
-        """Return what lies in the `parts` that the data come in, and what fingerprints of the
-        splits `cut` from them have hashed. Raises `UserError` for a file that cannot be read.
+    def of(cls, raw: Mapping[str, Split], splits: Mapping[str, Split]) -> Listing:
+        """Return the samples of the `raw` splits, and the image digests of the `splits` in use.
+
+        Raises `UserError` if a file cannot be read.
         """
         samples: dict[str, tuple[str, int]] = {}
         digests: dict[str, bytes] = {}
-        for part, split in parts.items():
-            names = _sample_names(part, split)
-            sizes = [0] * len(names) if split.paths is None else file_sizes(split.paths).tolist()
+        for split_name, split in raw.items():
+            names = _sample_names(split_name, split)
+            sizes = [0] * len(names) if split.paths is None else _file_sizes(split).tolist()
             classes = [split.class_names[label] for label in split.labels.tolist()]
             samples |= zip(names, zip(classes, sizes, strict=True), strict=True)
-        for part, split in cut.items():
-            names = _sample_names(part, split)
-            digests |= {names[i]: content for i, content in hash_sample(split).items()}
+        for split_name, split in splits.items():
+            names = _sample_names(split_name, split)
+            digests |= {names[i]: digest for i, digest in _hash_sample(split).items()}
         return cls(samples, digests)
 
     def first_difference(self, other: Listing) -> str:
-        """Return what is first different in `other`; empty where nothing is."""
-        for name, (of_class, size) in self.samples.items():
+        """Return the first difference of `other` in words; empty if there is none."""
+        for name, (class_name, size) in self.samples.items():
             if name not in other.samples:
-                return f"{name} (class {of_class}) is missing"
+                return f"{name} (class {class_name}) is missing"
             other_class, other_size = other.samples[name]
-            if other_class != of_class:
-                return f"{name} is of class {other_class}, not {of_class}"
+            if other_class != class_name:
+                return f"{name} is of class {other_class}, not {class_name}"
             if other_size != size:
                 return f"{name} has {other_size:,} bytes, not {size:,}"
-        for name, (of_class, _) in other.samples.items():
+        for name, (class_name, _) in other.samples.items():
             if name not in self.samples:
-                return f"{name} (class {of_class}) was added"
-        for name, content in self.digests.items():
-            if other.digests.get(name) != content:
+                return f"{name} (class {class_name}) was added"
+        for name, digest in self.digests.items():
+            if other.digests.get(name) != digest:
                 return f"{name} has other contents"
         return ""
 
 
-def _sample_names(part: str, split: Split) -> list[str]:
+def _sample_names(split_name: str, split: Split) -> list[str]:
     files = split.files()
     if files is None:
-        return [f"image {i} of {part}" for i in range(len(split.labels))]
+        return [f"image {i} of {split_name}" for i in range(len(split.labels))]
     return unicodedata.normalize("NFC", "\0".join(files)).split("\0")

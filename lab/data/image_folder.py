@@ -1,4 +1,4 @@
-"""A folder of pictures as a data set: CLASS/*, or {train,val,test}/CLASS/*."""
+"""A directory of images as a dataset: CLASS/*, or {train,val,test}/CLASS/*."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import torch
 
+from lab.data.cache import stat_files
 from lab.data.decode import FileImages
 from lab.data.types import RawSplits, Split, normalized
 from lab.errors import UserError
@@ -17,8 +18,7 @@ from lab.errors import UserError
 if TYPE_CHECKING:
     from lab.data import DataConfig
 
-
-SPLIT_FOLDERS = {  # the names that a split's folder may have, in any case
+SPLIT_NAMES = {  # the names that a split's directory may have, case-insensitive
     "train": ("train", "training"),
     "val": ("val", "valid", "validation"),
     "test": ("test", "testing"),
@@ -27,173 +27,177 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 
 def read_folder(config: DataConfig) -> RawSplits:
-    """Return the splits of a folder: the class folders of its `train`, `val` and `test`; or one.
+    """Return the splits in a directory with `train`, `val` and `test`, or one split of its classes.
 
-    Folder names of splits may have any of the usual spellings (SPLIT_FOLDERS), in any case. Class
-    names are the sorted folder names in Unicode's composed form (NFC); names that begin with a dot
-    are ignored. Raises `UserError` for a folder that is missing, unreadable or ambiguous, for no
-    classes, an empty class, and classes of `val` or `test` that are not those of `train`.
+    The directories of splits may have any of the usual names (SPLIT_NAMES). Class names are the
+    sorted directory names in Unicode's composed form (NFC), without names that begin with a dot.
+    Raises `UserError` if a directory is missing, unreadable or ambiguous, if there are no classes
+    or a class is empty, or if `val` or `test` has other classes than `train`.
     """
     root = Path(config.data_dir)
-    folders = _split_folders(root)
-    class_folders = {name: _class_folders(folder) for name, folder in folders.items()}
-    class_names = tuple(class_folders["train"])
+    split_dirs = _split_dirs(root)
+    class_dirs = {name: _class_dirs(directory) for name, directory in split_dirs.items()}
+    class_names = tuple(class_dirs["train"])
     if not class_names:
         raise UserError(
-            f"{folders['train']} holds no class folders",
-            "Put the pictures of each class into a folder of its own",
+            f"{split_dirs['train']} contains no class directories",
+            "Put the images of each class into a directory of its own",
         )
-    others: list[str] = []
-    parts = {}
-    for name, found in class_folders.items():
-        _check_same_classes(folders[name], found, class_names)
-        paths, labels = _list_split(found, others)
-        files = FileImages(tuple(paths), config.image_size)
-        parts[name] = Split(files, torch.tensor(labels), class_names, files.paths, str(root))
+    other_files: list[str] = []
+    splits = {}
+    for name, directories in class_dirs.items():
+        _check_same_classes(split_dirs[name], directories, class_names)
+        paths, labels = _list_split(directories, other_files)
+        images = FileImages(tuple(paths), config.image_size, stat_files(paths))
+        splits[name] = Split(images, torch.tensor(labels), class_names, images.paths, str(root))
     warnings = []
-    beside = [name for name in _list_folder(folders["train"])[1] if _is_image(name)]
-    if beside:
+    outside = [name for name in _list_directory(split_dirs["train"])[1] if _is_image(name)]
+    if outside:
         warnings.append(
-            f"{len(beside)} pictures are left out, as {folders['train'] / beside[0]}: "
-            "in no class folder"
+            f"ignored {len(outside)} images in no class directory, for example "
+            f"{split_dirs['train'] / outside[0]}"
         )
-    if others:
+    if other_files:
         warnings.append(
-            f"{len(others)} of the files in class folders are left out, as {min(others)}: "
-            f"not {', '.join(SUFFIXES)}"
+            f"ignored {len(other_files)} files in class directories, for example "
+            f"{min(other_files)}: not {', '.join(SUFFIXES)}"
         )
-    return RawSplits(**parts, warnings=tuple(warnings))
+    return RawSplits(**splits, warnings=tuple(warnings))
 
 
-def _split_folders(root: Path) -> dict[str, Path]:
-    """Return the folder of each split; the root as "train" alone where it holds the classes.
+def _split_dirs(root: Path) -> dict[str, Path]:
+    """Return the directory of each split; the root as "train" if it contains the classes.
 
-    Raises `UserError` where the names allow more than one reading.
+    Raises `UserError` if the names are ambiguous.
     """
-    names, _ = _list_folder(root)
-    found = {
-        split: [name for name in names if name.lower() in spellings]
-        for split, spellings in SPLIT_FOLDERS.items()
+    names, _ = _list_directory(root)
+    spellings = {
+        split: [name for name in names if name.lower() in split_names]
+        for split, split_names in SPLIT_NAMES.items()
     }
-    for spelled in found.values():
+    for spelled in spellings.values():
         if len(spelled) > 1:
             raise UserError(
-                f"{root} has both {spelled[0]} and {spelled[1]}, two names of one split",
-                "Keep one of them",
+                f"{root} has both {spelled[0]} and {spelled[1]}, two names of the same split",
+                "Remove one of them",
             )
-    present = {split: spelled[0] for split, spelled in found.items() if spelled}
+    present = {split: spelled[0] for split, spelled in spellings.items() if spelled}
     if not present:
         return {"train": root}
     if "train" not in present:
         [name, *_] = present.values()
         raise UserError(
-            f"{root} has a folder {name}, but no folder train",
-            f"Call the folder to train on train; if {name} is a class, move all class folders "
-            "into a folder train",
+            f"{root} has a directory {name}, but no directory train",
+            f"Rename the directory to train on to train; if {name} is a class, move all class "
+            "directories into a directory train",
         )
     rest = [name for name in names if name not in present.values()]
-    # Whatever cannot be read there, such as lost+found, is not part of the data.
-    with_pictures = (n for n in rest if any(pictures(root / n, on_error=lambda _: None)))
-    if (beside := next(with_pictures, None)) is not None:
+    # Directories that cannot be read there, such as lost+found, are not part of the dataset.
+    with_images = (n for n in rest if any(pictures(root / n, on_error=lambda _: None)))
+    if (extra := next(with_images, None)) is not None:
         raise UserError(
-            f"{root} has the folder {present['train']} and, beside it, {beside}, which holds "
-            f"pictures too: {present['train']} may be a split or a class",
-            f"Move {beside} elsewhere; if both are classes, move all class folders into a folder "
-            "train",
+            f"{root} has the directory {present['train']} and next to it {extra}, which contains "
+            f"images, too: {present['train']} may be a split or a class",
+            f"Move {extra} elsewhere; if both are classes, move all class directories into a "
+            "directory train",
         )
     return {split: root / name for split, name in present.items()}
 
 
-def _class_folders(root: Path) -> dict[str, list[Path]]:
-    """Return the folders of each class by its name, sorted.
+def _class_dirs(root: Path) -> dict[str, list[Path]]:
+    """Return the directories of each class by its name, sorted.
 
-    A class has several where its name was written composed (NFC) and decomposed (NFD), as after a
-    copy from another system; they look the same.
+    A class has several directories if its name was written composed (NFC) and decomposed (NFD), as
+    after copying from another system; the names look the same.
     """
-    found: dict[str, list[Path]] = {}
-    for name in _list_folder(root)[0]:
-        found.setdefault(normalized(name), []).append(root / name)
-    return dict(sorted(found.items()))
+    directories: dict[str, list[Path]] = {}
+    for name in _list_directory(root)[0]:
+        directories.setdefault(normalized(name), []).append(root / name)
+    return dict(sorted(directories.items()))
 
 
-def _check_same_classes(root: Path, found: Iterable[str], class_names: Iterable[str]) -> None:
-    for problem, names in (
-        ("has classes that are not trained on", set(found) - set(class_names)),
-        ("lacks classes that are trained on", set(class_names) - set(found)),
+def _check_same_classes(root: Path, names: Iterable[str], class_names: Iterable[str]) -> None:
+    """Raise `UserError` if the classes in `root` are not those of the training split."""
+    for problem, different in (
+        ("has classes that the training split lacks", set(names) - set(class_names)),
+        ("lacks classes of the training split", set(class_names) - set(names)),
     ):
-        if names:
+        if different:
             raise UserError(
-                f"{root} {problem}: {', '.join(sorted(names))}",
-                "Every split needs the same class folders",
+                f"{root} {problem}: {', '.join(sorted(different))}",
+                "Every split needs the same class directories",
             )
 
 
 def _list_split(
-    class_folders: Mapping[str, Sequence[Path]], others: list[str]
+    class_dirs: Mapping[str, Sequence[Path]], other_files: list[str]
 ) -> tuple[list[str], list[int]]:
     """Return the paths of a split's images, sorted within a class, and their labels."""
     paths: list[str] = []
     labels: list[int] = []
-    for label, folders in enumerate(class_folders.values()):
-        found = [path for folder in folders for path in pictures(folder, others)]
-        if not found:
+    for label, directories in enumerate(class_dirs.values()):
+        class_paths = [p for directory in directories for p in pictures(directory, other_files)]
+        if not class_paths:
             raise UserError(
-                f"the class folder {folders[0]} holds no pictures",
-                f"Add some ({', '.join(SUFFIXES)}) or delete the folder",
+                f"the class directory {directories[0]} contains no images",
+                f"Add some ({', '.join(SUFFIXES)}), or delete the directory",
             )
-        paths += sorted(found, key=normalized)
-        labels += [label] * len(found)
+        paths += sorted(class_paths, key=normalized)
+        labels += [label] * len(class_paths)
     return paths, labels
 
 
 def pictures(
     root: Path,
-    others: list[str] | None = None,
+    other_files: list[str] | None = None,
     on_error: Callable[[OSError], None] | None = None,
 ) -> Iterator[str]:
-    """Yield the paths of the images at any depth below a folder; hidden ones are ignored.
+    """Yield the paths of the images at any depth below a directory; hidden ones are ignored.
 
-    Files of other types are added to `others`, except those that file managers leave. A folder
-    that cannot be read raises `UserError`, unless `on_error` takes the error.
+    Files of other types are appended to `other_files`, except those that file managers create.
+    Raises `UserError` if a directory cannot be read, unless `on_error` is given.
     """
     seen = set()
-    for folder, folders, files in os.walk(root, onerror=on_error or _refuse, followlinks=True):
-        if (real := os.path.realpath(folder)) in seen:  # a link back up would list all again
-            folders.clear()
+    walk = os.walk(root, onerror=on_error or _raise_unreadable, followlinks=True)
+    for directory, subdirectories, files in walk:
+        # A symbolic link to a parent directory would list all images again.
+        if (real_path := os.path.realpath(directory)) in seen:
+            subdirectories.clear()
             continue
-        seen.add(real)
-        # Editors keep copies of pictures in hidden folders. In place: os.walk then skips them.
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        seen.add(real_path)
+        # Editors keep copies of images in hidden directories. In place, so that os.walk skips them.
+        subdirectories[:] = [name for name in subdirectories if not name.startswith(".")]
         for name in files:
             if name.startswith("."):
                 continue
             if _is_image(name):
-                yield os.path.join(folder, name)
-            elif others is not None and name.lower() not in ("thumbs.db", "desktop.ini"):
-                others.append(os.path.join(folder, name))
+                yield os.path.join(directory, name)
+            elif other_files is not None and name.lower() not in ("thumbs.db", "desktop.ini"):
+                other_files.append(os.path.join(directory, name))
 
 
-def _list_folder(folder: Path) -> tuple[list[str], list[str]]:
-    """Return the sorted names of the folders and of the other entries; hidden ones are ignored."""
-    folders: list[str] = []
+def _list_directory(directory: Path) -> tuple[list[str], list[str]]:
+    """Return the sorted names of subdirectories and of other entries; hidden ones are ignored."""
+    subdirectories: list[str] = []
     files: list[str] = []
     try:
-        with os.scandir(folder) as entries:
+        with os.scandir(directory) as entries:
             for entry in entries:
                 if not entry.name.startswith("."):
-                    (folders if entry.is_dir() else files).append(entry.name)
+                    (subdirectories if entry.is_dir() else files).append(entry.name)
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
             raise UserError(
-                f"there is no folder {folder}", "Give --data-dir a folder of CLASS/pictures"
+                f"there is no directory {directory}",
+                "Set --data-dir to a directory with the images of each class in a subdirectory",
             ) from error
-        _refuse(error)
-    return sorted(folders), sorted(files)
+        _raise_unreadable(error)
+    return sorted(subdirectories), sorted(files)
 
 
-def _refuse(error: OSError) -> NoReturn:
+def _raise_unreadable(error: OSError) -> NoReturn:
     raise UserError(
-        f"cannot read the folder {error.filename} ({error.strerror})", "Mend its permissions"
+        f"cannot read the directory {error.filename} ({error.strerror})", "Check its permissions"
     ) from error
 
 

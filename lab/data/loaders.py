@@ -1,7 +1,7 @@
-"""Two loaders, one order of samples, one `Batch` (promises P1 and P2).
+"""The resident and the streaming loader, which yield the same batches (promises P1 and P2).
 
-Accelerate's own sharding of a DataLoader pads the last batch with samples seen before, and what a
-batch holds depends on the number of processes; so the project cuts its batches itself.
+Accelerate's sharding of a DataLoader is not used: it pads the last batch with repeated samples, and
+the samples of a batch depend on the number of processes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class ResidentLoader:
-    """Batches cut from a split that lies on the device: no workers, no per-sample Python."""
+    """Loads batches from a split on the device, without workers or per-sample Python."""
 
     def __init__(
         self,
@@ -45,16 +45,16 @@ class ResidentLoader:
         self.images = split.images.to(device)
         self.labels = split.labels.to(device)
         self.mixup = transform.mixup if sampler.seed is not None else None
-        # Of the few kernels that pictures take as they are, a graph is no gain.
-        replays = graphs and sampler.seed is not None and transform.augment
-        self.read = CUDAGraphRunner(self._read) if replays else self._read
+        # Without augmentation there are too few kernels for a graph to be faster.
+        use_graphs = graphs and sampler.seed is not None and transform.augment
+        self.read = CUDAGraphRunner(self._read) if use_graphs else self._read
 
     def _read(self, indices: Tensor, bits: Tensor | None = None) -> Tensor:
-        images = self.images.index_select(0, indices)  # indexing's result, in less time
+        images = self.images.index_select(0, indices)  # faster than indexing
         return self.transform(images, bits)
 
     def batches(self, epoch: int = 0, first: int = 0) -> Iterator[Batch]:
-        """This process's part of each batch of an epoch, from batch `first` on."""
+        """Yield this process's part of each batch of an epoch, starting at batch `first`."""
         order = self.sampler.order(epoch).to(self.device)
         bits = _epoch_bits(self.sampler, self.transform, epoch, self.device)
         for batch_slice in self.sampler.slices(first):
@@ -63,14 +63,14 @@ class ResidentLoader:
             yield _make_batch(self, images, indices, epoch, batch_slice)
 
     def close(self) -> None:
-        """Do nothing: there are no worker processes, as a streaming loader has."""
+        """Do nothing: unlike the streaming loader, this one has no worker processes."""
 
 
 class StreamingLoader:
-    """Batches read and decoded by worker processes, for pictures larger than the memory.
+    """Loads batches that worker processes read and decode, for splits larger than the memory.
 
-    The workers hand over uint8; augmentation and normalisation are the resident loader's, on the
-    device, so that both loaders give the same samples to the last bit.
+    The workers return uint8; images are augmented and normalized on the device as in the resident
+    loader, so that both loaders yield identical batches.
     """
 
     def __init__(
@@ -98,16 +98,16 @@ class StreamingLoader:
         )
 
     def close(self) -> None:
-        """End the worker processes; another epoch would start new ones."""
+        """End the worker processes; the next epoch starts new ones."""
         self.reader.close()
 
     def batches(self, epoch: int = 0, first: int = 0) -> Iterator[Batch]:
-        """This process's part of each batch of an epoch, from batch `first` on."""
+        """Yield this process's part of each batch of an epoch, starting at batch `first`."""
         self.index_sampler.epoch, self.index_sampler.first = epoch, first
         bits = _epoch_bits(self.sampler, self.transform, epoch, self.device)
         order = self.sampler.order(epoch).to(self.device)
         for batch_slice, images in zip(self.sampler.slices(first), self.reader, strict=True):
-            if isinstance(images, UserError):  # no other process reads this picture
+            if isinstance(images, UserError):  # no other process reads this image
                 raise UserError(images.what, images.hint, rank_local=True)
             indices = self.sampler.indices(order, batch_slice, self.mixup is not None)
             images = images.to(self.device, non_blocking=True)
@@ -129,7 +129,7 @@ def _epoch_bits(
 def _make_batch(
     loader: Loader, images: Tensor, indices: Tensor, epoch: int, batch_slice: BatchSlice
 ) -> Batch:
-    """Return the Batch of images [n, C, H, W] and their indices, mixed if the loader mixes."""
+    """Return the batch of images [n, C, H, W] and their indices, mixed by the loader's mixup."""
     labels, sampler = loader.labels[indices], loader.sampler
     sizes = tuple(map(len, batch_slice.parts))
     if loader.mixup is None or sampler.seed is None:
@@ -137,17 +137,20 @@ def _make_batch(
     height, width = images.shape[2:]
     batch_number = batch_slice.start // sampler.batch_size
     mix = loader.mixup.draw(sampler.seed, epoch, batch_number, height, width)
-    # Each part that is not empty begins with an image that only its successor is mixed with.
-    runs = [size + 1 for size in sizes if size] or [0]
-    targets = mix.share * F.one_hot(labels, len(loader.class_names)).float()
-    others = (1 - mix.share) * F.one_hot(labels, len(loader.class_names)).float()
-    pairs = zip(targets.split(runs), others.split(runs), strict=True)
+    # Each part that is not empty starts with an extra image, the partner of the next one.
+    num_images = [size + 1 for size in sizes if size] or [0]
+    one_hot = F.one_hot(labels, len(loader.class_names)).float()
     return Batch(
-        join_tensors([mix(run) for run in images.split(runs)]),
-        join_tensors([run[1:] for run in labels.split(runs)]),
-        join_tensors([run[1:] for run in indices.split(runs)]),
+        join_tensors([mix(part) for part in images.split(num_images)]),
+        join_tensors([part[1:] for part in labels.split(num_images)]),
+        join_tensors([part[1:] for part in indices.split(num_images)]),
         batch_slice.global_batch_size,
-        join_tensors([own[1:] + other[:-1] for own, other in pairs]),
+        join_tensors(
+            [
+                mix.ratio * part[1:] + (1 - mix.ratio) * part[:-1]
+                for part in one_hot.split(num_images)
+            ]
+        ),
         sizes,
     )
 
@@ -164,21 +167,21 @@ class _IndexSampler(torch.utils.data.Sampler):
 
 @dataclass(frozen=True)
 class LoaderOptions:
-    """What a loader needs to know about this process and its machine."""
+    """The settings of a loader that depend on this process and its machine."""
 
     rank: int
     world_size: int
     device: torch.device
     kind: str  # "resident", "streaming", or "auto"
     num_workers: int
-    memory: float  # bytes of images that this process may hold
+    memory: float  # bytes of images that this process may keep
     cuda_graphs: bool = False  # whether to augment by CUDA graphs
 
     @classmethod
     def create(
         cls, accelerator: Any, kind: str, num_workers: int, cuda_graphs: str = "never"
     ) -> LoaderOptions:
-        """Return the options of this process; `num_workers` -1: by the number of cores."""
+        """Return the options of this process; `num_workers` -1 depends on the number of cores."""
         device = accelerator.device
         memory = {"resident": math.inf, "streaming": 0.0}.get(kind)
         return cls(
@@ -193,9 +196,9 @@ class LoaderOptions:
 
 
 def eval_batch_size(device: torch.device, image_size: int) -> int:
-    """Return the number of images in a batch for evaluation, the same in train.py and evaluate.py.
+    """Return the default batch size for evaluation, the same in train.py and evaluate.py.
 
-    On a GPU, which small batches leave idle, as many pixels as 1,000 images of 32 pixels have.
+    Small batches leave a GPU idle: there a batch has as many pixels as 1,000 images of 32 x 32.
     """
     if device.type != "cuda":
         return EVAL_BATCH_SIZE
@@ -237,18 +240,18 @@ def build_loader(
     seed: int | None,
     num_parts: int = 1,
 ) -> Loader:
-    """Return a loader over `split`; with `seed` None in order, for evaluation.
+    """Return a loader over `split`, which is shuffled in training and in order if `seed` is None.
 
-    A training batch is cut into `num_parts` parts for gradient accumulation. The kind "auto" stands
-    for "resident" if the split is in memory and takes at most `options.memory` bytes.
+    Training batches are divided into `num_parts` parts for gradient accumulation. The kind "auto"
+    is "resident" if the split is in memory and takes at most `options.memory` bytes.
 
-    Raises `UserError` for a training batch with fewer samples than processes.
+    Raises `UserError` if a training batch has fewer samples than there are processes.
     """
     rank, world_size, device = options.rank, options.world_size, options.device
     if seed is not None and batch_size < world_size:
         raise UserError(
             f"--batch-size {batch_size} is smaller than the number of processes, {world_size}",
-            "It counts the samples of all processes together: give more",
+            "Increase it: it is the number of samples over all processes",
         )
     sampler = ShardedBatchSampler(len(split.labels), batch_size, seed, rank, world_size, num_parts)
     kind = options.kind

@@ -1,8 +1,6 @@
-"""Augmentation and normalisation of whole batches on their device, random by sample (promise P2).
+"""Random bits, the order of samples, and their distribution over processes (promises P1 and P2).
 
-How sample i is augmented in epoch e is a function of (seed, e, i) alone. So there is no random
-state: one 64-bit hash a sample gives five 12-bit draws, computed with integer arithmetic that is
-the same on every device.
+All of it is a pure function of the seed and the epoch, without a random number generator's state.
 """
 
 from __future__ import annotations
@@ -19,10 +17,11 @@ from torch import Tensor
 def random_bits(
     seed: int, epoch: int, num_samples: int, device: torch.device | str, stream: int = 0
 ) -> Tensor:
-    """Random bits of every sample of an epoch, int64 [N]; independent ones for each `stream`.
+    """Return 64 random bits for each sample of an epoch, int64 [N], independent for each `stream`.
 
-    A counter run through the finaliser of SplitMix64 (Steele, Lea, Flood 2014, "Fast splittable
-    pseudorandom number generators").
+    They depend on (seed, epoch, sample) alone, and integer arithmetic gives the same result on
+    every device: a counter is hashed by the finalizer of SplitMix64 (Steele, Lea, Flood 2014, "Fast
+    splittable pseudorandom number generators").
     """
     golden = 0x9E3779B97F4A7C15
     start = golden + seed * 0xD1342543DE82EF95 + epoch * 0xDABA0B6EB09322E3
@@ -38,47 +37,50 @@ def _signed(x: int) -> int:
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
-    return (x >> bits) & (2 ** (64 - bits) - 1)  # logical: int64's own shift copies the sign
+    return (x >> bits) & (2 ** (64 - bits) - 1)  # a logical shift; that of int64 copies the sign
 
 
 def permutation(num_samples: int, seed: int, epoch: int) -> Tensor:
-    """The order of the samples in an epoch, int64 [N]: a function of (seed, epoch) alone.
+    """Return the order of the samples in an epoch, int64 [N], a function of (seed, epoch) alone.
 
-    Sorted by random bits rather than drawn by torch.randperm, whose algorithm PyTorch may change.
+    Samples are sorted by random bits, because PyTorch may change the algorithm of torch.randperm.
     """
     return random_bits(seed, epoch, num_samples, "cpu", stream=1).argsort(stable=True)
 
 
 def derive_seed(*numbers: int) -> int:
-    """One seed from several numbers, in 32 bits: PyTorch's CPU generator ignores the others."""
+    """Return a seed from several numbers; 32 bits, as PyTorch's CPU generator ignores the rest."""
     return int.from_bytes(hashlib.blake2s(repr(numbers).encode(), digest_size=4).digest(), "big")
 
 
 def shard(num_items: int, rank: int, world_size: int) -> slice:
-    """A process's part of `num_items`: consecutive, sizes differing by at most one, none padded."""
+    """Return a process's contiguous part of `num_items`, without padding.
+
+    The sizes of the parts differ by at most one.
+    """
     return slice(-(-num_items * rank // world_size), -(-num_items * (rank + 1) // world_size))
 
 
 @dataclass(frozen=True)
 class BatchSlice:
-    """One process's part of a global batch, as positions in an epoch's order."""
+    """One process's part of a global batch, as positions in the order of an epoch."""
 
     start: int  # of the global batch
-    global_batch_size: int  # samples of the global batch
-    parts: tuple[range, ...]  # of this process, one for each gradient accumulation part
+    global_batch_size: int  # number of samples of the batch over all processes
+    parts: tuple[range, ...]  # this process's samples of each part for gradient accumulation
 
 
 @dataclass(frozen=True)
 class ShardedBatchSampler:
-    """Which samples are in which batch, and which of them are this process's.
+    """Divides a split into batches, and the batches among the processes.
 
-    In training each batch is cut into parts for gradient accumulation, and each part among the
-    processes: part i, of all processes together, is the same samples on any number of them. So
-    BatchNorm statistics that are synchronised are the same, too, and every process has the same
-    number of parts, and takes part in the same collectives.
+    In training each batch is divided into parts for gradient accumulation, and each part among the
+    processes. Part i consists of the same samples on any number of processes, so that synchronized
+    BatchNorm statistics are the same. Every process has the same number of parts, and takes part in
+    the same collectives.
 
-    In evaluation (`seed` None) whole batches are dealt out, so that a sample shares its batch with
-    the same others, and gives the same bits, on any number of processes.
+    In evaluation (`seed` None) whole batches are distributed, so that a sample is in the same
+    batch, and gives identical results, on any number of processes.
     """
 
     num_samples: int
@@ -86,21 +88,21 @@ class ShardedBatchSampler:
     seed: int | None
     rank: int
     world_size: int
-    num_parts: int = 1  # for gradient accumulation; fewer for a batch with fewer samples
+    num_parts: int = 1  # for gradient accumulation; at most the number of samples of a batch
 
     @property
     def num_batches(self) -> int:
-        """Batches of an epoch; in evaluation, of all processes together."""
+        """Return the number of batches of an epoch, in evaluation over all processes."""
         return math.ceil(self.num_samples / self.batch_size)
 
     def order(self, epoch: int) -> Tensor:
-        """Positions in the split in the order of this epoch, int64 [N]."""
+        """Return the indices of the split in the order of an epoch, int64 [N]."""
         if self.seed is None:
             return torch.arange(self.num_samples)
         return permutation(self.num_samples, self.seed, epoch)
 
     def slices(self, first: int = 0) -> Iterator[BatchSlice]:
-        """This process's part of each batch, from batch `first` on."""
+        """Yield this process's part of each batch, starting at batch `first`."""
         batches = range(first, self.num_batches)
         if self.seed is None:
             batches = range(self.num_batches)[shard(self.num_batches, self.rank, self.world_size)]
@@ -110,12 +112,12 @@ class ShardedBatchSampler:
             parts: tuple[range, ...] = (samples,)
             if self.seed is not None:
                 num_parts = min(self.num_parts, len(samples))
-                wholes = [samples[shard(len(samples), i, num_parts)] for i in range(num_parts)]
-                parts = tuple(w[shard(len(w), self.rank, self.world_size)] for w in wholes)
+                whole_parts = [samples[shard(len(samples), i, num_parts)] for i in range(num_parts)]
+                parts = tuple(p[shard(len(p), self.rank, self.world_size)] for p in whole_parts)
             yield BatchSlice(start, len(samples), parts)
 
     def max_local_batch(self, mixes: bool) -> int:
-        """Return how many images this process reads for a batch at most."""
+        """Return the largest number of images that this process reads for a batch."""
         num_images = min(self.batch_size, self.num_samples)
         if self.seed is None:
             return num_images
@@ -123,11 +125,11 @@ class ShardedBatchSampler:
         return num_parts * (-(-num_images // (num_parts * self.world_size)) + mixes)
 
     def indices(self, order: Tensor, batch_slice: BatchSlice, mixes: bool) -> Tensor:
-        """Positions in the split of a cut's samples, int64 [n].
+        """Return the indices of a batch slice's samples, int64 [n].
 
-        Where they are to be mixed, one more for each part that is not empty: before its first comes
-        the sample that the first is mixed with, which precedes it in the global batch. That of the
-        batch's first is the batch's last.
+        If they will be mixed, each part that is not empty starts with an extra sample, the partner
+        of its first: the preceding sample of the global batch or, for the first sample of the
+        batch, the last one.
         """
         pieces = []
         for part in filter(None, batch_slice.parts):
@@ -143,5 +145,5 @@ class ShardedBatchSampler:
 
 
 def join_tensors(pieces: list[Tensor]) -> Tensor:
-    """Return the tensors joined; one alone is not copied."""
+    """Return the concatenation of tensors; a single tensor is not copied."""
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)

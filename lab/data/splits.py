@@ -1,57 +1,49 @@
-"""Data sets as splits of uint8 images in memory: MNIST, Fashion-MNIST, CIFAR, digits, shapes.
-
-Downloads are torchvision's; one process a host does them, the others wait at a lock.
-"""
+"""Splits: stratified sampling and splitting, resizing, and the mean and std of their pixels."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lab.data.types import Images, Split
+from lab.data.types import Images, LazyImages, Split
 
-if TYPE_CHECKING:
-    pass
-
-
-SAMPLE_SIZE = 10_000  # images; more would move mean and std by less than 0.001
+SAMPLE_SIZE = 10_000  # images; more would change mean and std by less than 0.001
 
 
 def stratified_sample(labels: Tensor, count: int, seed: int) -> Tensor:
     """Return the sorted positions, int64 [count], of a random sample that keeps class proportions.
 
-    Every class gets the whole part of its share; the places left go to the largest remainders.
+    Each class gets its share rounded down; the remaining samples go to the largest remainders.
     """
     sizes = torch.bincount(labels)
     return _sample(labels, sizes, _shares(sizes, count), seed)
 
 
 def stratified_split(split: Split, fraction: float, seed: int) -> tuple[Split, Split]:
-    """Return (rest, cut): `fraction` of the samples of each class cut off, both in order.
+    """Return a split in two, (rest, part): `part` gets `fraction` of the samples of each class.
 
-    Each side gets at least one sample of every class that has two or more. The only sample of a
-    class stays in the rest.
+    Both keep the order, and have at least one sample of every class with two or more samples. The
+    only sample of a class stays in the rest.
     """
     sizes = torch.bincount(split.labels)
     counts = _shares(sizes, max(1, round(len(split.labels) * fraction)))
     counts = torch.minimum(counts.clamp(min=1), sizes - 1).clamp(min=0)
-    cut = _sample(split.labels, sizes, counts, seed)
+    part = _sample(split.labels, sizes, counts, seed)
     rest = torch.ones(len(split.labels), dtype=torch.bool)
-    rest[cut] = False
-    return split.select(rest.nonzero().flatten()), split.select(cut)
+    rest[part] = False
+    return split.select(rest.nonzero().flatten()), split.select(part)
 
 
 def _shares(sizes: Tensor, count: int) -> Tensor:
     """Return how many of `count` samples each class gets, int64 [K], by the largest remainder."""
     total = int(sizes.sum())
     shares, remainder = sizes * count // total, sizes * count % total
-    left = count - int(shares.sum())
-    shares[remainder.argsort(descending=True, stable=True)[:left]] += 1
+    num_left = count - int(shares.sum())
+    shares[remainder.argsort(descending=True, stable=True)[:num_left]] += 1
     return shares
 
 
@@ -67,12 +59,12 @@ def _sample(labels: Tensor, sizes: Tensor, counts: Tensor, seed: int) -> Tensor:
 
 
 def random_choice(num_items: int, count: int, random: np.random.RandomState) -> Tensor:
-    """Return the first `count` of the numbers below `num_items`, shuffled, int64 [count].
+    """Return the first `count` elements of a random permutation of `num_items`, int64 [count].
 
-    This is the Fisher-Yates shuffle on 32-bit outputs of the Mersenne Twister: the numbers that
-    torch.randperm gives for the same seed in PyTorch 2.14, by which all published splits were
-    drawn. PyTorch may change its algorithm; NumPy guarantees that RandomState's stream never
-    changes (NEP 19), so no upgrade can move a sample from one split to another.
+    This is a Fisher-Yates shuffle with 32-bit outputs of the Mersenne Twister. It gives the result
+    of torch.randperm in PyTorch 2.14 for the same seed, with which the published splits were drawn.
+    PyTorch may change its algorithm; NumPy guarantees that the stream of RandomState never changes
+    (NEP 19), so that no upgrade can move a sample to another split.
     """
     outputs = random.randint(2**32, size=max(0, num_items - 1), dtype=np.uint32)
     offsets = outputs % np.arange(num_items, 1, -1)
@@ -83,24 +75,24 @@ def random_choice(num_items: int, count: int, random: np.random.RandomState) -> 
 
 
 def subsample(split: Split, count: int, seed: int) -> Split:
-    """At most `count` samples, stratified and seeded; all of them where `count` is 0."""
+    """Return a stratified random sample of at most `count` samples; all if `count` is 0."""
     if count == 0 or count >= len(split.labels):
         return split
     return split.select(stratified_sample(split.labels, count, seed))
 
 
 def in_memory(split: Split, num_workers: int, use_cache: bool | None = None) -> Split:
-    """Return the split with its images in a tensor; `use_cache` as in `ImageFiles.decode_all`."""
+    """Return the split with its images in a tensor; `use_cache` as in `FileImages.decode_all`."""
     if isinstance(split.images, Tensor):
         return split
     return replace(split, images=split.images.decode_all(num_workers, use_cache))
 
 
 @dataclass(frozen=True)
-class ResizedImages:
-    """Images in memory that are resized when indexed, as the resized ones may not fit there.
+class ResizedImages(LazyImages):
+    """Images in memory that are resized when indexed, because all resized images may not fit.
 
-    Bilinear, antialiased, rounded to uint8.
+    Resizing is bilinear and antialiased, and rounds to uint8.
     """
 
     images: Tensor  # uint8 [N, C, H, W]
@@ -120,14 +112,14 @@ class ResizedImages:
         return ResizedImages(self.images[index], self.size)
 
     def join(self, others: Sequence[ResizedImages]) -> ResizedImages:
-        """Return the images of several sets as one, in the order given."""
-        return replace(self, images=torch.cat([one.images for one in (self, *others)]))
+        """Return the concatenation of several sets of images."""
+        return replace(self, images=torch.cat([lazy.images for lazy in (self, *others)]))
 
     def decode_all(self, num_workers: int, use_cache: bool | None = None) -> Tensor:
         """Return all images resized, uint8 [N, C, size, size]."""
         images = torch.empty(tuple(self.shape), dtype=torch.uint8)
-        for part, whole in zip(images.split(4096), self.images.split(4096), strict=True):
-            part.copy_(self._resize(whole))
+        for resized, original in zip(images.split(4096), self.images.split(4096), strict=True):
+            resized.copy_(self._resize(original))
         return images
 
     def _resize(self, images: Tensor) -> Tensor:
@@ -139,7 +131,7 @@ class ResizedImages:
 
 
 def resize(split: Split, size: int) -> Split:
-    """Return the split with images of `size` x `size` pixels; `in_memory` resizes all of them."""
+    """Return the split with images that are resized to `size` x `size` pixels when indexed."""
     if split.images.shape[-2:] == (size, size):
         return split
     assert isinstance(split.images, Tensor)  # files are decoded to their size
@@ -147,11 +139,11 @@ def resize(split: Split, size: int) -> Split:
 
 
 def sample_positions(num_images: int) -> Tensor:
-    """Return the positions of the images whose mean and std are computed, int64 [n], sorted.
+    """Return the positions of the images that mean and std are computed from, int64 [n], sorted.
 
-    These are all, or `SAMPLE_SIZE` evenly spaced ones.
+    These are all images, or `SAMPLE_SIZE` evenly spaced ones.
     """
-    # float32 decided on the numbers of all smaller datasets; it cannot hold larger positions.
+    # float32 keeps the positions of published results, but cannot represent larger numbers.
     dtype = torch.float32 if num_images <= 2**24 else torch.float64
     return torch.linspace(0, num_images - 1, min(num_images, SAMPLE_SIZE), dtype=dtype).long()
 
@@ -165,9 +157,9 @@ def histogram(images: Tensor) -> Tensor:
 def channel_statistics(
     images: Images, counts: Tensor | None = None
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return (mean, std) of each channel in units of the full range.
+    """Return (mean, std) of each channel, for pixels from 0 to 1.
 
-    `counts`: the histogram [C, 256] of the images at `sample_positions`, where it is known.
+    `counts` is the histogram [C, 256] of the images at `sample_positions`, if it is known.
     """
     if counts is None:
         counts = torch.zeros(images.shape[1], 256, dtype=torch.int64)

@@ -1,6 +1,6 @@
-"""Data sets as splits of uint8 images in memory: MNIST, Fashion-MNIST, CIFAR, digits, shapes.
+"""MNIST, Fashion-MNIST, CIFAR-10 and CIFAR-100 as splits of uint8 images in memory.
 
-Downloads are torchvision's; one process a host does them, the others wait at a lock.
+torchvision downloads them, in one process of a host, while the other processes wait for a lock.
 """
 
 from __future__ import annotations
@@ -29,33 +29,33 @@ if TYPE_CHECKING:
 
 
 def read_mnist(config: DataConfig, download: bool = True) -> RawSplits:
-    """MNIST (LeCun, Cortes, Burges 1998): 60,000 + 10,000 grey digits, 28 x 28."""
+    """Return MNIST (LeCun, Cortes, Burges 1998): 60,000 + 10,000 grayscale digits, 28 x 28."""
     return _read_idx("MNIST", config.data_dir, download, tuple("0123456789"))
 
 
 def read_fashion_mnist(config: DataConfig, download: bool = True) -> RawSplits:
-    """Fashion-MNIST (Xiao, Rasul, Vollgraf 2017): 60,000 + 10,000 grey clothes, 28 x 28."""
+    """Return Fashion-MNIST (Xiao, Rasul, Vollgraf 2017): 60,000 + 10,000 grayscale clothes."""
     from torchvision.datasets import FashionMNIST
 
     return _read_idx("FashionMNIST", config.data_dir, download, tuple(FashionMNIST.classes))
 
 
 def read_cifar10(config: DataConfig, download: bool = True) -> RawSplits:
-    """CIFAR-10 (Krizhevsky 2009): 50,000 + 10,000 colour photographs, 32 x 32."""
+    """Return CIFAR-10 (Krizhevsky 2009): 50,000 + 10,000 color images, 32 x 32."""
     return _read_cifar("CIFAR10", config.data_dir, download)
 
 
 def read_cifar100(config: DataConfig, download: bool = True) -> RawSplits:
-    """CIFAR-100 (Krizhevsky 2009): as CIFAR-10, in 100 classes."""
+    """Return CIFAR-100 (Krizhevsky 2009): like CIFAR-10, with 100 classes."""
     return _read_cifar("CIFAR100", config.data_dir, download)
 
 
 def _read_idx(name: str, data_dir: str, download: bool, class_names: tuple[str, ...]) -> RawSplits:
-    """The two splits of a data set in MNIST's IDX format, from DATA_DIR/NAME/raw."""
+    """Return the splits of a dataset in MNIST's IDX format, from DATA_DIR/NAME/raw."""
     raw = Path(data_dir) / name / "raw"
 
     def find(file: str) -> Path:
-        """The file, or its gzipped form where there is only that."""
+        """Return the path of the file, or of its gzipped form if there is only that."""
         return raw / file if (raw / file).is_file() else raw / f"{file}.gz"
 
     kinds = ("images-idx3", "labels-idx1")
@@ -71,15 +71,15 @@ def _read_idx(name: str, data_dir: str, download: bool, class_names: tuple[str, 
     for images, labels in (arrays[:2], arrays[2:]):
         if len(images) != len(labels) or int(labels.max()) >= len(class_names):
             raise UserError(
-                f"images and labels of {name} in {raw} do not belong together",
-                "Delete that folder, so that it is downloaded anew",
+                f"images and labels of {name} in {raw} do not match",
+                "Delete the directory to download it again",
             )
         splits.append(Split(images.unsqueeze(1), labels.long(), class_names))
     return RawSplits(splits[0], test=splits[1])
 
 
 def _read_idx_file(path: Path, num_dims: int) -> Tensor:
-    """The uint8 array in an IDX file (http://yann.lecun.com/exdb/mnist, "file formats")."""
+    """Return the uint8 array in an IDX file (http://yann.lecun.com/exdb/mnist, "file formats")."""
     try:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         if content[:4] != bytes([0, 0, 8, num_dims]):  # 8: unsigned bytes
@@ -91,13 +91,11 @@ def _read_idx_file(path: Path, num_dims: int) -> Tensor:
     except (OSError, EOFError, ValueError, RuntimeError, zlib.error) as error:
         if isinstance(error, PermissionError):
             raise _unreadable(error) from error
-        raise UserError(
-            f"{path} is damaged ({error})", "Delete it, so that it is downloaded anew"
-        ) from error
+        raise UserError(f"{path} is damaged ({error})", "Delete it to download it again") from error
 
 
 def _read_cifar(name: str, data_dir: str, download: bool) -> RawSplits:
-    """The two splits of CIFAR through torchvision, which checks each file's MD5 before it reads."""
+    """Return the splits of CIFAR, read by torchvision, which first checks each file's MD5."""
     from torchvision import datasets
 
     def read(train: bool) -> Any:
@@ -105,7 +103,7 @@ def _read_cifar(name: str, data_dir: str, download: bool) -> RawSplits:
             return getattr(datasets, name)(data_dir, train=train)
         except PermissionError as error:
             raise _unreadable(error) from error
-        except (RuntimeError, OSError):  # missing, or not what its MD5 promises
+        except (RuntimeError, OSError):  # missing, or its MD5 is wrong
             return None
 
     def missing() -> bool:
@@ -117,9 +115,7 @@ def _read_cifar(name: str, data_dir: str, download: bool) -> RawSplits:
     for train in (True, False):
         data = read(train)
         if data is None:
-            raise UserError(
-                f"{name} in {data_dir} is damaged", "Delete it, so that it is downloaded anew"
-            )
+            raise UserError(f"{name} in {data_dir} is damaged", "Delete it to download it again")
         images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
         splits.append(Split(images, torch.tensor(data.targets), tuple(data.classes)))
     return RawSplits(splits[0], test=splits[1])
@@ -130,26 +126,26 @@ def _unreadable(error: OSError) -> UserError:
 
 
 def _download(name: str, data_dir: str, allowed: bool, missing: Callable[[], bool]) -> None:
-    """Let torchvision download a dataset once per host. Raises `UserError` unless it is allowed."""
+    """Let torchvision download a dataset once per host. Raises `UserError` if it is not allowed."""
     if not allowed:
         raise UserError(
-            f"{name} is not in {data_dir}, the folder that the weights name",
-            "Give --data-dir the folder that holds it, or one to download it to",
+            f"{name} is not in {data_dir}, the directory in the metadata of the weights",
+            "Set --data-dir to the directory that contains it, or to one to download it to",
         )
     from torchvision import datasets
 
     timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(30)  # seconds; torchvision sets none, and would wait for ever
+    socket.setdefaulttimeout(30)  # seconds; torchvision sets no timeout
     try:
         with download_lock(name, Path(data_dir)):
             if missing():
                 getattr(datasets, name)(data_dir, download=True)
     except (OSError, RuntimeError, http.client.HTTPException) as error:
-        # Of MNIST's several lines, one a mirror, the last says why.
+        # MNIST's message has one line for each mirror; the last one gives the reason.
         reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
         raise UserError(
             f"{name} is not in {data_dir} and could not be downloaded ({reason})",
-            "Check the network or give --data-dir; `--dataset digits` needs no download",
+            "Check the network or set --data-dir; `--dataset digits` needs no download",
         ) from error
     finally:
         socket.setdefaulttimeout(timeout)
@@ -157,21 +153,22 @@ def _download(name: str, data_dir: str, allowed: bool, missing: Callable[[], boo
 
 @contextmanager
 def download_lock(name: str, root: Path) -> Iterator[None]:
-    """Makes the folder and locks it; what was made is gone again where the download fails.
+    """Create the directory and lock it; if the download fails, delete what was created.
 
-    The lock in the folder is for other hosts and users. Whoever deletes such a file and its folder
-    leaves those who wait for it without: so this host's processes come one by one through another
-    lock, which stays where it is, in the user's cache folder.
+    The lock in the directory is for other hosts and users. If a process deletes that lock and its
+    directory, the processes that wait for the lock have none: those of this host therefore first
+    acquire another lock, in the user's cache directory, which is never deleted.
     """
     digest = hashlib.blake2b(os.fsencode(root.resolve() / name), digest_size=16).hexdigest()
-    turns = cache_dir().with_name("downloads") / f"{digest}.lock"
-    with ExitStack() as held:
-        with suppress(OSError):  # not to be written: the folder's own lock has to do
-            turns.parent.mkdir(parents=True, exist_ok=True)
-            held.enter_context(FileLock(turns))
+    host_lock = cache_dir().with_name("downloads") / f"{digest}.lock"
+    with ExitStack() as stack:
+        with suppress(OSError):  # not writable: only the lock in the directory is used
+            host_lock.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(FileLock(host_lock))
         lock = root / f".{name}.lock"
-        folders = (root / name / "raw", root / name, root, *root.parents)  # torchvision's first
-        made = [path for path in folders if not path.exists()]
+        # The first two are torchvision's.
+        directories = (root / name / "raw", root / name, root, *root.parents)
+        created = [path for path in directories if not path.exists()]
         locked_before = lock.exists()
         try:
             root.mkdir(parents=True, exist_ok=True)
@@ -181,7 +178,7 @@ def download_lock(name: str, root: Path) -> Iterator[None]:
             with suppress(OSError):
                 if not locked_before:
                     lock.unlink(missing_ok=True)
-                for path in made:
+                for path in created:
                     if path.exists():
-                        path.rmdir()  # fails, and so do the others, where it is not empty
+                        path.rmdir()  # raises, and ends the loop, if it is not empty
             raise

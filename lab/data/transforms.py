@@ -1,10 +1,15 @@
-"""Mixing the pictures of a batch in pairs, mixup and cutmix (promise P2).
+"""Transforms of whole batches on their device: augmentation, mixup, cutmix and normalization.
 
-A sample is mixed with the one before it in the global batch, the first with the last: batches are
-drawn anew in each epoch, so that this is a partner drawn at random, and a process, whose part is a
-stretch of the batch, needs one picture more than its own. What is drawn for the batch as a whole is
-a function of (seed, epoch, batch), drawn on each process alike.
+The augmentation of a sample depends on (seed, epoch, sample) alone (promise P2): 64 random bits per
+sample give five draws of 12 bits each, in integer arithmetic, with the same result on every device.
+
+Mixup and cutmix mix a sample with the preceding one of the global batch, and the first with the
+last. Batches are shuffled in every epoch, so that this is a random partner, and a process needs
+only one image more than its own contiguous part. The parameters of a mix depend on (seed, epoch,
+batch) alone.
 """
+
+from __future__ import annotations
 
 import math
 import random
@@ -21,30 +26,29 @@ DRAW_BITS = 12
 
 
 def draw(bits: Tensor, k: int, high: int) -> Tensor:
-    """The k-th of five independent draws of each sample, uniform in 0 ... high - 1, int64 [n]."""
+    """Return the k-th of five independent draws per sample, uniform in [0, high), int64 [n]."""
     return ((bits >> (DRAW_BITS * k)) % 2**DRAW_BITS * high) >> DRAW_BITS
 
 
 def crop(images: Tensor, bits: Tensor) -> Tensor:
-    """Each image [n, C, H, W] shifted by up to an eighth of its side; what comes in is black."""
+    """Return images [n, C, H, W] shifted by up to an eighth of their side, with black padding."""
     n, _, height, width = images.shape
     padding = max(1, CROP_PADDING * height // 32)
     padded = F.pad(images, (padding,) * 4)
-    windows = padded.unfold(2, height, 1).unfold(
-        3, width, 1
-    )  # [n, C, 2p + 1, 2p + 1, H, W], a view
+    # A view, [n, C, 2 * padding + 1, 2 * padding + 1, H, W].
+    windows = padded.unfold(2, height, 1).unfold(3, width, 1)
     top, left = draw(bits, 0, 2 * padding + 1), draw(bits, 1, 2 * padding + 1)
     return windows[torch.arange(n, device=images.device), :, top, left]
 
 
 def flip(images: Tensor, bits: Tensor) -> Tensor:
-    """Half of the images [n, C, H, W] mirrored left to right."""
-    mirrored = draw(bits, 2, 2).bool()
-    return torch.where(mirrored[:, None, None, None], images.flip(3), images)
+    """Return images [n, C, H, W], each flipped horizontally with probability 1/2."""
+    is_flipped = draw(bits, 2, 2).bool()
+    return torch.where(is_flipped[:, None, None, None], images.flip(3), images)
 
 
 def cutout(images: Tensor, bits: Tensor) -> Tensor:
-    """Each image [n, C, H, W] with a black square, centred anywhere (DeVries, Taylor 2017)."""
+    """Return images [n, C, H, W] with a black square at a random place (DeVries, Taylor 2017)."""
     height, width = images.shape[2:]
     side = max(1, int(height * CUTOUT_FRACTION))
     top = draw(bits, 3, height + 1)[:, None] - side // 2
@@ -60,9 +64,9 @@ AUGMENTATIONS = {"crop": crop, "flip": flip, "cutout": cutout}
 
 
 class BatchTransform:
-    """From stored pixels to what a network takes: augmented, scaled, normalised.
+    """Augments and normalizes uint8 images.
 
-    What `augment` names of MIXES is left to the loaders, which know a batch's pairs: `mixup`.
+    Mixing, `mixup`, is left to the loaders, which know the order of samples in the global batch.
     """
 
     def __init__(
@@ -80,7 +84,7 @@ class BatchTransform:
         self.shift = (-torch.tensor(mean) / torch.tensor(std)).view(-1, 1, 1).to(device)
 
     def __call__(self, images: Tensor, bits: Tensor | None = None) -> Tensor:
-        """float32 [n, C, H, W] of uint8 [n, C, H, W]; augmented where given the samples' `bits`."""
+        """Return uint8 images [n, C, H, W] as float32, augmented if `bits` [n] are given."""
         if bits is not None:
             for name in self.augment:
                 images = AUGMENTATIONS[name](images, bits)
@@ -93,17 +97,17 @@ BATCH_MIXES = ("mixup", "cutmix")
 
 @dataclass(frozen=True)
 class BatchMix:
-    """How the pictures of one batch are mixed."""
+    """The parameters by which the images of a batch are mixed."""
 
-    share: float  # of its own in a picture, and of its own label in the loss; the rest: its partner
-    # What is the partner's, (top, bottom, left, right) in pixels; None: all, laid over.
+    ratio: float  # of the image and of its label; its partner has 1 - ratio
+    # The partner's pixels in cutmix, (top, bottom, left, right); None: mixup.
     box: tuple[int, int, int, int] | None = None
 
     def __call__(self, images: Tensor) -> Tensor:
-        """[n, C, H, W] of [n + 1, C, H, W], each mixed with the one before it; none of none."""
+        """Return images [n, C, H, W], each mixed with its predecessor in [n + 1, C, H, W]."""
         own, partners = images[1:], images[:-1]
         if self.box is None:
-            return own.mul(self.share).add_(partners.mul(1 - self.share))
+            return own.mul(self.ratio).add_(partners.mul(1 - self.ratio))
         top, bottom, left, right = self.box
         mixed = own.clone()
         mixed[..., top:bottom, left:right] = partners[..., top:bottom, left:right]
@@ -112,31 +116,31 @@ class BatchMix:
 
 @dataclass(frozen=True)
 class Mixup:
-    """Draws a Mix for each batch; with several `names`, one of them at random."""
+    """Draws the `BatchMix` of each batch; with several `names`, one of them at random."""
 
     names: Sequence[str]
-    alpha: float  # shares are of Beta(alpha, alpha)
+    alpha: float  # ratios are drawn from Beta(alpha, alpha)
 
     def draw(self, seed: int, epoch: int, batch: int, height: int, width: int) -> BatchMix:
-        """The mix of a batch of pictures of this size.
+        """Return the mix of a batch of images of this height and width.
 
         mixup: Zhang et al. 2018, "mixup: Beyond empirical risk minimization". cutmix: Yun et al.
-        2019, "CutMix", whose box is centred anywhere and cut at the border; the share is that of
-        what is left.
+        2019, "CutMix": the center of the box is uniform, and the box is clipped at the border,
+        after which the ratio is computed.
         """
         generator = random.Random(f"{seed} {epoch} {batch}")
         name = generator.choice(self.names)
-        share = generator.betavariate(self.alpha, self.alpha)
+        ratio = generator.betavariate(self.alpha, self.alpha)
         if name == "mixup":
-            return BatchMix(share)
-        side = math.sqrt(1 - share)
+            return BatchMix(ratio)
+        side = math.sqrt(1 - ratio)  # as a fraction of the image's
         top, bottom = _span(generator.randrange(height), side, height)
         left, right = _span(generator.randrange(width), side, width)
         area = (bottom - top) * (right - left)
         return BatchMix(1 - area / (height * width), (top, bottom, left, right))
 
 
-def _span(centre: int, share: float, length: int) -> tuple[int, int]:
-    """What of 0 ... `length` is within half of that share of it from `centre`."""
-    half = int(share * length / 2)
-    return max(0, centre - half), min(length, centre + half)
+def _span(center: int, fraction: float, length: int) -> tuple[int, int]:
+    """Return (start, stop) of `fraction` of `length` around `center`, clipped to [0, length]."""
+    half = int(fraction * length / 2)
+    return max(0, center - half), min(length, center + half)

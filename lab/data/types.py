@@ -1,7 +1,4 @@
-"""Data sets as splits of uint8 images in memory: MNIST, Fashion-MNIST, CIFAR, digits, shapes.
-
-Downloads are torchvision's; one process a host does them, the others wait at a lock.
-"""
+"""The types that the data package passes on: `Split`, `RawSplits`, `LazyImages` and `Batch`."""
 
 from __future__ import annotations
 
@@ -9,17 +6,14 @@ import os
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    pass
-
 
 class LazyImages(Protocol):
-    """Images that behave as a uint8 tensor [N, C, H, W], but are decoded when indexed."""
+    """Images that are decoded or resized when indexed, like a uint8 tensor [N, C, H, W]."""
 
     @property
     def shape(self) -> Sequence[int]: ...
@@ -35,16 +29,16 @@ Images = Tensor | LazyImages
 
 @dataclass(frozen=True)
 class Split:
-    """Labelled images in a fixed order."""
+    """Labeled images in a fixed order."""
 
     images: Images  # uint8 [N, C, H, W], in memory or in files
     labels: Tensor  # int64 [N]
     class_names: tuple[str, ...]
-    paths: tuple[str, ...] | None = None  # of the samples' files, decoded or not; None without
-    root: str = ""  # the data folder that they lie in
+    paths: tuple[str, ...] | None = None  # of the images' files, even if the images are in memory
+    root: str = ""  # the data directory that contains these files
 
     def files(self) -> list[str] | None:
-        """Return the paths below the data folder, POSIX; None where samples come from no files."""
+        """Return the POSIX paths relative to the data directory; None if there are no files."""
         if self.paths is None:
             return None
         prefix = os.path.join(self.root, "")
@@ -52,40 +46,40 @@ class Split:
         return files if os.sep == "/" else [file.replace(os.sep, "/") for file in files]
 
     def missing_classes(self) -> list[str]:
-        """Return the names of the classes that no sample is of."""
+        """Return the names of the classes without samples."""
         counts = self.labels.bincount(minlength=len(self.class_names)).tolist()
         return [name for name, count in zip(self.class_names, counts, strict=True) if not count]
 
     def select(self, index: Tensor) -> Split:
-        """The samples at `index`, int64 [M], in that order."""
+        """Return the samples at `index`, int64 [M], in that order."""
         images = self.images
-        taken = images[index] if isinstance(images, Tensor) else images.select(index)
+        images = images[index] if isinstance(images, Tensor) else images.select(index)
         paths = self.paths and tuple(self.paths[i] for i in index.tolist())
-        return replace(self, images=taken, labels=self.labels[index], paths=paths)
+        return replace(self, images=images, labels=self.labels[index], paths=paths)
 
 
 @dataclass(frozen=True)
 class RawSplits:
-    """What a data set ships; a part that it lacks is None and is cut from `train`."""
+    """The splits that a dataset comes with; a missing one is None and is split off from `train`."""
 
     train: Split
     val: Split | None = None
     test: Split | None = None
-    warnings: tuple[str, ...] = ()  # what of the data was left out
+    warnings: tuple[str, ...] = ()  # about files that are ignored
 
     def named(self) -> dict[str, Split]:
-        """Return the parts that there are, by name."""
-        parts = {"train": self.train, "val": self.val, "test": self.test}
-        return {name: split for name, split in parts.items() if split is not None}
+        """Return the splits that are not None, by name."""
+        splits = {"train": self.train, "val": self.val, "test": self.test}
+        return {name: split for name, split in splits.items() if split is not None}
 
 
 def normalized(name: str) -> str:
-    """Return a name in Unicode's composed form (NFC): systems store the same name differently."""
+    """Return a file name in Unicode's composed form (NFC): file systems store different forms."""
     return name if name.isascii() else unicodedata.normalize("NFC", name)
 
 
 def join(splits: Sequence[Split]) -> Split:
-    """Return the samples of several splits as one, in the order given."""
+    """Return the concatenation of several splits."""
     first, *others = splits
     if not others:
         return first
@@ -106,6 +100,6 @@ class Batch:
     labels: Tensor  # int64 [n]
     indices: Tensor  # int64 [n], positions in the split
     global_batch_size: int  # samples of the batch over all processes
-    targets: Tensor | None = None  # float32 [n, K], soft targets of images that were mixed
-    # Samples of each gradient accumulation part, in order; some may be 0. Empty: not cut yet.
+    targets: Tensor | None = None  # float32 [n, K], soft targets of mixed images
+    # Number of samples of each part for gradient accumulation, which may be 0. Empty: not divided.
     part_sizes: tuple[int, ...] = ()

@@ -1,9 +1,9 @@
 """Worker processes that read batches: started, watched, and shut down explicitly.
 
-PyTorch's DataLoader does the reading. What it leaves open is handled here: a batch that does not
-fit into shared memory gets lost in a worker, and the main process waits for it for ever; a worker
-that is killed raises from a signal handler, in the middle of a training step; and workers end when
-the garbage collector comes to it.
+They belong to PyTorch's DataLoader. This module handles what DataLoader does not: a batch that does
+not fit into shared memory is lost in a worker, and the main process waits for it forever; a killed
+worker raises an exception from a signal handler, in the middle of a training step; and workers live
+until the iterator is garbage-collected.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from lab import console
 from lab.errors import UserError
 
-SHARED_MEMORY = "/dev/shm"  # on Linux, where workers put batches
-POLL_SECONDS = 1  # how often it is checked that all workers are alive
-TIMEOUT_SECONDS = 300  # for one batch
-DEATH_SECONDS = 10  # between the broken pipe of a worker that is killed and its end
+SHARED_MEMORY = "/dev/shm"  # the directory of shared memory on Linux
+POLL_SECONDS = 1  # interval of the checks that all workers are alive
+TIMEOUT_SECONDS = 300  # per batch
+EXIT_SECONDS = 10  # for a killed worker to exit after its pipe is broken
 
 
 class BatchReader:
     """Read whole batches of a dataset in worker processes, in the order of a sampler.
 
-    `dataset[indices]`, where `indices` is an item of the sampler, is a batch: a tensor, or a tuple
-    with tensors. A `UserError` that it raises is yielded in place of the batch. `batch_nbytes` is
-    the size of the tensors in the largest batch: no more batches are prefetched than fit into
-    shared memory. It is 0 for batches without tensors, which are sent through pipes. With
-    `num_workers` 0 batches are read in this process.
+    A batch is `dataset[indices]` for `indices` of the sampler: a tensor, or a tuple with tensors.
+    If that raises a `UserError`, the error is yielded instead of the batch. `batch_nbytes` is the
+    size of the tensors in the largest batch: only as many batches are prefetched as fit into shared
+    memory. It is 0 for batches without tensors, which are sent through pipes. With `num_workers` 0,
+    batches are read in this process.
 
-    Use it in a `with` statement, or call `close`. Iterating raises `UserError` where a worker
-    process is killed, hangs, or has no shared memory.
+    Use it in a `with` statement, or call `close`. Iterating raises `UserError` if a worker process
+    is killed, hangs, or has no shared memory.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class BatchReader:
             + self.fallback
         )
         self._loader: DataLoader | None = None
-        self._iterator: Any = None  # of the loader: it owns the worker processes
+        self._iterator: Any = None  # the iterator of the loader, which owns the worker processes
 
     def __enter__(self) -> BatchReader:
         return self
@@ -93,18 +93,18 @@ class BatchReader:
         finally:
             if not (complete and self.persistent_workers) and iterator is self._iterator:
                 self.close()
-        # SIGTERM reaches the workers, too, when it is sent to a process group, as torchrun and
-        # Slurm do. A training run then still has to agree on the step after which it stops.
+        # torchrun and Slurm send SIGTERM to the whole process group, workers included. A training
+        # run still has to read the batches until the step after which all processes stop.
         yield from self._build_loader(itertools.islice(self.sampler, num_read, None))
 
     def close(self) -> None:
-        """End the worker processes, if there are any. Iterating again starts new ones."""
+        """End the worker processes, if any. Iterating again starts new ones."""
         iterator, self._iterator, self._loader = self._iterator, None, None
         if iterator is None:
             return
-        iterator._shutdown_workers()  # there is no public way
+        iterator._shutdown_workers()  # there is no public method
         for worker in iterator._workers:
-            if worker.is_alive():  # stopped, or in an endless system call
+            if worker.is_alive():  # stopped, or blocked in a system call
                 worker.kill()
                 worker.join(POLL_SECONDS)
 
@@ -112,9 +112,9 @@ class BatchReader:
         return DataLoader(
             self.dataset,
             sampler=sampler,
-            batch_size=None,  # the dataset returns whole batches
-            collate_fn=_unchanged,  # the default one makes tensors of arrays
-            generator=torch.Generator(),  # the default one would lose a number
+            batch_size=None,  # because the dataset returns whole batches
+            collate_fn=_unchanged,  # the default converts arrays to tensors
+            generator=torch.Generator(),  # the global one would be advanced
             pin_memory=self.pin_memory,
             **workers,
         )
@@ -134,34 +134,34 @@ class BatchReader:
         handler = signal.getsignal(signal.SIGCHLD)
         try:
             self._iterator = iter(self._loader)
-        except RuntimeError:  # a worker that was kept from the last epoch does not answer
+        except RuntimeError:  # a persistent worker of the last epoch does not answer
             self.close()
             return self._start_workers()
         if threading.current_thread() is threading.main_thread():
-            # DataLoader's handler would raise in the middle of a step when a worker dies.
+            # If a worker dies, DataLoader's handler would raise in the middle of a step.
             signal.signal(signal.SIGCHLD, handler)
         return self._iterator
 
     def _fit_shared_memory(self) -> tuple[int, int]:
-        """Return how many workers, and batches for each, fit into this process's shared memory."""
+        """Return the numbers of workers and of batches per worker that fit into shared memory."""
         if not self.batch_nbytes or not os.path.isdir(SHARED_MEMORY):  # macOS, Windows
             return self.num_workers, self.prefetch_factor
         num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         free = shutil.disk_usage(SHARED_MEMORY).free // num_processes
-        num_batches = free // self.batch_nbytes - 2  # the main process may hold two more
+        num_batches = free // self.batch_nbytes - 2  # two more may be in use in the main process
         if num_batches < 1:
             needed = 3 * self.batch_nbytes
             raise UserError(
                 f"{SHARED_MEMORY} is too small for worker processes: {free / 2**20:.1f} MiB are "
-                f"free for each process, and three batches take {needed / 2**20:.1f}",
+                f"free for each process, and three batches need {needed / 2**20:.1f} MiB",
                 self.hint,
                 rank_local=True,
             )
         num_workers = min(self.num_workers, num_batches)
         if num_workers < self.num_workers:
             console.warn(
-                f"{SHARED_MEMORY} is small: {num_workers} of {self.num_workers} worker processes "
-                "are started (docker run --shm-size 2g gives a container more)"
+                f"{SHARED_MEMORY} is too small for {self.num_workers} worker processes: only "
+                f"{num_workers} are started (increase it with docker run --shm-size 2g)"
             )
         return num_workers, min(self.prefetch_factor, num_batches // num_workers)
 
@@ -176,12 +176,12 @@ class BatchReader:
                 batch = next(iterator)
             except (RuntimeError, OSError, EOFError) as error:
                 timed_out = str(error).startswith("DataLoader timed out")
-                if not timed_out:  # a worker that is just being killed may break its pipe first
+                if not timed_out:  # the pipe of a killed worker may break before the worker exits
                     sentinels = {worker.sentinel: worker for worker in iterator._workers}
-                    ready: list[Any] = connection.wait(list(sentinels), DEATH_SECONDS)
+                    ready: list[Any] = connection.wait(list(sentinels), EXIT_SECONDS)
                     for sentinel in ready:
-                        # The kernel closes the sentinel's pipe before there is an exit code.
-                        sentinels[sentinel].join(DEATH_SECONDS)
+                        # The kernel closes the sentinel's pipe before it sets the exit code.
+                        sentinels[sentinel].join(EXIT_SECONDS)
                 exit_codes = [w.exitcode for w in iterator._workers if w.exitcode is not None]
                 if -signal.SIGTERM in exit_codes:
                     raise _WorkersTerminatedError from None
@@ -192,7 +192,7 @@ class BatchReader:
                 if time.monotonic() > deadline:
                     raise UserError(
                         f"no batch was read in {TIMEOUT_SECONDS} s",
-                        "Check that the disk with the images answers, or lower --batch-size",
+                        "Check the disk with the images, or decrease --batch-size",
                         rank_local=True,
                     ) from None
                 continue
@@ -201,24 +201,24 @@ class BatchReader:
             return batch
 
     def _worker_error(self, exit_code: int) -> UserError:
-        """Return the error for a worker process that ended too early."""
+        """Return the error for a worker process that exited unexpectedly."""
         how = f"exit code {exit_code}" if exit_code >= 0 else signal.Signals(-exit_code).name
-        hint = f"The system may be out of memory: lower --workers, or give {self.fallback}"
+        hint = f"The system may be out of memory: decrease --workers, or give {self.fallback}"
         if exit_code == -signal.SIGSEGV:
-            hint = f"An image may have crashed its decoder: {self.fallback} shows where"
+            hint = f"An image may have crashed its decoder: find it with {self.fallback}"
         return UserError(f"a worker process that reads images died ({how})", hint, rank_local=True)
 
 
 class _WorkersTerminatedError(Exception):
-    """A worker process was ended by SIGTERM."""
+    """Raised if a worker process was ended by SIGTERM."""
 
 
 class _SharedMemoryFull:
-    """Takes the place of a batch for which there was no shared memory."""
+    """Returned instead of a batch that did not fit into shared memory."""
 
 
 class _Batches(Dataset):
-    """A dataset as worker processes read it: batches in shared memory, errors as values."""
+    """A dataset for worker processes: it moves batches to shared memory, and returns errors."""
 
     def __init__(self, dataset: Any):
         self.dataset = dataset
@@ -226,12 +226,12 @@ class _Batches(Dataset):
     def __getitem__(self, indices: Any) -> Any:
         try:
             batch = self.dataset[indices]
-        except UserError as error:  # raised in a worker, it would arrive as a RuntimeError
+        except UserError as error:  # DataLoader would turn it into a RuntimeError
             return error
         if get_worker_info() is None:
             return batch
         try:
-            # Here, and not by the thread that sends the batch: that would lose it without a word.
+            # Otherwise the thread that sends the batch would do it, and lose the batch silently.
             for part in batch if isinstance(batch, tuple) else (batch,):
                 if isinstance(part, Tensor):
                     part.share_memory_()
@@ -245,7 +245,7 @@ def _unchanged(batch: Any) -> Any:
 
 
 def _init_worker(worker: int) -> None:
-    """Set up a worker process, which its main process ends: Ctrl-C reaches all of a terminal."""
+    """Set up a worker process. It ignores Ctrl-C, after which the main process ends it."""
     torch.set_num_threads(1)
     for name in ("SIGINT", "SIGUSR1"):
         if hasattr(signal, name):

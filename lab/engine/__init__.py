@@ -1,1 +1,1 @@
-"""Training and evaluation: one epoch, the training step, metrics, optimizer, learning-rate schedule."""
+"""Training and evaluation: one epoch, the training step, metrics, optimizer, LR schedule."""

@@ -1,4 +1,4 @@
-"""predict_all: what a network says of every sample of a split, each seen once (promise P1)."""
+"""Predictions for every sample of a split, each counted exactly once (promise P1)."""
 
 import csv
 import io
@@ -18,22 +18,22 @@ from lab.engine.metrics import report, scores
 
 
 def predict_logits(model: nn.Module, images: Tensor, tta: str) -> Tensor:
-    """The network's logits float32 [n, K] of images [n, C, H, W].
+    """Return the model's logits float32 [n, K] for images float32 [n, C, H, W].
 
-    With `tta` "flip", logarithms of class probabilities: the mean of the softmax for each image and
-    for it mirrored left to right, as Krizhevsky et al. 2012 (section 4.1) average those of patches
-    and their reflections. They serve as logits: their softmax is the mean.
+    With `tta` "flip", return the logarithm of the mean softmax of each image and its mirror image,
+    as Krizhevsky et al. 2012 (section 4.1) average over patches and their reflections. It can be
+    used like logits, as its softmax is that mean.
     """
     logits = model(images).float()
     if tta == "none":
         return logits
-    mirrored = model(images.flip(3)).float()
-    return torch.logaddexp(logits.log_softmax(1), mirrored.log_softmax(1)) - math.log(2)
+    flipped_logits = model(images.flip(3)).float()
+    return torch.logaddexp(logits.log_softmax(1), flipped_logits.log_softmax(1)) - math.log(2)
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """One entry a sample, in the split's order, on the CPU, the same on every process."""
+    """Predictions for a split, in its order, on the CPU, the same on every process."""
 
     labels: Tensor  # int64 [N]
     predictions: Tensor  # int64 [N]
@@ -42,10 +42,10 @@ class Predictions:
     class_names: tuple[str, ...]
 
     def csv(self, files: Sequence[str] | None = None) -> bytes:
-        """Return a CSV row for each sample: index, label, prediction, confidence, and class names.
+        """Return a CSV file with one row for each sample: index, label, prediction, confidence
+        and class names, and the sample's file if `files` [N] is given.
 
-        If samples come from `files` [N], the last column is the file. Names are UTF-8, but for
-        names of files and folders that are not: these keep their bytes.
+        The encoding is UTF-8; file and directory names that are not valid UTF-8 keep their bytes.
         """
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
@@ -69,7 +69,7 @@ class Predictions:
         return scores(self.labels, self.predictions, self.losses, len(self.class_names))
 
     def report(self) -> dict:
-        """The numbers of report.json, but for what they were measured on."""
+        """Return the metrics of report.json; `lab.engine.metrics.report` lists them."""
         return report(self.labels, self.predictions, self.losses, self.class_names)
 
 
@@ -77,22 +77,21 @@ class Predictions:
 def predict_all(
     accelerator: Accelerator, model: nn.Module, loader: Loader, tta: str = "none"
 ) -> Predictions:
-    """The predictions for a whole split, gathered across processes by the samples' index.
+    """Return the predictions for a whole split, gathered across processes by sample index.
 
-    `tta` "flip": of each picture and its mirror image together (`lab.engine.evaluation`).
-    `network` is the plain one: processes may have different numbers of batches, and
-    DistributedDataParallel's forward would wait for its peers.
+    `model` has no DistributedDataParallel wrapper, whose forward would wait for the other processes
+    when they have different numbers of batches. For `tta` see `predict_logits`.
 
-    Raises `RuntimeError`, on every process, if a sample was not seen exactly once.
+    Raises `RuntimeError` on every process if a sample was not evaluated exactly once.
     """
-    if accelerator.num_processes > 1:  # BatchNorm's statistics are each process's own until here
+    if accelerator.num_processes > 1:  # BatchNorm statistics differ between processes until here
         for buffer in model.buffers():
             broadcast(buffer)
     model.eval()
-    # Accelerate's gather_for_metrics trims by a count that it guesses: gather by index instead.
-    # Row 0 counts how often each sample was seen; float32 holds each value here exactly.
+    # Accelerate's gather_for_metrics guesses how many samples to drop: gather by index instead.
+    # Row 0 counts the evaluations of each sample. float32 represents all of these values exactly.
     table = torch.zeros(5, loader.sampler.num_samples, device=accelerator.device)
-    # Around all batches: weights are converted once.
+    # Autocast around all batches converts the weights only once.
     with accelerator.autocast(), no_cudnn_benchmark():
         for batch in loader.batches():
             logits = predict_logits(model, batch.images, tta)
@@ -101,11 +100,11 @@ def predict_all(
             columns = (torch.ones_like(losses), batch.labels, predictions, confidence, losses)
             table.index_add_(1, batch.indices, torch.stack([c.float() for c in columns]))
     table = accelerator.reduce(table).cpu()
-    seen, labels, predictions, confidence, losses = table
-    if not bool((seen == 1).all()):  # the reduced table is the same everywhere: all raise
+    counts, labels, predictions, confidence, losses = table
+    if not bool((counts == 1).all()):  # the reduced table is the same on all processes: all raise
         raise RuntimeError(
-            f"the evaluation did not see every sample exactly once: of {len(seen)} samples, "
-            f"{int((seen == 0).sum())} were missing and {int((seen > 1).sum())} repeated"
+            f"not every sample was evaluated exactly once: of {len(counts)} samples, "
+            f"{int((counts == 0).sum())} were missing and {int((counts > 1).sum())} repeated"
         )
     return Predictions(
         labels.long(),

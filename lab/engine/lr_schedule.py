@@ -1,4 +1,4 @@
-"""The optimizer, and the learning rate as a pure function of the step."""
+"""Learning rate as a pure function of the step."""
 
 import math
 
@@ -6,13 +6,13 @@ from lab.config.schema import TrainConfig
 
 
 def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
-    """The learning rate of optimizer step `step`, counted from 0 over the whole run.
+    """Return the learning rate of optimizer step `step`, counted from 0 over the whole run.
 
-    Accelerate's wrapped schedulers advance once a process; a function of the step cannot.
-    After `warmup_epochs` of linear rise: `constant`; `step`, times `lr_gamma` every
-    `lr_step_epochs`; `cosine`, to 0 at the end (Loshchilov, Hutter 2017, without restarts);
-    `linear`, linearly to 0 (Smith, Topin 2018, one triangle). The end is that of `epochs`,
-    whether or not `max_steps` comes before it.
+    It rises linearly for `warmup_epochs`. The schedule `constant` then keeps it; `step` multiplies
+    it by `lr_gamma` every `lr_step_epochs`; `cosine` (Loshchilov, Hutter 2017, without restarts)
+    and `linear` lower it to 0 at the end of `epochs`, even if `max_steps` ends the run earlier.
+
+    Accelerate's wrapped schedulers would advance once for each process.
     """
     warmup_steps = config.warmup_epochs * steps_per_epoch
     if step < warmup_steps:

@@ -1,6 +1,6 @@
-"""Exact classification metrics from labels and predictions; equal to scikit-learn's (promise P1).
+"""Exact classification metrics from labels and predictions, equal to scikit-learn's (promise P1).
 
-As there with `zero_division=0`: a class that is never predicted has precision 0, and one that never
+As with `zero_division=0`, a class that is never predicted has precision 0, and one that never
 occurs has recall 0. Macro-F1 is the mean over the classes that occur or are predicted.
 """
 
@@ -13,9 +13,9 @@ from torch import Tensor
 
 
 def check_classes(labels: Tensor, predictions: Tensor, num_classes: int) -> None:
-    """Check that every class is in 0 ... K - 1. Raise `ValueError`.
+    """Raise `ValueError` if a class is not in 0 ... K - 1.
 
-    Another one would be counted in the cell of other classes.
+    `confusion_matrix` would count it in the cell of other classes.
     """
     for name, classes in (("label", labels), ("prediction", predictions)):
         if len(classes) and not 0 <= int(classes.min()) <= int(classes.max()) < num_classes:
@@ -23,9 +23,10 @@ def check_classes(labels: Tensor, predictions: Tensor, num_classes: int) -> None
 
 
 def confusion_matrix(labels: Tensor, predictions: Tensor, num_classes: int) -> Tensor:
-    """Return counts, int64 [K, K]: row = true class, column = predicted class; from int64 [N] each.
+    """Return counts int64 [K, K]: the rows are true classes, the columns predicted classes.
 
-    Raises `ValueError` if a class is not in 0 ... K - 1, or the counts do not sum to N.
+    Labels and predictions are int64 [N]. Raises `ValueError` if a class is not in 0 ... K - 1, or
+    the counts do not sum to N.
     """
     check_classes(labels, predictions, num_classes)
     cells = torch.bincount(labels * num_classes + predictions, minlength=num_classes**2)
@@ -39,10 +40,10 @@ def confusion_matrix(labels: Tensor, predictions: Tensor, num_classes: int) -> T
 
 
 def per_class(labels: Tensor, predictions: Tensor, num_classes: int) -> dict[str, Tensor]:
-    """Return precision, recall, f1 (float64 [K]) and support (int64 [K]).
+    """Return precision, recall, f1 (float64 [K]) and support (int64 [K]) of each class.
 
-    Counts classes without the K x K matrix; `labels` and `predictions` are int64 [N]. Raises
-    `ValueError` if a class is not in 0 ... K - 1.
+    Labels and predictions are int64 [N]. The confusion matrix is not needed, so that memory is
+    linear in K. Raises `ValueError` if a class is not in 0 ... K - 1.
     """
     check_classes(labels, predictions, num_classes)
     num_correct, predicted, support = (
@@ -61,7 +62,7 @@ def per_class(labels: Tensor, predictions: Tensor, num_classes: int) -> dict[str
 def scores(
     labels: Tensor, predictions: Tensor, losses: Tensor, num_classes: int
 ) -> dict[str, float]:
-    """Return loss, accuracy and macro-F1, the numbers of an epoch; takes time linear in N and K.
+    """Return loss, accuracy and macro-F1 in time linear in N and K.
 
     Labels and predictions are int64 [N], losses float64 [N], and N is at least 1.
     """
@@ -76,7 +77,7 @@ def scores(
 def report(
     labels: Tensor, predictions: Tensor, losses: Tensor, class_names: Sequence[str]
 ) -> dict[str, Any]:
-    """Return the numbers of report.json: `scores`, and what they are for each class."""
+    """Return the metrics of report.json: `scores`, per-class metrics and the confusion matrix."""
     num_classes = len(class_names)
     classes = per_class(labels, predictions, num_classes)
     rows = zip(class_names, *(values.tolist() for values in classes.values()), strict=True)
@@ -90,10 +91,10 @@ def report(
 
 
 def is_better(row: Mapping[str, float], best: Mapping[str, float], by: str) -> bool:
-    """Whether an epoch's row of history.jsonl beats the `best` so far (empty before the first).
+    """Return whether an epoch's row of history.jsonl is better than the `best` row so far.
 
-    A tie does not: the earlier epoch is kept. An epoch whose number is not finite never beats one
-    whose number is.
+    `best` is empty before the first epoch. In a tie the earlier epoch stays the best. A value that
+    is not finite is never better than a finite one.
     """
     if not best:
         return True
@@ -104,10 +105,10 @@ def is_better(row: Mapping[str, float], best: Mapping[str, float], by: str) -> b
 
 
 def selection_bias_note(split: str, selection_split: str | None) -> str:
-    """What makes a number on `split` optimistic; empty where nothing does.
+    """Return why a metric on `split` is optimistic, or "" if it is not.
 
-    `selected_on`: what the best epoch was chosen on, "validation" or "test"; None for data apart
-    from those of the training.
+    `selection_split` is the split on which the best epoch was selected, "validation" or "test"; it
+    is None for data from another source than the training data.
     """
     if selection_split == split == "test":
         return "chosen on the test split (the notebooks' protocol): an optimistic number"

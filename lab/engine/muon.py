@@ -1,4 +1,4 @@
-"""Muon: orthogonal updates for the kernels of a network's hidden layers, AdamW for all else."""
+"""Muon: orthogonalized updates for the weights of hidden layers, AdamW for all others."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -12,37 +12,39 @@ from lab.distributed import has_native_bf16
 NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 NS_STEPS = 5
 MOMENTUM = 0.95  # the paper's; `--momentum` is AdamW's
-# Wider matrices are AdamW's: iterations cost by the square of the smaller side. For AlexNet's dense
-# layers they would take 688 GFLOP, where a step of 128 images takes 138.
+# AdamW updates wider matrices, as the cost of an iteration grows with the square of the smaller
+# side: AlexNet's dense layers would take 688 GFLOP, and a whole step of 128 images takes 138.
 MAX_MATRIX_WIDTH = 1024
 
 
 def muon_parameters(model: nn.Module) -> set[Tensor]:
-    """The weights of hidden layers that Muon is for: not the first layer's, not the last's."""
+    """Return the weights that Muon updates: those of all layers but the first and the last."""
     layers = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
     weights = [layer.weight for layer in layers[1:-1]]
     return {w for w in weights if w.requires_grad and min(len(w), w[0].numel()) <= MAX_MATRIX_WIDTH}
 
 
 class Muon(torch.optim.AdamW):
-    """Momentum made orthogonal (Jordan et al. 2024, "Muon: An optimizer for hidden layers").
+    """Muon (Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks").
 
-    Groups with `muon` true are stepped so, others by AdamW. Kernels [O, I, H, W] count as matrices
-    [O, I H W]. Updates are scaled to the root mean square of AdamW's (Liu et al. 2025, "Muon is
-    scalable for LLM training", 2.2), so that one learning rate fits both.
+    Updates the groups whose "muon" is True by orthogonalized momentum, the others by AdamW. Kernels
+    [O, I, H, W] are treated as matrices [O, I * H * W]. Updates are scaled to the root mean square
+    of AdamW's (Liu et al. 2025, "Muon is scalable for LLM training", section 2.2), so that both use
+    the same learning rate.
 
-    The iterations magnify what processes round apart, most in bfloat16: curves on 1, 2 and 3
-    processes agree to 1e-4 over tens of steps, not to the last hit.
+    The iterations magnify rounding differences between processes, most of all in bfloat16: the loss
+    curves of 1, 2 and 3 processes agree to 1e-4 over tens of steps, but the number of correct
+    predictions may differ.
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]], **settings: Any):
         super().__init__(groups, **settings)
-        # Gradients of fp16 are to come unscaled: only AdamW's fused kernel could do it on its way.
+        # GradScaler must unscale fp16 gradients before the step: only AdamW's fused kernel could.
         self._step_supports_amp_scaling = False
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:
-        """One step on all parameters that have a gradient."""
+        """Update all parameters that have a gradient."""
         groups = self.param_groups
         self.param_groups = [group for group in groups if not group["muon"]]
         try:
@@ -52,18 +54,16 @@ class Muon(torch.optim.AdamW):
         for group in groups:
             for parameter in group["params"] if group["muon"] else ():
                 if parameter.grad is not None:
-                    self._step_orthogonally(parameter, group["lr"], group["weight_decay"])
+                    self._muon_update(parameter, group["lr"], group["weight_decay"])
         return loss
 
-    def _step_orthogonally(
-        self, parameter: Tensor, lr: float | Tensor, weight_decay: float
-    ) -> None:
+    def _muon_update(self, parameter: Tensor, lr: float | Tensor, weight_decay: float) -> None:
         assert parameter.grad is not None
         state = self.state[parameter]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(parameter)
         buffer = state["momentum_buffer"].lerp_(parameter.grad, 1 - MOMENTUM)
-        update = parameter.grad.lerp(buffer, MOMENTUM)  # Nesterov's
+        update = parameter.grad.lerp(buffer, MOMENTUM)  # Nesterov momentum
         matrix = zeropower_via_newtonschulz(update.flatten(1))
         scale = 0.2 * max(matrix.shape) ** 0.5
         parameter.mul_(1 - lr * weight_decay)
@@ -71,10 +71,11 @@ class Muon(torch.optim.AdamW):
 
 
 def zeropower_via_newtonschulz(matrix: Tensor) -> Tensor:
-    """The nearest semi-orthogonal matrix to `matrix` [m, n], roughly: singular values 0.7 to 1.2.
+    """Return approximately the nearest semi-orthogonal matrix to `matrix` [m, n].
 
-    By Newton-Schulz iterations in bfloat16; in float32 where that would be emulated, and take 26
-    times as long (benchmarks/RESULTS.md).
+    Its singular values are about 0.7 to 1.2. The Newton-Schulz iterations run in bfloat16, or in
+    float32 on devices without native bfloat16, where emulation takes 26 times as long
+    (benchmarks/RESULTS.md).
     """
     a, b, c = NS_COEFFICIENTS
     tall = len(matrix) > matrix.shape[1]

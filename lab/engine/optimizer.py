@@ -1,4 +1,4 @@
-"""The optimizer, and the learning rate as a pure function of the step."""
+"""Optimizers and their parameter groups."""
 
 from typing import Any
 
@@ -37,21 +37,21 @@ def build_optimizer(
     return torch.optim.SGD(groups, momentum=config.momentum, nesterov=nesterov, **settings)
 
 
-def _split(groups: list[dict[str, Any]], chosen: set[Tensor]) -> list[dict[str, Any]]:
-    """The groups cut in two by whether Muon steps their parameters; empty ones are left out."""
-    cut = [
-        group | {"params": [p for p in group["params"] if (p in chosen) is muon], "muon": muon}
+def _split(groups: list[dict[str, Any]], for_muon: set[Tensor]) -> list[dict[str, Any]]:
+    """Return each group split into the parameters for AdamW and for Muon, without empty groups."""
+    split_groups = [
+        group | {"params": [p for p in group["params"] if (p in for_muon) is muon], "muon": muon}
         for group in groups
         for muon in (False, True)
     ]
-    return [group for group in cut if group["params"]]
+    return [group for group in split_groups if group["params"]]
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Has the next step use this learning rate."""
-    shared = optimizer.param_groups[0]["lr"]
-    if isinstance(shared, Tensor):  # of all groups, as `build_optimizer` made it
-        shared.fill_(lr)
+    """Set the learning rate of all parameter groups."""
+    shared_lr = optimizer.param_groups[0]["lr"]
+    if isinstance(shared_lr, Tensor):  # `build_optimizer` shares one tensor between all groups
+        shared_lr.fill_(lr)
         return
     for group in optimizer.param_groups:
         group["lr"] = lr

@@ -1,4 +1,4 @@
-"""The training step and one epoch of training.
+"""Training step and one epoch of training.
 
 A step computes the gradient of the mean loss over the global batch, whatever part of that batch
 this process has and however it is cut for gradient accumulation (promise P2).
@@ -81,7 +81,7 @@ def configure_model(model: nn.Module, config: TrainConfig, device: torch.device)
 def can_capture_steps(accelerator: Accelerator, config: TrainConfig) -> bool:
     """Return whether training steps can be captured as CUDA graphs.
 
-    Capturing is impossible where the host reads the gradients. It is for one GPU only: gloo's
+    Capturing is impossible if the host reads the gradients. It is used on one GPU only: gloo's
     collectives cannot be captured, and NCCL's were not tested.
     """
     reads_gradients = accelerator.scaler is not None or config.on_nonfinite == "skip"
@@ -93,7 +93,7 @@ def can_capture_steps(accelerator: Accelerator, config: TrainConfig) -> bool:
 class TrainStep:
     """One optimizer step, and the objects that it works on.
 
-    Calling it runs a step, as a CUDA graph where `can_capture_steps` allows that.
+    Calling it runs a step, as a CUDA graph if `can_capture_steps` returns True.
     """
 
     accelerator: Accelerator
@@ -110,7 +110,7 @@ class TrainStep:
 
     @property
     def eval_model(self) -> nn.Module:
-        """The model that is evaluated and saved: the EMA if there is one. Without wrappers."""
+        """Return the model that is evaluated and saved, without wrappers: the EMA, if any."""
         return self.model if self.ema is None else self.ema.module
 
     def set_training_mode(self) -> None:
@@ -170,8 +170,8 @@ class TrainStep:
             num_correct = (logits.argmax(1) == classes).sum()
             totals = totals + torch.stack((loss.detach(), num_correct))
         if may_skip and not accelerator.scaler:
-            # Gradients are averaged over processes, so all of them decide alike. Reading the norm
-            # waits for the device.
+            # Gradients are averaged, so all processes decide the same. Reading the norm waits for
+            # the device.
             gradients = [p.grad for p in model.parameters() if p.grad is not None]
             if not nn.utils.get_total_norm(gradients).isfinite():
                 self._undo(buffers)
@@ -279,8 +279,8 @@ def history_row(
 def seed_dropout(seed: int, device: torch.device) -> None:
     """Seed the generator that the model's dropout layers draw from.
 
-    `torch.manual_seed` would do, but on a machine with an unused GPU each call of it stores a stack
-    trace for the day that CUDA is initialized.
+    `torch.manual_seed` would do the same, but on a machine with an unused GPU each call stores a
+    stack trace until CUDA is initialized.
     """
     if device.type == "cpu":
         torch.default_generator.manual_seed(seed)
@@ -301,9 +301,9 @@ def _check_finite(accelerator: Accelerator, loss: float, state: TrainState) -> N
         return
     counts = accelerator.gather(state.totals[2:]).tolist()  # of finite steps, for each process
     step = state.step - state.batch + state.skipped_steps + int(min(counts)) + 1
-    where = f" on process {counts.index(min(counts))}" if len(counts) > 1 else ""
+    rank = f" on process {counts.index(min(counts))}" if len(counts) > 1 else ""
     raise UserError(
-        f"the loss is {loss} at step {min(step, state.step)}{where} "
+        f"the loss is {loss} at step {min(step, state.step)}{rank} "
         f"(learning rate {state.learning_rate:g})",
         "Start a new run with a lower --lr or with --max-grad-norm 1; or give --on-nonfinite skip, "
         "which skips such steps, in a new run or with --resume",

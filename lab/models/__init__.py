@@ -1,4 +1,4 @@
-"""MODELS: every network by name; build_model makes one. Listing them imports no torch.
+"""Models by name. This module does not import torch, so that --help is fast.
 
 `torchvision:NAME` is any other classifier of torchvision, unchanged.
 """
@@ -19,12 +19,12 @@ TORCHVISION = "torchvision:"
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """What the rest of the project needs to know of a network before it is built."""
+    """Properties of a model that are needed before it is built."""
 
-    factory: str  # "module:function" in this package, and ":argument" where it takes one more
-    weights: str = ""  # torchvision's name of the ImageNet weights that --pretrained loads
-    benefits_from_bf16: bool = True  # large enough for bfloat16 and channels_last to be faster
-    cpu_bf16: bool = True  # on CPUs too; depthwise convolutions are slower in bfloat16 there
+    factory: str  # "module:function" in this package, or "module:function:argument"
+    weights: str = ""  # the torchvision model whose ImageNet weights --pretrained loads
+    benefits_from_bf16: bool = True  # bfloat16 and channels_last make it faster
+    cpu_bf16: bool = True  # on CPUs, too; depthwise convolutions are slower in bfloat16 there
 
 
 MODELS = {
@@ -52,15 +52,15 @@ MODELS = {
 
 
 def find_model(name: str) -> ModelSpec:
-    """The spec of a network; raises `UserError` with the list of the known."""
+    """Return the spec of a model. Raises `UserError` for an unknown name."""
     if name.startswith(TORCHVISION):
         from lab.models.external import check_torchvision_name
 
-        own = name.removeprefix(TORCHVISION)
-        check_torchvision_name(own)
-        return ModelSpec(f"external:torchvision_model:{own}", weights=own)
+        torchvision_name = name.removeprefix(TORCHVISION)
+        check_torchvision_name(torchvision_name)
+        return ModelSpec(f"external:torchvision_model:{torchvision_name}", torchvision_name)
     if name not in MODELS:
-        from torchvision import models  # takes seconds: not before there is a mistake
+        from torchvision import models  # takes seconds to import
 
         if name in models.list_models(module=models):
             raise UserError(f"there is no model {name}", f"Did you mean {TORCHVISION}{name}?")
@@ -70,7 +70,7 @@ def find_model(name: str) -> ModelSpec:
 
 
 def check_model(name: str, pretrained: bool) -> None:
-    """Raise `UserError` for an unknown model, or for one without the ImageNet weights asked for."""
+    """Raise `UserError` for an unknown model, or if `pretrained` and it has no ImageNet weights."""
     if pretrained and not find_model(name).weights:
         known = ", ".join(name for name, spec in MODELS.items() if spec.weights)
         raise UserError(
@@ -82,14 +82,15 @@ def check_model(name: str, pretrained: bool) -> None:
 def build_model(
     name: str, *, num_classes: int, in_chans: int, image_size: int, init: str = "default"
 ) -> nn.Module:
-    """A network that maps images float32 [n, channels, image_size, image_size] to logits [n, K].
+    """Return a model that maps images float32 [n, C, image_size, image_size] to logits [n, K].
 
-    In training it may return a tuple, the logits and those of auxiliary classifiers; it then holds
-    the weight of their losses, `auxiliary_weight`. Raises `UserError` for an unfit image size.
+    In training mode it may return a tuple: the logits, and those of auxiliary classifiers, whose
+    losses are weighted by its attribute `auxiliary_weight`. Raises `UserError` if the model cannot
+    take images of this size.
     """
     module, factory, *more = find_model(name).factory.split(":")
-    package = importlib.import_module(f"lab.models.{module}")
-    model = getattr(package, factory)(num_classes, in_chans, image_size, *more)
+    build = getattr(importlib.import_module(f"lab.models.{module}"), factory)
+    model = build(num_classes, in_chans, image_size, *more)
     if init == "kaiming":
         from lab.models.alexnet import kaiming_init
 
@@ -100,7 +101,10 @@ def build_model(
 def classifier_param_names(
     name: str, *, num_classes: int, in_chans: int, image_size: int
 ) -> set[str]:
-    """The parameters whose shape depends on the number of classes: all else is the backbone."""
+    """Return the names of the parameters whose shape depends on the number of classes.
+
+    All other parameters are the backbone's.
+    """
     import torch
 
     def shapes(num_classes: int) -> dict[str, torch.Size]:

@@ -1,4 +1,4 @@
-"""LeNet-5 and AlexNet, sized for small images."""
+"""AlexNet, sized for small images."""
 
 import torch
 from torch import Tensor, nn
@@ -9,8 +9,8 @@ from lab.errors import UserError
 class AlexNet(nn.Module):
     """AlexNet (Krizhevsky, Sutskever, Hinton 2012) with 3x3 kernels, for images of about 32 pixels.
 
-    The five convolutions, three poolings and three dense layers of the paper, without its local
-    response normalisation and its strides. 14,859,082 parameters for 10 classes, 3 channels.
+    It has the paper's five convolutions, three poolings and three dense layers, without its local
+    response normalization and its strides. 14,859,082 parameters for 10 classes and 3 channels.
     """
 
     def __init__(self, num_classes: int, in_chans: int, image_size: int):
@@ -31,7 +31,7 @@ class AlexNet(nn.Module):
             nn.Conv2d(256, 256, 3, padding=1),
             nn.ReLU(inplace=True),
             nn.MaxPool2d(2),  # [n, 256, 4, 4]
-            # Only where it changes something: its backward pass is not deterministic on GPUs.
+            # Pool only if the size differs: its backward pass is not deterministic on GPUs.
             nn.Identity() if image_size // 8 == 4 else nn.AdaptiveAvgPool2d(4),
             nn.Flatten(),
         )
@@ -46,16 +46,16 @@ class AlexNet(nn.Module):
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits [n, K] of images [n, C, H, W]."""
+        """Return logits [n, K] for images [n, C, H, W]."""
         return self.classifier(self.features(images))
 
 
 @torch.no_grad()
 def kaiming_init(model: nn.Module) -> None:
-    """Sets weights so that activations keep their variance through ReLUs (He et al. 2015, 2.2).
+    """Initialize weights so that ReLUs preserve the variance of activations (He et al. 2015, 2.2).
 
-    PyTorch's default draws are smaller: eight layers deep the signal is lost, and AlexNet's loss
-    stays at log(10) for its first hundreds of steps.
+    PyTorch's default weights are smaller: after eight layers the signal vanishes, and AlexNet's
+    loss stays at log(10) for hundreds of steps.
     """
     for module in model.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):

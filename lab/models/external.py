@@ -1,4 +1,4 @@
-"""`--model torchvision:NAME`: any other classifier of torchvision, as torchvision builds it."""
+"""`--model torchvision:NAME`: any other torchvision classifier, as torchvision builds it."""
 
 from typing import Any
 
@@ -11,17 +11,16 @@ from lab.models.small_images import fit_channels
 
 
 def check_torchvision_name(name: str) -> None:
-    """Nothing; raises `UserError` for what torchvision has no classifier of."""
+    """Raise `UserError` if torchvision has no classifier of this name."""
     known = models.list_models(module=models)
     if name not in known:
-        what = f"torchvision has no classifier {name}".rstrip()
-        raise UserError(what, suggestion(name, known))
+        raise UserError(f"torchvision has no classifier {name}".rstrip(), suggestion(name, known))
 
 
 def torchvision_model(num_classes: int, in_chans: int, image_size: int, name: str) -> nn.Module:
-    """torchvision's network `name`, with that many classes and channels, and nothing else changed.
+    """Return torchvision's model `name` for this number of classes and channels.
 
-    Raises `UserError` where images of this size do not fit it.
+    Raises `UserError` if it cannot take images of this size.
     """
     settings: dict[str, Any] = {"num_classes": num_classes}
     if name.startswith("vit_"):
@@ -29,12 +28,12 @@ def torchvision_model(num_classes: int, in_chans: int, image_size: int, name: st
     elif name.startswith("maxvit_"):
         settings["input_size"] = (image_size, image_size)
     elif name in ("googlenet", "inception_v3"):
-        settings["init_weights"] = True  # torchvision warns of a change where it is not said
+        settings["init_weights"] = True  # torchvision warns if it is not set
     try:
-        # Shapes alone, no arithmetic; as in training, where auxiliary classifiers take part.
+        # Try the shapes, without arithmetic, in training mode to include auxiliary classifiers.
         with torch.device("meta"):
-            trial = fit_channels(models.get_model(name, **settings), in_chans)
-            trial(torch.empty(2, in_chans, image_size, image_size))
+            model = fit_channels(models.get_model(name, **settings), in_chans)
+            model(torch.empty(2, in_chans, image_size, image_size))
     except (RuntimeError, ValueError, AssertionError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
         raise UserError(
@@ -42,6 +41,6 @@ def torchvision_model(num_classes: int, in_chans: int, image_size: int, name: st
             "Give another --image-size; most were made for 224",
         ) from error
     model = fit_channels(models.get_model(name, **settings), in_chans)
-    if name in ("googlenet", "inception_v3"):  # a plain attribute: no parameter, no buffer
+    if name in ("googlenet", "inception_v3"):  # a plain attribute
         object.__setattr__(model, "auxiliary_weight", 0.3)
     return model

@@ -1,9 +1,9 @@
-"""torchvision's networks, fitted to small images.
+"""torchvision's models, adapted to small images.
 
-Below 64 pixels a side, strides that were meant for 224 pixels would leave a map of one pixel:
-there, each function says what it changes, and what that network costs at 32 pixels, in
-multiply-adds an image forwards, for 10 classes and 3 channels. From 64 pixels on, the networks are
-torchvision's. Parts keep torchvision's names, so that its ImageNet weights find their places.
+Below 64 pixels, strides that were designed for 224 pixels would reduce the feature map to one
+pixel. Each function documents what it changes for these small images, and the multiply-adds of a
+forward pass of one image of 32 pixels, for 10 classes and 3 channels. From 64 pixels on, the models
+are torchvision's. Parameters keep torchvision's names, so that its ImageNet weights can be loaded.
 """
 
 from torch import nn
@@ -12,12 +12,13 @@ from torchvision.models.vision_transformer import ConvStemConfig, VisionTransfor
 
 from lab.errors import UserError
 
-SMALL = 64  # pixels a side from which the networks keep torchvision's strides
+MIN_UNCHANGED_SIZE = 64  # pixels; larger images need no other strides
 
 
 class GoogLeNet(models.GoogLeNet):
-    """torchvision's; in training it returns (logits, logits, logits) [n, K], the last two those of
-    the auxiliary classifiers.
+    """torchvision's GoogLeNet with the weight of its auxiliary losses.
+
+    In training mode it returns the logits [n, K] and those of the two auxiliary classifiers.
     """
 
     auxiliary_weight = 0.3  # of each auxiliary loss (Szegedy et al. 2015, section 5)
@@ -27,13 +28,13 @@ def googlenet(num_classes: int, in_chans: int, image_size: int) -> nn.Module:
     """GoogLeNet (Szegedy et al. 2015, "Going Deeper with Convolutions", table 1), with BatchNorm.
 
     Small images: the first convolution is 3x3 with stride 1, not 7x7 with stride 2, and no pooling
-    follows it; the later poolings stay, so that the Inception stages see maps of 16, 8 and 4
+    follows it. The later poolings stay, so that the Inception stages have maps of 16, 8 and 4
     pixels. 452,175,872 multiply-adds; 9,952,958 parameters, 4,350,484 of them in the two auxiliary
-    classifiers, which only training uses.
+    classifiers, which are only used in training.
     """
     check_image_size("googlenet", image_size, 16)
     model = GoogLeNet(num_classes=num_classes, init_weights=True)
-    if image_size < SMALL:
+    if image_size < MIN_UNCHANGED_SIZE:
         model.maxpool1 = nn.Identity()
     return fit_first(model, in_chans, image_size)
 
@@ -42,15 +43,15 @@ def densenet(num_classes: int, in_chans: int, image_size: int) -> nn.Module:
     """DenseNet-BC, 100 layers, growth rate 12 (Huang et al. 2017, "Densely Connected Convolutional
     Networks", section 3, "Implementation Details"; table 2).
 
-    Three dense blocks of 16 bottleneck layers, which the paper made for 32 pixels, in torchvision's
-    blocks. Small images: the paper's 3x3 first convolution of 24 filters, without BatchNorm, ReLU
-    and pooling after it; the blocks see maps of 32, 16 and 8 pixels. 287,929,692 multiply-adds;
+    Three dense blocks of 16 bottleneck layers, designed for 32 pixels, built of torchvision's
+    layers. Small images: the paper's 3x3 first convolution of 24 filters, without BatchNorm, ReLU
+    and pooling after it; the blocks have maps of 32, 16 and 8 pixels. 287,929,692 multiply-adds;
     769,162 parameters.
     """
     check_image_size("densenet", image_size, 16)
     blocks: tuple = (16, 16, 16)
     model = models.DenseNet(12, blocks, num_init_features=24, num_classes=num_classes)
-    if image_size < SMALL:
+    if image_size < MIN_UNCHANGED_SIZE:
         model.features.norm0 = model.features.relu0 = nn.Identity()
     return fit_densenet(model, in_chans, image_size)
 
@@ -59,7 +60,7 @@ def densenet121(num_classes: int, in_chans: int, image_size: int) -> nn.Module:
     """DenseNet-121 (Huang et al. 2017, table 1).
 
     Small images: the first convolution is 3x3 with stride 1, not 7x7 with stride 2, and no pooling
-    follows it; the blocks see maps of 32, 16, 8 and 4 pixels. 888,350,720 multiply-adds;
+    follows it; the blocks have maps of 32, 16, 8 and 4 pixels. 888,350,720 multiply-adds;
     6,956,426 parameters.
     """
     check_image_size("densenet121", image_size, 16)
@@ -68,8 +69,8 @@ def densenet121(num_classes: int, in_chans: int, image_size: int) -> nn.Module:
 
 
 def fit_densenet(model: models.DenseNet, in_chans: int, image_size: int) -> nn.Module:
-    """The network without its first pooling, where images are small."""
-    if image_size < SMALL:
+    """Return the model without its first pooling if images are small."""
+    if image_size < MIN_UNCHANGED_SIZE:
         model.features.pool0 = nn.Identity()
     return fit_first(model, in_chans, image_size)
 
@@ -81,7 +82,7 @@ def mobilenet(num_classes: int, in_chans: int, image_size: int) -> nn.Module:
     Small images: the first convolution and the first of the blocks with stride 2 have stride 1;
     the last map has 4x4 pixels. 87,976,448 multiply-adds; 2,236,682 parameters.
     """
-    check_image_size("mobilenet", image_size, 16)
+    check_image_size("mobilenet_v2", image_size, 16)
     model = models.mobilenet_v2(num_classes=num_classes)
     keep_resolution(image_size, model.features[0], model.features[2])
     return fit_first(model, in_chans, image_size)
@@ -105,10 +106,10 @@ def efficientnet(num_classes: int, in_chans: int, image_size: int, variant: str)
     """EfficientNet B0 to B7 (Tan, Le 2019, "EfficientNet: Rethinking Model Scaling for
     Convolutional Neural Networks"): table 1 is B0, which section 3.3 scales in width and depth.
 
-    The paper scales the image too; here that is `--image-size`. Small images: the first convolution
-    and the first stage with stride 2 have stride 1; the last map has 4x4 pixels. BatchNorm's
-    momentum: see `set_momentum`. The head begins as MobileNet's, normal with deviation 0.01:
-    torchvision's grows as classes get fewer, and with 10 the loss would begin at 4.4, not ln 10.
+    The paper scales the image, too; use `--image-size`. Small images: the first convolution and the
+    first stage with stride 2 have stride 1; the last map has 4x4 pixels. BatchNorm's momentum: see
+    `set_momentum`. The classifier is initialized like MobileNet's, normal with deviation 0.01:
+    torchvision's deviation grows with fewer classes, and for 10 the first loss would be 4.4.
 
     B0: 116,167,168 multiply-adds; 4,020,358 parameters.
     B1: 175,290,880 multiply-adds; 6,525,994 parameters.
@@ -119,7 +120,7 @@ def efficientnet(num_classes: int, in_chans: int, image_size: int, variant: str)
     B6: 1,062,872,928 multiply-adds; 40,758,754 parameters.
     B7: 1,650,988,032 multiply-adds; 63,812,570 parameters.
     """
-    check_image_size(f"efficientnet-{variant}", image_size, 16)
+    check_image_size(f"efficientnet_{variant}", image_size, 16)
     model = models.get_model(f"efficientnet_{variant}", num_classes=num_classes)
     keep_resolution(image_size, model.features[0], model.features[2])
     set_momentum(model)
@@ -129,17 +130,17 @@ def efficientnet(num_classes: int, in_chans: int, image_size: int, variant: str)
 
 def vit_tiny(num_classes: int, in_chans: int, image_size: int) -> nn.Module:
     """ViT-Tiny: 12 layers, 192 wide, 3 heads (Touvron et al. 2021, "Training data-efficient image
-    transformers", table 1; the network is Dosovitskiy et al. 2021, "An Image is Worth 16x16 Words",
-    section 3.1).
+    transformers", table 1), the model of Dosovitskiy et al. 2021, "An Image is Worth 16x16 Words",
+    section 3.1.
 
-    Patches of 4x4 pixels in small images, of 16x16 from 64 pixels on; a class token; learned
-    positions. Small images: 365,107,584 multiply-adds; 5,362,762 parameters.
+    Patches of 4x4 pixels in small images and of 16x16 from 64 pixels on, a class token, and learned
+    position embeddings. Small images: 365,107,584 multiply-adds; 5,362,762 parameters.
     """
     return vision_transformer("vit_tiny", 192, num_classes, in_chans, image_size)
 
 
 def vit_small(num_classes: int, in_chans: int, image_size: int) -> nn.Module:
-    """ViT-Small: 12 layers, 384 wide, 6 heads (Touvron et al. 2021, table 1); else as ViT-Tiny.
+    """ViT-Small: 12 layers, 384 wide, 6 heads (Touvron et al. 2021, table 1); otherwise ViT-Tiny.
 
     Small images: 1,420,309,248 multiply-adds; 21,342,346 parameters.
     """
@@ -147,14 +148,14 @@ def vit_small(num_classes: int, in_chans: int, image_size: int) -> nn.Module:
 
 
 def vit_hybrid(num_classes: int, in_chans: int, image_size: int) -> nn.Module:
-    """ViT-Tiny whose patches come out of convolutions (Dosovitskiy et al. 2021, section 3.1,
-    "Hybrid Architecture"), those of Xiao et al. 2021, "Early Convolutions Help Transformers See
-    Better", section 3: 3x3 to 24, 48, 96 and 192 channels, then 1x1, for one layer less.
+    """ViT-Tiny with a convolutional stem (Dosovitskiy et al. 2021, section 3.1, "Hybrid
+    Architecture"; Xiao et al. 2021, "Early Convolutions Help Transformers See Better", section 3):
+    3x3 convolutions to 24, 48, 96 and 192 channels, then 1x1, in place of one layer.
 
-    Small images: two of the four convolutions have stride 2, not all, so that a token still stands
-    for 4x4 pixels. 353,089,536 multiply-adds; 5,164,642 parameters.
+    Small images: two of the four convolutions have stride 2 instead of all, so that a token
+    represents 4x4 pixels. 353,089,536 multiply-adds; 5,164,642 parameters.
     """
-    strides = (1, 2, 2, 1) if image_size < SMALL else (2, 2, 2, 2)
+    strides = (1, 2, 2, 1) if image_size < MIN_UNCHANGED_SIZE else (2, 2, 2, 2)
     stem = [ConvStemConfig(24 * 2**i, 3, stride) for i, stride in enumerate(strides)]
     return vision_transformer("vit_hybrid", 192, num_classes, in_chans, image_size, stem)
 
@@ -167,14 +168,14 @@ def vision_transformer(
     image_size: int,
     stem: list[ConvStemConfig] | None = None,
 ) -> nn.Module:
-    """torchvision's transformer, with heads of 64 and a hidden layer four times as wide."""
-    patch = 4 if image_size < SMALL else 16
+    """Return torchvision's transformer with heads of width 64 and an MLP ratio of 4."""
+    patch = 4 if image_size < MIN_UNCHANGED_SIZE else 16
     if image_size % patch:
-        below = image_size - image_size % patch
+        lower = image_size - image_size % patch
         raise UserError(
-            f"{name} cuts images into patches of {patch} pixels, which {image_size} are no "
-            "multiple of",
-            f"Give --image-size {max(patch, below)} or {below + patch}",
+            f"{name} cuts images into patches of {patch} pixels, but --image-size {image_size} is "
+            f"not a multiple of {patch}",
+            f"Give --image-size {max(patch, lower)} or {lower + patch}",
         )
     model = VisionTransformer(
         image_size,
@@ -189,28 +190,28 @@ def vision_transformer(
     return fit_channels(model, in_chans)
 
 
-def check_image_size(name: str, image_size: int, least: int) -> None:
-    """Nothing; raises `UserError` for images that the strides leave nothing of."""
-    if image_size < least:
+def check_image_size(name: str, image_size: int, minimum: int) -> None:
+    """Raise `UserError` if images are too small for the strides of the model."""
+    if image_size < minimum:
         raise UserError(
-            f"{name} cannot take images of {image_size} pixels", f"Give {least} or more"
+            f"{name} cannot take images of {image_size} pixels", f"Give {minimum} or more"
         )
 
 
-def keep_resolution(image_size: int, *parts: nn.Module) -> None:
-    """Sets the stride of the parts' convolutions to 1, where images are small."""
-    for part in parts:
-        for module in part.modules():
-            if isinstance(module, nn.Conv2d) and image_size < SMALL:
+def keep_resolution(image_size: int, *layers: nn.Module) -> None:
+    """Set the stride of the layers' convolutions to 1 if images are small."""
+    for layer in layers:
+        for module in layer.modules():
+            if isinstance(module, nn.Conv2d) and image_size < MIN_UNCHANGED_SIZE:
                 module.stride = (1, 1)
 
 
 def set_momentum(model: nn.Module) -> None:
-    """Sets BatchNorm's momentum to 0.1, PyTorch's own, at any image size.
+    """Set BatchNorm's momentum to 0.1, PyTorch's default, at any image size.
 
-    MobileNetV3's and EfficientNet-B5 to B7's is 0.01, for trainings of 10,000s of steps: in the few
-    hundred that small data sets take, their statistics are still those of the first weights, and
-    evaluation is at chance.
+    MobileNetV3 and EfficientNet-B5 to B7 use 0.01, for tens of thousands of steps. After the few
+    hundred steps that small datasets need, the statistics would still be those of the initial
+    weights, and the evaluation at chance level.
     """
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -218,17 +219,17 @@ def set_momentum(model: nn.Module) -> None:
 
 
 def fit_first(model: nn.Module, in_chans: int, image_size: int) -> nn.Module:
-    """The network, whose first convolution takes `channels`; 3x3, stride 1 for small images."""
-    if image_size < SMALL:
+    """Return the model with a first convolution for `in_chans`; 3x3, stride 1 for small images."""
+    if image_size < MIN_UNCHANGED_SIZE:
         return fit_channels(model, in_chans, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1))
     return fit_channels(model, in_chans)
 
 
 def fit_channels(model: nn.Module, in_chans: int, **changes: tuple[int, int]) -> nn.Module:
-    """The network, with another first convolution where it is not yet as told.
+    """Return the model, with its first convolution replaced if it differs from what is asked for.
 
-    Its weights are normal with variance 1 / fan-in, which keeps the variance of its input (LeCun et
-    al. 1998, "Efficient BackProp", 4.6): what follows is a normalisation in nearly all networks.
+    The new weights are normal with variance 1 / fan-in, which preserves the variance of the input
+    (LeCun et al. 1998, "Efficient BackProp", section 4.6), as nearly all models normalize next.
     """
     name, first = next(
         (name, module) for name, module in model.named_modules() if isinstance(module, nn.Conv2d)
@@ -237,9 +238,9 @@ def fit_channels(model: nn.Module, in_chans: int, **changes: tuple[int, int]) ->
     if (first.in_channels, old) == (in_chans, old | changes):
         return model
     bias = first.bias is not None
-    fitted = nn.Conv2d(in_chans, first.out_channels, bias=bias, **old | changes)
-    nn.init.kaiming_normal_(fitted.weight, nonlinearity="linear")
-    if fitted.bias is not None:
-        nn.init.zeros_(fitted.bias)
-    model.set_submodule(name, fitted)
+    new = nn.Conv2d(in_chans, first.out_channels, bias=bias, **old | changes)
+    nn.init.kaiming_normal_(new.weight, nonlinearity="linear")
+    if new.bias is not None:
+        nn.init.zeros_(new.bias)
+    model.set_submodule(name, new)
     return model

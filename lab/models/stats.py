@@ -1,4 +1,4 @@
-"""What a network costs: its parameters, and the multiply-adds of one image."""
+"""Number of parameters and multiply-adds of a model."""
 
 from typing import Any
 
@@ -9,10 +9,11 @@ from lab.models import build_model
 
 
 def model_stats(*, in_chans: int, image_size: int, **architecture: Any) -> dict[str, int]:
-    """`parameters` and `multiply_adds` of the network that `build_model` makes of the same.
+    """Return the "parameters" and "macs" of the model that `build_model` builds.
 
-    Multiply-adds are those of convolutions and matrix products in a forward pass of one image, as
-    PyTorch's counter has them (it counts two operations each). No memory is taken for weights.
+    Macs are the multiply-adds of convolutions and matrix products in a forward pass of one image,
+    as counted by PyTorch's FlopCounterMode, which counts two operations each. No memory is
+    allocated for weights.
     """
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
         model = build_model(in_chans=in_chans, image_size=image_size, **architecture).eval()

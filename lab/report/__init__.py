@@ -1,1 +1,1 @@
-"""What is read and drawn from finished runs: plots, pages, comparisons, model card, upload."""
+"""Reports of finished runs: plots, HTML pages, comparisons, model cards and uploads to the Hub."""

@@ -1,4 +1,4 @@
-"""A page for each finished run, and one for several: no network, and no file but itself."""
+"""Write the HTML page of a run or of a comparison, which loads no other file and no URL."""
 
 from __future__ import annotations
 
@@ -24,33 +24,37 @@ if TYPE_CHECKING:
     import numpy as np
 
 
-HEAD = 24  # characters of a run's name above a column
-NARROW_SCREEN_NAME = 11  # characters of a class name on a narrow screen
-IN_FULL = 120  # classes whose confusion matrix the page holds
-CONFUSIONS = 20  # that are listed
-PICTURE_BYTES = 1_900_000  # of the text that embeds mistakes; a page stays below 3 MB
-EXACT_SIDE = 32  # pixels; larger pictures are embedded as JPEG, at a quarter of the size
-FACTS = ("device", "device_name", "world_size", "precision", "threads", "parameters",
-         "macs", "commit")  # fmt: skip
-NAMED = ("model", "data set", "chosen on")  # columns of a comparison that hold no numbers
-COUNTS = ("parameters", "multiply-adds")  # and those whose numbers are long
+MAX_HEADING_LENGTH = 24  # characters of a run's name above a column
+MAX_NARROW_NAME_LENGTH = 11  # characters of a class name on a narrow screen
+MAX_MATRIX_CLASSES = 120  # with more classes, the page has no confusion matrix
+NUM_CONFUSIONS = 20  # that are listed
+MAX_IMAGE_BYTES = 1_900_000  # of the text that embeds mistakes; a page stays below 3 MB
+MAX_PNG_SIDE = 32  # pixels; larger images are embedded as JPEG, at a quarter of the size
+ENVIRONMENT = {"device": "device", "device_name": "device name", "world_size": "processes",
+               "precision": "precision", "threads": "CPU threads", "parameters": "parameters",
+               "macs": "MACs per image", "commit": "commit of lab"}  # fmt: skip
+TEXT_COLUMNS = ("model", "dataset", "selected on")  # of a comparison
+COUNT_COLUMNS = ("parameters", "MACs")  # which are abbreviated
 
 
 def write(path: Path) -> Path:
-    """Writes the page of the run in a folder, and returns its path; raises `UserError`."""
+    """Write the page of the run in a directory and return its path.
+
+    Raise `UserError` if the run is damaged or the page cannot be written.
+    """
     run = read_run(path)
-    _write_page(path / PAGE, "report.html", _about(run))
+    _write_page(path / PAGE, "report.html", _run_context(run))
     return path / PAGE
 
 
 def write_comparison(
-    folder: Path, runs: Sequence[RunResult], rows: Sequence[dict[str, Any]]
+    directory: Path, runs: Sequence[RunResult], rows: Sequence[dict[str, Any]]
 ) -> None:
-    """Writes compare.html, of `comparison.rows`; it links to the pages of the runs."""
+    """Write compare.html with `lab.report.compare.rows` and links to the pages of the runs."""
     table = []
     for row in rows:
         page = Path(row["run"]) / PAGE
-        relative = Path(os.path.relpath(page, folder)).as_posix()
+        relative = Path(os.path.relpath(page, directory)).as_posix()
         table.append(
             {
                 "run": row["run"],
@@ -58,32 +62,32 @@ def write_comparison(
                 "cells": [_cell(name, value) for name, value in row.items() if name != "run"],
             }
         )
-    groups = compare.by_classes(runs)
-    picture = folder / compare.COMPARISON_PLOT
-    metadata = {
-        "heads": [(name, name in NAMED) for name in rows[0] if name != "run"],
+    groups = compare.group_by_classes(runs)
+    plot = directory / compare.COMPARISON_PLOT
+    context = {
+        "heads": [(name, name in TEXT_COLUMNS) for name in rows[0] if name != "run"],
         "table": table,
-        "interval": compare.INTERVAL,
-        "picture": _embedded(picture.read_bytes(), "png") if picture.is_file() else None,
-        "recalls": compare.RECALLS,
+        "interval_note": compare.INTERVAL_NOTE,
+        "plot": _data_uri(plot.read_bytes(), "png") if plot.is_file() else None,
+        "recall_title": compare.RECALL_TITLE,
         "groups": [(_names(group[0]), list(map(_recalls, group))) for group in groups],
     }
-    _write_page(folder / compare.COMPARISON_PAGE, "comparison.html", metadata)
+    _write_page(directory / compare.COMPARISON_PAGE, "comparison.html", context)
 
 
 def _cell(name: str, value: Any) -> dict[str, Any]:
-    """The text of a cell, what stands small below it, the number to sort by, all its digits."""
+    """Return the text of a cell, the small text below it, its title and the number to sort by."""
     exact = text = compare.text(name, value)
     number = value[0] if isinstance(value, tuple) else value
-    if name in COUNTS and value is not None:
-        text = compare.brief(value)
-    text, _, below = text.partition(" [") if name == "to best" else (text, "", "")
+    if name in COUNT_COLUMNS and value is not None:
+        text = compare.abbreviate(value)
+    text, _, below = text.partition(" [") if name == "vs. best" else (text, "", "")
     return {
         "text": text,
         "below": "[" + below if below else "",
         "title": exact if text != exact and not below else "",
         "number": number if isinstance(number, (int, float)) else None,
-        "named": name in NAMED,
+        "is_text": name in TEXT_COLUMNS,
     }
 
 
@@ -93,113 +97,118 @@ def _names(run: RunResult) -> list[str]:
 
 def _recalls(run: RunResult) -> tuple[str, str, list[float]]:
     name = str(run.path)
-    return name, plots.short(name, HEAD), [row["recall"] for row in run.report["per_class"]]
+    return (
+        name,
+        plots.short(name, MAX_HEADING_LENGTH),
+        [row["recall"] for row in run.report["per_class"]],
+    )
 
 
-def _write_page(path: Path, template: str, metadata: dict[str, Any]) -> None:
+def _write_page(path: Path, template: str, context: dict[str, Any]) -> None:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    # Class names and paths may be a stranger's: all that is filled in is escaped.
+    # Class names and paths may come from strangers: all values are escaped.
     environment = Environment(
         loader=PackageLoader("lab"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
-    text = environment.get_template(template).render(metadata)
-    content = text.encode("utf-8", "replace")  # names of folders need not be UTF-8
+    text = environment.get_template(template).render(context)
+    content = text.encode("utf-8", "replace")  # directory names need not be UTF-8
     write_atomically(path, lambda temporary: temporary.write_bytes(content))
 
 
-def _about(run: RunResult) -> dict[str, Any]:
-    """What the template of a run's page is filled with."""
+def _run_context(run: RunResult) -> dict[str, Any]:
+    """Return the variables of the template report.html."""
     from lab.engine.metrics import selection_bias_note
 
     config, report = run.config, run.report
     names, matrix = _names(run), report["confusion_matrix"]
-    shown = _mistakes(run)
+    mistakes = _mistakes(run)
     return {
         "title": f"{config['model']} on {config['dataset']}",
         "path": str(run.path),
         "report": report,
-        "caveat": selection_bias_note("test", report["selection_split"]),
+        "bias_note": selection_bias_note("test", report["selection_split"]),
         "history": run.history,
-        "time": console.duration(sum(r["train_seconds"] + r["eval_seconds"] for r in run.history)),
-        "curves": _embedded(plots.png(lambda: plots.curves(run)), "png"),
+        "time": console.duration(run.seconds),
+        "curves": _data_uri(plots.png(lambda: plots.curves(run)), "png"),
         "plots": [f"{PLOTS}/{p.name}" for p in sorted((run.path / PLOTS).glob("*.png"))],
         "settings": settings(config),
         "recipe": config["recipe"],
-        "facts": [(name.replace("_", " "), config[name]) for name in FACTS if config.get(name)],
+        "environment": [(ENVIRONMENT[k], config[k]) for k in ENVIRONMENT if config.get(k)],
         "versions": config["versions"],
         "names": names,
-        "labels": [
-            (plots.short(name, plots.MAX_LONG_NAME_LENGTH), plots.short(name, NARROW_SCREEN_NAME))
+        "short_names": [
+            tuple(
+                plots.short(name, n) for n in (plots.MAX_LONG_NAME_LENGTH, MAX_NARROW_NAME_LENGTH)
+            )
             for name in names
         ],
-        "matrix": matrix if len(names) <= IN_FULL else None,
-        "confusions": run.confusions(CONFUSIONS),
+        "matrix": matrix if len(names) <= MAX_MATRIX_CLASSES else None,
+        "confusions": run.confusions(NUM_CONFUSIONS),
         "num_mistakes": report["num_samples"] - sum(row[i] for i, row in enumerate(matrix)),
-        "num_pictures": len(shown),
+        "num_images": len(mistakes),
         "data": {
             "names": names,
             "totals": [sum(row) for row in matrix],
-            "pictures": shown,
+            "mistakes": mistakes,
         },
     }
 
 
 def settings(config: dict[str, Any]) -> list[tuple[str, Any, Any, bool]]:
-    """(setting, the run's, the recipe's, whether these differ), but for where files are put.
+    """Return (name, value, the recipe's value, whether they differ) of each setting of a run.
 
-    None is the recipe's where recipes leave the setting alone.
+    The settings of its output are left out. The recipe's value is None if recipes do not set it.
     """
     try:
-        given = {name: config[name] for name in ("model", "dataset", "recipe")}
-        recipe = dataclasses.asdict(resolve(given))
-    except UserError:  # of a version that knew more
+        names = ("model", "dataset", "recipe")
+        recipe = dataclasses.asdict(resolve({name: config[name] for name in names}))
+    except UserError:  # a model, dataset or recipe that this version does not have
         recipe = {}
     rows = []
     for field in dataclasses.fields(TrainConfig):
         if field.metadata["group"] != OUTPUT and field.name in config:
             value = config[field.name]
-            of_recipe = field.metadata.get("from_recipe", False)
-            usual = recipe.get(field.name, value) if of_recipe else None
-            rows.append((field.name, value, usual, of_recipe and value != usual))
+            in_recipe = field.metadata.get("from_recipe", False)
+            default = recipe.get(field.name, value) if in_recipe else None
+            rows.append((field.name, value, default, in_recipe and value != default))
     return rows
 
 
 def _mistakes(run: RunResult) -> list[tuple[int, int, str, float, str]]:
-    """(true class, predicted class, name, confidence, picture) of what the run kept, to the limit.
+    """Return (true class, predicted class, name, confidence, data URI) of the saved mistakes.
 
-    The name is the picture's file, or #INDEX. The most telling come first: see
-    `lab.report.mistakes.chosen`.
+    Only as many as MAX_IMAGE_BYTES allows, in the order of `lab.report.mistakes.select_mistakes`.
     """
-    pictures = run.pictures()
-    if pictures is None or run.predictions is None or run.confidence is None:
+    images = run.images()
+    if images is None or run.predictions is None or run.confidence is None:
         return []
-    found, size = [], 0
-    columns = (pictures[name] for name in ("mistakes_labels", "mistakes_index", "mistakes"))
+    mistakes, num_bytes = [], 0
+    columns = (images[name] for name in ("mistakes_labels", "mistakes_index", "mistakes"))
     for label, index, image in zip(*columns, strict=True):
-        picture = _thumbnail(image)
+        uri = _thumbnail(image)
         name = run.files[index] if run.files else f"#{index}"
-        size += len(picture) + len(name)
-        if size > PICTURE_BYTES:
+        num_bytes += len(uri) + len(name)
+        if num_bytes > MAX_IMAGE_BYTES:
             break
         prediction, confidence = int(run.predictions[index]), float(run.confidence[index])
-        found.append((int(label), prediction, name, round(confidence, 4), picture))
-    return found
+        mistakes.append((int(label), prediction, name, round(confidence, 4), uri))
+    return mistakes
 
 
 def _thumbnail(image: np.ndarray) -> str:
-    """uint8 [C, H, W] as a data URI."""
+    """Return the data URI of an image, uint8 [C, H, W]."""
     from PIL import Image
 
     file = io.BytesIO()
-    picture = Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0))
-    if max(picture.size) <= EXACT_SIDE:
-        picture.save(file, "PNG")
-        return _embedded(file.getvalue(), "png")
-    picture.save(file, "JPEG", quality=90)
-    return _embedded(file.getvalue(), "jpeg")
+    thumbnail = Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0))
+    if max(thumbnail.size) <= MAX_PNG_SIDE:
+        thumbnail.save(file, "PNG")
+        return _data_uri(file.getvalue(), "png")
+    thumbnail.save(file, "JPEG", quality=90)
+    return _data_uri(file.getvalue(), "jpeg")
 
 
-def _embedded(content: bytes, kind: str) -> str:
+def _data_uri(content: bytes, kind: str) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"

@@ -1,8 +1,8 @@
 """Upload a finished run to the Hugging Face Hub: weights, settings, report, card and plots.
 
-A repository that does not exist yet is created as a private one. Checkpoints and predictions are
-not uploaded, and plots that show images of the dataset only with --hub-images. config.json and the
-weights name the directory that the data came from.
+A repository that does not exist is created as private. Checkpoints and predictions are not
+uploaded; plots that show images of the dataset are uploaded only with --hub-images. config.json and
+the weights contain the path of the data directory.
 """
 
 import shlex
@@ -21,8 +21,8 @@ PLOTS_WITHOUT_IMAGES = tuple(
 def check_upload(config: TrainConfig, needed: bool = True) -> None:
     """Raise `UserError` if the run could not be uploaded to --push-to-hub, or if that is public.
 
-    A Hub that cannot be reached now is no error: it may be reachable at the end of the training,
-    and `push` checks again.
+    If the Hub cannot be reached, only warn: it may be reachable at the end of the training, and
+    `push` checks again.
     """
     name = config.push_to_hub
     if not (name and needed):
@@ -35,26 +35,26 @@ def check_upload(config: TrainConfig, needed: bool = True) -> None:
         validate_repo_id(name)
     except HFValidationError as error:
         raise UserError(
-            f"{name} is no name of a repository ({error})", "Give NAME, or ORGANISATION/NAME"
+            f"invalid --push-to-hub {name!r} ({error})", "Give NAME or ORGANIZATION/NAME"
         ) from error
     if constants.HF_HUB_OFFLINE:
-        raise UserError("HF_HUB_OFFLINE keeps the Hub away", f"Unset it to upload to {name}")
+        raise UserError("HF_HUB_OFFLINE disables the Hub", f"Unset it to upload to {name}")
     if not get_token():
         raise UserError(
-            f"there is no login to upload to {name} with", "Run hf auth login, or set HF_TOKEN"
+            f"no login to the Hub for uploading to {name}", "Run hf auth login, or set HF_TOKEN"
         )
     try:
         check_private(name, config.hub_public)
     except UserError:
         raise
-    except Exception as error:  # raised by the network, the Hub or the clients of both
-        console.warn(f"whether {name} is public is checked before the upload only ({error})")
+    except Exception as error:  # of the network, the Hub or their clients
+        console.warn(f"the visibility of {name} will be checked before the upload ({error})")
 
 
 def check_private(name: str, public: bool) -> None:
     """Raise `UserError` if the repository exists and is public, unless `public` allows that.
 
-    Also raises what the Hub's client raises when it gets no answer.
+    Errors of the network or the Hub are raised unchanged.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RepositoryNotFoundError
@@ -70,7 +70,7 @@ def check_private(name: str, public: bool) -> None:
     if not private:
         raise UserError(
             f"the repository {full_name} is public",
-            "Give --hub-public to publish the run there, or another --push-to-hub",
+            "Give --hub-public to publish the run there, or give another --push-to-hub",
         )
 
 
@@ -83,8 +83,7 @@ def files(run: RunDir, images: bool) -> list[str]:
 def push(run: RunDir, name: str, *, images: bool = False, public: bool = False) -> str:
     """Upload the files of a run in one commit and return the repository's address.
 
-    Raises:
-        UserError: if the upload fails, or the repository is public and `public` is False.
+    Raise `UserError` if the upload fails, or if the repository is public and `public` is False.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 
@@ -96,11 +95,11 @@ def push(run: RunDir, name: str, *, images: bool = False, public: bool = False) 
         HfApi().create_commit(repository.repo_id, added, commit_message="Upload a run of lab")
     except UserError:
         raise
-    except Exception as error:  # raised by the network, the Hub or the clients of both
-        words = ["python", "train.py", "--resume", str(run.path), "--push-to-hub", name]
-        words += ["--hub-images"] * images + ["--hub-public"] * public
+    except Exception as error:  # of the network, the Hub or their clients
+        command = ["python", "train.py", "--resume", str(run.path), "--push-to-hub", name]
+        command += ["--hub-images"] * images + ["--hub-public"] * public
         raise UserError(
-            f"{run.path} could not be uploaded ({error})", f"Try again: {shlex.join(words)}"
+            f"{run.path} could not be uploaded ({error})", f"Try again: {shlex.join(command)}"
         ) from error
     return str(repository)
 

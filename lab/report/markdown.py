@@ -1,4 +1,4 @@
-"""escaped, table, code: Markdown from texts that may be anyone's."""
+"""Format Markdown from text that may come from strangers: class names, paths, settings."""
 
 import re
 import unicodedata
@@ -6,11 +6,11 @@ from collections.abc import Iterable, Sequence
 
 
 def escaped(value: object) -> str:
-    """A value as Markdown that shows it literally, on one line, in a table's cell, too.
+    """Return Markdown that shows a value literally on one line, also in a table cell.
 
-    Every ASCII punctuation character but hyphen and comma has a backslash before it, which
-    CommonMark takes away again. Control characters, those that turn the direction of writing, and
-    halves of pairs become question marks.
+    Put a backslash, which CommonMark removes, before every ASCII punctuation character except
+    hyphen and comma. Replace control characters, characters that change the writing direction and
+    lone surrogates by question marks.
     """
     text = " ".join(str(value).split())
     text = "".join("?" if unicodedata.category(c)[0] == "C" else c for c in text)
@@ -18,13 +18,13 @@ def escaped(value: object) -> str:
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table of cells that are Markdown already; the columns but the first are numbers'."""
+    """Return a table whose cells are Markdown; all columns but the first are aligned right."""
     rules = ["---", *("---:" for _ in heads[1:])]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (heads, rules, *rows))
 
 
 def code(text: str, language: str) -> str:
-    """A block of code, whose fence is longer than any within."""
+    """Return a fenced code block; the fence is longer than any row of backticks in `text`."""
     longest = max((len(run) for run in re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}{language}\n{text}\n{fence}"

@@ -1,4 +1,4 @@
-"""keep: the few pictures of its data that a run keeps, so that it can be looked at later."""
+"""Save images for the reports of a run: the first training batch and the test mistakes."""
 
 from __future__ import annotations
 
@@ -15,34 +15,33 @@ from lab.checkpoint.run_dir import IMAGES, RunDir
 from lab.data import Splits
 from lab.data.sampler import ShardedBatchSampler, random_bits
 from lab.data.transforms import BatchTransform
-from lab.data.types import Split
+from lab.data.types import Images
 
 if TYPE_CHECKING:
     from lab.config.schema import TrainConfig
     from lab.engine.evaluation import Predictions
 
 
-SIDE = 64  # pixels; larger pictures are made smaller
-BATCH = 64  # pictures of the first training batch
-NUM_MOST_CONFIDENT = 24  # the most confident mistakes, whatever their classes
-PER_CELL = 12  # mistakes of one cell of the confusion matrix
-MISTAKES = 1000  # in all,
-MISTAKES_BYTES = 4 * 2**20  # and their pixels
+MAX_SIDE = 64  # pixels; larger images are resized
+MAX_BATCH = 64  # images of the first training batch
+NUM_MOST_CONFIDENT = 24  # mistakes of any class that are saved first
+MAX_PER_CELL = 12  # further mistakes of one cell of the confusion matrix
+MAX_MISTAKES = 1000
+MAX_MISTAKES_BYTES = 4 * 2**20
 
 
-def keep(run: RunDir, config: TrainConfig, splits: Splits, predictions: Predictions) -> None:
-    """Writes images.safetensors, on the main process: the first training batch, and mistakes.
+def save_images(run: RunDir, config: TrainConfig, splits: Splits, predictions: Predictions) -> None:
+    """Write images.safetensors on the main process.
 
-    `batch` is uint8 [n, C, H, W], `mistakes` uint8 [m, C, H, W]; each has `_labels` and `_index`,
-    int64: the true classes, and the positions in the training and the test split.
-
-    Both are found at the end of a run, as functions of the settings and of what was predicted:
-    so a run that was resumed, or trained on several processes, has the same ones.
+    Its tensors are `batch`, uint8 [n, C, H, W], and `mistakes`, uint8 [m, C, H, W]. Each has the
+    int64 tensors NAME_labels, the true classes, and NAME_index, the indices in the training or test
+    split. They depend only on the settings and the predictions, so that a run that was resumed, or
+    trained on several processes, has the same ones.
     """
     if not run.is_main_process:
         return
     images, batch = first_batch(config, splits)
-    mistakes = chosen(predictions, _most(splits.test))
+    mistakes = select_mistakes(predictions, _max_mistakes(splits.test.images))
     tensors = {
         "batch": images,
         "batch_labels": splits.train.labels[batch],
@@ -56,20 +55,20 @@ def keep(run: RunDir, config: TrainConfig, splits: Splits, predictions: Predicti
 
 
 def first_batch(config: TrainConfig, splits: Splits) -> tuple[Tensor, Tensor]:
-    """The first pictures of the first epoch as the network sees them, augmented and mixed.
+    """Return the first images of the first epoch as the model sees them, augmented and mixed.
 
-    (uint8 [n, C, H, W], their positions in the training split, int64 [n]). They are normalised as
-    for the network, and what that does to colours is then undone.
+    The result is (uint8 [n, C, H, W], their indices in the training split, int64 [n]). The
+    normalization is undone.
     """
     num_samples = len(splits.train.labels)
     transform = BatchTransform(
         splits.mean, splits.std, config.augmentations, "cpu", config.mixup_alpha
     )
     sampler = ShardedBatchSampler(num_samples, config.batch_size, config.seed, rank=0, world_size=1)
-    cut = next(sampler.slices())
-    cut = replace(cut, parts=(cut.parts[0][:BATCH],))
+    batch = next(sampler.slices())
+    batch = replace(batch, parts=(batch.parts[0][:MAX_BATCH],))
     mixup = transform.mixup
-    index = sampler.indices(sampler.order(1), cut, mixup is not None)
+    index = sampler.indices(sampler.order(1), batch, mixup is not None)
     bits = random_bits(config.seed, 1, num_samples, "cpu")[index]
     images = transform(splits.train.images[index], bits)
     if mixup is not None:
@@ -78,11 +77,12 @@ def first_batch(config: TrainConfig, splits: Splits) -> tuple[Tensor, Tensor]:
     return shrink(pixels.round().clamp(0, 255).byte()), index
 
 
-def chosen(predictions: Predictions, most: int) -> Tensor:
-    """Positions of the wrong predictions to keep, int64 [m], m <= `most`.
+def select_mistakes(predictions: Predictions, limit: int) -> Tensor:
+    """Return the indices of the wrong predictions to save, int64 [m] with m <= `limit`.
 
-    First the most confident of all. Then each cell of the confusion matrix gets its most confident
-    one, then its second ... up to PER_CELL; of two cells, the one that holds more is served first.
+    First come the most confident mistakes of all classes. Then come the most confident mistake of
+    each cell of the confusion matrix, the second of each cell, and so on up to MAX_PER_CELL; of two
+    cells, the one with more mistakes comes first.
     """
     wrong = (predictions.labels != predictions.predictions).nonzero().flatten()
     wrong = wrong[predictions.confidence[wrong].argsort(descending=True, stable=True)]
@@ -90,26 +90,25 @@ def chosen(predictions: Predictions, most: int) -> Tensor:
     cells = predictions.labels[wrong] * num_classes + predictions.predictions[wrong]
     by_cell = cells.argsort(stable=True)
     counts = cells.bincount(minlength=num_classes**2)
-    first = counts.cumsum(0) - counts  # of each cell, in `by_cell`
-    rank = torch.empty_like(cells)  # of each mistake in its cell
-    rank[by_cell] = torch.arange(len(cells)) - first[cells[by_cell]]
-    # Sorted by rank, then by size of the cell; stable sorts keep the most confident first.
+    first = counts.cumsum(0) - counts  # the position in `by_cell` at which each cell begins
+    place = torch.empty_like(cells)  # of each mistake within its cell, by confidence
+    place[by_cell] = torch.arange(len(cells)) - first[cells[by_cell]]
+    # Sorted by place, then by size of the cell; stable sorts keep the order by confidence.
     order = (-counts[cells]).argsort(stable=True)
-    order = order[rank[order].argsort(stable=True)]
-    order = order[(rank[order] < PER_CELL) & (order >= NUM_MOST_CONFIDENT)]
-    return torch.cat((wrong[:NUM_MOST_CONFIDENT], wrong[order]))[:most]
-
-
-def _most(split: Split) -> int:
-    """How many pictures of a split may be kept."""
-    in_chans, height, width = split.images.shape[1:]
-    size = in_chans * min(SIDE, height) * min(SIDE, width)
-    return min(MISTAKES, MISTAKES_BYTES // size)
+    order = order[place[order].argsort(stable=True)]
+    order = order[(place[order] < MAX_PER_CELL) & (order >= NUM_MOST_CONFIDENT)]
+    return torch.cat((wrong[:NUM_MOST_CONFIDENT], wrong[order]))[:limit]
 
 
 def shrink(images: Tensor) -> Tensor:
-    """uint8 [n, C, H, W], square, of at most SIDE pixels a side."""
-    if max(images.shape[-2:]) <= SIDE or not len(images):
+    """Return images uint8 [n, C, H, W] resized to at most MAX_SIDE pixels a side."""
+    if max(images.shape[-2:]) <= MAX_SIDE or not len(images):
         return images
-    smaller = F.interpolate(images.float(), (SIDE, SIDE), mode="bilinear", antialias=True)
-    return smaller.round().clamp(0, 255).byte()
+    resized = F.interpolate(images.float(), (MAX_SIDE, MAX_SIDE), mode="bilinear", antialias=True)
+    return resized.round().clamp(0, 255).byte()
+
+
+def _max_mistakes(images: Images) -> int:
+    in_chans, height, width = images.shape[1:]
+    num_bytes = in_chans * min(MAX_SIDE, height) * min(MAX_SIDE, width)
+    return min(MAX_MISTAKES, MAX_MISTAKES_BYTES // num_bytes)

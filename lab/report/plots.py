@@ -1,4 +1,4 @@
-"""The picture of a comparison: accuracy of runs against what they cost."""
+"""Draw the plots of a run, and the plot of a comparison of runs."""
 
 from __future__ import annotations
 
@@ -23,15 +23,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-
-# Okabe and Ito's colours (2008), told apart by colour-blind readers too. Where two stand for one
-# thing each, their markers differ as well.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F0E442")
-BLUE, ORANGE, GREEN, RED = COLOURS[0], COLOURS[1], COLOURS[2], COLOURS[4]
+# The palette of Okabe and Ito (2008), which color-blind readers can distinguish. The series of a
+# plot also differ in their markers.
+COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F0E442")
+BLUE, ORANGE, GREEN, RED = COLORS[0], COLORS[1], COLORS[2], COLORS[4]
 INK = "#222222"
 STYLE: Any = {
     "figure.facecolor": "white", "savefig.facecolor": "white", "axes.facecolor": "white",
@@ -40,45 +35,49 @@ STYLE: Any = {
     "axes.titlelocation": "left", "axes.titlesize": 11, "grid.alpha": 0.3, "font.size": 10,
     "legend.frameon": False, "savefig.dpi": 150,
 }  # fmt: skip
-WRITTEN_OUT = 20  # classes whose cells have room for numbers
-LISTED = 100  # classes that have a line each
-FEW = 30  # points of a curve that are marked each
+MAX_NUMBERED = 20  # classes; the cells of a larger confusion matrix have no room for numbers
+MAX_LISTED = 100  # classes that are drawn by name
+MAX_MARKED = 30  # points of a curve; a longer curve has no markers
 MAX_NAME_LENGTH = 18  # characters of a class name
-MAX_LONG_NAME_LENGTH = 36  # where there is room
-LETTER = 0.08  # inches that a plot grows for each further character
+MAX_LONG_NAME_LENGTH = 36  # if there is room
+CHAR_WIDTH = 0.08  # inches that a plot grows for each character beyond MAX_NAME_LENGTH
 
 
 def draw(path: Path) -> None:
-    """Draws the pictures of the run in a folder into its plots/; raises `UserError`."""
+    """Draw the plots of the run in a directory into plots/.
+
+    Raise `UserError` if the run is damaged or a file cannot be written.
+    """
     run = read_run(path)
-    drawings: dict[str, Callable[[], Figure]] = {
+    figures: dict[str, Callable[[], Figure]] = {
         "curves": partial(curves, run),
         "confusion_matrix": partial(confusion_matrix, run),
         "per_class": partial(per_class, run),
     }
-    if (pictures := run.pictures()) is not None and run.predictions is not None:
-        drawings["mistakes"] = partial(mistakes, run, pictures)
-        drawings["batch"] = partial(batch, run, pictures)
+    if (images := run.images()) is not None and run.predictions is not None:
+        figures["mistakes"] = partial(mistakes, run, images)
+        figures["batch"] = partial(batch, run, images)
     else:
-        console.warn(f"no mistakes and no batch: {path} has no {IMAGES} or no {PREDICTIONS}")
-    folder = path / PLOTS
-    with os_errors_as_user_errors(folder):
-        folder.mkdir(exist_ok=True)
-    for name, figure in drawings.items():
-        write_picture(folder / f"{name}.png", png(figure))
+        console.warn(f"no plots of images: {path} has no {IMAGES} or no {PREDICTIONS}")
+    directory = path / PLOTS
+    with os_errors_as_user_errors(directory):
+        directory.mkdir(exist_ok=True)
+    for name, figure in figures.items():
+        save(directory / f"{name}.png", figure)
 
 
-def write_picture(path: Path, content: bytes) -> None:
-    """Writes a picture whole, or not at all."""
+def save(path: Path, figure: Callable[[], Figure]) -> None:
+    """Write the figure that a function creates to a PNG file."""
+    content = png(figure)
     write_atomically(path, lambda temporary: temporary.write_bytes(content))
 
 
 def png(figure: Callable[[], Figure]) -> bytes:
-    """The figure that a function makes, as a PNG file."""
+    """Return the figure that a function creates as the content of a PNG file."""
     from matplotlib import rc_context
 
     file = io.BytesIO()
-    # A class name in a script that the font lacks is drawn as boxes, without a word on the console.
+    # If the font lacks a character of a class name, matplotlib draws a box and warns.
     with rc_context(STYLE), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         figure().savefig(file, format="png")
@@ -86,29 +85,30 @@ def png(figure: Callable[[], Figure]) -> bytes:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure, in inches."""
+    """Return an empty figure of a size in inches."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
 def curves(run: RunResult) -> Figure:
-    """Loss and accuracy over epochs, the learning rate over steps; the best epoch is marked."""
+    """Plot loss and accuracy over epochs, with the best epoch marked, and the learning rate."""
     from matplotlib.ticker import MaxNLocator
 
     figure = new_figure(12, 3.6)
     loss, accuracy, rate = figure.subplots(1, 3)
     epochs = [row["epoch"] for row in run.history]
-    chosen_on = "test" if run.report["selection_split"] == "test" else "validation"
+    selection_split = "test" if run.report["selection_split"] == "test" else "validation"
     best = next((row for row in run.history if row["epoch"] == run.report["best_epoch"]), None)
     for axes, key in ((loss, "loss"), (accuracy, "accuracy")):
-        few = len(epochs) <= FEW
-        for part, label, colour, marker in (
-            ("train", "train", BLUE, "o"), ("val", chosen_on, RED, "s"),
+        marked = len(epochs) <= MAX_MARKED
+        for part, label, color, marker in (
+            ("train", "train", BLUE, "o"), ("val", selection_split, RED, "s"),
         ):  # fmt: skip
             values = [row[f"{part}_{key}"] for row in run.history]
             values = [math.nan if value is None else value for value in values]
-            axes.plot(epochs, values, color=colour, marker=marker if few else "", ms=4, label=label)
+            marker = marker if marked else ""
+            axes.plot(epochs, values, color=color, marker=marker, ms=4, label=label)
         if best:
             axes.axvline(best["epoch"], color="#888888", ls="--", lw=1, zorder=0)
             height = math.nan if best[f"val_{key}"] is None else best[f"val_{key}"]
@@ -122,7 +122,7 @@ def curves(run: RunResult) -> Figure:
         xs, ys = [s["step"] for s in steps], [s["learning_rate"] for s in steps]
     else:
         xs, ys = epochs, [row["learning_rate"] for row in run.history]
-    rate.plot(xs, ys, color=GREEN, marker="o" if len(xs) <= FEW else "", ms=4)
+    rate.plot(xs, ys, color=GREEN, marker="o" if len(xs) <= MAX_MARKED else "", ms=4)
     rate.set(title="learning rate", ylim=(0, None))
     for axes in figure.axes:
         axes.set_xlabel("step" if axes is rate and by_step else "epoch")
@@ -135,28 +135,31 @@ def curves(run: RunResult) -> Figure:
 
 
 def confusion_matrix(run: RunResult) -> Figure:
-    """Shares of each true class, with counts; of many classes a list of the largest instead."""
+    """Plot the confusion matrix: fractions of each true class, with counts if there is room.
+
+    With many classes, list the most frequent confusions beside it.
+    """
     import numpy as np
     from matplotlib.colors import PowerNorm
 
     matrix, names = np.array(run.report["confusion_matrix"]), run.report["class_names"]
     num_classes = len(names)
-    share = matrix / matrix.sum(1, keepdims=True).clip(min=1)
-    numbers = num_classes <= WRITTEN_OUT
-    shown = [short(name, MAX_LONG_NAME_LENGTH if numbers else MAX_NAME_LENGTH) for name in names]
-    if numbers:
+    fraction = matrix / matrix.sum(1, keepdims=True).clip(min=1)
+    numbered = num_classes <= MAX_NUMBERED
+    shown = [short(name, MAX_LONG_NAME_LENGTH if numbered else MAX_NAME_LENGTH) for name in names]
+    if numbered:
         side = max(5.0, 0.62 * num_classes + 1.8) + _growth(shown)
         figure = new_figure(side + 0.6, side)
         axes = figure.subplots()
     else:
         figure = new_figure(16, 11)
-        axes, beside = figure.subplots(1, 2, width_ratios=(11, 5))
-        _list_confusions(beside, run, 25)
-    # The root makes small shares visible beside a full diagonal.
-    image = axes.imshow(share, cmap="Blues", norm=PowerNorm(0.5, 0, 1), interpolation="nearest")
-    every = -(-num_classes // LISTED)  # more classes than lines: every n-th is named
+        axes, list_axes = figure.subplots(1, 2, width_ratios=(11, 5))
+        _list_confusions(list_axes, run, 25)
+    # The square root makes small fractions visible beside the diagonal.
+    image = axes.imshow(fraction, cmap="Blues", norm=PowerNorm(0.5, 0, 1), interpolation="nearest")
+    every = -(-num_classes // MAX_LISTED)  # with more classes, only every n-th is named
     ticks = range(0, num_classes, every)
-    size = 9 if numbers else max(5.0, min(9.0, 500 / len(ticks) / 1.15))
+    size = 9 if numbered else max(5.0, min(9.0, 500 / len(ticks) / 1.15))
     labels = [shown[k] for k in ticks]
     axes.set_xticks(ticks, labels, rotation=90, fontsize=size, parse_math=False)
     axes.set_yticks(ticks, labels, fontsize=size, parse_math=False)
@@ -164,34 +167,34 @@ def confusion_matrix(run: RunResult) -> Figure:
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
     axes.set_title(_title(run, "confusion matrix"), parse_math=False)
-    for i, j in zip(*np.nonzero(matrix), strict=True) if numbers else ():
-        colour = "white" if share[i, j] > 0.35 else INK
-        text = f"{matrix[i, j]:,}\n{100 * share[i, j]:.1f} %"
-        axes.text(j, i, text, ha="center", va="center", fontsize=7.5, color=colour)
-    bar = figure.colorbar(image, ax=axes, label="share of the true class", shrink=0.6)
+    for i, j in zip(*np.nonzero(matrix), strict=True) if numbered else ():
+        color = "white" if fraction[i, j] > 0.35 else INK
+        text = f"{matrix[i, j]:,}\n{100 * fraction[i, j]:.1f} %"
+        axes.text(j, i, text, ha="center", va="center", fontsize=7.5, color=color)
+    bar = figure.colorbar(image, ax=axes, label="fraction of the true class", shrink=0.6)
     bar.ax.set_yticks([0, 0.05, 0.25, 0.5, 1], ["0 %", "5 %", "25 %", "50 %", "100 %"])
     bar.outline.set_visible(False)
     return figure
 
 
 def _list_confusions(axes: Axes, run: RunResult, count: int) -> None:
-    """Writes the most frequent confusions into empty axes."""
+    """Write the most frequent confusions into empty axes."""
     axes.set_axis_off()
     axes.set_title("most frequent confusions: true → predicted")
     names = run.report["class_names"]
-    for line, (i, j, number, share) in enumerate(run.confusions(count)):
+    for line, (i, j, number, fraction) in enumerate(run.confusions(count)):
         y = 1 - (line + 1) / (count + 1)
         pair = f"{short(names[i])} → {short(names[j])}"
-        columns = ((0.12, f"{number:,}", "right"), (0.28, f"{100 * share:.1f} %", "right"),
+        columns = ((0.12, f"{number:,}", "right"), (0.28, f"{100 * fraction:.1f} %", "right"),
                    (0.32, pair, "left"))  # fmt: skip
         for x, text, align in columns:
             axes.text(x, y, text, ha=align, va="center", parse_math=False)
 
 
 def per_class(run: RunResult) -> Figure:
-    """Precision, recall and F1 of each class, a line each, the lowest F1 at the bottom."""
+    """Plot precision, recall and F1 of each class, sorted by F1, the lowest at the bottom."""
     rows = sorted(run.report["per_class"], key=lambda row: row["f1"])
-    shown = rows[:LISTED]
+    shown = rows[:MAX_LISTED]
     names = [short(row["class"], MAX_LONG_NAME_LENGTH) for row in shown]
     height = 1.6 + max(6, len(shown)) * (0.3 if len(shown) <= 30 else 0.17)
     figure = new_figure(8.5 + _growth(names), height)
@@ -199,59 +202,61 @@ def per_class(run: RunResult) -> Figure:
     ys = range(len(shown))
     left, right = ([row[key] for row in shown] for key in ("precision", "recall"))
     axes.hlines(ys, left, right, color="#bbbbbb", lw=2, zorder=1)
-    for key, label, colour, marker in (
+    for key, label, color, marker in (
         ("precision", "precision", BLUE, ">"), ("recall", "recall", ORANGE, "<"),
         ("f1", "F1", INK, "o"),
     ):  # fmt: skip
         values = [row[key] for row in shown]
-        axes.scatter(values, ys, color=colour, marker=marker, s=30, label=label, zorder=3)
+        axes.scatter(values, ys, color=color, marker=marker, s=30, label=label, zorder=3)
     labels = [f"{name} ({row['support']:,})" for name, row in zip(names, shown, strict=True)]
     size = 9 if len(shown) <= 30 else 7
     axes.set_yticks(ys, labels, fontsize=size, parse_math=False)
     axes.set_ylim(-0.7, len(shown) - 0.3)
     low = min(min(row[key] for key in ("precision", "recall", "f1")) for row in shown)
-    # Where all are good, from 0 on none could be told from another; the axis says where it begins.
+    # If all are high, an axis from 0 would not show their differences.
     axes.set_xlim(max(0, low - 0.05) if low > 0.5 else -0.02, 1.02 if low <= 0.5 else 1.005)
     axes.grid(axis="x")
     axes.tick_params(axis="y", length=0)
-    which = f"the {LISTED} classes of lowest F1 of {len(rows)}" if len(rows) > LISTED else "classes"
-    axes.set_title(_title(run, f"{which} (samples), by F1"), parse_math=False)
+    subset = f", the lowest {MAX_LISTED} of {len(rows)} F1" if len(rows) > MAX_LISTED else ""
+    axes.set_title(_title(run, f"classes (samples){subset}"), parse_math=False)
     axes.axvline(run.report["macro_f1"], color="#888888", ls="--", lw=1, zorder=0, label="macro-F1")
     figure.legend(loc="outside lower center", ncols=4, fontsize=9)
     return figure
 
 
-def mistakes(run: RunResult, pictures: dict[str, np.ndarray], count: int = 24) -> Figure:
-    """The most confident wrong predictions, with true and predicted class."""
+def mistakes(run: RunResult, images: dict[str, np.ndarray], count: int = 24) -> Figure:
+    """Plot the most confident wrong predictions with their true and predicted classes."""
     assert run.predictions is not None
     assert run.confidence is not None
-    index = pictures["mistakes_index"]
+    index = images["mistakes_index"]
     order = (-run.confidence[index]).argsort(kind="stable")[:count]
     names, captions = run.report["class_names"], []
-    for label, i in zip(pictures["mistakes_labels"][order], index[order], strict=True):
+    for label, i in zip(images["mistakes_labels"][order], index[order], strict=True):
         predicted = short(names[run.predictions[i]], 12)
-        sure = f"{100 * run.confidence[i]:.1f} % sure"
+        confidence = f"confidence {100 * run.confidence[i]:.1f} %"
         file = f"\n{short(PurePosixPath(run.files[i]).name[::-1])[::-1]}" if run.files else ""
-        captions.append(f"true: {short(names[label], 12)}\npredicted: {predicted}\n{sure}{file}")
+        captions.append(
+            f"true: {short(names[label], 12)}\npredicted: {predicted}\n{confidence}{file}"
+        )
     wrong = int((run.predictions != run.labels).sum())
-    title = f"{len(order)} most confident of {wrong:,} mistakes"
-    return _grid(pictures["mistakes"][order], captions, 6, _title(run, title))
+    title = f"the {len(order)} most confident of {wrong:,} mistakes"
+    return _grid(images["mistakes"][order], captions, 6, _title(run, title))
 
 
-def batch(run: RunResult, pictures: dict[str, np.ndarray]) -> Figure:
-    """The first training batch as the network saw it."""
+def batch(run: RunResult, images: dict[str, np.ndarray]) -> Figure:
+    """Plot images of the first training batch as the model saw them."""
     names = run.report["class_names"]
-    captions = [short(names[label], 17) for label in pictures["batch_labels"]]
-    how = str(run.config.get("augment", "none"))
-    title = f"{len(captions)} pictures of the first training batch; augmentation: {how}"
-    return _grid(pictures["batch"], captions, 8, _title(run, title))
+    captions = [short(names[label], 17) for label in images["batch_labels"]]
+    augment = str(run.config.get("augment", "none"))
+    title = f"{len(captions)} images of the first training batch, augmentation: {augment}"
+    return _grid(images["batch"], captions, 8, _title(run, title))
 
 
 def _grid(images: np.ndarray, captions: Sequence[str], columns: int, title: str) -> Figure:
-    """Pictures uint8 [n, C, H, W] in rows, each above its caption."""
+    """Plot images uint8 [n, C, H, W] in rows, each above its caption."""
     lines = 1 + max([caption.count("\n") for caption in captions], default=0)
     num_rows = max(1, -(-len(images) // columns))
-    wide, high = 1.12, 1.08 + 0.13 * lines  # of a place, in widths of a picture
+    wide, high = 1.12, 1.08 + 0.13 * lines  # of a cell, in widths of an image
     figure = new_figure(1.35 * columns * wide, 1.35 * num_rows * high + 0.4)
     axes = figure.subplots()
     for number, (image, caption) in enumerate(zip(images, captions, strict=True)):
@@ -268,7 +273,7 @@ def _grid(images: np.ndarray, captions: Sequence[str], columns: int, title: str)
 
 def _growth(names: Sequence[str]) -> float:
     """Return the inches that names need beyond those of MAX_NAME_LENGTH characters."""
-    return LETTER * (max(MAX_NAME_LENGTH, *map(len, names)) - MAX_NAME_LENGTH)
+    return CHAR_WIDTH * (max(MAX_NAME_LENGTH, *map(len, names)) - MAX_NAME_LENGTH)
 
 
 def _title(run: RunResult, text: str) -> str:
@@ -276,9 +281,9 @@ def _title(run: RunResult, text: str) -> str:
 
 
 def short(name: str, width: int = MAX_NAME_LENGTH) -> str:
-    """A class name, which may be a stranger's, for one line of at most `width` characters.
+    """Return a name on one line of at most `width` printable characters, shortened in the middle.
 
-    It is cut in the middle: names of many classes often differ at their ends.
+    The names of many classes differ only at their ends.
     """
     name = "".join(c if c.isprintable() else "?" for c in name)
     if len(name) > width:
@@ -286,111 +291,96 @@ def short(name: str, width: int = MAX_NAME_LENGTH) -> str:
     return name or "(no name)"
 
 
-COSTS = {"multiply-adds": "multiply-adds of one image", "seconds": "seconds to train"}
+COSTS = {"MACs": "MACs per image", "seconds": "training time, seconds"}
 MARKERS = "osD^vP*"
-TICKS = 8  # labels of an axis at most
-HEIGHTS = (4, -12, 16, -24, 28, -36, 40, -48)  # of a label above its point, in typographic points
+MAX_TICKS = 8
+LABEL_HEIGHTS = (4, -12, 16, -24, 28, -36, 40, -48)  # of labels above their points, in points
 
 
-def accuracy_against_cost(rows: Sequence[dict[str, Any]], path: Path) -> bool:
-    """Draws test accuracy over multiply-adds and over training time; whether there was anything to.
-
-    `rows` as `lab.report.compare.rows` gives them.
-    """
-    if not any(row[key] for row in rows for key in COSTS):
-        return False
-    write_picture(path, png(lambda: _draw_scatter(rows)))
-    return True
-
-
-def _draw_scatter(rows: Sequence[dict[str, Any]]) -> Figure:
+def accuracy_over_cost(rows: Sequence[dict[str, Any]]) -> Figure:
+    """Plot test accuracy over MACs and over training time of `lab.report.compare.rows`."""
     figure = new_figure(11, 4.5)
-    datasets = sorted({row["data set"] for row in rows})
+    datasets = sorted({row["dataset"] for row in rows})
     for axes, (key, label) in zip(figure.subplots(1, 2), COSTS.items(), strict=True):
         for number, dataset in enumerate(datasets):
-            points = [row for row in rows if row["data set"] == dataset and row[key]]
+            points = [row for row in rows if row["dataset"] == dataset and row[key]]
             xs, ys = [row[key] for row in points], [row["accuracy"] for row in points]
-            axes.scatter(xs, ys, color=COLOURS[number % len(COLOURS)], label=short(dataset, 30),
+            axes.scatter(xs, ys, color=COLORS[number % len(COLORS)], label=short(dataset, 30),
                          marker=MARKERS[number % len(MARKERS)], zorder=3)  # fmt: skip
         axes.set(xlabel=label, ylabel="test accuracy", xscale="log")
         axes.margins(0.15)
         low, high = axes.get_xlim()
-        at = ticks(low, high)
-        axes.set_xticks(at, [plain(value) for value in at])
+        positions = ticks(low, high)
+        axes.set_xticks(positions, [format_number(value) for value in positions])
         axes.set_xticks([], minor=True)
         axes.set_xlim(low, high)
         axes.grid()
     handles = figure.axes[0].get_legend_handles_labels()
-    figure.legend(*handles, title="data set", loc="outside right upper")
+    figure.legend(*handles, title="dataset", loc="outside right upper")
     figure.draw_without_rendering()  # the layout is known from here on
     for axes, key in zip(figure.axes, COSTS, strict=True):
-        shown = [
-            (row, name) for row, name in zip(rows, label_offsets(rows), strict=True) if row[key]
-        ]
-        _short_name(axes, [(row[key], row["accuracy"], name) for row, name in shown])
+        labels = zip(rows, point_labels(rows), strict=True)
+        _place_labels(axes, [(row[key], row["accuracy"], name) for row, name in labels if row[key]])
     return figure
 
 
-def label_offsets(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """The name of each point: the model, or the run where a data set has several of the model."""
-    times = Counter((row["data set"], row["model"]) for row in rows)
-    folders = Counter(Path(row["run"]).name for row in rows)
-    found = []
+def point_labels(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the label of each run: its model, or its name if that model occurs several times."""
+    num_models = Counter((row["dataset"], row["model"]) for row in rows)
+    num_names = Counter(Path(row["run"]).name for row in rows)
+    labels = []
     for row in rows:
-        folder = Path(row["run"]).name
-        run = folder if folders[folder] == 1 and folder else row["run"]
-        found.append(row["model"] if times[row["data set"], row["model"]] == 1 else run)
-    return found
+        name = Path(row["run"]).name
+        run = name if num_names[name] == 1 and name else row["run"]
+        labels.append(row["model"] if num_models[row["dataset"], row["model"]] == 1 else run)
+    return labels
 
 
 def ticks(low: float, high: float) -> list[float]:
-    """Where a logarithmic axis has its labels: 2 to 8 round numbers within its limits."""
+    """Return the ticks of a logarithmic axis: 2 to MAX_TICKS round numbers within its limits."""
     from matplotlib.ticker import MaxNLocator
 
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for steps in (1, 2, 5), (1,):
-        found = [step * 10.0**decade for decade in decades for step in steps]
-        found = [value for value in found if low <= value <= high]
-        if len(found) <= TICKS:
+        values = [step * 10.0**decade for decade in decades for step in steps]
+        values = [value for value in values if low <= value <= high]
+        if len(values) <= MAX_TICKS:
             break
-    if len(found) < 3:  # less than a decade
-        found = [
-            float(v)
-            for v in MaxNLocator(6, steps=(1, 2, 5, 10)).tick_values(low, high)
-            if low <= v <= high
-        ]
-    return found[:: -(-len(found) // TICKS)]
+    if len(values) < 3:  # less than a decade
+        values = list(map(float, MaxNLocator(6, steps=(1, 2, 5, 10)).tick_values(low, high)))
+        values = [value for value in values if low <= value <= high]
+    return values[:: -(-len(values) // MAX_TICKS)]
 
 
-def plain(value: float) -> str:
-    """A number of an axis as people write it: 0.5, 20, 3,000, 1.5 M."""
+def format_number(value: float) -> str:
+    """Format the number of a tick: 0.5, 20, 3,000, 1.5 M."""
     for power, unit in (12, " T"), (9, " G"), (6, " M"):
         if value >= 10**power:
             return f"{value / 10**power:,.6g}{unit}"
     return f"{value:,.6g}"
 
 
-def _short_name(axes: Axes, points: Sequence[tuple[float, float, str]]) -> None:
-    """Writes names beside points, each where it covers nothing; where there is no room, none."""
+def _place_labels(axes: Axes, points: Sequence[tuple[float, float, str]]) -> None:
+    """Write labels beside points (x, y, label) without overlaps; omit those without room."""
     from matplotlib.text import Text
     from matplotlib.transforms import Bbox
 
     pixels = [axes.transData.transform((x, y)) for x, y, _ in points]
-    taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in pixels]
+    occupied = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in pixels]
     room = axes.get_window_extent()
     sides = ((5, "left"), (-5, "right"))
-    for x, y, name in points:
+    for x, y, label in points:
         text = axes.annotate(
-            short(name, 30), (x, y), xytext=(0, 0), textcoords="offset points", fontsize=8,
+            short(label, 30), (x, y), xytext=(0, 0), textcoords="offset points", fontsize=8,
             parse_math=False, in_layout=False, zorder=2,
             arrowprops={"arrowstyle": "-", "color": "#888888", "lw": 0.5, "shrinkB": 3},
         )  # fmt: skip
-        for height, (aside, align) in itertools.product(HEIGHTS, sides):
-            text.set(position=(aside, height), horizontalalignment=align)
-            text.get_window_extent()  # places it, and counts the line to its point, unlike
-            box = Text.get_window_extent(text)
-            if box.x0 >= room.x0 and box.x1 <= room.x1 and not box.count_overlaps(taken):
-                taken.append(box)
+        for height, (offset, align) in itertools.product(LABEL_HEIGHTS, sides):
+            text.set(position=(offset, height), horizontalalignment=align)
+            text.get_window_extent()  # updates the position; the box includes the line to the point
+            box = Text.get_window_extent(text)  # of the text alone
+            if box.x0 >= room.x0 and box.x1 <= room.x1 and not box.count_overlaps(occupied):
+                occupied.append(box)
                 break
         else:
             text.remove()

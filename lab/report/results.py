@@ -1,4 +1,4 @@
-"""What train.py writes and prints when a run has finished."""
+"""Write and print the results of a run that has finished training."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from lab.data import Splits
     from lab.engine.evaluation import Predictions
 
-DRAW_VARIABLE = "LAB_DRAW"  # "0" in the environment: no plots and no page are drawn
+DRAW_VARIABLE = "LAB_DRAW"  # set to "0" in the environment, it turns off the plots and the page
 
 
 def write_results(
@@ -30,11 +30,11 @@ def write_results(
     predictions: Predictions,
     best_epoch: int,
 ) -> dict[str, Any]:
-    """Write and print the result on the test split, and return the content of report.json.
+    """Write and print the results on the test split, and return the content of report.json.
 
     The main process writes predictions.csv, report.json, the plots, the page and, last, the model
-    card, by which a finished run is known. Raises `UserError` on all processes if a file cannot be
-    written; a failure to draw is only a warning.
+    card, which marks the run as finished. Raise `UserError` on all processes if a file cannot be
+    written; if plots or page fail, only warn.
     """
     report = {
         "split": "test",
@@ -53,17 +53,18 @@ def write_results(
         note=selection_bias_note("test", splits.selection_split),
     )
     if run.is_main_process:
-        _draw(run, config, splits, predictions)
+        draw(run, config, splits, predictions)
     with raise_on_all_ranks(accelerator):
         model_card.write(run)
     return report
 
 
-def _draw(run: RunDir, config: TrainConfig, splits: Splits, predictions: Predictions) -> None:
+def draw(run: RunDir, config: TrainConfig, splits: Splits, predictions: Predictions) -> None:
+    """Write the images, the plots and the page of a finished run; if that fails, only warn."""
     try:
-        mistakes.keep(run, config, splits, predictions)
+        mistakes.save_images(run, config, splits, predictions)
         if os.environ.get(DRAW_VARIABLE) != "0":
             plots.draw(run.path)
             console.info(f"page: {html.write(run.path)}")
-    except Exception as error:  # the run is complete without them
-        console.warn(f"the run has no plots or no page: {error}")
+    except Exception as error:  # of the plots or the page: the run is complete without them
+        console.warn(f"the plots or the page could not be written: {error}")

@@ -1,51 +1,51 @@
 "use strict";
-// A button of a cell (data-cell "TRUE,PREDICTED") shows the pictures that the run kept of it.
+// Clicking a cell (data-cell "TRUE,PREDICTED") shows the saved images of its samples.
 {
   const data = JSON.parse(document.getElementById("data").textContent);
-  const behind = document.getElementById("behind");
+  const panel = document.getElementById("cell");
   const buttons = [...document.querySelectorAll("button[data-cell]")];
-  const said = document.getElementById("said-cells");
+  const status = document.getElementById("status-cells");
   const matrix = document.getElementById("matrix");
-  const percent = (share) => `${(100 * share).toFixed(1)} %`;
+  const percent = (fraction) => `${(100 * fraction).toFixed(1)} %`;
 
-  function described(button) {
+  function describe(button) {
     const [truth, predicted] = button.dataset.cell.split(",").map(Number);
     const count = Number(button.dataset.count || button.textContent.replaceAll(",", ""));
     const pair = `true ${data.names[truth]}, predicted ${data.names[predicted]}`;
-    const share = percent(count / data.totals[truth]);
-    return { truth, predicted, count, text: `${pair}: ${count} (${share} of the true class)` };
+    const fraction = percent(count / data.totals[truth]);
+    return { truth, predicted, count, text: `${pair}: ${count} (${fraction} of the true class)` };
   }
 
   function element(name, text) {
-    const made = document.createElement(name);
-    made.textContent = text; // never as HTML: class names may be a stranger's
-    return made;
+    const node = document.createElement(name);
+    node.textContent = text; // never as HTML: class names may come from strangers
+    return node;
   }
 
   function show(button) {
-    const { truth, predicted, count, text } = described(button);
-    const found = data.pictures.filter((p) => p[0] === truth && p[1] === predicted);
-    found.sort((a, b) => b[3] - a[3]);
+    const { truth, predicted, count, text } = describe(button);
+    const mistakes = data.mistakes.filter((m) => m[0] === truth && m[1] === predicted);
+    mistakes.sort((a, b) => b[3] - a[3]);
     const list = document.createElement("ul");
-    for (const [, , name, confidence, source] of found) {
+    for (const [, , name, confidence, source] of mistakes) {
       const item = document.createElement("li");
       const image = new Image();
       image.src = source;
       image.alt = `test sample ${name}`;
-      item.append(image, name, document.createElement("br"), `${percent(confidence)} sure`);
+      item.append(image, name, document.createElement("br"), `confidence ${percent(confidence)}`);
       list.append(item);
     }
     const heading = element("h3", text);
-    const shown = found.length
-      ? `${found.length} of ${count} pictures shown, the most confident first.`
-      : `No picture of these ${count} is kept.`;
-    behind.replaceChildren(heading, element("p", shown));
-    said.textContent = `${text}. ${shown}`;
-    if (found.length) behind.append(list);
+    const summary = mistakes.length
+      ? `${mistakes.length} of ${count} images, sorted by decreasing confidence.`
+      : `The run saved no images of this cell.`;
+    panel.replaceChildren(heading, element("p", summary));
+    status.textContent = `${text}. ${summary}`;
+    if (mistakes.length) panel.append(list);
     for (const other of buttons) {
       other.setAttribute("aria-pressed", String(other.dataset.cell === button.dataset.cell));
     }
-    behind.scrollIntoView({ block: "nearest" });
+    panel.scrollIntoView({ block: "nearest" });
   }
 
   for (const button of buttons) {
@@ -53,9 +53,9 @@
   }
 
   if (matrix) {
-    // One stop of the Tab key; arrow keys go on to the next cell that has a button.
-    const inside = [...matrix.querySelectorAll("button")];
-    inside.forEach((button, number) => (button.tabIndex = number ? -1 : 0));
+    // The Tab key stops once in the matrix; the arrow keys move to the next cell that has a button.
+    const cells = [...matrix.querySelectorAll("button")];
+    cells.forEach((button, k) => (button.tabIndex = k ? -1 : 0));
     const moves = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
     matrix.addEventListener("keydown", (event) => {
       const move = moves[event.key];
@@ -73,11 +73,11 @@
       }
     });
     matrix.addEventListener("focusin", ({ target }) => {
-      inside.forEach((button) => (button.tabIndex = button === target ? 0 : -1));
-      target.ariaLabel = described(target).text;
+      cells.forEach((button) => (button.tabIndex = button === target ? 0 : -1));
+      target.ariaLabel = describe(target).text;
     });
     matrix.addEventListener("pointerover", ({ target }) => {
-      if (target.dataset.cell) target.title = described(target).text;
+      if (target.dataset.cell) target.title = describe(target).text;
     });
   }
 }

@@ -1,7 +1,8 @@
 "use strict";
-// Tables of class "sortable": a click on a head sorts by that column, another one turns it round.
+// In tables of class "sortable", a click on a heading sorts by that column; a second click reverses
+// the order.
 for (const table of document.querySelectorAll("table.sortable")) {
-  const said = document.getElementById(table.dataset.said);
+  const status = document.getElementById(table.dataset.status);
   const heads = [...table.tHead.rows[0].cells];
   heads.forEach((head, column) => {
     head.querySelector("button").addEventListener("click", () => {
@@ -12,7 +13,7 @@ for (const table of document.querySelectorAll("table.sortable")) {
       };
       const compare = (a, b) => {
         const [x, y] = [key(a), key(b)];
-        if (typeof x !== typeof y) return typeof x === "number" ? -1 : 1; // numbers before words
+        if (typeof x !== typeof y) return typeof x === "number" ? -1 : 1; // numbers before text
         return typeof x === "number" ? x - y : x.localeCompare(y, undefined, { numeric: true });
       };
       const body = table.tBodies[0];
@@ -20,7 +21,7 @@ for (const table of document.querySelectorAll("table.sortable")) {
       body.append(...rows);
       heads.forEach((other) => other.setAttribute("aria-sort", "none"));
       head.setAttribute("aria-sort", ascending ? "ascending" : "descending");
-      said.textContent = `Sorted by ${head.textContent.trim()}, ${head.getAttribute("aria-sort")}.`;
+      status.textContent = `Sorted by ${head.textContent.trim()}, ${head.getAttribute("aria-sort")}.`;
     });
   });
 }

@@ -1,6 +1,6 @@
-"""Two hosts, network namespaces on this machine, train one run; then the link between them is cut.
+"""A run on two hosts, which are network namespaces on this machine, whose link is then cut.
 
-`--resume auto` and `--checkpoint-every` let a run that was cut go on.
+With `--resume auto` and `--checkpoint-every` the interrupted run continues.
 """
 
 import time
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from hosts import Network, two_hosts
-from test_launch import require_same_run
+from test_launch import check_same_run
 from test_lost import rows, steps_taken
 from worlds import Ended, accelerate, python, run_all, start
 
@@ -28,29 +28,31 @@ def training(folder: Path, fault: str = "none") -> list[object]:
     return ["tests/helpers/checks_failures.py", fault, *OPTIONS, "--output-dir", folder]
 
 
-def launch(model: Network, folder: Path, cut_after_steps: int = 0) -> tuple[list[Ended], float]:
-    """How `accelerate launch`, one process a host, ended on each, and when the link was cut."""
+def launch(network: Network, folder: Path, cut_after_steps: int = 0) -> tuple[list[Ended], float]:
+    """Run `accelerate launch` with one process on each host; return how both ended, and the time of
+    the cut.
+    """
     commands = [
         host.command(
             accelerate(
                 "multi_node",
                 *("--num_machines", 2, "--num_processes", 2, "--machine_rank", machine),
-                *("--main_process_ip", model.hosts[0].address, *training(folder)),
+                *("--main_process_ip", network.hosts[0].address, *training(folder)),
             )
         )
-        for machine, host in enumerate(model.hosts)
+        for machine, host in enumerate(network.hosts)
     ]
     steps = folder / "run" / "steps.jsonl"
     with start(commands[0]) as first, start(commands[1]) as second:
         if cut_after_steps:
             first.until(lambda: steps.exists() and len(rows(steps)) >= cut_after_steps, limit=60)
-            model.cut()
+            network.cut()
         cut_at = time.time()
         return [world.wait(100) for world in (first, second)], cut_at
 
 
-def require_resumed(ends: list[Ended], folder: Path, whole: Path) -> None:
-    """Both hosts ended well, after a part of the steps, with the uninterrupted run's files."""
+def check_resumed(ends: list[Ended], folder: Path, whole: Path) -> None:
+    """Check that both hosts resumed the run and wrote the uninterrupted run's files."""
     for ended in ends:
         assert ended.code == 0, ended.stderr
         assert ended.left_behind == []
@@ -62,16 +64,16 @@ def require_resumed(ends: list[Ended], folder: Path, whole: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def model():
-    with two_hosts() as model:
-        yield model
+def network():
+    with two_hosts() as network:
+        yield network
 
 
 @pytest.fixture(scope="module")
-def whole(model, tmp_path_factory) -> Path:
-    """The run of two hosts whom nothing befell."""
+def whole(network, tmp_path_factory) -> Path:
+    """The directory of an uninterrupted run on two hosts."""
     folder = tmp_path_factory.mktemp("whole")
-    for ended in launch(model, folder)[0]:
+    for ended in launch(network, folder)[0]:
         assert ended.code == 0, ended.stderr
         assert ended.left_behind == []
         assert steps_taken(ended) == [NUM_STEPS]
@@ -80,14 +82,14 @@ def whole(model, tmp_path_factory) -> Path:
 
 def test_p2_two_hosts_train_as_one_process_does(whole, tmp_path):
     train.main([*map(str, OPTIONS), "--output-dir", str(tmp_path)])
-    require_same_run(whole, tmp_path / "run", world_size=2)
+    check_same_run(whole, tmp_path / "run", world_size=2)
 
 
-def test_p3_p7_a_cut_link_ends_both_hosts_and_the_run_goes_on_later(model, whole, tmp_path):
+def test_p3_p7_a_cut_link_ends_both_hosts_and_the_run_can_be_resumed(network, whole, tmp_path):
     try:
-        ends, cut_at = launch(model, tmp_path, cut_after_steps=20)
+        ends, cut_at = launch(network, tmp_path, cut_after_steps=20)
     finally:
-        model.mend()
+        network.restore()
     for rank, ended in enumerate(ends):
         assert ended.code != 0
         [error] = ended.errors
@@ -98,11 +100,11 @@ def test_p3_p7_a_cut_link_ends_both_hosts_and_the_run_goes_on_later(model, whole
     assert 20 <= len(rows(folder / "steps.jsonl")) < NUM_STEPS
     assert not (folder / "report.json").exists()
 
-    require_resumed(launch(model, tmp_path)[0], folder, whole)
+    check_resumed(launch(network, tmp_path)[0], folder, whole)
 
 
-def test_p3_torchrun_restarts_both_hosts(model, whole, tmp_path):
-    first, *_ = model.hosts
+def test_p3_torchrun_restarts_both_hosts(network, whole, tmp_path):
+    first, *_ = network.hosts
     commands = [
         host.command(
             python(
@@ -112,9 +114,9 @@ def test_p3_torchrun_restarts_both_hosts(model, whole, tmp_path):
                 *("--rdzv-conf", f"is_host={host is first}", *training(tmp_path, "killed-once")),
             )
         )
-        for host in model.hosts
+        for host in network.hosts
     ]
     ends = run_all(commands, 150, [{"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}] * 2)
     assert sum(ended.stdout.count("fault at") for ended in ends) == 1
     assert [ended.errors for ended in ends] == [[], []]
-    require_resumed(ends, tmp_path / "run", whole)
+    check_resumed(ends, tmp_path / "run", whole)

@@ -1,4 +1,4 @@
-"""The same command under python, torchrun and accelerate launch gives the same answer."""
+"""The same command under python, torchrun and accelerate launch gives the same result."""
 
 import json
 from pathlib import Path
@@ -15,20 +15,13 @@ from lab.errors import UserError
 
 CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
 OPTIONS = [
-    "--recipe",
-    "smoke",
-    "--dataset",
-    "digits",
-    "--log-every",
-    "1",
-    "--threads",
-    "1",
-    "--quiet",
+    *("--recipe", "smoke", "--dataset", "digits"),
+    *("--log-every", "1", "--threads", "1", "--quiet"),
 ]
 
 
 def train(launcher, folder: Path, *launch_options: object) -> Path:
-    """The folder of a short run under `launcher`, a function of tests/helpers/worlds.py."""
+    """Train briefly with `launcher`, a function of worlds.py, and return the run's directory."""
     ended = run(launcher(*launch_options, "train.py", *options_for(folder)), limit=100)
     assert ended.code == 0, ended.stderr
     assert ended.left_behind == []
@@ -43,16 +36,16 @@ def read_json(path: Path) -> dict:
     return json.loads(path.read_text())
 
 
-def require_same_run(run_folder: Path, expected: Path, world_size: int) -> None:
-    """The same report, and the same losses to floating-point tolerance."""
-    assert read_json(run_folder / "config.json")["world_size"] == world_size
-    report, other = read_json(run_folder / "report.json"), read_json(expected / "report.json")
+def check_same_run(run_dir: Path, expected: Path, world_size: int) -> None:
+    """Check that the report is the same, and the losses within floating-point tolerance."""
+    assert read_json(run_dir / "config.json")["world_size"] == world_size
+    report, other = read_json(run_dir / "report.json"), read_json(expected / "report.json")
     assert report.pop("loss") == pytest.approx(other.pop("loss"), rel=1e-4)
     assert report == other  # accuracy, F1, per class, confusion matrix, best epoch
     for name, keys in (("history.jsonl", ("train_loss", "val_loss")), ("steps.jsonl", ("loss",))):
         rows, others = (
             [json.loads(line) for line in (folder / name).read_text().splitlines()]
-            for folder in (run_folder, expected)
+            for folder in (run_dir, expected)
         )
         assert len(rows) == len(others)
         for key in keys:
@@ -61,22 +54,26 @@ def require_same_run(run_folder: Path, expected: Path, world_size: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory) -> Path:
-    """The folder of the run that `python train.py` made."""
-    return train(python, tmp_path_factory.mktemp("alone"))
-
-
-def test_torchrun(alone, tmp_path):
-    require_same_run(train(torchrun, tmp_path, 2), alone, world_size=2)
-
-
-@pytest.mark.parametrize(("config", "world_size"), [("single_cpu", 1), ("multi_cpu", 2)])
-def test_accelerate_launch(alone, tmp_path, config, world_size):
-    require_same_run(train(accelerate, tmp_path, config), alone, world_size)
+def single(tmp_path_factory) -> Path:
+    """The directory of a run of `python train.py`."""
+    return train(python, tmp_path_factory.mktemp("single"))
 
 
 @pytest.mark.slow
-def test_two_machines(alone, tmp_path):
+def test_torchrun(single, tmp_path):
+    check_same_run(train(torchrun, tmp_path, 2), single, world_size=2)
+
+
+@pytest.mark.parametrize(
+    ("config", "world_size"),
+    [pytest.param("single_cpu", 1, marks=pytest.mark.slow), ("multi_cpu", 2)],
+)
+def test_accelerate_launch(single, tmp_path, config, world_size):
+    check_same_run(train(accelerate, tmp_path, config), single, world_size)
+
+
+@pytest.mark.slow
+def test_two_machines(single, tmp_path):
     port = free_port()
     commands = [
         accelerate(
@@ -90,23 +87,23 @@ def test_two_machines(alone, tmp_path):
     for ended in run_all(commands, limit=100):
         assert ended.code == 0, ended.stderr
         assert ended.left_behind == []
-    require_same_run(tmp_path / "run", alone, world_size=2)
+    check_same_run(tmp_path / "run", single, world_size=2)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-@pytest.mark.parametrize("num_processes", [1, 2])
-def test_p1_evaluate_repeats_the_report(alone, tmp_path, num_processes):
-    words = (alone, "--output", tmp_path, "--threads", 1, "--quiet")
+@pytest.mark.parametrize("num_processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_p1_evaluate_repeats_the_report(single, tmp_path, num_processes):
+    argv = (single, "--output", tmp_path, "--threads", 1, "--quiet")
     if num_processes == 1:
-        evaluate.main(list(map(str, words)))
+        evaluate.main(list(map(str, argv)))
     else:
-        ended = run(torchrun(2, "evaluate.py", *words), limit=60)
+        ended = run(torchrun(2, "evaluate.py", *argv), limit=60)
         assert ended.code == 0, ended.stderr
     for name in ("report.json", "predictions.csv"):
-        assert (tmp_path / name).read_bytes() == (alone / name).read_bytes()
+        assert (tmp_path / name).read_bytes() == (single / name).read_bytes()
 
 
-def test_two_runs_at_once_get_a_folder_each(tmp_path):
+def test_two_runs_at_once_get_different_directories(tmp_path):
     options = [*OPTIONS, "--max-steps", "2", "--output-dir", str(tmp_path)]
     for ended in run_all([python("train.py", *options)] * 2, limit=60):
         assert ended.code == 0, ended.stderr
@@ -118,7 +115,7 @@ def test_two_runs_at_once_get_a_folder_each(tmp_path):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_accelerate_reads_the_config_file(path):
-    config = load_config_from_file(str(path))  # raises for a key that Accelerate does not know
+    config = load_config_from_file(str(path))  # raises for an unknown key
     name = path.stem
     assert config.compute_environment.value == "LOCAL_MACHINE"
     assert config.use_cpu == ("cpu" in name)
@@ -134,7 +131,9 @@ def test_accelerate_reads_the_config_file(path):
     if name == "multi_node":
         assert config.num_machines == 2
         assert config.main_process_ip
-        assert config.main_process_port > 0  # not "any free one": all machines must know it
+        assert (
+            config.main_process_port > 0
+        )  # 0 would be any free port, but all machines must know it
     elif name.startswith("multi"):
         assert config.num_machines == 1
         assert config.main_process_port == 0
@@ -149,9 +148,9 @@ def test_there_are_config_files():
     }
 
 
-def test_p7_a_launch_under_fsdp_is_refused(monkeypatch):
+def test_p7_a_launch_under_fsdp_is_rejected(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     sharded = SimpleNamespace(distributed_type=DistributedType.FSDP)
     monkeypatch.setattr(distributed, "Accelerator", lambda **_: sharded)
-    with pytest.raises(UserError, match="does not train under FSDP yet"):
+    with pytest.raises(UserError, match="does not support FSDP"):
         distributed.build_accelerator(quiet=True)

@@ -1,4 +1,4 @@
-"""P3 and P7: what becomes of a run when one of its processes is killed, or falls silent."""
+"""P3 and P7: a run of which one process is killed or stops responding."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ LOST_HINT = f"See the error message of that process; {RESUME}"
 
 
 class DistStoreError(RuntimeError):
-    """Of the same name as PyTorch's."""
+    """Has the name of PyTorch's exception."""
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ class DistStoreError(RuntimeError):
         ),
     ],
 )
-def test_p7_what_a_collective_raised_is_one_line(monkeypatch, capsys, error, message):
+def test_p7_an_error_of_a_collective_is_one_line(monkeypatch, capsys, error, message):
     monkeypatch.setattr(errors, "LOST_PEER_DELAY", 0)
     monkeypatch.setenv("RANK", "3")
 
@@ -70,11 +70,9 @@ def test_p7_what_a_collective_raised_is_one_line(monkeypatch, capsys, error, mes
 @pytest.mark.parametrize(
     "error",
     [
-        RuntimeError("I/O operation on closed file"),  # no collective's
+        RuntimeError("I/O operation on closed file"),  # not of a collective
         TimeoutError("the read operation timed out"),
-        RuntimeError(
-            GLOO + "device.cc:186] Unable to find address for: eth9"
-        ),  # a fault of its own
+        RuntimeError(GLOO + "device.cc:186] Unable to find address for: eth9"),
     ],
 )
 def test_p7_another_exception_keeps_its_traceback(monkeypatch, capsys, error):
@@ -89,8 +87,8 @@ def test_p7_another_exception_keeps_its_traceback(monkeypatch, capsys, error):
     assert lines[-1].endswith(str(error))
 
 
-def test_p7_a_process_waits_as_long_as_it_is_told():
-    """Ten minutes too: Accelerate would take them for not given, and PyTorch waits for thirty."""
+def test_p7_the_timeout_is_the_configured_one():
+    """Also ten minutes, which Accelerate takes for "not set", so that PyTorch waits for thirty."""
     code = (
         "import torch, lab.distributed as d; d.build_accelerator()\n"
         "group = torch.distributed.group.WORLD._get_backend(torch.device('cpu'))\n"
@@ -105,12 +103,12 @@ def test_p7_a_process_waits_as_long_as_it_is_told():
     ("fault", "message"),
     [("killed", "lost the connection to another process"), ("stopped", "timed out after 3 s")],
 )
-def test_p7_the_process_that_is_left_says_so_and_ends(tmp_path, fault, message):
+def test_p7_the_remaining_process_prints_an_error_and_ends(tmp_path, fault, message):
     options = [*SHORT, "--output-dir", tmp_path, "--timeout-seconds", 3]
     command = python("tests/helpers/checks_failures.py", fault, *options)
     envs = world_by_hand(2)
-    with start(command, envs[0]) as left, start(command, envs[1]) as faulty:
-        ended = left.wait(60)
+    with start(command, envs[0]) as remaining, start(command, envs[1]) as faulty:
+        ended = remaining.wait(60)
         [line] = [line for line in faulty.stdout.read_text().splitlines() if "fault at" in line]
     [error] = ended.errors
     assert error.startswith(f"error: process 0 {message}")
@@ -120,7 +118,7 @@ def test_p7_the_process_that_is_left_says_so_and_ends(tmp_path, fault, message):
     assert ended.end - float(line.split()[-1]) < 15
 
 
-# torchrun restarts a world; --resume auto goes on where it was.
+# torchrun restarts a world, which --resume auto then continues.
 
 
 def elastic(fault: str, folder: Path) -> Ended:
@@ -135,7 +133,7 @@ def elastic(fault: str, folder: Path) -> Ended:
     return ended
 
 
-def test_p7_restarts_that_may_fail_are_refused_at_the_start():
+def test_p7_restarts_that_may_fail_are_rejected_at_the_start():
     launcher = ("-m", "torch.distributed.run", "--standalone", "--max-restarts", 1)
     ended = run(python(*launcher, "--nproc-per-node", 1, "train.py", *SHORT), limit=60)
     assert ended.code != 0
@@ -145,20 +143,20 @@ def test_p7_restarts_that_may_fail_are_refused_at_the_start():
 
 
 def steps_taken(ended: Ended) -> list[int]:
-    """Of each process that ended well."""
-    found = [line for line in ended.stdout.splitlines() if line.startswith("steps taken: ")]
-    return [int(line.split()[-1]) for line in found]
+    """Return the number of steps of each process that succeeded."""
+    lines = ended.stdout.splitlines()
+    return [int(line.split()[-1]) for line in lines if line.startswith("steps taken: ")]
 
 
 def rows(path: Path) -> list[dict]:
-    """The lines of a file, without what the clock says."""
-    clock = ("train_seconds", "eval_seconds", "images_per_second")
+    """Return the rows of a file without the measured times."""
+    times = ("train_seconds", "eval_seconds", "images_per_second")
     lines = path.read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in clock} for line in lines]
+    return [{k: v for k, v in json.loads(line).items() if k not in times} for line in lines]
 
 
 @pytest.mark.slow
-def test_p3_a_restarted_world_ends_as_if_nothing_had_happened(tmp_path):
+def test_p3_a_restarted_world_ends_like_an_uninterrupted_one(tmp_path):
     assert steps_taken(elastic("none", tmp_path / "whole")) == [20, 20]
     ended = elastic("killed-once", tmp_path / "killed")
     assert ended.stdout.count("fault at") == 1

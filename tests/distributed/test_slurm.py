@@ -1,4 +1,4 @@
-"""accelerate_configs/slurm.sbatch with stand-ins for srun, scontrol and python."""
+"""accelerate_configs/slurm.sbatch with substitutes for srun, scontrol and python."""
 
 import signal
 import subprocess
@@ -12,9 +12,10 @@ from worlds import ROOT
 from lab.config.cli import parse_arguments
 from lab.config.schema import TrainConfig
 
+pytestmark = pytest.mark.slow
 SCRIPT = ROOT / "accelerate_configs" / "slurm.sbatch"
 SRUN = """
-while [ "${1#--}" != "$1" ]; do shift; done      # its own options
+while [ "${1#--}" != "$1" ]; do shift; done      # options of srun
 SLURM_PROCID=11 SLURM_LOCALID=3 exec "$@"        # one task of sixteen; a signal reaches it
 """
 SCONTROL = """
@@ -22,11 +23,11 @@ if [ "$1" = show ]; then printf '%s\\n' node7 node8; else echo "$@" > requeued; 
 """
 TRAINING = """
 import os, signal, sys, time
-signal.signal(signal.SIGUSR1, lambda *_: sys.exit(143))  # a shell could not: it starts ignored
+signal.signal(signal.SIGUSR1, lambda *_: sys.exit(143))  # a shell cannot trap it
 names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 with open("environment", "w") as file:
     print(*(os.environ[name] for name in names), file=file)
-with open("words", "w") as file:
+with open("arguments", "w") as file:
     print(*sys.argv[1:], sep="\\n", file=file)
 if os.environ["ENDS_WITH"]:
     sys.exit(int(os.environ["ENDS_WITH"]))
@@ -36,7 +37,7 @@ time.sleep(60)
 
 @pytest.fixture
 def job(tmp_path):
-    """Runs the script in `tmp_path`, and warns it if asked to; its exit code."""
+    """A function that runs the script, with SIGUSR1 if `warn`, and returns the exit code."""
     programs = {"srun": SRUN, "scontrol": SCONTROL, "python": TRAINING}
     for name, text in programs.items():
         interpreter = sys.executable if name == "python" else "/bin/bash"
@@ -56,7 +57,7 @@ def job(tmp_path):
             ["bash", str(SCRIPT)], cwd=tmp_path, env=env | {"ENDS_WITH": ends_with}
         )
         try:
-            while warn and not (tmp_path / "words").exists() and process.poll() is None:
+            while warn and not (tmp_path / "arguments").exists() and process.poll() is None:
                 time.sleep(0.02)
             if warn:
                 process.send_signal(signal.SIGUSR1)
@@ -67,29 +68,29 @@ def job(tmp_path):
     return run
 
 
-def test_a_job_that_is_warned_saves_and_goes_on_later(job, tmp_path):
+def test_a_job_that_is_warned_is_requeued(job, tmp_path):
     assert job(warn=True) == 143
     assert (tmp_path / "requeued").read_text() == "requeue 123456\n"
 
 
 @pytest.mark.parametrize("code", ["0", "2", "143"])
-def test_a_job_that_ends_otherwise_stays_ended(job, tmp_path, code):
+def test_a_job_that_ends_otherwise_is_not_requeued(job, tmp_path, code):
     assert job(ends_with=code) == int(code)
     assert not (tmp_path / "requeued").exists()
 
 
-def test_a_task_knows_its_place_and_its_options_exist(job, tmp_path):
+def test_a_task_gets_its_rank_and_valid_options(job, tmp_path):
     job(ends_with="0")
     assert (tmp_path / "environment").read_text() == "11 3 16 8 node7 23456\n"
-    script, *options = (tmp_path / "words").read_text().splitlines()
+    script, *options = (tmp_path / "arguments").read_text().splitlines()
     assert script == "train.py"
-    given = parse_arguments(TrainConfig, options, prog=script, metadata="")
-    assert given["resume"] == "auto"
-    assert given["name"]
+    overrides = parse_arguments(TrainConfig, options, prog=script, description="")
+    assert overrides["resume"] == "auto"
+    assert overrides["name"]
 
 
-def test_slurm_s_own_options_come_before_the_first_command():
-    """Slurm reads no further."""
+def test_sbatch_options_come_before_the_first_command():
+    """Slurm ignores later ones."""
     lines = [line for line in Path(SCRIPT).read_text().splitlines() if line.strip()]
     first = next(i for i, line in enumerate(lines) if not line.startswith("#"))
     assert not [line for line in lines[first:] if line.startswith("#SBATCH")]

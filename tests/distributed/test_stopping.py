@@ -1,4 +1,4 @@
-"""Signals, time limit, patience: a run stops between two steps, with a state to go on from."""
+"""P3: signals and the time limit stop a run between two steps, with a checkpoint to resume from."""
 
 import itertools
 import json
@@ -7,43 +7,33 @@ import os
 import shutil
 import signal
 import threading
-import time
 from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 from resuming import LENET, read_lines, resume, same_end, start
-from worlds import python, run, torchrun
+from worlds import python, run_all, torchrun
 from worlds import start as launch
 
 import train
 from lab.checkpoint import interrupt
-from lab.checkpoint.interrupt import SIGNALS, StopReason.TIME_LIMIT, InterruptHandler
-from lab.engine import training
+from lab.checkpoint.interrupt import InterruptHandler, StopReason
+from lab.engine.training import TrainStep
 from lab.errors import UserError
 
-ALONE = SimpleNamespace(num_processes=1, device=torch.device("cpu"))
+ONE = SimpleNamespace(num_processes=1, device=torch.device("cpu"))
+TWO = SimpleNamespace(num_processes=2, device=torch.device("cpu"))
+NAMES = ("SIGTERM", "SIGINT", "SIGUSR1")
 STREAMING = ["--dataset", "folder", "--recipe", "smoke", "--loader", "streaming", "--threads", "1"]
-STREAMING += [
-    "--workers",
-    "2",
-    "--max-train-samples",
-    "0",
-    "--max-steps",
-    "0",
-    "--batch-size",
-    "4",
-    "--log-every",
-    "1",
-]
+STREAMING += "--workers 2 --max-train-samples 0 --max-steps 0 --batch-size 4 --log-every 1".split()
 LONG = [*LENET, "--epochs", "4000", "--checkpoint-every", "1000000", "--schedule", "constant"]
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    """A folder of 40 images to train on, 8 to validate and 8 to test."""
-    root = tmp_path_factory.mktemp("pictures")
+def images(tmp_path_factory):
+    """A directory of 40 training, 8 validation and 8 test images."""
+    root = tmp_path_factory.mktemp("images")
     for split, num_images in (("train", 40), ("val", 8), ("test", 8)):
         for i in range(num_images):
             path = root / split / "ab"[i % 2] / f"{i}.png"
@@ -52,101 +42,95 @@ def pictures(tmp_path_factory):
     return root
 
 
-@pytest.mark.parametrize("name", SIGNALS)
-def test_a_signal_is_noted_while_it_trains_alone(name):
-    before = signal.getsignal(SIGNALS[name])
-    with InterruptHandler(ALONE, 0, 0, 0) as interrupts:
-        assert interrupts.stop_reason(1) == 0
-        os.kill(os.getpid(), SIGNALS[name])
-        assert interrupts.stop_reason(2) == interrupts.stop_reason(3) == SIGNALS[name]
-    assert signal.getsignal(SIGNALS[name]) is before
+@pytest.mark.parametrize("name", NAMES)
+def test_a_signal_becomes_the_stop_reason(name):
+    number = getattr(signal, name)
+    before = signal.getsignal(number)
+    with InterruptHandler(ONE, 0, 0, 0) as interrupts:
+        assert interrupts.stop_reason(1) is None
+        os.kill(os.getpid(), number)
+        assert interrupts.stop_reason(2) is interrupts.stop_reason(3) is StopReason[name]
+    assert signal.getsignal(number) is before
 
 
-def test_the_codes_and_words_of_a_stop():
-    reasons = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, StopReason.TIME_LIMIT]
-    assert [InterruptHandler.exit_code(reason) for reason in reasons] == [130, 143, 143, 0]
-    assert [InterruptHandler.describe(reason) for reason in reasons] == [
-        "Ctrl-C", "SIGTERM", "SIGUSR1", "--max-hours is over",
+def test_exit_codes_and_descriptions_of_stop_reasons():
+    assert [(reason.exit_code, reason.description) for reason in StopReason] == [
+        (0, "--max-hours is over"), (143, "SIGUSR1"), (143, "SIGTERM"), (130, "Ctrl-C"),
     ]  # fmt: skip
 
 
 def test_a_time_limit_counts_from_the_start(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(interrupt.time, "monotonic", lambda: now[0])
-    interrupts = InterruptHandler(ALONE, 100.0, 0.5, 0)
+    interrupts = InterruptHandler(ONE, 100.0, 0.5, 0)
     now[0] += 1799
-    assert interrupts.stop_reason(1) == 0
+    assert interrupts.stop_reason(1) is None
     now[0] += 2
-    assert interrupts.stop_reason(2) == StopReason.TIME_LIMIT
+    assert interrupts.stop_reason(2) is StopReason.TIME_LIMIT
 
 
-@pytest.mark.parametrize(("sent", "found"), [(signal.SIGTERM, signal.SIGTERM), (StopReason.TIME_LIMIT, -1)])
-def test_p3_a_signal_to_one_process_stops_all_at_the_same_step(monkeypatch, sent, found):
-    def all_reduce(asked, op):
+@pytest.mark.parametrize("reason", [StopReason.SIGTERM, StopReason.TIME_LIMIT])
+def test_p3_a_signal_to_one_process_stops_all_at_the_same_step(monkeypatch, reason):
+    def all_reduce(votes, op):
         assert op == interrupt.distributed.ReduceOp.MAX
-        asked.copy_(asked.maximum(torch.tensor([sent, -sent, 1])))  # what another process requests
+        votes.copy_(votes.maximum(torch.tensor([reason, 1])))  # the other process's votes
 
     monkeypatch.setattr(interrupt.distributed, "all_reduce", all_reduce)
-    interrupts = InterruptHandler(
-        SimpleNamespace(num_processes=2, device=torch.device("cpu")), 0, 0, 0
-    )
-    assert interrupts.stop_reason(1) == found
+    assert InterruptHandler(TWO, 0, 0, 0).stop_reason(1) is reason
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 def test_p3_a_signal_in_a_step_saves_before_the_run_ends(tmp_path, monkeypatch, name):
-    number, steps, original = SIGNALS[name], itertools.count(1), training.eager_step
+    number, steps, original = getattr(signal, name), itertools.count(1), TrainStep.run
 
-    def signalled(*arguments):
+    def interrupted(*arguments):
         if next(steps) == 6:
             os.kill(os.getpid(), number)
         return original(*arguments)
 
-    monkeypatch.setattr(training, "train_step", signalled)
+    monkeypatch.setattr(TrainStep, "run", interrupted)
     before = signal.signal(number, lambda *_: pytest.fail("training did not catch the signal"))
     try:
-        code = start(tmp_path, *LENET)
+        exit_code = start(tmp_path, *LENET).exit_code
     finally:
         signal.signal(number, before)
-    assert code == {"SIGTERM": 143, "SIGINT": 130}[name]
+    assert exit_code == {"SIGTERM": 143, "SIGINT": 130}[name]
     assert max(p.name for p in (tmp_path / "run/checkpoints").glob("step-*")) == "step-00000006"
     assert not (tmp_path / "run/report.json").exists()
 
 
 TWICE = """
 import os, signal, sys, time, torch, types
-import train
 from lab.checkpoint import interrupt
-from lab.errors import UserError
 interrupt.REPEAT_SECONDS = float(sys.argv[1])
-alone = types.SimpleNamespace(num_processes=1, device=torch.device("cpu"))
-with interrupt.InterruptHandler(alone, 0, 0, 0) as interrupts:
+one = types.SimpleNamespace(num_processes=1, device=torch.device("cpu"))
+with interrupt.InterruptHandler(one, 0, 0, 0) as interrupts:
     for _ in range(2):
         time.sleep(0.05)
         os.kill(os.getpid(), signal.SIGINT)
-    print(interrupts.stop_reason(1))
+    print(interrupts.stop_reason(1).name)
 """
 
 
-@pytest.mark.parametrize(("pause", "code", "printed"), [(0, 130, ""), (60, 0, "2\n")])
-def test_a_second_ctrl_c_ends_at_once(pause, code, printed):
-    """But for one that comes with the first: to the process, and to its whole group."""
-    ended = run(python("-c", TWICE, pause), limit=60)
-    assert (ended.code, ended.stdout) == (code, printed)
+def test_a_second_ctrl_c_ends_at_once():
+    """A signal that is sent both to the process and to its process group counts once."""
+    processes = [python("-c", TWICE, repeat_seconds) for repeat_seconds in (0, 60)]
+    ended = run_all(processes, limit=60)
+    assert [(e.code, e.stdout) for e in ended] == [(130, ""), (0, "SIGINT\n")]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130), ("SIGUSR1", 143)])
-def test_p3_a_signal_saves_and_the_run_goes_on(tmp_path, name, code):
-    """Wherever in a step or an evaluation it comes."""
+def test_p3_a_signal_saves_a_checkpoint_to_resume_from(tmp_path, name, code):
+    """At a random moment of a step or an evaluation."""
     command = python("train.py", *LONG, "--output-dir", tmp_path, "--name", "run")
     with launch(command) as world:
         _train_a_while(world, tmp_path / "run")
-        world.process.send_signal(SIGNALS[name])
+        world.process.send_signal(getattr(signal, name))
         ended = world.wait(60)
     assert ended.code == code, ended.stderr
     step = _stopped_at(ended, tmp_path / "run")
-    _goes_on_alike(tmp_path, step)
+    _check_resumed(tmp_path, step)
 
 
 def _train_a_while(world, path, steps=20):
@@ -160,14 +144,15 @@ def _stopped_at(ended, path):
     step = int(line.split(" after step ")[1].split(";")[0])
     newest = max((path / "checkpoints").glob("step-*"))
     assert newest.name == f"step-{step:08}"
-    assert json.loads((newest / "state.json").read_text())["metadata"]["train_state"]["step"] == step
+    metadata = json.loads((newest / "state.json").read_text())["metadata"]
+    assert metadata["train_state"]["step"] == step
     assert ended.left_behind == []
     assert not (path / "report.json").exists()
     return step
 
 
-def _goes_on_alike(folder, step):
-    """What is resumed to the end of the next epoch is what was never stopped."""
+def _check_resumed(folder, step):
+    """Check that the run, resumed to the end of the next epoch, equals an uninterrupted one."""
     epochs = step // 4 + 1
     start(folder, *LONG, "--epochs", str(epochs), name="whole")
     resume(folder / "run", "--epochs", str(epochs), "--max-hours", "0")
@@ -177,15 +162,15 @@ def _goes_on_alike(folder, step):
 @pytest.mark.slow
 @pytest.mark.timeout(200)
 @pytest.mark.parametrize("num_processes", [1, 2])
-def test_p3_sigterm_to_the_workers_too_saves_and_ends_with_143(pictures, tmp_path, num_processes):
-    """torchrun, Slurm and docker send it to every process; all stop after the same step."""
-    words = ["train.py", *STREAMING, "--data-dir", pictures, "--output-dir", tmp_path]
+def test_p3_sigterm_to_the_workers_too_saves_and_ends_with_143(images, tmp_path, num_processes):
+    """torchrun, Slurm and Docker send it to every process; all stop after the same step."""
+    words = ["train.py", *STREAMING, "--data-dir", images, "--output-dir", tmp_path]
     words += ["--name", "run", "--epochs", 4000, "--checkpoint-every", 1000000]
     with launch(python(*words) if num_processes == 1 else torchrun(2, *words)) as world:
         _train_a_while(world, tmp_path / "run")
         if num_processes == 1:
             os.killpg(world.process.pid, signal.SIGTERM)
-        else:  # it signals the process group of each of its processes
+        else:  # torchrun signals the process group of each of its processes
             world.process.send_signal(signal.SIGTERM)
         ended = world.wait(60)
     assert ended.code == (143 if num_processes == 1 else 1), ended.stderr
@@ -197,44 +182,53 @@ def test_p3_sigterm_to_the_workers_too_saves_and_ends_with_143(pictures, tmp_pat
     assert steps == list(range(1, 10 * epochs + 1))
 
 
-def test_p7_a_run_that_fails_ends_the_workers_of_all_its_loaders(pictures, tmp_path):
-    """Those of the training loader, too, when an image of the validation split is damaged.
+def test_p7_a_run_that_fails_ends_the_workers_of_all_its_loaders(images, tmp_path, monkeypatch):
+    """A notebook keeps the traceback, and with it the loaders, so it would never exit."""
+    steps, original = itertools.count(1), TrainStep.run
 
-    A notebook keeps the traceback, and with it the loaders, and would never come to its end.
-    """
-    shutil.copytree(pictures, tmp_path / "pictures")
-    (tmp_path / "pictures/val/a/0.png").write_bytes(b"no picture")
-    words = [*STREAMING, "--data-dir", str(tmp_path / "pictures"), "--output-dir", str(tmp_path)]
-    with pytest.raises(UserError, match="cannot read the picture") as caught:
+    def failing(*arguments):
+        if next(steps) == 12:  # in the second epoch, after an evaluation: both loaders have workers
+            raise UserError("the step failed", "Try again")
+        return original(*arguments)
+
+    monkeypatch.setattr(TrainStep, "run", failing)
+    words = [*STREAMING, "--data-dir", str(images), "--output-dir", str(tmp_path), "--epochs", "2"]
+    with pytest.raises(UserError, match="the step failed") as caught:
+        train.main(words)
+    assert multiprocessing.active_children() == []
+    assert caught.traceback
+
+
+def test_p7_a_damaged_validation_image_ends_the_workers_of_all_loaders(images, tmp_path):
+    shutil.copytree(images, tmp_path / "images")
+    (tmp_path / "images/val/a/0.png").write_bytes(b"not an image")
+    words = [*STREAMING, "--data-dir", str(tmp_path / "images"), "--output-dir", str(tmp_path)]
+    with pytest.raises(UserError, match=r"cannot read .*0\.png") as caught:
         train.main(words)
     assert multiprocessing.active_children() == []
     assert caught.value.rank_local
 
 
-def test_processes_ask_each_other_about_once_a_second(monkeypatch):
-    """Also in the first seconds of a run that goes on from a late step."""
-    now, asked = [0.0], []
+def test_processes_communicate_about_once_a_second(monkeypatch):
+    """Also in the first seconds of a run that is resumed from a late step."""
+    now, calls = [0.0], []
     monkeypatch.setattr(interrupt.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(interrupt.distributed, "all_reduce", lambda flags, op: asked.append(now[0]))
-    interrupts = InterruptHandler(
-        SimpleNamespace(num_processes=2, device=torch.device("cpu")), 0, 0, 5000
-    )
+    monkeypatch.setattr(interrupt.distributed, "all_reduce", lambda votes, op: calls.append(now[0]))
+    interrupts = InterruptHandler(TWO, 0, 0, 5000)
     for step in range(5001, 5201):
         now[0] += 0.1
-        assert interrupts.stop_reason(step) == 0
-    gaps = [b - a for a, b in itertools.pairwise(asked)]
-    assert len(asked) > 15
+        assert interrupts.stop_reason(step) is None
+    gaps = [b - a for a, b in itertools.pairwise(calls)]
+    assert len(calls) > 15
     assert max(gaps) < 1.3
 
 
-def test_max_hours_stops_with_a_state(tmp_path, capsys):
-    begin = time.monotonic()
-    assert start(tmp_path, *LONG, "--max-hours", str(0.5 / 3600)) == 0
-    assert time.monotonic() - begin < 60
+def test_max_hours_stops_with_a_checkpoint(tmp_path, capsys):
+    assert start(tmp_path, *LONG, "--max-hours", str(0.5 / 3600)).exit_code == 0
     assert "stopped (--max-hours is over) after step" in capsys.readouterr().err
     assert not (tmp_path / "run" / "report.json").exists()
     step = len(read_lines(tmp_path / "run" / "steps.jsonl"))
-    _goes_on_alike(tmp_path, step)
+    _check_resumed(tmp_path, step)
 
 
 def test_patience_counts_epochs_without_a_better_one(tmp_path, capsys):
@@ -247,7 +241,7 @@ def test_patience_counts_epochs_without_a_better_one(tmp_path, capsys):
 
 
 def test_signals_are_left_alone_off_the_main_thread(tmp_path):
-    """As where a notebook's server trains in a thread."""
+    """A notebook's server may train in a thread."""
     thread = threading.Thread(target=start, args=(tmp_path, *LENET))
     thread.start()
     thread.join()

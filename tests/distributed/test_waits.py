@@ -1,6 +1,6 @@
-"""Between two log lines a training step calls nothing that a GPU would make the host wait for.
+"""Between two log lines, no operation of a training step makes the host wait for the device.
 
-Held on a CPU, by the operations called; tests/gpu/test_gpu.py asks a GPU.
+Checked on a CPU by the operations called; tests/gpu/test_gpu.py checks it on a GPU.
 """
 
 import pytest
@@ -10,7 +10,7 @@ from trainers import SIZES, VARIANTS, make_loader, make_train_step, place, train
 
 from lab.engine.training import seed_dropout
 
-WAITS = {  # operations whose result, or its shape, the host learns from the device
+WAITS = {  # operations whose result or its shape the host reads from the device
     "aten::_local_scalar_dense",
     "aten::nonzero",
     "aten::masked_select",
@@ -18,16 +18,16 @@ WAITS = {  # operations whose result, or its shape, the host learns from the dev
     "aten::is_nonzero",
     "aten::bincount",
     "aten::_unique2",
-    "aten::lift_fresh",  # a tensor made of Python's numbers, which is sent to the device
+    "aten::lift_fresh",  # copies Python numbers to the device
 }
 
 
 class Waits(TorchDispatchMode):
-    """Collects the operations for which the host would wait for a GPU."""
+    """Record the operations for which the host would wait for a GPU."""
 
     def __init__(self):
         super().__init__()
-        self.seen = []
+        self.recorded = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func._schema.name
@@ -35,7 +35,7 @@ class Waits(TorchDispatchMode):
             i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1]
         )
         if name in WAITS or by_mask:
-            self.seen.append(name)
+            self.recorded.append(name)
         return func(*args, **(kwargs or {}))
 
 
@@ -44,14 +44,14 @@ class Waits(TorchDispatchMode):
 def test_a_step_reads_the_device_only_to_log(model, settings):
     cpu = place("cpu")
     loader = make_loader(cpu, model)
-    silent, chatty = (make_train_step(cpu, model, log_every=n, **settings) for n in (10**9, 2))
+    rarely, often = (make_train_step(cpu, model, log_every=n, **settings) for n in (10**9, 2))
     rows = []
     with Waits() as waits:
-        train(silent, loader)
-    assert waits.seen == []
+        train(rarely, loader)
+    assert waits.recorded == []
     with Waits() as waits:
-        train(chatty, loader, on_log=rows.append)
-    assert waits.seen == ["aten::_local_scalar_dense"] * len(rows) == waits.seen[:2]
+        train(often, loader, on_log=rows.append)
+    assert waits.recorded == ["aten::_local_scalar_dense"] * len(rows) == waits.recorded[:2]
 
 
 @pytest.mark.parametrize(
@@ -64,13 +64,13 @@ def test_a_step_reads_the_device_only_to_log(model, settings):
         lambda x: bool((x > 0).all()),
     ],
 )
-def test_the_search_for_waits_finds_them(wait):
+def test_waiting_operations_are_recorded(wait):
     with Waits() as waits:
         wait(torch.ones(3))
-    assert waits.seen
+    assert waits.recorded
 
 
-def test_dropout_is_seeded_as_torch_seeds_it():
+def test_seed_dropout_equals_torch_manual_seed():
     torch.manual_seed(123)
     expected = torch.rand(5)
     seed_dropout(123, torch.device("cpu"))

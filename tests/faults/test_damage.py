@@ -1,4 +1,4 @@
-"""P3, P4 and P7: files of a run that are damaged, a stranger's, or hold a pickle."""
+"""P3, P4 and P7: files of a run that are damaged, of unknown origin, or contain a pickle."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ from worlds import ROOT
 
 import evaluate
 import train
-from lab.checkpoint import train_state
+from lab.checkpoint import run_dir, train_state
 from lab.errors import run_script
 
 WORDS = ["--dataset", "digits", "--recipe", "smoke", "--quiet", "--threads", "1"]
@@ -27,7 +27,7 @@ MARKER = "marker"
 
 
 class Payload:
-    """What makes a folder when it is unpickled, in the current one."""
+    """Creates a directory when it is unpickled."""
 
     def __reduce__(self):
         return os.mkdir, (MARKER,)
@@ -35,19 +35,19 @@ class Payload:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A run's folder, with the states of steps 12, 13 and 14, in its second epoch."""
+    """Return a run with checkpoints of steps 12, 13 and 14, in its second epoch."""
     folder = tmp_path_factory.mktemp("finished")
     words = ["--max-steps", "14", "--checkpoint-every", "1", "--keep-checkpoints", "3"]
     words += ["--final-checkpoints", "3"]
     train.main([*WORDS, *words, "--output-dir", str(folder), "--name", "run"])
-    kept = sorted((folder / "run/checkpoints").glob("step-*"))
-    assert [path.name[-2:] for path in kept] == ["12", "13", "14"]
+    paths = sorted((folder / "run/checkpoints").glob("step-*"))
+    assert [path.name[-2:] for path in paths] == ["12", "13", "14"]
     return folder / "run"
 
 
 @pytest.fixture
 def run(finished, tmp_path, monkeypatch):
-    """A copy of it, in the current folder."""
+    """Return a copy of it in the current directory; no payload may run."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(finished, tmp_path / "run")
     yield Path("run")
@@ -59,7 +59,7 @@ def damage(path: Path, kind: str) -> None:
     if kind == "deleted":
         path.unlink()
     elif kind == "torch.save":
-        torch.save({"network": Payload()}, path)
+        torch.save({"model": Payload()}, path)
     else:
         at = len(content) * 2 // 3
         flipped = content[:at] + bytes([content[at] ^ 4]) + content[at + 1 :]
@@ -75,7 +75,7 @@ def damage(path: Path, kind: str) -> None:
 
 
 def seal(folder: Path, state: object = None) -> None:
-    """Makes the checksums of a state those of its content, as a stranger can."""
+    """Set the checksums of a checkpoint to those of its content, as anybody can."""
     path = folder / "state.json"
     state = json.loads(path.read_bytes())["metadata"] if state is None else state
     if isinstance(state, dict):
@@ -85,14 +85,20 @@ def seal(folder: Path, state: object = None) -> None:
     path.write_text(json.dumps({"metadata": state, "sha256": digest}))
 
 
-def ends(capfd, script, *words: object) -> tuple[int, list[str], list[str]]:
-    """(exit code, warnings, errors) of a script that shows no traceback."""
+def call(capfd, script, *words: object) -> tuple[int, list[str], list[str]]:
+    """Return the exit code, warnings and errors of a script, which must print no traceback."""
+
+    def main() -> int:
+        result = script.main([str(word) for word in words])
+        return getattr(result, "exit_code", result)
+
     capfd.readouterr()
-    code = run_script(lambda: script.main([str(word) for word in words]))
+    code = run_script(main)
     lines = capfd.readouterr().err.splitlines()
-    told = [[line for line in lines if line.startswith(kind)] for kind in ("warning: ", "error: ")]
-    assert sorted(lines) == sorted(told[0] + told[1])
-    return code, told[0], told[1]
+    warnings = [line for line in lines if line.startswith("warning: ")]
+    errors = [line for line in lines if line.startswith("error: ")]
+    assert sorted(lines) == sorted(warnings + errors)
+    return code, warnings, errors
 
 
 def test_the_payload_would_run(tmp_path, monkeypatch):
@@ -103,9 +109,9 @@ def test_the_payload_would_run(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", [train_state.METADATA_FILE, train_state.TENSORS_FILE])
-def test_p3_a_damaged_state_gives_way_to_the_one_before(run, capfd, name, kind):
+def test_p3_a_damaged_checkpoint_is_replaced_by_the_one_before(run, capfd, name, kind):
     damage(run / "checkpoints/step-00000014" / name, kind)
-    code, warnings, errors = ends(capfd, train, "--resume", run, "--quiet", "--max-steps", 15)
+    code, warnings, errors = call(capfd, train, "--resume", run, "--quiet", "--max-steps", 15)
     assert (code, errors) == (0, [])
     [warning] = warnings
     assert warning.startswith("warning: the checkpoint run/checkpoints/step-00000014 is damaged (")
@@ -114,36 +120,36 @@ def test_p3_a_damaged_state_gives_way_to_the_one_before(run, capfd, name, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("how", ["--resume run", "--resume auto --name run --output-dir ."])
-def test_p7_where_no_state_is_whole_the_run_says_so(run, capfd, kind, how):
+def test_p7_no_complete_checkpoint_is_one_error(run, capfd, kind, how):
     for number, folder in enumerate(sorted((run / "checkpoints").glob("step-*"))):
         damage(folder / (train_state.METADATA_FILE, train_state.TENSORS_FILE)[number % 2], kind)
-    code, warnings, errors = ends(capfd, train, *how.split(), "--quiet")
+    code, warnings, errors = call(capfd, train, *how.split(), "--quiet")
     assert code == 2
     assert len(warnings) == 3
     [error] = errors
     assert error == "error: no checkpoint of run is complete. Start a new run."
-    assert len(list((run / "checkpoints").glob("step-*"))) == 3  # none is taken away
+    assert len(list((run / "checkpoints").glob("step-*"))) == 3  # none is removed
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_p7_damaged_best_weights_are_told_at_once(run, capfd, kind):
+def test_p7_damaged_best_weights_are_reported_at_once(run, capfd, kind):
     damage(run / "best.safetensors", kind)
-    code, _, [error] = ends(capfd, evaluate, run, "--quiet")
+    code, _, [error] = call(capfd, evaluate, run, "--quiet")
     assert code == 2
-    what = "not a weights file of train.py. " if kind in FOREIGN else "damaged ("
-    told = "run contains no best" if kind == "deleted" else f"run/best.safetensors is {what}"
-    assert error.startswith(f"error: {told}")
-    code, warnings, errors = ends(capfd, train, "--resume", run, "--quiet", "--max-steps", 15)
+    problem = "not a weights file of train.py. " if kind in FOREIGN else "damaged ("
+    problem = f"run/best.safetensors is {problem}"
+    assert error.startswith(f"error: {'run contains no best' if kind == 'deleted' else problem}")
+    code, warnings, errors = call(capfd, train, "--resume", run, "--quiet", "--max-steps", 15)
     assert (code, errors) == (0, [])
     [warning] = warnings
     if kind == "deleted":
-        told = "there is no file run/best.safetensors. "
-    assert warning.startswith(f"warning: {told}")
+        problem = "there is no file run/best.safetensors. "
+    assert warning.startswith(f"warning: {problem}")
     assert warning.endswith("The best epoch is selected again.")
-    assert ends(capfd, evaluate, run, "--quiet") == (0, [], [])
+    assert call(capfd, evaluate, run, "--quiet") == (0, [], [])
 
 
-# A stranger's state, whose checksums fit.
+# Checkpoints of unknown origin with valid checksums.
 
 
 @pytest.mark.parametrize("kind", ["pickle", "torch.save"])
@@ -151,14 +157,14 @@ def test_p4_a_pickle_is_never_read(run, capfd, kind):
     for folder in (run / "checkpoints").glob("step-*"):
         damage(folder / train_state.TENSORS_FILE, kind)
         seal(folder)
-    code, warnings, [error] = ends(capfd, train, "--resume", run, "--quiet")
+    code, warnings, [error] = call(capfd, train, "--resume", run, "--quiet")
     assert code == 2
     assert all("tensors.safetensors: " in warning for warning in warnings)
     assert error == "error: no checkpoint of run is complete. Start a new run."
 
 
 def test_p4_a_run_is_written_and_read_without_pickle(run, capfd, monkeypatch):
-    """No function of pickle may be called, also not by a library."""
+    """No function of pickle may be called, not even by a library."""
 
     def refuse(*_, **__):
         raise AssertionError("a pickle is read or written")
@@ -168,23 +174,19 @@ def test_p4_a_run_is_written_and_read_without_pickle(run, capfd, monkeypatch):
     for name in ("load", "save"):
         monkeypatch.setattr(torch, name, refuse)
     words = ("--resume", run, "--quiet", "--max-steps", 15)
-    assert ends(capfd, train, *words) == (0, [], [])
+    assert call(capfd, train, *words) == (0, [], [])
     words = ("--max-steps", 2, "--checkpoint-every", 1, "--output-dir", ".", "--name", "new")
-    assert ends(capfd, train, *WORDS, *words) == (0, [], [])
-    assert ends(capfd, evaluate, "new", "--quiet") == (0, [], [])
+    assert call(capfd, train, *WORDS, *words) == (0, [], [])
+    assert call(capfd, evaluate, "new", "--quiet") == (0, [], [])
 
 
-def test_p4_pickles_beside_a_state_are_left_alone(run, capfd):
+def test_p4_pickles_in_a_checkpoint_are_ignored(run, capfd):
     for folder in (run, run / "checkpoints", run / "checkpoints/step-00000014"):
         for name in ("optimizer.pt", "optimizer.bin", "random_states_0.pkl", "scheduler.bin"):
-            damage_with_pickle(folder / name)
+            torch.save(Payload(), folder / name)
     words = ("--resume", run, "--quiet", "--max-steps", 15)
-    assert ends(capfd, train, *words) == (0, [], [])
-    assert ends(capfd, evaluate, run, "--quiet") == (0, [], [])
-
-
-def damage_with_pickle(path: Path) -> None:
-    torch.save(Payload(), path)
+    assert call(capfd, train, *words) == (0, [], [])
+    assert call(capfd, evaluate, run, "--quiet") == (0, [], [])
 
 
 HUGE = 10**400
@@ -208,7 +210,7 @@ HOSTILE = [
     {"config.model": "alexnet"},
     {"config.code": 1},
     {"config.optimizer": "sgd"},
-    {"config.ema": 0.5},
+    {"config.ema_decay": 0.5},
     {"config.output_dir": "/nosuch", "config.name": "elsewhere", "config.resume": "other"},
     {"config.model": ...},
     {"config.epochs": ...},
@@ -232,19 +234,17 @@ def changed(state: dict, change: dict) -> dict:
 
 
 @pytest.mark.slow
-def test_p7_a_strangers_state_ends_in_one_line_or_goes_on(run, capfd, finished):
-    """Never in a traceback, whatever it holds; many in one test, for each needs little time."""
-    states_folder, wrong = run / "checkpoints", []
+def test_p7_a_hostile_checkpoint_is_one_error_or_resumed(run, capfd, finished):
+    checkpoints, wrong = run / "checkpoints", []
     for change in HOSTILE:
-        shutil.rmtree(states_folder)
-        shutil.copytree(finished / "checkpoints/step-00000014", states_folder / "step-00000014")
-        state = json.loads(
-            (states_folder / "step-00000014" / train_state.METADATA_FILE).read_bytes()
-        )["metadata"]
-        seal(states_folder / "step-00000014", changed(state, change))
+        shutil.rmtree(checkpoints)
+        path = checkpoints / "step-00000014"
+        shutil.copytree(finished / "checkpoints/step-00000014", path)
+        metadata = json.loads((path / train_state.METADATA_FILE).read_bytes())["metadata"]
+        seal(path, changed(metadata, change))
         try:
             words = ("--resume", run, "--quiet", "--max-steps", 15, "--patience", 5)
-            code, _, errors = ends(capfd, train, *words)
+            code, _, errors = call(capfd, train, *words)
             assert (code == 2 and len(errors) == 1) or (code == 0 and not errors)
         except BaseException as error:
             wrong.append((change, repr(error)[:2000]))
@@ -256,35 +256,41 @@ def test_p7_a_strangers_state_ends_in_one_line_or_goes_on(run, capfd, finished):
     [b"[", b"[]", b"{}", b"null", b"5", b'"x"', b"[" * 100_000, b'{"metadata": {}, "sha256": 5}',
      b'{"metadata": [], "sha256": {}}', b"\xff\xfe", b'{"a": ' * 50_000, b"1" * 10_000],
 )  # fmt: skip
-def test_p7_a_state_file_of_anything(run, capfd, content):
+def test_p7_invalid_metadata_of_a_checkpoint_are_one_error(run, capfd, content):
     for folder in (run / "checkpoints").glob("step-*"):
         (folder / train_state.METADATA_FILE).write_bytes(content)
-    code, warnings, [error] = ends(capfd, train, "--resume", run, "--quiet")
+    code, warnings, [error] = call(capfd, train, "--resume", run, "--quiet")
     assert (code, len(warnings)) == (2, 3)
     assert error == "error: no checkpoint of run is complete. Start a new run."
 
 
-def test_p7_a_strangers_optimizer_is_another_networks(run, capfd):
-    folder, words = run / "checkpoints/step-00000014", ("--resume", run, "--quiet", "--max-steps", 15)
+def test_p7_optimizer_state_of_another_architecture_is_one_error(run, capfd):
+    folder, words = (
+        run / "checkpoints/step-00000014",
+        ("--resume", run, "--quiet", "--max-steps", 15),
+    )
     tensors = train_state.read_checkpoint(folder)[1]
     name = "optimizer.exp_avg.features.0.weight"
     for value in (None, torch.zeros(3), torch.zeros(())):
-        given = {k: v for k, v in (tensors | {name: value}).items() if v is not None}
-        (folder / train_state.TENSORS_FILE).write_bytes(train_state.safetensors.torch.save(given))
+        changed_tensors = {k: v for k, v in (tensors | {name: value}).items() if v is not None}
+        content = train_state.safetensors.torch.save(changed_tensors)
+        (folder / train_state.TENSORS_FILE).write_bytes(content)
         seal(folder)
-        code, _, [error] = ends(capfd, train, *words)
+        code, _, [error] = call(capfd, train, *words)
         assert (code, error) == (
             2, "error: run holds the checkpoint of another architecture. Start a new run.",
         )  # fmt: skip
-    # What has no place in the optimizer is not put there.
-    given = tensors | {"optimizer.x": torch.zeros(1), "optimizer.code.features.0.weight": value}
-    (folder / train_state.TENSORS_FILE).write_bytes(train_state.safetensors.torch.save(given))
+    # Unknown optimizer state is ignored.
+    tensors |= {"optimizer.x": torch.zeros(1), "optimizer.code.features.0.weight": value}
+    content = train_state.safetensors.torch.save(tensors)
+    (folder / train_state.TENSORS_FILE).write_bytes(content)
     seal(folder)
-    assert ends(capfd, train, *words) == (0, [], [])
+    assert call(capfd, train, *words) == (0, [], [])
 
 
-def test_p7_files_changed_at_random_never_crash_the_readers(finished):
-    """2,000 of them, in a process of its own that may take one GiB more than it begins with."""
+@pytest.mark.slow
+def test_p7_randomly_changed_files_never_crash_the_readers(finished):
+    """2,000 files, in a process whose memory is limited to one GiB more than it starts with."""
     command = [sys.executable, "tests/helpers/checks_fuzz.py", str(finished), "1000"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     ended = subprocess.run(
@@ -293,6 +299,6 @@ def test_p7_files_changed_at_random_never_crash_the_readers(finished):
     assert ended.returncode == 0, ended.stdout + ended.stderr
     counts = json.loads(ended.stdout.splitlines()[-1])
     assert counts["weights refused"] + counts["weights loaded"] == 1000
-    assert counts["states refused"] + counts["states loaded"] == 1000
-    assert min(counts["weights refused"], counts["states refused"]) > 500
+    assert counts["checkpoints refused"] + counts["checkpoints loaded"] == 1000
+    assert min(counts["weights refused"], counts["checkpoints refused"]) > 500
     assert counts["MiB more"] < 1024

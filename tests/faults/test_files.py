@@ -1,4 +1,4 @@
-"""predictions.csv, page and picture name the file of each sample, whatever was cut and limited."""
+"""predictions.csv, report.html and the plots name the right file of each sample."""
 
 import csv
 import os
@@ -17,28 +17,28 @@ from lab.report import html, plots
 from lab.report.run_reader import read_run
 
 CLASSES = ("cat", "dog")
-PART = {"cat": "", "dog": "deep/er"}  # below the class folder
-ODD = ('a, b "c"', "new\nline", "café", "caf\udce9", "<b>")  # the fourth is no UTF-8
+SUBDIRECTORY = {"cat": "", "dog": "deep/er"}  # below the class directory
+ODD = ('a, b "c"', "new\nline", "café", "caf\udce9", "<b>")  # the fourth is not UTF-8
 SHORT = ["--recipe", "smoke", "--max-steps", "2", "--threads", "1", "--quiet"]
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """(a run that was trained on a folder in one piece, that folder).
+    """Return a run that was trained on a directory without splits, and that directory.
 
-    Each picture's name begins with its class; they are noise, so that some are mistaken.
+    The names of the images, which are random, start with their class.
     """
     folder = tmp_path_factory.mktemp("trained")
     random = np.random.default_rng(0)
     for name in CLASSES:
-        (folder / "data" / name / PART[name]).mkdir(parents=True)
+        (folder / "data" / name / SUBDIRECTORY[name]).mkdir(parents=True)
         for last in (*ODD, *range(25)):
             pixels = random.integers(0, 256, (32, 32, 3), dtype=np.uint8)
-            path = folder / "data" / name / PART[name] / f"{name}-{last}.png"
+            path = folder / "data" / name / SUBDIRECTORY[name] / f"{name}-{last}.png"
             try:
                 Image.fromarray(pixels).save(path)
             except OSError:
-                pytest.skip("this file system takes no such name")
+                pytest.skip("the file system refuses such names")
     start(folder, *SHORT, "--dataset", "folder", "--data-dir", f"{folder}/data")
     return folder / "run", folder / "data"
 
@@ -60,24 +60,26 @@ def rows_of(path: Path) -> list[dict]:
         (["--loader", "streaming", "--workers", "0", "--tta", "flip"], 12),
     ],
 )
-def test_each_row_names_the_file_that_it_tells_of(trained, tmp_path, words, count):
-    """The file's own class and, asked for alone, its own prediction."""
+def test_each_row_names_its_file(trained, tmp_path, words, count):
+    """The row has the class of the file, and predict.py gives the same prediction for it."""
     run_folder, data = trained
-    asked = ["--output", str(tmp_path / "e"), "--threads", "1", "--quiet"]
-    evaluate.main([str(run_folder), *words, *asked])
+    options = ["--output", str(tmp_path / "e"), "--threads", "1", "--quiet"]
+    evaluate.main([str(run_folder), *words, *options])
     rows = rows_of(tmp_path / "e" / "predictions.csv")
     assert len({row["file"] for row in rows}) == len(rows) == count
     paths = [str(data / row["file"]) for row in rows]
-    asked = ["--csv", str(tmp_path / "p.csv"), "--top-k", "1", "--threads", "1", "--workers", "0"]
-    assert predict.main([str(run_folder), *paths, *asked]) == 0
-    for row, path, one in zip(rows, paths, rows_of(tmp_path / "p.csv"), strict=True):
+    options = ["--csv", str(tmp_path / "p.csv"), "--top-k", "1", "--threads", "1", "--workers", "0"]
+    assert predict.main([str(run_folder), *paths, *options]) == 0
+    for row, path, prediction in zip(rows, paths, rows_of(tmp_path / "p.csv"), strict=True):
         name = row["label_name"]
         assert name == CLASSES[int(row["label"])]
         assert row["prediction_name"] == CLASSES[int(row["prediction"])]
-        assert row["file"].startswith("/".join(filter(None, (name, PART[name], f"{name}-"))))
-        assert one["path"] == path
-        assert one["class1"] == CLASSES[int(row["prediction"])]
-        assert float(one["confidence1"]) == pytest.approx(float(row["confidence"]), abs=1e-5)
+        assert row["file"].startswith(
+            "/".join(filter(None, (name, SUBDIRECTORY[name], f"{name}-")))
+        )
+        assert prediction["path"] == path
+        assert prediction["class1"] == CLASSES[int(row["prediction"])]
+        assert float(prediction["confidence1"]) == pytest.approx(float(row["confidence"]), abs=1e-5)
 
 
 @pytest.mark.slow
@@ -91,19 +93,19 @@ def test_training_and_two_processes_write_the_same_bytes(trained, tmp_path):
     assert expected.startswith(columns + b"0,0,")
 
 
-def test_page_and_picture_name_the_files_of_mistakes(trained, tmp_path, monkeypatch):
+def test_page_and_plots_name_the_files_of_mistakes(trained, tmp_path, monkeypatch):
     path = shutil.copytree(trained[0], tmp_path / "run")
     captions = []
     monkeypatch.setattr(plots, "_grid", lambda _, texts, *__: captions.extend(texts))
     for with_files in (True, False):
-        if not with_files:  # as runs had it before
+        if not with_files:  # as for datasets that have no files
             lines = [[*row.values()][:4] for row in rows_of(path / "predictions.csv")]
             lines.insert(0, ["index", "label", "prediction", "confidence"])
             text = "".join(",".join(line) + "\n" for line in lines)
             (path / "predictions.csv").write_text(text)
         captions.clear()
         found = read_run(path)
-        plots.mistakes(found, found.pictures())
+        plots.mistakes(found, found.images())
         assert (found.files is not None) == with_files
         wrong = np.flatnonzero(found.labels != found.predictions)
         names = [found.files[i] if with_files else f"#{i}" for i in wrong]
@@ -119,7 +121,7 @@ def test_page_and_picture_name_the_files_of_mistakes(trained, tmp_path, monkeypa
         assert "<b>" not in text
 
 
-def test_names_are_relative_to_the_folder_as_it_is_given(trained, tmp_path, monkeypatch):
+def test_names_are_relative_to_the_data_directory(trained, tmp_path, monkeypatch):
     run_folder, data = trained
     monkeypatch.chdir(data)
     expected = (run_folder / "predictions.csv").read_bytes()

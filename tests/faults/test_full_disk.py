@@ -1,4 +1,4 @@
-"""P3: a training on a disk that is full, for real: a small one, mounted for the test."""
+"""P3: runs on a small disk, mounted for the test, that becomes full."""
 
 import json
 import os
@@ -19,7 +19,7 @@ def lines(path: Path) -> list[dict]:
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A folder on a disk of 4 MB."""
+    """Return a directory on a disk of 4 MB."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)]
@@ -30,7 +30,7 @@ def small_disk(tmp_path):
 
 
 def fill(folder: Path) -> Path:
-    """The file that takes all the space which a disk has left."""
+    """Return a new file that takes all the free space of a disk."""
     path = folder / "filler"
     with open(path, "wb", buffering=0) as file:
         try:
@@ -40,7 +40,7 @@ def fill(folder: Path) -> Path:
             return path
 
 
-def test_p3_a_training_outlives_a_disk_that_fills_up(small_disk, tmp_path, monkeypatch, capsys):
+def test_p3_a_run_continues_when_the_disk_is_full(small_disk, tmp_path, monkeypatch, capsys):
     words = ["--dataset", "digits", "--recipe", "smoke", "--name", "run", "--quiet"]
     words += ["--threads", "1", "--checkpoint-every", "4", "--log-every", "1"]
     words += ["--final-checkpoints", "2", "--output-dir"]
@@ -59,7 +59,7 @@ def test_p3_a_training_outlives_a_disk_that_fills_up(small_disk, tmp_path, monke
 
     monkeypatch.setattr(manager, "write_checkpoint", on_a_full_disk)
     capsys.readouterr()
-    assert train.main([*words, str(small_disk)]) == 0
+    assert train.main([*words, str(small_disk)]).exit_code == 0
     [warning] = capsys.readouterr().err.splitlines()
     assert f"{calls[2]} is not written: cannot write" in warning
     assert "No space left on device" in warning
@@ -68,7 +68,7 @@ def test_p3_a_training_outlives_a_disk_that_fills_up(small_disk, tmp_path, monke
         assert (small_disk / "run" / name).read_bytes() == (tmp_path / "run" / name).read_bytes()
 
 
-def test_p3_a_line_on_a_full_disk_leaves_no_part(small_disk):
+def test_p3_a_full_disk_leaves_no_incomplete_line(small_disk):
     run = run_dir.RunDir(small_disk)
     run.add_steps({"step": 0})
     filler = fill(small_disk)

@@ -1,12 +1,13 @@
-"""P3: a run that was cut off goes on as if nothing had happened, on any number of processes."""
+"""P3: a killed run is resumed as if nothing had happened, on any number of processes."""
 
 import json
 import shutil
+from functools import partial
 
 import pytest
 import torch
 from mistakes import tree
-from resuming import ALEXNET, LENET, Killed, cut_off, read_lines, resume, same_end, start
+from resuming import ALEXNET, LENET, SMALL, Killed, cut_off, read_lines, resume, same_end, start
 from safetensors import safe_open
 from worlds import python, run, run_all, torchrun
 
@@ -15,47 +16,48 @@ from lab.checkpoint import run_dir, weights
 from lab.checkpoint.train_state import TRAIN_STATE_TYPES, Checkpoint
 from lab.distributed import has_native_bf16
 from lab.engine import evaluation
+from lab.errors import UserError
 
+# Options, and the steps after which the run is killed.
 VARIANTS = {
-    "nesterov": [*LENET, "--optimizer", "nesterov", "--lr", "0.05", "--max-grad-norm", "1"],
-    "average, accumulate": [*LENET, "--ema-decay", "0.9", "--grad-accum-steps", "2"],
-    "mixed": [*LENET, "--augment", "crop,cutout,mixup,cutmix"],
-    # Emulated, bfloat16 takes minutes.
-    "dropout, bfloat16": [*ALEXNET, *["--mixed-precision", "bf16"] * has_native_bf16("cpu")],
-    "muon": [*LENET, "--optimizer", "muon"],
+    "nesterov": (
+        [*LENET, "--optimizer", "nesterov", "--lr", "0.05", "--max-grad-norm", "1"],
+        (2, 9),
+    ),
+    "ema, accumulation": ([*LENET, "--ema-decay", "0.9", "--grad-accum-steps", "2"], (4, 9)),
+    "mixup": ([*LENET, "--augment", "crop,cutout,mixup,cutmix"], (3, 9)),
+    # Emulated bfloat16 takes minutes.
+    "dropout, bfloat16": (
+        [*ALEXNET, "--epochs", "1", *["--mixed-precision", "bf16"] * has_native_bf16("cpu")],
+        (3,),
+    ),
+    "muon": ([*LENET, "--optimizer", "muon"], (5,)),
 }
 
 
-@pytest.fixture(scope="module", params=VARIANTS)
-def whole(request, tmp_path_factory):
-    """(options, the folder of a run with them that nothing cut off)."""
-    folder = tmp_path_factory.mktemp("whole")
-    start(folder, *VARIANTS[request.param])
-    return VARIANTS[request.param], folder / "run"
-
-
-@pytest.mark.parametrize("step", [2, 4, 9])
-def test_p3_a_resumed_run_ends_with_the_same_bits(tmp_path, monkeypatch, whole, step):
-    words, expected = whole
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_p3_a_resumed_run_ends_with_the_same_bits(tmp_path, monkeypatch, variant):
+    words, steps = VARIANTS[variant]
+    start(tmp_path, *words, name="whole")
     words = [*words, "--checkpoint-every", "2"]
-    cut_off(monkeypatch, step, lambda: start(tmp_path, *words))
-    torch.manual_seed(step)  # whatever the next process's random state is
-    assert resume(tmp_path / "run") == 0
-    same_end(tmp_path / "run", expected)
+    for step in steps:
+        name = f"killed-{step}"
+        cut_off(monkeypatch, step, partial(start, tmp_path, *words, name=name))
+        torch.manual_seed(step)  # another random state, as in a new process
+        resume(tmp_path / name)
+        same_end(tmp_path / name, tmp_path / "whole")
 
 
-def test_p3_a_run_cut_off_again_and_again_ends_with_the_same_bits(tmp_path, monkeypatch):
-    start(tmp_path, *LENET, name="whole")
+def test_p3_a_run_killed_again_and_again_ends_with_the_same_bits(tmp_path, monkeypatch, finished):
     command = [*LENET, "--checkpoint-every", "1", "--resume", "auto"]
     for step in (1, 3, 4, 8, 11):
         cut_off(monkeypatch, step, lambda: start(tmp_path, *command))
     start(tmp_path, *command)
-    same_end(tmp_path / "run", tmp_path / "whole")
+    same_end(tmp_path / "run", finished)
 
 
-def test_p3_cut_off_between_an_epoch_s_files(tmp_path, monkeypatch):
-    """After the best weights are written, before the epoch's line is."""
-    start(tmp_path, *LENET, name="whole")
+def test_p3_a_run_killed_between_the_files_of_an_epoch(tmp_path, monkeypatch, finished):
+    """After the best weights are written, before the line of history.jsonl."""
 
     def die(run, *rows):
         if rows and rows[0]["epoch"] == 2:
@@ -67,12 +69,12 @@ def test_p3_cut_off_between_an_epoch_s_files(tmp_path, monkeypatch):
         with pytest.raises(Killed):
             start(tmp_path, *LENET)
     resume(tmp_path / "run")
-    same_end(tmp_path / "run", tmp_path / "whole")
+    same_end(tmp_path / "run", finished)
 
 
 @pytest.mark.parametrize("max_steps", [2, 6])  # in the first epoch, in the second
-def test_p6_the_weights_of_a_part_of_an_epoch_do_not_outlive_it(tmp_path, monkeypatch, max_steps):
-    """Its number is the best of all, but the epoch is completed, and evaluated again."""
+def test_p6_the_weights_of_an_incomplete_epoch_are_replaced(tmp_path, monkeypatch, max_steps):
+    """Its accuracy is the best, but the epoch is completed and evaluated again."""
 
     def train_with(accuracies, call):
         class Altered(evaluation.Predictions):
@@ -91,7 +93,7 @@ def test_p6_the_weights_of_a_part_of_an_epoch_do_not_outlive_it(tmp_path, monkey
     train_with(whole, lambda: start(tmp_path, *LENET, name="whole"))
     train_with(part, lambda: start(tmp_path, *LENET, "--max-steps", str(max_steps)))
     metadata = weights.read_metadata(tmp_path / "run" / "best.safetensors")
-    assert metadata["metrics"]["val_accuracy"] == part[0]  # whole epochs first, where there are any
+    assert metadata["metrics"]["val_accuracy"] == part[0]  # complete epochs are preferred
     again = whole[len(part) - 1 :]
     train_with(again, lambda: resume(tmp_path / "run", "--max-steps", "0"))
     same_end(tmp_path / "run", tmp_path / "whole")
@@ -100,7 +102,7 @@ def test_p6_the_weights_of_a_part_of_an_epoch_do_not_outlive_it(tmp_path, monkey
     assert metadata["metrics"] == {name: row[name] for name in metadata["metrics"]}
 
 
-def test_states_are_named_by_their_step_and_the_newest_kept(finished):
+def test_checkpoints_are_named_by_their_step(finished):
     assert [p.name for p in run_dir.RunDir(finished).checkpoints] == [
         "step-00000012", "step-00000009",
     ]  # fmt: skip
@@ -118,13 +120,13 @@ def test_states_are_named_by_their_step_and_the_newest_kept(finished):
         ("--keep-checkpoints 3 --final-checkpoints 99", [12, 9, 8]),
     ],
 )
-def test_as_many_checkpoints_are_kept_as_told(tmp_path, words, steps):
+def test_the_options_for_the_number_of_checkpoints(tmp_path, words, steps):
     start(tmp_path, *LENET, "--checkpoint-every", "3", *words.split())
-    found = run_dir.RunDir(tmp_path / "run").checkpoints
-    assert [int(p.name.removeprefix("step-")) for p in found] == steps
+    checkpoints = run_dir.RunDir(tmp_path / "run").checkpoints
+    assert [int(p.name.removeprefix("step-")) for p in checkpoints] == steps
 
 
-def test_p4_a_state_is_safetensors_and_json(finished):
+def test_p4_a_checkpoint_is_safetensors_and_json(finished):
     folder = finished / "checkpoints" / "step-00000009"
     with safe_open(folder / "tensors.safetensors", framework="pt") as file:
         keys = set(file.keys())
@@ -148,18 +150,45 @@ def test_p4_a_state_is_safetensors_and_json(finished):
 @pytest.mark.parametrize("words", [(), ("--max-steps", "12"), ("--patience", "9")])
 def test_a_finished_run_is_not_trained_evaluated_or_written_again(copied, capsys, words):
     before = tree(copied)
-    assert train.main(["--resume", str(copied), *words]) == 0
+    assert train.main(["--resume", str(copied), *words]).exit_code == 0
     assert tree(copied) == before
-    said = f"{copied} is finished; raise --epochs or --max-steps to train it further"
-    assert capsys.readouterr().out.splitlines() == [said]
-    assert resume(copied, "--final-checkpoints", "1") == 0
+    message = f"{copied} is finished; to train it further, raise --epochs"
+    assert capsys.readouterr().out.splitlines() == [message]
+    resume(copied, "--final-checkpoints", "1")
     assert [path.name for path in run_dir.RunDir(copied).checkpoints] == ["step-00000012"]
+
+
+@pytest.mark.parametrize("auto", [False, True])
+def test_a_finished_run_without_checkpoints_says_that_it_is_finished(copied, capsys, auto):
+    resume(copied, "--final-checkpoints", "0")
+    words = ["--resume", str(copied)]
+    if auto:
+        words = [word for word in LENET if word != "--quiet"]
+        words += ["--resume", "auto", "--name", copied.name, "--output-dir", str(copied.parent)]
+    capsys.readouterr()
+    before = tree(copied)
+    assert train.main(words).exit_code == 0
+    assert f"{copied} is finished" in capsys.readouterr().out
+    assert tree(copied) == before
+    with pytest.raises(UserError, match="contains no checkpoint to resume from"):
+        train.main([*words, "--epochs", "9"])
+
+
+def test_p7_a_run_that_skipped_its_steps_ends_in_an_error(tmp_path):
+    """The weights diverge in the first steps that are not skipped."""
+    words = ["--lr", "1e30", "--on-nonfinite", "skip"]
+    with pytest.raises(UserError, match="the model has not learned anything"):
+        start(tmp_path, *SMALL, *words)
+    rows = read_lines(tmp_path / "run" / "history.jsonl")
+    assert {row["val_loss"] for row in rows} == {None}
+    assert 0 < sum(row["skipped_steps"] for row in rows) < 20
+    assert not (tmp_path / "run" / "report.json").exists()
 
 
 @pytest.mark.parametrize("name", ["report.json", "README.md"])  # the first and the last written
 def test_p3_a_run_that_was_killed_at_its_end_is_finished(copied, finished, name):
     (copied / name).unlink()
-    assert resume(copied) == 0
+    resume(copied)
     same_end(copied, finished)
     assert (copied / name).exists()
 
@@ -168,19 +197,19 @@ def test_a_run_stopped_by_patience_is_finished(tmp_path, capsys):
     words = [*LENET, "--epochs", "9", "--lr", "1e-12", "--patience", "1"]
     start(tmp_path, *words)
     before = tree(tmp_path)
-    assert resume(tmp_path / "run") == 0
+    resume(tmp_path / "run")
     assert tree(tmp_path) == before
     resume(tmp_path / "run", "--patience", "2")
     epochs = [row["epoch"] for row in read_lines(tmp_path / "run" / "history.jsonl")]
     assert epochs == [1, 2, 3]
 
 
-def test_a_state_may_be_named_instead_of_its_run(copied, finished):
+def test_resume_accepts_the_path_of_a_checkpoint(copied, finished):
     resume(copied / "checkpoints" / "step-00000012")
     same_end(copied, finished)
 
 
-def test_more_epochs_go_on_from_the_end(copied):
+def test_a_finished_run_is_trained_for_more_epochs(copied):
     resume(copied, "--epochs", "4")
     assert [row["epoch"] for row in read_lines(copied / "history.jsonl")] == [1, 2, 3, 4]
     assert json.loads((copied / "config.json").read_text())["epochs"] == 4
@@ -193,7 +222,7 @@ def test_a_run_may_be_moved(copied, tmp_path):
     assert (config["output_dir"], config["name"]) == (str(tmp_path), "elsewhere")
 
 
-def test_auto_starts_a_run_and_goes_on_with_it(tmp_path, capsys):
+def test_auto_starts_a_run_and_resumes_it(tmp_path, capsys):
     command = [*LENET, "--resume", "auto"]
     command.remove("--quiet")
     start(tmp_path, *command, "--max-steps", "6")
@@ -203,7 +232,9 @@ def test_auto_starts_a_run_and_goes_on_with_it(tmp_path, capsys):
     assert len(read_lines(tmp_path / "run" / "steps.jsonl")) == 12
 
 
-def test_auto_begins_again_what_was_killed_before_its_first_state(tmp_path, monkeypatch, finished):
+def test_auto_restarts_a_run_that_was_killed_before_its_first_checkpoint(
+    tmp_path, monkeypatch, finished
+):
     cut_off(monkeypatch, 1, lambda: start(tmp_path, *LENET, "--resume", "auto"))
     assert not list((tmp_path / "run" / "checkpoints").glob("step-*"))
     start(tmp_path, *LENET, "--resume", "auto")
@@ -216,18 +247,18 @@ def test_auto_begins_again_what_was_killed_before_its_first_state(tmp_path, monk
 @pytest.mark.parametrize("num_processes", [1, 2, 3])
 def test_p3_another_number_of_processes_counts_each_sample_once(tmp_path, num_processes):
     """A checkpoint of two processes, one of which skipped a step, is resumed on another number."""
-    position = dict.fromkeys(TRAIN_STATE_TYPES, 0) | {"epoch": 2, "batch": 5, "step": 13}
-    metadata = {"train_state": position, "totals": [[3.0, 2.0, 5.0], [4.0, 1.0, 4.0]]}
-    state = Checkpoint(run_dir.RunDir(tmp_path), tmp_path, metadata, {})
-    found = [state.train_state(rank, num_processes) for rank in range(num_processes)]
-    assert sum(p.totals[0].item() for p in found) == 7
-    assert sum(p.totals[1].item() for p in found) == 3
-    assert min(p.totals[2].item() for p in found) == 4
-    assert {(p.epoch, p.batch, p.step) for p in found} == {(2, 5, 13)}
+    state = dict.fromkeys(TRAIN_STATE_TYPES, 0) | {"epoch": 2, "batch": 5, "step": 13}
+    metadata = {"train_state": state, "totals": [[3.0, 2.0, 5.0], [4.0, 1.0, 4.0]]}
+    checkpoint = Checkpoint(run_dir.RunDir(tmp_path), tmp_path, metadata, {})
+    states = [checkpoint.train_state(rank, num_processes) for rank in range(num_processes)]
+    assert sum(s.totals[0].item() for s in states) == 7
+    assert sum(s.totals[1].item() for s in states) == 3
+    assert min(s.totals[2].item() for s in states) == 4
+    assert {(s.epoch, s.batch, s.step) for s in states} == {(2, 5, 13)}
 
 
 def order(folder):
-    """The positions in the split of each step's samples, over all processes."""
+    """Return the indices of the samples of each step, over all processes."""
     logs = [read_lines(log) for log in sorted(folder.glob("order-*.jsonl"))]
     steps = {}
     for row in (row for log in logs for row in log):
@@ -277,17 +308,16 @@ def test_p3_stopped_on_two_processes_and_resumed_on_one_and_three(tmp_path):
         assert losses[name] == pytest.approx(losses["whole"], rel=1e-4)
         results[name] = read_lines(tmp_path / name / "history.jsonl")
         assert [row["epoch"] for row in results[name]] == [1, 2, 3]
-    two = read_lines(tmp_path / "whole" / "history.jsonl")
-    for name in ("one", "three"):  # the epoch that was cut counts every sample once
-        assert [r["train_loss"] for r in results[name]] == pytest.approx(
-            [r["train_loss"] for r in two], rel=1e-4
-        )
+    whole_losses = [row["train_loss"] for row in read_lines(tmp_path / "whole" / "history.jsonl")]
+    for name in ("one", "three"):  # the interrupted epoch counts every sample once
+        train_losses = [row["train_loss"] for row in results[name]]
+        assert train_losses == pytest.approx(whole_losses, rel=1e-4)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_p7_a_loss_that_is_not_finite_on_one_process(tmp_path):
-    """It ends all, and says where; or all skip that step, and count it."""
+    """It ends all processes with an error that names it; or all skip that step and count it."""
     words = [*LENET, "--output-dir", tmp_path, "--checkpoint-every", "2", "--keep-checkpoints", "9"]
     check = "tests/helpers/checks_resume.py"
     stopped = run(torchrun(2, check, tmp_path, 0, "1:6", *words, "--name", "stopped"), limit=120)
@@ -307,8 +337,9 @@ def test_p7_a_loss_that_is_not_finite_on_one_process(tmp_path):
     assert [row["step"] for row in logged if row["loss"] is None] == [6]
 
 
-def test_p3_modules_that_ask_for_their_version_are_resumed(tmp_path):
-    """torchvision's MNASNet, whose layers differ between two of them."""
+@pytest.mark.slow
+def test_p3_modules_with_a_version_are_resumed(tmp_path):
+    """torchvision's MNASNet, whose layers depend on the version."""
     words = ["--model", "torchvision:mnasnet0_5", "--image-size", "32", "--epochs", "1"]
     start(tmp_path, *LENET, *words)
     resume(tmp_path / "run", "--epochs", "2")

@@ -1,4 +1,4 @@
-"""P7: what a user can get wrong with --resume; locks and full disks."""
+"""P7: mistakes with --resume; locks and full disks."""
 
 import shutil
 import subprocess
@@ -26,7 +26,9 @@ def test_p7_other_settings_are_refused(fails, copied):
         message = fails(train, "--resume", copied, *words.split())
         assert message == f"{problem}. Leave it out, or start a new run."
     message = fails(train, "--resume", copied, "--epochs", 2)
-    assert message == "invalid --epochs 2: the run is in epoch 3. Give more epochs, or leave it out."
+    assert (
+        message == "invalid --epochs 2: the run is in epoch 3. Give more epochs, or leave it out."
+    )
     assert (copied / "steps.jsonl").read_bytes() == before
 
 
@@ -43,11 +45,11 @@ def test_the_same_settings_may_be_given_again(copied, finished):
             f"--resume {'n' * 300}",
             f"there is no run {'n' * 300}. Give --resume the directory of a run.",
         ),
-        ("--resume old --name x", "a run that --resume names has its --name. Leave --name out."),
-        ("--resume auto", "--resume auto goes on with the run of a --name. Give --name too."),
+        ("--resume old --name x", "--resume and --name both name a run. Leave out --name."),
+        ("--resume auto", "--resume auto needs the --name of a run. Add --name."),
         (
             "--resume auto --name x --overwrite",
-            "--overwrite deletes what --resume goes on from. Give one of them.",
+            "--overwrite would delete the run that --resume continues. Give only one of them.",
         ),
         (
             "--resume old",
@@ -69,8 +71,25 @@ def test_p7_there_is_nothing_to_resume(fails, tmp_path, words, message):
         (tmp_path / "runs" / name / "checkpoints" / "step-00000001").mkdir(parents=True)
     (tmp_path / "runs" / "another").mkdir()
     (tmp_path / "old").mkdir()
-    (tmp_path / "old" / "best.safetensors").write_bytes(b"weights of a version without states")
+    (tmp_path / "old" / "best.safetensors").write_bytes(b"weights without a checkpoint")
     assert fails(train, *SMALL, *words.split()) == message
+
+
+def test_p7_a_checkpoint_does_not_download_into_a_directory_that_it_names(
+    fails, tmp_path, copied, monkeypatch
+):
+    def refuse(*_, **__):
+        raise AssertionError("a download was started")
+
+    monkeypatch.setattr("torchvision.datasets.MNIST.__init__", refuse)
+    path = run_dir.RunDir(copied).checkpoints[0]
+    metadata, tensors = train_state.read_checkpoint(path)
+    metadata["config"] |= {"dataset": "mnist", "data_dir": str(tmp_path / "victim")}
+    train_state.write_checkpoint(path, tensors, metadata)
+    message = fails(train, "--resume", copied, "--epochs", 4)
+    assert message.startswith(f"MNIST is not in {tmp_path}/victim")
+    with pytest.raises(AssertionError, match="a download was started"):
+        train.main(["--resume", str(copied), "--epochs", "4", "--data-dir", str(tmp_path / "own")])
 
 
 def test_p7_other_data_are_refused(fails, copied):
@@ -116,10 +135,12 @@ def test_p7_a_full_disk_is_seen_before_training(fails, monkeypatch):
         atomic_io.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 500_000)
     )
     message = fails(train, *SMALL, "--name", "x")
-    assert message.startswith("a checkpoint takes 987.3 kB, runs has 500.0 kB free. Free some space")
+    assert message.startswith(
+        "a checkpoint takes 987.3 kB, runs has 500.0 kB free. Free some space"
+    )
 
 
-def test_a_full_disk_later_loses_that_state_alone(tmp_path, monkeypatch, finished, capsys):
+def test_a_full_disk_later_loses_only_that_checkpoint(tmp_path, monkeypatch, finished, capsys):
     check_free_space = atomic_io.check_free_space
     calls = []
 
@@ -132,35 +153,35 @@ def test_a_full_disk_later_loses_that_state_alone(tmp_path, monkeypatch, finishe
     monkeypatch.setattr(manager, "check_free_space", full_once)
     words = ["--checkpoint-every", "3", "--keep-checkpoints", "9", "--final-checkpoints", "9"]
     start(tmp_path, *LENET, *words)
-    found = run_dir.RunDir(tmp_path / "run").checkpoints
-    assert [int(p.name.removeprefix("step-")) for p in found] == [12, 9, 8, 6, 3]
-    assert calls[1] == pytest.approx(calls[0], rel=0.35)  # foreseen before there was a state
+    checkpoints = run_dir.RunDir(tmp_path / "run").checkpoints
+    assert [int(p.name.removeprefix("step-")) for p in checkpoints] == [12, 9, 8, 6, 3]
+    assert calls[1] == pytest.approx(calls[0], rel=0.35)  # estimated before the first checkpoint
     assert "step-00000004 is not written: full. Free some." in capsys.readouterr().err
     same_end(tmp_path / "run", finished)
 
 
-def test_p7_the_last_state_is_named_with_the_error(monkeypatch, copied):
+def test_p7_the_last_checkpoint_is_named_with_the_error(monkeypatch, copied):
     def fail(*_):
-        raise UserError("the picture x is damaged", "Delete it")
+        raise UserError("the image x is damaged", "Delete it")
 
-    monkeypatch.setattr("lab.engine.train_step", fail)
+    monkeypatch.setattr("lab.engine.training.TrainStep.run", fail)
     with pytest.raises(UserError) as caught:
         resume(copied, "--epochs", "9")
     assert str(caught.value) == (
-        "the picture x is damaged. Delete it. The last complete checkpoint of the run is "
+        "the image x is damaged. Delete it. The last complete checkpoint of the run is "
         f"{copied}/checkpoints/step-00000012."
     )
 
 
 def test_a_notebook_may_resume_in_the_same_process(copied):
-    """The lock of a run that failed there is let go."""
-    with pytest.raises(UserError, match="is not the run's"):
+    """A run that failed there is unlocked."""
+    with pytest.raises(UserError, match="differs from the run's"):
         resume(copied, "--lr", "0.7")
-    assert errors.run_script(lambda: resume(copied)) == 0
+    assert errors.run_script(lambda: resume(copied).exit_code) == 0
 
 
 def test_p3_a_second_start_neither_deletes_nor_joins_a_run(tmp_path, monkeypatch, finished):
-    """The first reads its data slowly; meanwhile the second trains, or is refused."""
+    """While the first reads its data, the second one starts."""
     import lab.data
 
     load_splits, write_error = lab.data.load_splits, []

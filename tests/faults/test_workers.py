@@ -72,7 +72,7 @@ def test_workers_ignore_ctrl_c_and_sigusr1():
 
 
 def test_p3_workers_that_get_the_sigterm_of_a_run_lose_no_batch():
-    """The run may have to take some more steps, until all its processes agree on the last."""
+    """The run takes more steps until all processes agree on the last one."""
     with make_reader(send("SIGTERM"), persistent_workers=True) as reader:
         assert first_indices(reader) == IN_ORDER
         reader.dataset.dataset.on_read = None
@@ -90,7 +90,7 @@ def test_p7_a_killed_worker_is_one_error():
 
 
 def test_no_step_is_interrupted_by_the_death_of_a_worker():
-    """DataLoader's own handler of SIGCHLD raises wherever the main process is."""
+    """DataLoader's handler of SIGCHLD would raise in the main process at any time."""
     before = signal.getsignal(signal.SIGCHLD)
     with make_reader(persistent_workers=True) as reader:
         assert first_indices(reader) == IN_ORDER
@@ -212,7 +212,7 @@ except UserError as error:
 
 
 def test_p7_a_container_with_small_shared_memory_hangs_nothing():
-    """As Docker's 64 MB: a mount of 8 MB in a namespace of its own."""
+    """Docker's default is 64 MB; here 8 MB are mounted in a mount namespace."""
     mount = "mount -t tmpfs -o size=8m tmpfs /dev/shm"
     unshare = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
     if not shutil.which("unshare") or subprocess.run([*unshare, mount], check=False).returncode:

@@ -1,4 +1,4 @@
-"""On a GPU: a step waits for nothing and computes the CPU's numbers; all lies on the device."""
+"""On a GPU: steps do not wait and give the CPU's results; data and weights are on the device."""
 
 import json
 import math
@@ -38,13 +38,13 @@ MUON = {"optimizer": "muon", "lr": 1e-3}
 
 
 def gpu(test):
-    """Marks a test that needs a CUDA device."""
+    """Mark a test that needs a CUDA device."""
     missing = not torch.cuda.is_available()
     return pytest.mark.gpu(pytest.mark.skipif(missing, reason="needs a CUDA device")(test))
 
 
 def large_digits():
-    """Images uint8 [1797, 1, 28, 28] and labels of the bundled digits, each pixel three times."""
+    """Return the bundled digits, enlarged three times to uint8 [1797, 1, 28, 28], and labels."""
     images, labels = load_digits()
     return F.pad(images.repeat_interleave(3, 2).repeat_interleave(3, 3), (2, 2, 2, 2)), labels
 
@@ -56,9 +56,9 @@ def test_a_step_never_waits_for_the_gpu(model, precision, settings):
     cuda = place("cuda", precision)
     loader = make_loader(cuda, model, num_samples=65)
     train_step = make_train_step(cuda, model, batch_size=8, **settings)
-    train(train_step, loader)  # kernels are chosen
+    train(train_step, loader)  # cuDNN selects kernels
 
-    def watch(step, *_):  # from the first step to the last: an epoch's ends may wait
+    def watch(step, *_):  # the start and the end of an epoch may wait
         torch.cuda.set_sync_debug_mode("error" if step < 9 else "default")
 
     try:
@@ -69,16 +69,16 @@ def test_a_step_never_waits_for_the_gpu(model, precision, settings):
 
 @gpu
 @pytest.mark.parametrize("augment", ["crop", "flip", "cutout", "crop,flip,cutout"])
-def test_p2_bits_and_augmentation_are_the_cpus_to_the_last_bit(augment):
+def test_p2_random_bits_and_augmentation_equal_the_cpus(augment):
     images = large_digits()[0]
-    found = []
+    results = []
     for device in ("cpu", "cuda"):
         pixels, bits = images.to(device), random_bits(5, 3, len(images), device)
         transform = BatchTransform((0.0,), (1 / 255,), augment.split(","), device)
-        found.append((bits.cpu(), transform(pixels, bits).cpu()))
-    for on_cpu, on_gpu in zip(*found, strict=True):
+        results.append((bits.cpu(), transform(pixels, bits).cpu()))
+    for on_cpu, on_gpu in zip(*results, strict=True):
         assert torch.equal(on_cpu, on_gpu)
-    assert not torch.equal(found[0][1], images.float())
+    assert not torch.equal(results[0][1], images.float())
 
 
 @gpu
@@ -89,8 +89,8 @@ def test_p2_the_gpu_follows_the_cpus_curve():
         images, labels = large_digits()
         split = Split(images, labels, tuple("0123456789"))
         transform = BatchTransform((0.3,), (0.4,), ("crop", "cutout"), accelerator.device)
-        plan = ShardedBatchSampler(len(labels), 64, 0, 0, 1)
-        loader = ResidentLoader(split, plan, transform, accelerator.device)
+        sampler = ShardedBatchSampler(len(labels), 64, 0, 0, 1)
+        loader = ResidentLoader(split, sampler, transform, accelerator.device)
         settings = {"batch_size": 64, "max_steps": 10, "log_every": 1, **UNUSUAL}
         rows = []
         train(make_train_step(accelerator, **settings), loader, on_log=rows.append)
@@ -112,7 +112,7 @@ def test_p1_each_sample_is_evaluated_once_on_a_gpu(num_samples):
 
 
 @gpu
-def test_data_weights_and_optimizer_lie_on_the_gpu():
+def test_data_weights_and_optimizer_are_on_the_gpu():
     cuda = place("cuda")
     loader, train_step = make_loader(cuda), make_train_step(cuda, ema_decay=0.9, optimizer="adamw")
     train(train_step, loader)
@@ -123,18 +123,18 @@ def test_data_weights_and_optimizer_lie_on_the_gpu():
         p.is_cuda for p in [*train_step.model.parameters(), *train_step.eval_model.parameters()]
     )
     assert all(group["fused"] for group in train_step.optimizer.param_groups)
-    states = [
+    tensors = [
         t for s in train_step.optimizer.state.values() for t in s.values() if torch.is_tensor(t)
     ]
-    assert states
-    assert all(t.is_cuda for t in states)
+    assert tensors
+    assert all(t.is_cuda for t in tensors)
 
 
 @gpu
 def test_an_epoch_leaves_no_memory_behind():
     cuda = place("cuda")
     loader, train_step = make_loader(cuda), make_train_step(cuda)
-    train(train_step, loader, epochs=4)  # the last batch, a smaller one, is recorded in the fourth
+    train(train_step, loader, epochs=4)  # the fourth captures the smaller last batch
     before = torch.cuda.memory_allocated()
     train(train_step, loader, epochs=3)
     assert torch.cuda.memory_allocated() == before
@@ -155,7 +155,7 @@ def test_p2_replayed_steps_are_the_same_as_single_kernels(augment, settings):
         ends.append(weights(train_step.eval_model))
     assert train_step.graph_runner.graphs
     assert len(set(curves[0])) == len(curves[0]) == 20
-    if settings is MUON:  # its iterations magnify what kernels that add in any order round apart
+    if settings is MUON:  # its iterations magnify rounding differences
         assert curves[1] == pytest.approx(curves[0], rel=2e-3)
     else:
         assert curves[1] == pytest.approx(curves[0], rel=1e-4)
@@ -164,7 +164,7 @@ def test_p2_replayed_steps_are_the_same_as_single_kernels(augment, settings):
 
 @gpu
 @pytest.mark.parametrize("model", [*MODELS, "torchvision:resnet18", "torchvision:swin_t"])
-def test_p2_each_network_is_replayed(model):
+def test_p2_each_model_can_be_captured(model):
     cuda, curves = place("cuda", "bf16"), []
     size = 64 if model.startswith("torchvision") else 32
     images, labels = torch.randn(8, 3, size, size, device="cuda"), torch.arange(8, device="cuda")
@@ -185,25 +185,25 @@ def test_p2_each_network_is_replayed(model):
 
 
 @gpu
-def test_p7_a_network_that_looks_at_its_numbers_is_told_how_to_train():
-    class Looking(torch.nn.Linear):
+def test_p7_a_model_that_reads_its_outputs_is_an_error_with_a_hint():
+    class ReadsOutputs(torch.nn.Linear):
         def forward(self, images):
             logits = super().forward(images.flatten(1))
             return logits if logits.sum().item() else -logits
 
     cuda = place("cuda")
-    train_step = prepare(cuda, Looking(784, 10), TrainConfig(dataset="digits"))
+    train_step = prepare(cuda, ReadsOutputs(784, 10), TrainConfig(dataset="digits"))
     labels = torch.arange(4, device="cuda")
     batch = Batch(torch.randn(4, 1, 28, 28, device="cuda"), labels, labels, 4)
     for _ in range(NUM_WARMUP_CALLS):
         train_step(batch)
-    with pytest.raises(UserError, match="cannot be recorded") as error:
+    with pytest.raises(UserError, match="cannot be captured") as error:
         train_step(batch)
     assert error.value.hint == "Give --cuda-graphs never"
 
 
 @gpu
-def test_bfloat16_is_chosen_for_large_networks():
+def test_bfloat16_is_chosen_for_large_models():
     modern = torch.cuda.get_device_capability() >= (8, 0)
     assert choose_precision("auto", "cuda", benefits_from_bf16=True) == ("bf16" if modern else "no")
     assert choose_precision("auto", "cuda", benefits_from_bf16=False) == "no"
@@ -211,19 +211,10 @@ def test_bfloat16_is_chosen_for_large_networks():
 
 @gpu
 def test_p5_weights_from_a_gpu_are_read_on_a_cpu(tmp_path):
-    place("cuda")  # forgets a CPU that other tests have chosen
-    words = [
-        "--dataset",
-        "digits",
-        "--recipe",
-        "smoke",
-        "--quiet",
-        "--ema-decay",
-        "0.9",
-        "--name",
-        "run",
-    ]
-    train_script.main([*words, "--output-dir", str(tmp_path)])
+    place("cuda")  # replaces a CPU that other tests selected
+    common = ["--dataset", "digits", "--recipe", "smoke", "--quiet", "--ema-decay", "0.9"]
+    common += ["--name", "run"]
+    train_script.main([*common, "--output-dir", str(tmp_path)])
     assert json.loads((tmp_path / "run" / "config.json").read_text())["device"] == "cuda"
     path = weights_module.find_weights(str(tmp_path / "run"))
     metadata = weights_module.read_metadata(path)
@@ -235,32 +226,24 @@ def test_p5_weights_from_a_gpu_are_read_on_a_cpu(tmp_path):
 @gpu
 def test_p1_evaluate_repeats_what_train_predicted(tmp_path):
     place("cuda")
-    words = [
-        "--dataset",
-        "digits",
-        "--recipe",
-        "smoke",
-        "--model",
-        "alexnet",
-        "--max-eval-samples",
-        "0",
-    ]
-    train_script.main([*words, "--quiet", "--name", "run", "--output-dir", str(tmp_path)])
+    common = ["--dataset", "digits", "--recipe", "smoke", "--model", "alexnet"]
+    common += ["--max-eval-samples", "0"]
+    train_script.main([*common, "--quiet", "--name", "run", "--output-dir", str(tmp_path)])
     evaluate_script.main([str(tmp_path / "run"), "--quiet"])
-    found = [*tmp_path.rglob("predictions.csv")]
-    assert len(found) == 2
-    assert found[0].read_bytes() == found[1].read_bytes()
+    results = [*tmp_path.rglob("predictions.csv")]
+    assert len(results) == 2
+    assert results[0].read_bytes() == results[1].read_bytes()
 
 
 @gpu
 @pytest.mark.parametrize("devices", [("cuda", "cpu"), ("cpu", "cuda")], ids="->".join)
-def test_p3_a_run_goes_on_on_another_device(tmp_path, monkeypatch, devices):
-    words = ["--dataset", "digits", "--recipe", "smoke", "--name", "run", "--ema-decay", "0.9"]
-    begin = [*words, "--output-dir", str(tmp_path), "--log-every", "1", "--max-steps", "7"]
+def test_p3_a_run_resumes_on_another_device(tmp_path, monkeypatch, devices):
+    common = ["--dataset", "digits", "--recipe", "smoke", "--name", "run", "--ema-decay", "0.9"]
+    begin = [*common, "--output-dir", str(tmp_path), "--log-every", "1", "--max-steps", "7"]
     for device, argv in zip(
         devices, (begin, ["--resume", str(tmp_path / "run"), "--max-steps", "14"]), strict=True
     ):
-        place(device)  # forgets the device before
+        place(device)  # replaces the previous device
         monkeypatch.setenv("ACCELERATE_USE_CPU", str(device == "cpu").lower())
         train_script.main([*argv, "--quiet"])
         assert json.loads((tmp_path / "run" / "config.json").read_text())["device"] == device

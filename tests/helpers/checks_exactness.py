@@ -1,9 +1,10 @@
-"""What a world of this many processes says of every case: JSON, compared by test_distributed.py.
+"""Evaluate and train every case of a suite; test_distributed.py compares the results.
 
-    python tests/helpers/checks_exactness.py OUTPUT PICTURES                    a world of one
-    torchrun --standalone --nproc-per-node 3 tests/helpers/checks_exactness.py OUTPUT PICTURES
+    python tests/helpers/checks_exactness.py SUITE OUTPUT IMAGES
+    torchrun --standalone --nproc-per-node 3 tests/helpers/checks_exactness.py SUITE OUTPUT IMAGES
 
-One launch does all cases, as most of a launch is the import of PyTorch.
+SUITE is "quick" or "slow"; IMAGES is a directory of images in class directories. Each process
+writes OUTPUT/process-RANK.json. One launch runs all cases, as importing PyTorch takes most of it.
 """
 
 import hashlib
@@ -38,65 +39,69 @@ BATCH_SIZES = (7, 128)
 COMMON = """--recipe smoke --dataset digits --max-train-samples 0 --augment crop,flip,cutout
     --batch-size 61 --epochs 3 --max-steps 60 --optimizer sgd --lr 0.05 --schedule linear
     --threads 1 --mixed-precision no --log-every 1 --quiet"""
-TRAININGS = {
+DROPOUT = (
+    "--model alexnet --max-train-samples 54 --max-eval-samples 10 --epochs 1 --batch-size 20 "
+    "--lr 0.01 --init kaiming "
+)
+QUICK = {
     "plain": "",
-    "grad_accum_steps": "--grad-accum-steps 3",
     "streaming": "--loader streaming",
     # A last batch of one sample: every process but one has none.
     "empty-shards": "--max-train-samples 62 --epochs 10",
     "accumulate-empty": "--max-train-samples 62 --epochs 10 --grad-accum-steps 3",
-    # A last batch of four: a process cuts its share into three parts, two or one.
-    "uneven-parts": "--max-train-samples 65 --epochs 10 --grad-accum-steps 3",
     "options": "--optimizer nesterov --schedule cosine --warmup-epochs 0.5 --max-grad-norm 0.5 "
     "--ema-decay 0.9 --label-smoothing 0.1",
+    "folder-mixed": "--dataset folder --epochs 1 --augment crop,flip,mixup,cutmix "
+    "--max-steps 8 --loader resident",
+    "folder-mixed-streaming": "--dataset folder --epochs 1 --max-steps 8 --workers 2 "
+    "--augment crop,flip,mixup,cutmix --loader streaming",
+    # With BatchNorm that is synchronized over gloo: --sync-bn needs GPUs.
+    "batch-norm-uneven-parts": "--max-train-samples 65 --epochs 5 --grad-accum-steps 3",
+    "dropout": DROPOUT + "--max-steps 3",
+    "dropout-seed": DROPOUT + "--max-steps 1 --seed 7",
+}
+SLOW = {
+    "grad_accum_steps": "--grad-accum-steps 3",
+    # A last batch of four: a process cuts its share into three parts, two or one.
+    "uneven-parts": "--max-train-samples 65 --epochs 10 --grad-accum-steps 3",
     "adamw": "--optimizer adamw --lr 0.001",
     "muon": "--optimizer muon --lr 0.001",
-    "pictures": "--dataset folder --epochs 1 --max-steps 0 --loader resident",
-    "pictures-streaming": "--dataset folder --epochs 1 --max-steps 0 --loader streaming "
-    "--workers 2",
+    "folder": "--dataset folder --epochs 1 --max-steps 0 --loader resident",
+    "folder-streaming": "--dataset folder --epochs 1 --max-steps 0 --loader streaming --workers 2",
     "mixed": "--augment crop,cutout,mixup,cutmix --label-smoothing 0.1 --max-steps 30",
     "mixed-accumulate": "--augment crop,cutout,mixup,cutmix --label-smoothing 0.1 "
     "--max-steps 30 --grad-accum-steps 3",
     "mixed-empty": "--augment mixup,cutmix --max-train-samples 62 --epochs 5",
-    "pictures-mixed": "--dataset folder --epochs 1 --augment crop,flip,mixup,cutmix "
-    "--max-steps 8 --loader resident",
-    "pictures-mixed-streaming": "--dataset folder --epochs 1 --max-steps 8 --workers 2 "
-    "--augment crop,flip,mixup,cutmix --loader streaming",
-    # With BatchNorm that is synchronised over gloo: --sync-bn needs GPUs.
     "batch-norm": "--max-steps 30",
     "batch-norm-accumulate": "--max-steps 30 --grad-accum-steps 3",
-    "batch-norm-uneven-parts": "--max-train-samples 65 --epochs 5 --grad-accum-steps 3",
     "hook-bf16": "--comm-hook bf16",
     "hook-powersgd": "--comm-hook powersgd",
-    "dropout": "--model alexnet --dataset digits --max-train-samples 54 --max-eval-samples 10 --epochs 1 "
-    "--max-steps 3 --batch-size 20 --lr 0.01 --init kaiming",
-    "dropout-seed": "--model alexnet --dataset digits --max-train-samples 54 --max-eval-samples 10 --epochs 1 "
-    "--max-steps 1 --batch-size 20 --lr 0.01 --init kaiming --seed 7",
 }
+SUITES = {"quick": QUICK, "slow": SLOW}
+TRAININGS = QUICK | SLOW
 
 
 def main() -> None:
-    output, pictures = map(Path, sys.argv[1:])
+    suite, output, images = sys.argv[1], *map(Path, sys.argv[2:])
     # A run destroys its process group when it ends; here all runs share one.
     Accelerator.end_training = lambda self: None
     accelerator = build_accelerator(mixed_precision="no", threads=1)
-    results = {
-        "evaluations": evaluations(accelerator, pictures),
-        "missing": error_of_a_missing_batch(accelerator),
-        **trainings(output, pictures),
-    }
-    evaluate.main([str(output / "plain"), "--threads", "1", "--quiet"])
+    results = trainings(SUITES[suite], output, images)
+    if suite == "quick":
+        results["evaluations"] = evaluations(accelerator, images)
+        results["missing"] = error_of_a_missing_batch(accelerator)
+        evaluate.main([str(output / "plain"), "--threads", "1", "--quiet"])
     file = output / f"process-{accelerator.process_index}.json"
     file.write_text(json.dumps({**results, "world_size": accelerator.num_processes}))
 
 
-def evaluations(accelerator: Accelerator, pictures: Path) -> dict:
-    """What predict_all and its report say, for every size of split, size of batch and loader."""
-    files = read_folder(DataConfig("folder", str(pictures), 32, 0, 0, 0, 0, 0)).train
+def evaluations(accelerator: Accelerator, images: Path) -> dict:
+    """Return the results of predict_all for every split size, batch size and loader."""
+    files = read_folder(DataConfig("folder", str(images), 32, 0, 0, 0, 0, 0)).train
     files = files.select(torch.randperm(1000, generator=torch.Generator().manual_seed(1)))
     decoded = in_memory(files, num_workers=1)
     transform = BatchTransform((0.5,) * 3, (0.25,) * 3, (), accelerator.device)
-    model = some_network(accelerator.process_index)
+    model = make_model(accelerator.process_index)
     results = {}
     for size in SIZES:
         for batch_size in BATCH_SIZES:
@@ -104,16 +109,16 @@ def evaluations(accelerator: Accelerator, pictures: Path) -> dict:
                 split = (decoded if kind == "resident" else files).select(torch.arange(size))
                 options = LoaderOptions.create(accelerator, kind, num_workers=2)
                 loader = build_loader(split, transform, options, batch_size=batch_size, seed=None)
-                for tta, name in (("none", kind), ("flip", f"{kind}, mirrored")):
+                for tta, name in (("none", kind), ("flip", f"{kind}, flipped")):
                     if tta == "flip" and size != 101:
                         continue
-                    found = predict_all(accelerator, model, loader, tta)
+                    predictions = predict_all(accelerator, model, loader, tta)
                     results[f"{size} samples, batches of {batch_size}, {name}"] = {
                         "true_labels": split.labels.tolist(),
-                        "labels": found.labels.tolist(),
-                        "predictions": found.predictions.tolist(),
-                        "losses": found.losses.tolist(),
-                        "report": found.report(),
+                        "labels": predictions.labels.tolist(),
+                        "predictions": predictions.predictions.tolist(),
+                        "losses": predictions.losses.tolist(),
+                        "report": predictions.report(),
                     }
                 loader.close()
     return results
@@ -121,8 +126,8 @@ def evaluations(accelerator: Accelerator, pictures: Path) -> dict:
 
 def error_of_a_missing_batch(accelerator: Accelerator) -> str:
     """Return the error of predict_all when the last process skips its last batch."""
-    pictures, labels = make_shapes(101, seed=7)
-    split = Split(pictures, labels, tuple("0123456789"))
+    images, labels = make_shapes(101, seed=7)
+    split = Split(images, labels, tuple("0123456789"))
     options = LoaderOptions.create(accelerator, "resident", num_workers=0)
     transform = BatchTransform((0.5,) * 3, (0.25,) * 3, (), accelerator.device)
     loader = build_loader(split, transform, options, batch_size=20, seed=None)
@@ -130,17 +135,16 @@ def error_of_a_missing_batch(accelerator: Accelerator) -> str:
         batches = list(loader.batches())[:-1]
         loader.batches = lambda: iter(batches)
     try:
-        predict_all(accelerator, some_network(accelerator.process_index), loader)
+        predict_all(accelerator, make_model(accelerator.process_index), loader)
     except RuntimeError as error:
         return str(error)
     return ""
 
 
-def some_network(rank: int) -> nn.Module:
-    """A network that predicts every class now and then.
+def make_model(rank: int) -> nn.Module:
+    """Return a model that predicts every class for some images.
 
-    Its BatchNorm has seen other statistics on each process, as after training: those of process 0
-    count.
+    As after training, its BatchNorm statistics differ between processes; those of rank 0 count.
     """
     torch.manual_seed(0)
     model = nn.Sequential(
@@ -177,11 +181,11 @@ class SyncedBatchNorm(nn.BatchNorm2d):
         return (values * scale[:, None, None] + shift[:, None, None]).float()
 
 
-def trainings(output: Path, pictures: Path) -> dict[str, dict[str, list]]:
-    """Run train.py's main for every case.
+def trainings(cases: dict[str, str], output: Path, images: Path) -> dict[str, dict[str, list]]:
+    """Run train.py's main for every case, and return two lists of each that this process recorded.
 
-    Return what this process saw of each: "weights", a digest after each epoch, and "masks", what
-    dropout left of 64 values at each step.
+    "weights" are digests of the weights after each epoch, and "masks" are the dropout masks of 64
+    values at each step.
     """
     digests: dict[str, list] = {}
     masks: dict[str, list] = {}
@@ -201,22 +205,22 @@ def trainings(output: Path, pictures: Path) -> dict[str, dict[str, list]]:
 
         dropouts = [m for m in train_step.model.modules() if isinstance(m, nn.Dropout)]
         handles = [m.register_forward_pre_hook(record_mask) for m in dropouts[:1]]
-        trained = original(train_step, *args, **kwargs)
+        metrics = original(train_step, *args, **kwargs)
         for handle in handles:
             handle.remove()
         digest = hashlib.sha256()
         for tensor in train_step.model.state_dict().values():
             digest.update(tensor.cpu().contiguous().numpy().tobytes())
         digests[name].append(digest.hexdigest())
-        return trained
+        return metrics
 
     training.train_one_epoch, training.configure_model = train_one_epoch, configure_model
-    for name, options in TRAININGS.items():
+    for name, options in cases.items():
         digests[name], masks[name] = [], []
-        words = [*COMMON.split(), *options.split(), "--output-dir", str(output), "--name", name]
+        argv = [*COMMON.split(), *options.split(), "--output-dir", str(output), "--name", name]
         if "--dataset folder" in options:
-            words += ["--data-dir", str(pictures)]
-        train.main(words)
+            argv += ["--data-dir", str(images)]
+        train.main(argv)
     return {"weights": digests, "masks": masks}
 
 

@@ -1,9 +1,10 @@
-"""train.py with a fault on process 1 of its world; the tests look at how all end.
+"""train.py with a fault on rank 1; the tests check how all processes end.
 
     python tests/helpers/checks_failures.py FAULT [options of train.py]
 
-FAULT: missing-data; at the fifth step crash, killed, killed-once (in the world's first life alone)
-or stopped; or none. A process that ends well prints how many steps it took.
+FAULT is missing-data, none, or what happens at the fifth step: crash, killed, killed-once (only
+before the launcher restarts the processes) or stopped. A process that finishes prints the number of
+its steps.
 """
 
 import os
@@ -38,14 +39,14 @@ def main() -> None:
 
 
 def fail(fault: str) -> None:
-    """Commits the fault, whose time it prints."""
+    """Print the time and fail."""
     print("fault at", time.time(), flush=True)
-    if fault.startswith("killed"):  # as a system short of memory does
+    if fault.startswith("killed"):  # as Linux does when memory runs out
         os.kill(os.getpid(), signal.SIGKILL)
-    elif fault == "stopped":  # alive, its connections open, and silent
+    elif fault == "stopped":  # alive, with open connections, but silent
         os.kill(os.getpid(), signal.SIGSTOP)
     else:
-        raise RuntimeError("a fault on process 1")
+        raise RuntimeError("a fault on rank 1")
 
 
 if __name__ == "__main__":

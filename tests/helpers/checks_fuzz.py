@@ -1,10 +1,10 @@
-"""Files of a run, changed at random, given to what reads them: no crash, no hang, little memory.
+"""Read randomly changed files of a run: no crash, no hang, little memory.
 
     python tests/helpers/checks_fuzz.py RUN COUNT
 
-Reads COUNT changed best.safetensors and COUNT changed states of a finished run's folder. Every
-second state has checksums that fit its content, as a stranger can make them. Prints the counts;
-an exception that is not the readers' own ends it.
+Reads COUNT changed best.safetensors and COUNT changed checkpoints of a finished run. Half of the
+checkpoints have valid checksums, which anybody can compute. Prints the counts; an exception other
+than UserError and CorruptCheckpointError ends the script.
 """
 
 import hashlib
@@ -21,24 +21,23 @@ from pathlib import Path
 
 from trainers import prepare
 
-from lab.checkpoint import manager, train_state
+from lab.checkpoint import manager, run_dir, train_state
 from lab.checkpoint import weights as weights_module
 from lab.config.schema import TrainConfig
 from lab.distributed import build_accelerator
 from lab.errors import UserError
 from lab.models import build_model
 
-MORE = 2**30  # bytes that the readers may take
-SECONDS = 20  # for one file
+MAX_BYTES = 2**30  # that the readers may allocate
+MAX_SECONDS = 20  # for one file
 ODD = [0, -1, 1, 2**31, 2**63, 10**30, 10**400, 1.5, math.nan, math.inf, None, True, "", "x",
        "\x1b[31m", "../..", [], {}, [[]], [0] * 100, {"a": 1}, [[[[]]]]]  # fmt: skip
 
 
 def changed_bytes(content: bytes, choose: random.Random) -> bytes:
-    """The content with bits flipped, cut, doubled or overwritten; the beginning most of all."""
+    """Return the content with bytes flipped, removed, repeated or overwritten, often in the header."""
     data = bytearray(content)
     for _ in range(choose.choice((1, 1, 2, 8))):
-        # Headers are where a reader can go wrong; most of a file is numbers.
         end = choose.choice((8, 100, 2000, len(data) or 1))
         at = choose.randrange(min(end, len(data)) or 1)
         length = choose.choice((1, 4, 100, 10_000))
@@ -59,7 +58,7 @@ def changed_bytes(content: bytes, choose: random.Random) -> bytes:
 
 
 def changed_json(value: object, choose: random.Random) -> object:
-    """The value with one of its parts, at any depth, replaced, doubled or gone."""
+    """Return the value with one part, at any depth, replaced or removed."""
     if isinstance(value, dict | list) and value and choose.random() < 0.9:
         copy = value.copy()
         key = choose.choice(list(copy)) if isinstance(copy, dict) else choose.randrange(len(copy))
@@ -72,7 +71,7 @@ def changed_json(value: object, choose: random.Random) -> object:
 
 
 def changed_header(content: bytes, choose: random.Random) -> bytes:
-    """A safetensors file whose header is still JSON, with a part replaced."""
+    """Return a safetensors file with a changed header that is still JSON."""
     size = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + size])
     if "__metadata__" in header and choose.random() < 0.7:
@@ -95,18 +94,18 @@ def read_weights(path: Path) -> None:
     weights_module.load_model(path, weights_metadata)
 
 
-def read_state(folder: Path, train_step) -> None:
-    metadata, tensors = train_state.read_checkpoint(folder)
-    run = run_dir.RunDir(folder.parent.parent)
+def read_checkpoint(path: Path, train_step) -> None:
+    metadata, tensors = train_state.read_checkpoint(path)
+    run = run_dir.RunDir(path.parent.parent)
     metadata["best"] = manager._best_metrics(run, metadata)
-    state = train_state.Checkpoint(run, folder, metadata, tensors)
-    state.config({"epochs": 10**6})
-    state.train_state(0, 1)
-    state.train_state(0, 2)
-    manager.restore(train_step, state)
+    checkpoint = train_state.Checkpoint(run, path, metadata, tensors)
+    checkpoint.config({"epochs": 10**6})
+    checkpoint.train_state(0, 1)
+    checkpoint.train_state(0, 2)
+    manager.restore(train_step, checkpoint)
 
 
-def write_changed_state(
+def write_changed_checkpoint(
     folder: Path, metadata: bytes, tensors: bytes, choose: random.Random
 ) -> None:
     sealed, which = choose.random() < 0.5, choose.randrange(2)
@@ -136,36 +135,36 @@ def main() -> None:
     accelerator = build_accelerator(mixed_precision="no", threads=1, quiet=True)
     weights_metadata = weights_module.read_metadata(run.best)
     train_step = prepare(accelerator, build_model(**weights_metadata["model"]), config)
-    read_weights(run.best)  # what is imported or allocated once
-    read_state(folder, train_step)
+    read_weights(run.best)  # to import and allocate what is needed once
+    read_checkpoint(folder, train_step)
     if sys.platform == "linux":
         pages = int(Path("/proc/self/statm").read_text().split()[0])
-        limit = pages * os.sysconf("SC_PAGE_SIZE") + MORE
+        limit = pages * os.sysconf("SC_PAGE_SIZE") + MAX_BYTES
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     choose, counts = random.Random(0), Counter()
     with tempfile.TemporaryDirectory() as temporary:
         path = Path(temporary) / "best.safetensors"
         path.write_bytes(weights)
-        state = Path(temporary) / "checkpoints" / folder.name
-        state.mkdir(parents=True)
+        checkpoint = Path(temporary) / "checkpoints" / folder.name
+        checkpoint.mkdir(parents=True)
         for number in range(2 * count):
-            begun, what = time.monotonic(), "weights" if number < count else "states"
+            start, kind = time.monotonic(), "weights" if number < count else "checkpoints"
             try:
-                if what == "weights":
+                if kind == "weights":
                     path.write_bytes(change(weights, choose))
                     read_weights(path)
                 else:
                     path.write_bytes(weights)
-                    write_changed_state(state, metadata, tensors, choose)
-                    read_state(state, train_step)
-                counts[f"{what} loaded"] += 1
+                    write_changed_checkpoint(checkpoint, metadata, tensors, choose)
+                    read_checkpoint(checkpoint, train_step)
+                counts[f"{kind} loaded"] += 1
             except (UserError, train_state.CorruptCheckpointError):
-                counts[f"{what} refused"] += 1
+                counts[f"{kind} refused"] += 1
             except BaseException:
                 print(f"file {number}", file=sys.stderr)
                 raise
-            assert time.monotonic() - begun < SECONDS, number
+            assert time.monotonic() - start < MAX_SECONDS, number
     more = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     print(json.dumps(counts | {"MiB more": more // 1024}))
 

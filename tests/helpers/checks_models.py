@@ -1,8 +1,8 @@
-"""Trains several networks in a world of processes; test_adapted.py compares what they write.
+"""Train several models on several processes; test_adapted.py compares the files that they write.
 
     torchrun --standalone --nproc-per-node 2 tests/helpers/checks_models.py OUTPUT
 
-Each process writes RANK.json: a digest of its weights after each training.
+Each process writes RANK.json, with a digest of its weights after each training.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ import train
 from lab.engine import training
 from lab.errors import run_script
 
-# 25 samples, batches of 12: the last batch has one, and a process has none of it.
+# 25 samples in batches of 12: the last batch has one sample, so one process has none.
 COMMON = """--recipe smoke --dataset digits --max-train-samples 25 --batch-size 12
     --image-size 16 --epochs 1 --max-eval-samples 10 --threads 1 --mixed-precision no --quiet"""
 FROZEN = "mobilenet_v3_small, frozen"
@@ -38,20 +38,20 @@ def main() -> None:
     original = training.train_one_epoch
 
     def train_one_epoch(train_step, *args, **kwargs):
-        trained = original(train_step, *args, **kwargs)
+        metrics = original(train_step, *args, **kwargs)
         digest = hashlib.sha256()
         for parameter in train_step.model.parameters():
             assert torch.isfinite(parameter).all()
             digest.update(parameter.detach().contiguous().numpy().tobytes())
         digests[train_step.config.name] = digest.hexdigest()
-        return trained
+        return metrics
 
     training.train_one_epoch = train_one_epoch
     for name, options in TRAININGS.items():
-        words = [*COMMON.split(), *options.split(), "--output-dir", str(output), "--name", name]
+        argv = [*COMMON.split(), *options.split(), "--output-dir", str(output), "--name", name]
         if name == FROZEN:
-            words += ["--init-checkpoint", str(output / "mobilenet_v3_small")]
-        train.main(words)
+            argv += ["--init-checkpoint", str(output / "mobilenet_v3_small")]
+        train.main(argv)
     rank = torch.distributed.get_rank()
     (output / f"{rank}.json").write_text(json.dumps(digests))
 

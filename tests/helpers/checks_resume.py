@@ -1,56 +1,54 @@
-"""train.py with its sample order logged; stopped after a step, or given pictures of no number.
+"""train.py with its sample order logged; interrupted after a step, or with NaN in an image.
 
-    python tests/helpers/checks_resume.py FOLDER STOP SPOIL [options of train.py]
+    python tests/helpers/checks_resume.py DIRECTORY STOP NAN [options of train.py]
 
-FOLDER gets order-RANK.jsonl, a line a batch: the step and this process's positions in the split.
-STOP is the step after which all stop as by SIGTERM, SPOIL is RANK:STEP; 0 for neither.
+DIRECTORY receives order-RANK.jsonl, a line for each batch: the step and the indices of the samples.
+STOP is the step after which all processes stop as by SIGTERM; NAN is RANK:STEP. 0 means never.
 """
 
+import itertools
 import json
 import math
 import os
-import signal
 import sys
 from pathlib import Path
 
 import train
-from lab.checkpoint.interrupt import InterruptHandler
+from lab.checkpoint.interrupt import InterruptHandler, StopReason
 from lab.data.loaders import ResidentLoader
-from lab.engine import training
+from lab.engine.training import TrainStep
 from lab.errors import run_script
 
 
 def main() -> int:
-    folder, stop, spoil, *argv = sys.argv[1:]
+    directory, stop, nan, *argv = sys.argv[1:]
     rank = os.environ.get("RANK", "0")
-    log = Path(folder) / f"order-{rank}.jsonl"
-    original, eager_step, reason = (
-        ResidentLoader.batches,
-        training.eager_step,
-        InterruptHandler.stop_reason,
-    )
-    steps = []  # begun by this process
+    log = Path(directory) / f"order-{rank}.jsonl"
+    original_batches, original_run = ResidentLoader.batches, TrainStep.run
+    original_stop_reason, steps = InterruptHandler.stop_reason, itertools.count(1)
 
     def batches(loader, epoch=0, first=0):
-        for number, batch in enumerate(original(loader, epoch, first), first):
-            if loader.sampler.seed is not None:  # in training
+        for number, batch in enumerate(original_batches(loader, epoch, first), first):
+            if loader.sampler.seed is not None:  # a training batch
                 step = (epoch - 1) * loader.sampler.num_batches + number
                 row = {"step": step, "index": batch.indices.tolist()}
                 with open(log, "a") as file:
                     file.write(json.dumps(row) + "\n")
             yield batch
 
-    def spoiled(train_step, batch):
-        steps.append(len(steps) + 1)
-        if spoil == f"{rank}:{steps[-1]}":
+    def run(train_step, batch):
+        if nan == f"{rank}:{next(steps)}":
             batch.images[:] = math.nan
-        return train_step.run(batch)
+        return original_run(train_step, batch)
 
-    def stopped(interrupts, step, must_ask=False):
-        return signal.SIGTERM if step == int(stop) else reason(interrupts, step, must_ask)
+    def stop_reason(interrupts, step, check_now=False):
+        if step == int(stop):
+            return StopReason.SIGTERM
+        return original_stop_reason(interrupts, step, check_now)
 
-    ResidentLoader.batches, training.eager_step, InterruptHandler.stop_reason = batches, spoiled, stopped
-    return train.main(argv)
+    ResidentLoader.batches, TrainStep.run = batches, run
+    InterruptHandler.stop_reason = stop_reason
+    return train.main(argv).exit_code
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""A process that dies, or a disk that is full, at the n-th file operation of what a test does.
+"""Let a process die, or a disk be full, at the n-th file operation.
 
     with Fault(folder, n) as fault:
         fault.attempt(save)
-    fault.struck      # False: `save` needs fewer operations than n
+    fault.struck      # False if `save` needs fewer operations than n
 
-Python tells its audit hooks of every file that is opened, renamed, removed, made or truncated,
-whichever function asked for it; that a file is written or synced is watched beside.
+Python's audit hooks see every file that is opened, renamed, removed, created or truncated. Writes
+and syncs are patched.
 """
 
 import errno
@@ -21,14 +21,14 @@ OPERATIONS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.trun
 
 
 class Died(BaseException):
-    """The process ended here: what it would still have done, `finally` included, is not done."""
+    """The process died: file operations of `finally` blocks fail too."""
 
 
 class Fault:
-    """Within it, the n-th operation on the disk below `folder` and all later ones fail.
+    """A context manager in which the n-th file operation below `folder` and all later ones fail.
 
-    `full`: with "no space left", one operation or, where `lasting`, all that follow, and the
-    process lives; else it dies. `power`: with the machine; what was not synced is lost.
+    The process dies; with `power`, content that was not synced is lost too. With `full`, it lives
+    and the n-th operation fails for lack of space, with `lasting` all later ones too.
     """
 
     current: "Fault | None" = None
@@ -46,7 +46,7 @@ class Fault:
         fsync = os.fsync
 
         def write(path: Path, content: bytes) -> None:
-            """As a disk that fills up does: the first half is written before the fault."""
+            """Write the first half before the operation that may fail, as on a disk that fills up."""
             with open(path, "wb", buffering=0) as file:
                 self.unsynced.add(os.fstat(file.fileno()).st_ino)
                 file.write(content[: len(content) // 2])
@@ -73,7 +73,7 @@ class Fault:
                     os.truncate(path, path.stat().st_size // 2)
 
     def attempt(self, work: Callable[[], object]) -> None:
-        """Does `work`, as far as the process lives."""
+        """Call `work` until the process dies."""
         with suppress(Died):
             work()
 
@@ -90,11 +90,11 @@ class Fault:
         if event not in OPERATIONS:
             return False
         path = os.fspath(arguments[0]) if not isinstance(arguments[0], int) else ""
-        # shutil.rmtree names what it removes relative to an open folder.
+        # shutil.rmtree uses paths relative to an open directory.
         inside = str(path).startswith(self.folder) or not os.path.isabs(path)
         reads = event == "open" and not (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
         if self.full and (reads or event in ("os.remove", "os.rmdir")):
-            return False  # these need no space
+            return False  # need no space
         return inside
 
 
@@ -104,4 +104,4 @@ def _hook(event: str, arguments: tuple) -> None:
         fault.operation(event)
 
 
-sys.addaudithook(_hook)  # once a process: a hook cannot be taken away
+sys.addaudithook(_hook)  # once per process: hooks cannot be removed

@@ -1,4 +1,4 @@
-"""Finished runs made by hand, in no time: predictions of chance, through the code that writes."""
+"""Finished runs with random predictions, written by the real code but without training."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ HOSTILE = (
 
 
 def splits(names: Sequence[str], num_test: int, size: int = 16, in_chans: int = 3) -> Splits:
-    """Pictures of noise; the test split has `num_test` samples, the training split 80."""
+    """Return splits of random images: `num_test` for the test, 80 for training."""
     noise = torch.Generator().manual_seed(0)
 
     def split(count: int) -> Split:
@@ -35,28 +35,28 @@ def splits(names: Sequence[str], num_test: int, size: int = 16, in_chans: int = 
 
 
 def predicted(split: Split, right: float = 0.6) -> Predictions:
-    """Predictions of which about the share `right` is true, the rest of any class."""
+    """Return predictions of which about `right` are correct and the rest are random."""
     random, num_classes = torch.Generator().manual_seed(1), len(split.class_names)
     size = len(split.labels)
-    said = torch.randint(0, num_classes, (size,), generator=random)
-    said = torch.where(torch.rand(size, generator=random) < right, split.labels, said)
+    classes = torch.randint(0, num_classes, (size,), generator=random)
+    classes = torch.where(torch.rand(size, generator=random) < right, split.labels, classes)
     confidence, losses = torch.rand(2, size, generator=random, dtype=torch.float64)
-    return Predictions(split.labels, said, confidence, losses, split.class_names)
+    return Predictions(split.labels, classes, confidence, losses, split.class_names)
 
 
 def make_run(
     path: Path, names: Sequence[str] = HOSTILE, num_test: int = 500, size: int = 16, **settings
 ) -> Path:
-    """A finished run on these classes; its folder."""
-    given = {"model": "lenet5", "dataset": "digits", "image_size": size, **settings}
-    config = recipes.resolve(given)
+    """Write a finished run with these class names; return its directory."""
+    overrides = {"model": "lenet5", "dataset": "digits", "image_size": size, **settings}
+    config = recipes.resolve(overrides)
     data = splits(names, num_test, size)
     predictions = predicted(data.test)
     path.mkdir(parents=True)
     run = RunDir(path)
-    place = {"device": "cpu", "device_name": "<b>a processor</b>", "world_size": 2,
+    device = {"device": "cpu", "device_name": "<b>a processor</b>", "world_size": 2,
              "precision": "float32", "parameters": 61_706, "macs": None}  # fmt: skip
-    run.create(asdict(config) | place)
+    run.create(asdict(config) | device)
     for epoch in (1, 2, 3):
         run.add_epoch(
             {
@@ -71,5 +71,5 @@ def make_run(
         {"split": "test", **predictions.report(), "best_epoch": 3, "selection_split": "validation"}
     )
     run.write_predictions(predictions.csv())
-    mistakes.keep(run, config, data, predictions)
+    mistakes.save_images(run, config, data, predictions)
     return path

@@ -1,11 +1,11 @@
-"""Two hosts on one machine, for the tests: network namespaces, joined by a link that can be cut.
+"""Two hosts on one machine: network namespaces connected by a link that can be cut.
 
     with two_hosts() as network:
         commands = [host.command(python("train.py")) for host in network.hosts]
         network.cut()
 
-They need Linux, and root's rights or a kernel that lets users make namespaces of their own; where
-that is refused, the test is skipped and says why. A namespace ends with its last process.
+They need Linux, and root privileges or a kernel that lets users create namespaces; otherwise the
+test is skipped. A namespace ends with its last process.
 """
 
 import os
@@ -24,14 +24,14 @@ class Host:
     """A network namespace: loopback, one end of the link, and nothing else."""
 
     address: str
-    holder: int  # the process that holds it
+    holder: int  # ID of a process that keeps the namespace alive
 
-    def command(self, words: Sequence[str]) -> list[str]:
-        """What runs `words` on this host."""
+    def command(self, command: Sequence[str]) -> list[str]:
+        """Return the command that runs `command` on this host."""
         users = () if os.geteuid() == 0 else ("--user", "--preserve-credentials")
         enter = ["nsenter", f"--target={self.holder}", *users, "--net"]
-        # This machine's name, which gloo looks up, leads to an interface that is not there.
-        return [*enter, "env", f"GLOO_SOCKET_IFNAME={LINK}", *words]
+        # gloo looks up this machine's name, whose interface is not in the namespace.
+        return [*enter, "env", f"GLOO_SOCKET_IFNAME={LINK}", *command]
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,11 @@ class Network:
     hosts: tuple[Host, Host]
 
     def cut(self) -> None:
-        """No packet passes any more, and neither side is told."""
+        """Drop all packets, without notice to either side."""
         self._set("down")
 
-    def mend(self) -> None:
+    def restore(self) -> None:
+        """Let packets pass again."""
         self._set("up")
 
     def _set(self, state: str) -> None:
@@ -51,13 +52,13 @@ class Network:
 
 @contextmanager
 def two_hosts() -> Iterator[Network]:
-    """Hosts 10.77.0.1 and 10.77.0.2; skips the test where they cannot be made."""
+    """Yield hosts 10.77.0.1 and 10.77.0.2; skip the test if they cannot be created."""
     with ExitStack() as stack:
         try:
             own = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
-            first = Host("10.77.0.1", stack.enter_context(_held(["unshare", *own, "--net"])))
-            apart = first.command(["unshare", "--net"])
-            second = Host("10.77.0.2", stack.enter_context(_held(apart)))
+            first = Host("10.77.0.1", stack.enter_context(_namespace(["unshare", *own, "--net"])))
+            unshare = first.command(["unshare", "--net"])
+            second = Host("10.77.0.2", stack.enter_context(_namespace(unshare)))
             ends = ("name", LINK, "type", "veth", "peer", "name", LINK, "netns", second.holder)
             _call(first.command(["ip", "link", "add", *map(str, ends)]))
             for host in (first, second):
@@ -70,11 +71,11 @@ def two_hosts() -> Iterator[Network]:
 
 
 @contextmanager
-def _held(make_namespace: Sequence[str]) -> Iterator[int]:
-    """The process that holds a new namespace until the block ends, or this process does."""
+def _namespace(make_namespace: Sequence[str]) -> Iterator[int]:
+    """Yield the ID of a process that keeps a new namespace alive until the block ends."""
     holder = subprocess.Popen(
         [*make_namespace, "sh", "-c", "echo made && exec cat"],
-        stdin=subprocess.PIPE,  # `cat` ends when nobody holds the other end
+        stdin=subprocess.PIPE,  # `cat` ends when this process does
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )

@@ -1,7 +1,7 @@
-"""Trainings that are killed at chosen moments and started again, until one comes to its end.
+"""Runs that are killed at chosen moments and resumed until one finishes.
 
-What it left must be, bit for bit, what an undisturbed training of the same configuration left.
-For test_kills.py and benchmarks/soak.py.
+Its files must equal those of an uninterrupted run bit for bit. Used by test_kills.py and
+benchmarks/soak.py.
 """
 
 import json
@@ -22,21 +22,21 @@ SAME = (
 )  # fmt: skip
 CLOCK = ("train_seconds", "eval_seconds", "images_per_second")
 MOMENTS = ("step", "save", "evaluation", "start-up", "best", "end")
-LIMIT = 300  # seconds that a life of a training may take
+LIMIT = 300  # seconds until a process must be ready or finished
 
 
 @dataclass(frozen=True)
 class Configuration:
-    """A training: how many processes, and the options of train.py."""
+    """The number of processes and the options of train.py."""
 
     name: str
     num_processes: int
     words: tuple[Any, ...]
-    save_seconds: float = 0.002  # in which most of a state is written
+    save_seconds: float = 0.002  # the time to write most of a checkpoint
 
     @property
     def checkpoint_every(self) -> int:
-        """Steps between states."""
+        """The number of steps between checkpoints."""
         return self.words[self.words.index("--checkpoint-every") + 1]
 
 
@@ -60,19 +60,19 @@ CONFIGURATIONS = {
 
 @dataclass
 class Kill:
-    """One SIGKILL: the moment that was waited for, and what was found after it."""
+    """One SIGKILL: when it was sent, and what it interrupted."""
 
     moment: str
     victim: str  # "all" or "one worker"
-    step: int = 0  # the last in steps.jsonl
+    step: int = 0  # the last step in steps.jsonl
     during: str = ""
-    half_state: bool = False  # a temporary folder, .step-*, was there
-    resumed_from: int | None = None  # step; 0: begun anew; None: not said before the next kill
+    has_temporary: bool = False  # an incomplete checkpoint, .step-*, was left
+    resumed_from: int | None = None  # step; 0 if restarted; None if killed before it was printed
 
 
 @dataclass
 class Reference:
-    """An undisturbed training."""
+    """An uninterrupted run."""
 
     folder: Path
     steps: list[int] = field(default_factory=list)  # the last step of each epoch
@@ -87,14 +87,14 @@ def command(configuration: Configuration, folder: Path) -> list[str]:
 
 
 def rows(path: Path) -> list[dict]:
-    """The whole lines of a file, without what the clock says."""
+    """Return the complete lines of a file, without durations."""
     content = path.read_bytes() if path.exists() else b""
     lines = content[: content.rfind(b"\n") + 1].splitlines()
     return [{k: v for k, v in json.loads(line).items() if k not in CLOCK} for line in lines]
 
 
 def last_step(folder: Path) -> int:
-    """The last step in steps.jsonl; read often, so from its end only."""
+    """Return the last step in steps.jsonl, reading only the end of the file."""
     try:
         with open(folder / "steps.jsonl", "rb") as file:
             file.seek(max(0, file.seek(0, 2) - 400))
@@ -104,12 +104,12 @@ def last_step(folder: Path) -> int:
         return 0
 
 
-def undisturbed(configuration: Configuration, folder: Path) -> Reference:
-    """Trains without a kill."""
-    begun = time.monotonic()
+def run_uninterrupted(configuration: Configuration, folder: Path) -> Reference:
+    """Train without a kill."""
+    start_time = time.monotonic()
     with start(command(configuration, folder)) as world:
         world.until(lambda: last_step(folder) > 0, LIMIT)
-        startup = time.monotonic() - begun
+        startup = time.monotonic() - start_time
         ended = world.wait(LIMIT)
     assert ended.code == 0, ended.stderr
     last = {row["epoch"]: row["step"] for row in rows(folder / "steps.jsonl")}
@@ -123,10 +123,10 @@ def survive(
     moments: list[tuple[str, str]],
     seed: int,
 ) -> list[Kill]:
-    """Trains in `folder`, killed at each of `moments` (its kind, the victim) in turn; the kills.
+    """Train in `folder`, killed at each of `moments` (moment, victim) in turn; return the kills.
 
-    A training that ends before its moment comes is not started again. AssertionError where what it
-    leaves at its end differs from the reference, or more steps were done again than may be.
+    A run that finishes before the moment is not started again. Assert that its files equal the
+    reference's and that no more steps were repeated than expected.
     """
     choose, kills = random.Random(seed), []
     total = reference.steps[-1]
@@ -134,16 +134,16 @@ def survive(
         before = leftovers(folder)
         with start(command(configuration, folder), {"PYTHONUNBUFFERED": "1"}) as world:
             if i < len(moments):
-                # Later from kill to kill, so that there is an end.
+                # Later from kill to kill, so that the run finishes.
                 target = int(total * (i + choose.random()) / (len(moments) + 0.5))
                 new = Kill(*moments[i])
                 strike = killer(new, configuration, reference, folder, target, choose)
                 if strike(world):
                     kills.append(new)
             ended = world.wait(LIMIT)
-        finished = " is finished; " in ended.stdout  # the kill came after its last file
+        finished = " is finished; " in ended.stdout  # it was killed after its last file was written
         resumed = last_step(folder) if finished else resumed_from(ended.stdout)
-        for kill in kills[:i]:  # a life may have been killed before it said so
+        for kill in kills[:i]:  # a run may be killed before it prints this
             if kill.resumed_from is None:
                 kill.resumed_from = resumed
         assert "Traceback" not in ended.stderr or len(kills) > i, ended.stderr
@@ -152,11 +152,11 @@ def survive(
             break
         assert ended.code != 0
         assert ended.left_behind == []
-        found = leftovers(folder) - before
+        temporary = leftovers(folder) - before
         kills[i].step = last_step(folder)
-        kills[i].half_state = any(name.startswith("checkpoints/.step-") for name in found)
-        kills[i].during = during(folder, reference, found, resumed)
-    for kill in kills:  # one state may be in the writing; the one before is whole then
+        kills[i].has_temporary = any(name.startswith("checkpoints/.step-") for name in temporary)
+        kills[i].during = during(folder, reference, temporary, resumed)
+    for kill in kills:  # while a checkpoint is written, the one before it is complete
         assert 0 <= kill.step - kill.resumed_from <= 2 * configuration.checkpoint_every, kill
     compare(folder, reference.folder)
     return kills
@@ -170,13 +170,13 @@ def killer(
     target: int,
     choose: random.Random,
 ) -> Callable[[World], bool]:
-    """A function that kills at the moment; False where the training ended before."""
+    """Return a function that kills at the moment, or returns False if the run finished before."""
     moment, victim = kill.moment, kill.victim
     delays = {
         "step": 0.1,
         "save": configuration.save_seconds,
         "evaluation": 0.05,
-        "start-up": reference.startup_seconds * 0.7,  # a later start finds warm caches
+        "start-up": reference.startup_seconds * 0.7,  # later starts are faster
         "best": 0.01,
         "end": 0.1,
     }
@@ -190,7 +190,7 @@ def killer(
             return len(rows(folder / "history.jsonl")) == len(reference.steps)
         if moment == "save":
             return step >= target and any((folder / "checkpoints").glob(".step-*"))
-        if moment == "best":  # or two epochs later: an epoch may be no better
+        if moment == "best":  # at the latest two epochs later, as not every epoch improves
             due = step >= target and any(folder.glob(".best.*"))
             return due or step >= target + 2 * reference.steps[0]
         return step >= target
@@ -203,12 +203,12 @@ def killer(
         return True
 
     def strike(world: World) -> bool:
-        # Before the settings are printed, the lines are those of the life before.
+        # Until the settings are printed, the lines are those of the previous process.
         if moment != "start-up" and not waited(
-            lambda: b"  place  " in world.stdout.read_bytes(), world
+            lambda: b"  device  " in world.stdout.read_bytes(), world
         ):
             return False
-        victims = processes(world)  # which takes longer than a save may
+        victims = processes(world)  # now, because listing them takes longer than a save
         if moment != "start-up" and not waited(ready, world):
             return False
         time.sleep(delay)
@@ -227,30 +227,30 @@ def killer(
 
 
 def processes(world: World) -> list[psutil.Process]:
-    """The workers of a world and, last, what launched them: of a lone training, itself."""
+    """Return the processes of a run, the launcher (or the only process) last."""
     launcher = psutil.Process(world.process.pid)
     return [*launcher.children(recursive=True), launcher]
 
 
 def resumed_from(stdout: str) -> int | None:
-    found = [line for line in stdout.splitlines() if line.startswith("resuming from ")]
-    if found:
-        return int(found[-1].rsplit("-", 1)[1])
-    return 0 if "\n  place  " in stdout else None
+    lines = [line for line in stdout.splitlines() if line.startswith("resuming from ")]
+    if lines:
+        return int(lines[-1].rsplit("-", 1)[1])
+    return 0 if "\n  device  " in stdout else None
 
 
 def leftovers(folder: Path) -> set[str]:
-    """The temporary files and folders of writers that were killed."""
-    found = {*folder.glob(".*"), *(folder / "checkpoints").glob(".step-*")}
-    return {str(path.relative_to(folder)) for path in found}
+    """Return the temporary files and directories that killed processes left."""
+    paths = {*folder.glob(".*"), *(folder / "checkpoints").glob(".step-*")}
+    return {str(path.relative_to(folder)) for path in paths}
 
 
-def during(folder: Path, reference: Reference, found: set[str], resumed: int | None) -> str:
-    """What was running at the kill, as far as the folder tells."""
-    for name in sorted(found, reverse=True):
+def during(folder: Path, reference: Reference, temporary: set[str], resumed: int | None) -> str:
+    """Return what the kill interrupted, as far as the files show it."""
+    for name in sorted(temporary, reverse=True):
         if name.startswith("checkpoints/.step-"):
-            return "saving a state" if name.count(".") > 1 else "removing a state"
-    for name in found:
+            return "saving a checkpoint" if name.count(".") > 1 else "removing a checkpoint"
+    for name in temporary:
         return f"writing {name.split('.', 1)[1].rsplit('.', 2)[0]}"
     step = last_step(folder)
     if resumed is None or step <= resumed:
@@ -262,7 +262,7 @@ def during(folder: Path, reference: Reference, found: set[str], resumed: int | N
 
 
 def compare(folder: Path, reference: Path) -> None:
-    """Nothing; AssertionError where two runs did not leave the same, times aside."""
+    """Assert that the files of two runs are equal except for durations."""
     for name in SAME:
         assert (folder / name).read_bytes() == (reference / name).read_bytes(), name
     assert rows(folder / "history.jsonl") == rows(reference / "history.jsonl")

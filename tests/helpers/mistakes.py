@@ -1,4 +1,4 @@
-"""What the tests of errors (P7) share beside the fixture `fails` of conftest.py."""
+"""Helpers of the tests of error messages (P7), beside the fixture `fails` of conftest.py."""
 
 import re
 from pathlib import Path
@@ -11,7 +11,7 @@ NO_FOLDER = "Give a directory, not a file."
 
 
 def tree(folder: Path) -> dict[str, object]:
-    """Every file below a folder with its content, and every folder."""
+    """Return every file below a directory with its content, and every directory with None."""
     return {
         str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None
         for p in folder.rglob("*")
@@ -19,7 +19,7 @@ def tree(folder: Path) -> dict[str, object]:
 
 
 def matches(message: str, expected: str) -> bool:
-    """Whether they are the same, `(*)` standing for what a library says."""
+    """Return whether a message is the expected one, in which `(*)` matches any reason."""
     return re.fullmatch(re.escape(expected).replace(r"\(\*\)", r"\(.+\)"), message) is not None
 
 

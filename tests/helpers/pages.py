@@ -1,4 +1,4 @@
-"""What the tests of the documentation share: its commands, inline code and links."""
+"""Extract the commands, inline code and links of the documentation."""
 
 import itertools
 import re
@@ -9,29 +9,29 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 PROGRAMS = ("python", "accelerate", "torchrun", "make", "pip", "sbatch", "export", "find", "srun")
-# What stands for something of the reader's.
+# Placeholders in commands, and values for them.
 PLACEHOLDERS = {"IP": "10.0.0.1", "RANK": "0", "RUN": "runs/trial", "NAME": "trial"}
 PLACEHOLDERS |= {"WEIGHTS": "best.safetensors", "FILE": "classes.csv", "N": "3"}
 
 
 def blocks(page: Path, *languages: str) -> list[str]:
-    """The fenced blocks of a page in these languages ("": none is named), without the fences."""
-    found = re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
-    return [body for language, body in found if language in languages]
+    """Return the content of a page's fenced blocks in these languages; "" matches no language."""
+    matches = re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
+    return [body for language, body in matches if language in languages]
 
 
 def prose(page: Path) -> str:
-    """A page without its fenced blocks."""
+    """Return a page without its fenced blocks."""
     return re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
 
 
 def inline(page: Path) -> list[str]:
-    """The inline code of a page, line breaks in it as spaces."""
+    """Return the inline code of a page, with line breaks replaced by spaces."""
     return [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", prose(page))]
 
 
 def commands(page: Path) -> Iterator[str]:
-    """What a reader may type: each line of a block `sh`, and what looks like it elsewhere."""
+    """Yield the lines of `sh` blocks, and what looks like a command in other code."""
     for body in blocks(page, "sh"):
         yield from _lines(body)
     for body in blocks(page, "", "text"):
@@ -43,7 +43,7 @@ def commands(page: Path) -> Iterator[str]:
 
 
 def _lines(body: str) -> Iterator[str]:
-    """The lines of a block, continued ones joined, remarks left out."""
+    """Yield the lines of a block without comments, with continued lines joined."""
     for line in re.sub(r"\s*\\\n\s*", " ", body).splitlines():
         line = re.split(r"\s{2,}|\s+#", line.strip())[0]
         if line and not line.startswith("#"):
@@ -56,14 +56,14 @@ def _is_command(text: str) -> bool:
 
 
 def words_of(command: str) -> list[str]:
-    """The words of a command's last part, after its variables, with values for placeholders."""
+    """Split a command into words: its last part after `|`, without variables and placeholders."""
     words = shlex.split(command.rpartition(" | ")[2])
     words = [PLACEHOLDERS.get(word, word) for word in words]
     return list(itertools.dropwhile(lambda word: re.match(r"[A-Z_]+=", word), words))
 
 
 def links(page: Path) -> Iterator[tuple[str, str]]:
-    """(path, heading) of every link and picture of a page that leads into the repository."""
+    """Yield (path, heading) of the links and images of a page within the repository."""
     text = prose(page)
     for target in re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'src="([^"]+)"', text):
         if not re.match(r"https?:", target):
@@ -72,6 +72,6 @@ def links(page: Path) -> Iterator[tuple[str, str]]:
 
 
 def headings(page: Path) -> set[str]:
-    """The anchors that a page's headings get."""
-    found = re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in found}
+    """Return the anchors of a page's headings."""
+    titles = re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}

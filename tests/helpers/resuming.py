@@ -1,4 +1,4 @@
-"""What the tests of resuming share: small trainings, cut off, resumed and compared."""
+"""Small runs that are killed, resumed and compared, for the tests of resuming."""
 
 import json
 
@@ -14,21 +14,13 @@ CLOCK = ("train_seconds", "eval_seconds", "images_per_second")
 SMALL = [
     "--dataset", "digits", "--recipe", "smoke", "--threads", "1", "--quiet", "--log-every", "1",
 ]  # fmt: skip
-LENET = [
-    *SMALL,
-    "--epochs",
-    "3",
-    "--max-steps",
-    "0",
-    "--max-train-samples",
-    "100",
-]  # 4 steps an epoch
-ALEXNET = [*LENET, "--model", "alexnet", "--dataset", "digits"]
-ALEXNET += ["--max-train-samples", "30", "--batch-size", "8"]  # 4 steps an epoch, too
+# Both have 4 steps per epoch.
+LENET = [*SMALL, "--epochs", "3", "--max-steps", "0", "--max-train-samples", "100"]
+ALEXNET = [*LENET, "--model", "alexnet", "--max-train-samples", "30", "--batch-size", "8"]
 
 
 class Killed(BaseException):
-    """Stands for the end of the process: nothing in train.py catches it."""
+    """Stands for the death of the process: nothing in train.py catches it."""
 
 
 def start(folder, *words, name="run"):
@@ -40,14 +32,14 @@ def resume(path, *words):
 
 
 def cut_off(monkeypatch, step, call):
-    """`call()`, which dies after `step` steps."""
+    """Call `call`, which dies after `step` steps."""
     original = manager.CheckpointManager.after_step
 
-    def after_step(kept, best, position):
-        stops = original(kept, best, position)
-        if train_state.step == step:
+    def after_step(checkpoints, best, state):
+        should_stop = original(checkpoints, best, state)
+        if state.step == step:
             raise Killed
-        return stops
+        return should_stop
 
     with monkeypatch.context() as patch:
         patch.setattr(manager.CheckpointManager, "after_step", after_step)
@@ -64,7 +56,7 @@ def timeless(path):
 
 
 def same_end(a, b):
-    """Nothing; AssertionError where two runs did not end alike."""
+    """Assert that the files of two runs are equal."""
     for name in SAME:
         assert (a / name).read_bytes() == (b / name).read_bytes(), name
     assert timeless(a / "history.jsonl") == timeless(b / "history.jsonl")

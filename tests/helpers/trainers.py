@@ -1,4 +1,4 @@
-"""Small trainers and loaders on a CPU or a GPU, for the tests of the training step."""
+"""Small training steps and loaders on a CPU or a GPU, for the tests of the training step."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from lab.engine.optimizer import build_optimizer
 from lab.engine.training import TrainStep, can_capture_steps, configure_model, train_one_epoch
 from lab.models import build_model
 
-SIZES = {"lenet5": (1, 28), "alexnet": (3, 8)}  # channels, pixels a side
+SIZES = {"lenet5": (1, 28), "alexnet": (3, 8)}  # channels, image size in pixels
 CROPS = ("crop", "flip", "cutout")
 UNUSUAL = {"label_smoothing": 0.1, "ema_decay": 0.9, "grad_accum_steps": 2, "max_grad_norm": 1.0}
 VARIANTS = [
@@ -27,7 +27,7 @@ VARIANTS = [
 
 
 def place(device, mixed_precision="no"):
-    """The Accelerator of a device, "cpu" or "cuda", whichever was in use before; without TF32."""
+    """Return an Accelerator of a device, "cpu" or "cuda", without TF32, as the current one."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ACCELERATE_USE_CPU", str(device == "cpu").lower())
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -38,7 +38,7 @@ def place(device, mixed_precision="no"):
 
 
 class FakeWorld:
-    """An accelerator that reports the given rank and world size, without other processes."""
+    """An Accelerator that reports another rank and world size, without other processes."""
 
     def __init__(self, accelerator, num_processes, process_index=0):
         self.accelerator = accelerator
@@ -67,16 +67,16 @@ def make_loader(
     split = Split(images, torch.arange(num_samples) % 10, tuple("0123456789"))
     augment = augment if seed is not None else ()
     transform = BatchTransform((0.5,) * in_chans, (0.5,) * in_chans, augment, accelerator.device)
-    plan = ShardedBatchSampler(num_samples, batch_size, seed, 0, 1)
-    return ResidentLoader(split, plan, transform, accelerator.device, graphs)
+    sampler = ShardedBatchSampler(num_samples, batch_size, seed, 0, 1)
+    return ResidentLoader(split, sampler, transform, accelerator.device, graphs)
 
 
 def train(train_step, loader, epochs=1, on_step=lambda *_: None, on_log=lambda _: None):
-    """The losses of the epochs."""
-    position, losses = TrainState(), []
+    """Train, and return the loss of each epoch."""
+    state, losses = TrainState(), []
     for _ in range(epochs):
-        losses.append(train_one_epoch(train_step, loader, position, on_step, on_log).loss)
-        position = position.next_epoch()
+        losses.append(train_one_epoch(train_step, loader, state, on_step, on_log).loss)
+        state = state.next_epoch()
     return losses
 
 

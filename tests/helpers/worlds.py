@@ -1,4 +1,4 @@
-"""Starts real processes for the tests, alone or as a world, and leaves none behind.
+"""Start real processes for the tests, single or as a world, and leave none behind.
 
     ended = run(torchrun(2, "train.py", "--dataset", "digits"), limit=60)
     both = run_all([python("train.py"), python("train.py")], limit=60)  # at the same time
@@ -6,7 +6,7 @@
         ...  # meanwhile
         ended = world.wait(60)
 
-A limit, in seconds, is there against hanging; it is no statement about speed.
+A limit in seconds only protects against hanging; it does not assert a speed.
 """
 
 import contextlib
@@ -24,8 +24,8 @@ from pathlib import Path
 import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
-MARK = "LAB_TEST_WORLD"  # in the environment of a world's processes, wherever they end up
-LAUNCHERS_OWN = ("ACCELERATE_", "GROUP_", "LOCAL_", "MASTER_", "OMP_", "ROLE_", "TORCHELASTIC_")
+MARK = "LAB_TEST_WORLD"  # environment variable of all processes of a world
+LAUNCHER_PREFIXES = ("ACCELERATE_", "GROUP_", "LOCAL_", "MASTER_", "OMP_", "ROLE_", "TORCHELASTIC_")
 
 
 @dataclass(frozen=True)
@@ -40,31 +40,31 @@ class Ended:
 
     @property
     def errors(self) -> list[str]:
-        """The lines that tell a user of a mistake."""
+        """The lines with errors of the user."""
         return [line for line in self.stderr.splitlines() if line.startswith("error: ")]
 
 
-def python(*words: object) -> list[str]:
-    """The command that runs a script in one process."""
-    return [sys.executable, *map(str, words)]
+def python(*arguments: object) -> list[str]:
+    """Return the command that runs a script in one process."""
+    return [sys.executable, *map(str, arguments)]
 
 
-def torchrun(num_processes: int, *words: object) -> list[str]:
-    """The command that runs a script in a world of `num_processes`, on any free port."""
+def torchrun(num_processes: int, *arguments: object) -> list[str]:
+    """Return the command that runs a script on `num_processes` processes, on any free port."""
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", num_processes)
-    return python(*launcher, *words)
+    return python(*launcher, *arguments)
 
 
-def accelerate(config: str, *words: object) -> list[str]:
-    """The command that runs a script as accelerate_configs/`config`.yaml says."""
+def accelerate(config: str, *arguments: object) -> list[str]:
+    """Return the command that launches a script with accelerate_configs/`config`.yaml."""
     file = ROOT / "accelerate_configs" / f"{config}.yaml"
-    return python("-m", "accelerate.commands.launch", "--config_file", file, *words)
+    return python("-m", "accelerate.commands.launch", "--config_file", file, *arguments)
 
 
 def world_by_hand(num_processes: int) -> list[dict[str, str]]:
-    """The environment of each process of a world without a launcher, which would kill and report.
+    """Return the environment of each process of a world without a launcher.
 
-    So every process's own exit code is seen.
+    So the exit code of each process is available, and no launcher kills the others.
     """
     port = free_port()
     return [
@@ -81,21 +81,21 @@ def world_by_hand(num_processes: int) -> list[dict[str, str]]:
 
 
 def free_port() -> int:
-    """A TCP port of this machine that nothing used a moment ago."""
+    """Return a free TCP port of this machine."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
 
 
 def run(command: Sequence[str], limit: float, env: Mapping[str, str] | None = None) -> Ended:
-    """Runs a command to its end; AssertionError with what it printed where `limit` is passed."""
+    """Run a command. Raise `AssertionError` with its output if it exceeds `limit`."""
     return run_all([command], limit, [env or {}])[0]
 
 
 def run_all(
     commands: Sequence[Sequence[str]], limit: float, envs: Sequence[Mapping[str, str]] | None = None
 ) -> list[Ended]:
-    """Runs commands at the same time, each to its end, as `run` does."""
+    """Run several commands at the same time, each as `run` does."""
     deadline = time.monotonic() + limit
     with contextlib.ExitStack() as stack:
         worlds = [
@@ -106,28 +106,28 @@ def run_all(
 
 
 def start(command: Sequence[str], env: Mapping[str, str] | None = None) -> "World":
-    """A command that runs while the `with` block does, at most."""
+    """Start a command that is killed at the end of the `with` block."""
     return World(command, env or {})
 
 
 class World:
-    """A running command, and every process that came of it."""
+    """A running command, and all processes that it started."""
 
     def __init__(self, command: Sequence[str], env: Mapping[str, str]):
         self.mark, self.command = uuid.uuid4().hex, command
         clean = {
             name: value
             for name, value in os.environ.items()
-            if not name.startswith(LAUNCHERS_OWN) and name not in ("RANK", "WORLD_SIZE")
+            if not name.startswith(LAUNCHER_PREFIXES) and name not in ("RANK", "WORLD_SIZE")
         }
         paths = [str(ROOT), clean.get("PYTHONPATH", "")]
         clean |= {
             "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-            "OMP_NUM_THREADS": "1",  # as conftest.py says
-            "CUDA_VISIBLE_DEVICES": "",  # these tests are the CPU's, on a machine with GPUs too
+            "OMP_NUM_THREADS": "1",  # see conftest.py
+            "CUDA_VISIBLE_DEVICES": "",  # also on a machine with GPUs
             MARK: self.mark,
         }
-        # Files, not pipes: nobody need read them while the world runs.
+        # Files instead of pipes, which would have to be read while the world runs.
         self.folder = tempfile.TemporaryDirectory()
         self.stdout, self.stderr = (Path(self.folder.name) / name for name in ("out", "err"))
         with open(self.stdout, "wb") as stdout, open(self.stderr, "wb") as stderr:
@@ -138,14 +138,14 @@ class World:
                 stdin=subprocess.DEVNULL,
                 stdout=stdout,
                 stderr=stderr,
-                start_new_session=True,  # Ctrl-C is for pytest, which then ends the world
+                start_new_session=True,  # Ctrl-C interrupts pytest, which then ends the world
             )
 
     def __enter__(self) -> "World":
         return self
 
     def __exit__(self, *_: object) -> None:
-        for _ in range(10):  # a launcher may have started one more in the meantime
+        for _ in range(10):  # a launcher may have started another one in the meantime
             for process in self._members():
                 with contextlib.suppress(psutil.Error):
                     process.kill()
@@ -161,7 +161,7 @@ class World:
                 f"{self.stderr.read_text()}"
             ) from None
         end = time.time()
-        # A loader's workers look every five seconds whether their parent is there.
+        # A loader's workers check every five seconds whether their parent still exists.
         _, left = psutil.wait_procs(self._members(), timeout=10)
         lines = []
         for process in left:
@@ -170,7 +170,7 @@ class World:
         return Ended(code, self.stdout.read_text(), self.stderr.read_text(), end, lines)
 
     def until(self, ready: Callable[[], bool], limit: float) -> None:
-        """Returns once `ready()`; AssertionError where the command ends before, or time passes."""
+        """Wait until `ready()`. Raise `AssertionError` if the command ends or `limit` passes."""
         deadline = time.monotonic() + limit
         while not ready():
             assert self.process.poll() is None, f"ended too early\n{self.stderr.read_text()}"
@@ -178,10 +178,10 @@ class World:
             time.sleep(0.02)
 
     def _members(self) -> list[psutil.Process]:
-        """By their mark: torchrun gives every worker a process group and session of its own."""
-        found = []
+        """Return the processes with the mark: torchrun's workers have their own process groups."""
+        members = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error, OSError):
                 if process.environ().get(MARK) == self.mark:
-                    found.append(process)
-        return found
+                    members.append(process)
+        return members

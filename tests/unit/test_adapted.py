@@ -1,4 +1,4 @@
-"""torchvision's networks fitted to small images: what they are, and that they learn."""
+"""torchvision's models adapted to small images: sizes, shapes, errors, and that they learn."""
 
 import json
 
@@ -39,19 +39,19 @@ FACTS = {  # parameters; multiply-adds of an image of 32 pixels, forwards; 10 cl
     "vit_small": (21_342_346, 1_420_309_248),
     "vit_hybrid": (5_164_642, 353_089_536),
 }
-LARGE = [f"efficientnet_b{i}" for i in range(1, 8)]  # slow to build, and built like b0
+LARGE = [f"efficientnet_b{i}" for i in range(1, 8)]  # slow to build, and built like B0
 
 
 def build(name, num_classes=10, in_chans=3, image_size=32):
     return build_model(name, num_classes=num_classes, in_chans=in_chans, image_size=image_size)
 
 
-def test_every_network_of_the_list_has_its_facts():
+def test_every_model_has_expected_numbers():
     assert {*FACTS, "lenet5", "alexnet"} == set(MODELS)
 
 
 @pytest.mark.parametrize("name", FACTS)
-def test_sizes_and_costs_are_golden_and_told(name):
+def test_parameters_and_macs_are_expected_and_documented(name):
     num_parameters, macs = FACTS[name]
     with torch.device("meta"):
         model = build(name).eval()
@@ -60,8 +60,8 @@ def test_sizes_and_costs_are_golden_and_told(name):
     assert sum(p.numel() for p in model.parameters()) == num_parameters
     assert counter.get_total_flops() == 2 * macs
     _, factory, *_ = MODELS[name].factory.split(":")
-    told = " ".join(getattr(small_images, factory).__doc__.split())
-    assert f" {macs:,} multiply-adds; {num_parameters:,} parameters" in told
+    documented = " ".join(getattr(small_images, factory).__doc__.split())
+    assert f" {macs:,} multiply-adds; {num_parameters:,} parameters" in documented
 
 
 @pytest.mark.parametrize(
@@ -69,8 +69,8 @@ def test_sizes_and_costs_are_golden_and_told(name):
     [(n, c, s) for n in FACTS if n not in LARGE for c in (1, 3) for s in (28, 32, 64)]
     + [(n, 1, 64) for n in LARGE],
 )
-def test_logits_are_one_a_class_whatever_the_images(name, in_chans, image_size):
-    with torch.device("meta"):  # shapes alone, no arithmetic
+def test_there_is_one_logit_per_class_for_any_image(name, in_chans, image_size):
+    with torch.device("meta"):  # shapes only, no arithmetic
         model = build(name, 7, in_chans, image_size).eval()
         for num_images in (0, 2):
             images = torch.empty(num_images, in_chans, image_size, image_size)
@@ -79,7 +79,7 @@ def test_logits_are_one_a_class_whatever_the_images(name, in_chans, image_size):
 
 @pytest.mark.parametrize("name", [n for n in FACTS if n not in LARGE and "vit" not in n])
 def test_small_images_leave_a_map_of_four_pixels_or_more(name):
-    """One with no pixel beside it is all border: why the strides were changed."""
+    """The reason for the changed strides: a map of one pixel would be nothing but padding."""
     sizes = []
     with torch.device("meta"):
         model = build(name).eval()
@@ -91,8 +91,14 @@ def test_small_images_leave_a_map_of_four_pixels_or_more(name):
     assert min(sizes) >= 4
 
 
-def test_from_64_pixels_on_the_networks_are_torchvisions():
-    for name in ("googlenet", "densenet121", "mobilenet_v2", "mobilenet_v3_small", "efficientnet_b0"):
+def test_from_64_pixels_on_the_models_are_torchvisions():
+    for name in (
+        "googlenet",
+        "densenet121",
+        "mobilenet_v2",
+        "mobilenet_v3_small",
+        "efficientnet_b0",
+    ):
         with torch.device("meta"):
             fitted = build(name, image_size=64)
             settings = {"init_weights": True} if name == "googlenet" else {}
@@ -105,10 +111,10 @@ def test_from_64_pixels_on_the_networks_are_torchvisions():
     [
         ("mobilenet_v2", 15, "mobilenet_v2 cannot take images of 15 pixels. Give 16 or more."),
         ("efficientnet_b3", 8, "efficientnet_b3 cannot take images of 8 pixels. Give 16 or more."),
-        ("vit_tiny", 30, "vit_tiny cuts images into patches of 4 pixels, which 30 are no multiple of. "
-         "Give --image-size 28 or 32."),
-        ("vit_hybrid", 100, "vit_hybrid cuts images into patches of 16 pixels, which 100 are no "
-         "multiple of. Give --image-size 96 or 112."),
+        ("vit_tiny", 30, "vit_tiny cuts images into patches of 4 pixels, but --image-size 30 is "
+         "not a multiple of 4. Give --image-size 28 or 32."),
+        ("vit_hybrid", 100, "vit_hybrid cuts images into patches of 16 pixels, but --image-size "
+         "100 is not a multiple of 16. Give --image-size 96 or 112."),
         ("torchvision:vit_b_16", 100, "torchvision:vit_b_16 cannot take images of 100 pixels "
          "(Input shape indivisible by patch size!). Give another --image-size; most were made for "
          "224."),
@@ -119,11 +125,11 @@ def test_from_64_pixels_on_the_networks_are_torchvisions():
         ("torchvision:", 32, "torchvision has no classifier. Known: alexnet, *"),
     ],
 )  # fmt: skip
-def test_p7_unfit_sizes_and_names_say_what_to_do(name, image_size, message):
+def test_p7_errors_of_sizes_and_names_have_a_hint(name, image_size, message):
     with pytest.raises(UserError) as caught, torch.device("meta"):
         build(name, image_size=image_size)
-    told = str(caught.value)
-    assert told.startswith(message[:-1]) if message.endswith("*") else told == message
+    text = str(caught.value)
+    assert text.startswith(message[:-1]) if message.endswith("*") else text == message
 
 
 @pytest.mark.parametrize(
@@ -145,26 +151,19 @@ def test_any_other_classifier_of_torchvision(name, image_size, heads):
     assert model_defaults(f"torchvision:{name}") == ("cifar10", 224)
 
 
-def test_p7_a_last_batch_of_one_image_of_one_pixel_says_so(fails):
-    words = ["--model", "torchvision:resnet18", "--dataset", "digits", "--image-size", "32"]
-    words += [
-        "--max-train-samples",
-        "9",
-        "--batch-size",
-        "8",
-        "--max-eval-samples",
-        "10",
-        "--threads",
-        "1",
-    ]
-    message = fails(
-        train, *words, "--quiet", leaves=("runs",), warnings=2
-    )  # few steps, too few classes
-    assert message.startswith("BatchNorm cannot train on a batch of one image whose feature map has one pixel. ")
+def test_p7_a_last_batch_of_one_image_of_one_pixel_is_an_error(fails):
+    argv = ["--model", "torchvision:resnet18", "--dataset", "digits", "--image-size", "32"]
+    argv += ["--max-train-samples", "9", "--batch-size", "8", "--max-eval-samples", "10"]
+    argv += ["--threads", "1", "--quiet"]
+    # The warnings are of few steps and missing classes.
+    message = fails(train, *argv, leaves=("runs",), warnings=2)
+    assert message.startswith(
+        "BatchNorm cannot train on a batch of one image whose feature map has one pixel. "
+    )
 
 
-def test_bfloat16_is_chosen_on_a_cpu_where_it_gains(monkeypatch):
-    """Depthwise convolutions lose: EfficientNet-B0's step took 1.5 times as long."""
+def test_bfloat16_is_chosen_on_a_cpu_if_it_is_faster(monkeypatch):
+    """Depthwise convolutions are slower: EfficientNet-B0's step took 1.5 times as long."""
     monkeypatch.setattr(distributed, "has_native_bf16", lambda _: True)
     for name, precision in {"densenet": "bf16", "efficientnet_b3": "no", "lenet5": "no"}.items():
         spec = MODELS[name]
@@ -174,8 +173,8 @@ def test_bfloat16_is_chosen_on_a_cpu_where_it_gains(monkeypatch):
         assert on_gpu == ("bf16" if spec.benefits_from_bf16 else "no")
 
 
-def test_the_auxiliary_classifiers_add_to_what_is_minimised_alone():
-    """Each with weight 0.3 (Szegedy et al. 2015, section 5); not to the loss and hits told."""
+def test_auxiliary_classifiers_add_to_the_minimized_loss_only():
+    """Each with weight 0.3 (Szegedy et al. 2015, section 5); not to the reported metrics."""
     torch.manual_seed(0)
     model = build("googlenet", image_size=16)
     for module in model.modules():
@@ -189,20 +188,20 @@ def test_the_auxiliary_classifiers_add_to_what_is_minimised_alone():
     losses = [F.cross_entropy(logits, labels, reduction="sum") for logits in outputs]
     assert len(losses) == 3
     total = (losses[0] + 0.3 * losses[1] + 0.3 * losses[2]) / 6
-    wanted = dict(zip(("fc", "aux1.fc2", "aux2.fc2", "conv1.conv"), torch.autograd.grad(
+    gradients = dict(zip(("fc", "aux1.fc2", "aux2.fc2", "conv1.conv"), torch.autograd.grad(
         total, [model.fc.weight, model.aux1.fc2.weight, model.aux2.fc2.weight,
                 model.conv1.conv.weight]), strict=True))  # fmt: skip
-    before = {name: model.get_submodule(name).weight.detach().clone() for name in wanted}
+    before = {name: model.get_submodule(name).weight.detach().clone() for name in gradients}
     totals = train_step.run(Batch(images, labels, torch.arange(6), 6))
     num_correct = (outputs[0].argmax(1) == labels).sum().item()
     assert totals.tolist() == pytest.approx([losses[0].item(), num_correct], rel=1e-4)
-    for name, gradient in wanted.items():
+    for name, gradient in gradients.items():
         moved = before[name] - model.get_submodule(name).weight.detach()
         torch.testing.assert_close(moved, 0.1 * gradient, rtol=1e-3, atol=1e-6)
     assert isinstance(model.eval()(images), torch.Tensor)
 
 
-# Midway between what was seen on a CPU, the number beside it, and a guess's ln 10, 2.30.
+# Midway between the loss measured on a CPU, in the comment, and that of a random guess, 2.30.
 BOUNDS = {
     "googlenet": 1.9,  # 1.48
     "densenet": 1.85,  # 1.37
@@ -217,24 +216,16 @@ BOUNDS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", BOUNDS)
 def test_thirty_steps_learn_a_few_digits_and_evaluate_repeats_the_report(tmp_path, name):
-    """By train.py and its modern recipe; the saved weights then say the same, to the last bit."""
-    words = ["--model", name, "--dataset", "digits", "--threads", "1"]
-    words += [
-        "--image-size",
-        "16",
-        "--max-train-samples",
-        "24",
-        "--max-eval-samples",
-        "10",
-        "--epochs",
-        "10",
-    ]
-    words += ["--batch-size", "8", "--output-dir", str(tmp_path), "--name", "run", "--quiet"]
-    train.main([*words, "--log-every", "1", "--mixed-precision", "no"])
+    """With train.py's default recipe; evaluating the saved weights gives the same report."""
+    argv = ["--model", name, "--dataset", "digits", "--threads", "1"]
+    argv += ["--image-size", "16", "--max-train-samples", "24", "--max-eval-samples", "10"]
+    argv += ["--epochs", "10"]
+    argv += ["--batch-size", "8", "--output-dir", str(tmp_path), "--name", "run", "--quiet"]
+    train.main([*argv, "--log-every", "1", "--mixed-precision", "no"])
     run = tmp_path / "run"
     losses = [json.loads(line)["loss"] for line in (run / "steps.jsonl").read_text().splitlines()]
     assert len(losses) == 30
-    assert losses[0] < 2.6  # the head begins near a guess, which costs ln 10
+    assert losses[0] < 2.6  # near ln 10, the loss of a random guess
     print(f"{name}: {losses[0]:.2f} -> {sum(losses[-3:]) / 3:.2f}")
     assert sum(losses[-3:]) / 3 < BOUNDS[name]
     evaluate.main([str(run), "--quiet", "--threads", "1"])
@@ -244,7 +235,7 @@ def test_thirty_steps_learn_a_few_digits_and_evaluate_repeats_the_report(tmp_pat
 
 @pytest.mark.slow
 def test_two_processes_train_them(tmp_path):
-    """One launch for all: both end with the same weights, a last batch of one sample included."""
+    """Both end with the same weights, also after a last batch of one sample."""
     ended = run(torchrun(2, "tests/helpers/checks_models.py", tmp_path), limit=200)
     assert ended.code == 0, ended.stderr
     assert ended.left_behind == []

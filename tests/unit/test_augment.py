@@ -1,4 +1,4 @@
-"""P2: a sample's augmentation depends on (seed, epoch, sample) alone; each step against a loop."""
+"""P2: augmentation depends on (seed, epoch, sample) alone; each one is compared to a loop."""
 
 import math
 
@@ -25,7 +25,7 @@ def make_images(num_images, in_chans, size, seed=0):
 
 
 def reference_bits(seed, epoch, i):
-    """SplitMix64's finaliser of a counter, in Python's own integers; as an unsigned number."""
+    """Return the bits of sample i as an unsigned integer, in Python's integer arithmetic."""
     golden = 0x9E3779B97F4A7C15
     start = seed * 0xD1342543DE82EF95 + epoch * 0xDABA0B6EB09322E3
     x = (start + (i + 1) * golden) % 2**64
@@ -193,9 +193,9 @@ def test_steps_take_an_empty_batch_and_leave_their_input_alone(step):
 def test_preprocess_equals_totensor_and_normalize(mean, std):
     images = torch.arange(256, dtype=torch.uint8).repeat(3 * len(mean), 1)
     images = images.view(3, len(mean), 16, 16)  # every grey level in every channel
-    normalise = transforms.Normalize(mean, std)
+    normalize = transforms.Normalize(mean, std)
     pictures = [image.permute(1, 2, 0).numpy() for image in images]
-    expected = torch.stack([normalise(transforms.ToTensor()(p)) for p in pictures])
+    expected = torch.stack([normalize(transforms.ToTensor()(p)) for p in pictures])
     found = BatchTransform(mean, std, STEPS, "cpu")(images)  # no bits: not augmented
     assert found.dtype == torch.float32
     assert torch.allclose(found, expected, rtol=0, atol=1e-6)

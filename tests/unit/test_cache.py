@@ -1,4 +1,4 @@
-"""The cache of decoded pictures: read the second time, never stale, never half-written."""
+"""The cache of decoded images: read the second time, never stale, never incomplete."""
 
 import json
 import math
@@ -19,16 +19,16 @@ from lab.errors import UserError
 
 
 @pytest.fixture(autouse=True)
-def cache_folder(tmp_path, monkeypatch):
+def cache_dir(tmp_path, monkeypatch):
     monkeypatch.setenv("LAB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(cache, "FEWEST", 3)
+    monkeypatch.setattr(cache, "MIN_IMAGES", 3)
     monkeypatch.setattr(cache, "IN_USE", set())
-    return tmp_path / "cache" / "pictures"
+    return tmp_path / "cache" / "images"
 
 
 @pytest.fixture
 def files(tmp_path):
-    """Five noisy pictures of 10 x 10 pixels."""
+    """Five noisy images of 10 x 10 pixels."""
     rng = np.random.default_rng(0)
     paths = []
     for i in range(5):
@@ -73,12 +73,12 @@ def test_whatever_changes_is_decoded_anew(files, decoded, change):
     assert torch.equal(images, files[torch.arange(len(files))])
 
 
-def test_few_pictures_are_not_kept(files, cache_folder):
+def test_few_images_are_not_cached(files, cache_dir):
     FileImages(files.paths[:2], 10).decode_all(1)
-    assert not cache_folder.exists()
+    assert not cache_dir.exists()
 
 
-def test_what_is_written_to_the_pictures_stays_in_this_process(files):
+def test_a_process_that_changes_the_images_does_not_change_the_cache(files):
     first = files.decode_all(1)
     expected = first.clone()
     first.zero_()
@@ -86,79 +86,79 @@ def test_what_is_written_to_the_pictures_stays_in_this_process(files):
 
 
 @pytest.mark.parametrize("content", [b"", b"x" * 2000, None])
-def test_a_damaged_file_is_replaced(files, cache_folder, content):
+def test_a_damaged_file_is_replaced(files, cache_dir, content):
     expected = files.decode_all(1).clone()
-    (path,) = cache_folder.glob("*.uint8")
+    (path,) = cache_dir.glob("*.uint8")
     path.write_bytes(path.read_bytes()[:-7] if content is None else content)
     assert torch.equal(files.decode_all(1), expected)
     assert torch.equal(files.decode_all(1), expected)
 
 
-def test_a_damaged_picture_leaves_no_images_but_its_name(files, decoded, cache_folder):
-    """The other processes of a host wait; they must not decode all again to say the same."""
+def test_the_error_of_a_damaged_image_is_cached(files, decoded, cache_dir):
+    """The other processes of a host must not decode all images again for the same error."""
     with open(files.paths[3], "wb") as file:
-        file.write(b"no picture")
-    with pytest.raises(UserError, match=r"cannot read the picture .*3\.png"):
+        file.write(b"no image")
+    with pytest.raises(UserError, match=r"cannot read the image .*3\.png"):
         files.decode_all(1)
-    assert sorted(p.suffix for p in cache_folder.iterdir()) == [".json", ".lock"]
+    assert sorted(p.suffix for p in cache_dir.iterdir()) == [".json", ".lock"]
     decoded.clear()
-    with pytest.raises(UserError, match=r"cannot read the picture .*3\.png"):
+    with pytest.raises(UserError, match=r"cannot read the image .*3\.png"):
         files.decode_all(1)
     assert decoded == [files.paths[3]]
     assert list(files.unreadable(1)) == [3]
-    (path,) = cache_folder.glob("*.json")
+    (path,) = cache_dir.glob("*.json")
     path.write_text(f'[[1, "a disk that failed for a moment: {files.paths[1]}"]]')
-    with pytest.raises(UserError, match=r"cannot read the picture .*3\.png"):
+    with pytest.raises(UserError, match=r"cannot read the image .*3\.png"):
         files.decode_all(1)
     Image.new("RGB", (10, 10)).save(files.paths[3])
     assert torch.equal(files.decode_all(1), files[torch.arange(5)])
 
 
-def test_a_cache_that_cannot_be_written_is_done_without(files, cache_folder, monkeypatch):
-    monkeypatch.setenv("LAB_CACHE", files.paths[0])  # a file, so no folder can be made of it
+def test_without_a_writable_cache_images_are_decoded_into_memory(files, cache_dir, monkeypatch):
+    monkeypatch.setenv("LAB_CACHE", files.paths[0])  # not a directory
     assert torch.equal(files.decode_all(1), files[torch.arange(5)])
-    monkeypatch.setenv("LAB_CACHE", str(cache_folder.parent))
+    monkeypatch.setenv("LAB_CACHE", str(cache_dir.parent))
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     assert torch.equal(files.decode_all(1), files[torch.arange(5)])
-    assert [p.suffix for p in cache_folder.iterdir()] == [".lock"]
+    assert [p.suffix for p in cache_dir.iterdir()] == [".lock"]
 
 
-def test_what_was_long_unused_is_deleted_and_nothing_of_others(files, cache_folder):
-    cache_folder.mkdir(parents=True)
-    stranger = cache_folder.parent / "features.uint8"
+def test_old_files_are_deleted_but_no_files_of_other_programs(files, cache_dir):
+    cache_dir.mkdir(parents=True)
+    other_file = cache_dir.parent / "features.uint8"
     for path, days in (
-        (cache_folder / "old.uint8", 31),
-        (cache_folder / "killed.tmp", 31),
-        (cache_folder / "new.uint8", 29),
-        (stranger, 400),
+        (cache_dir / "old.uint8", 31),
+        (cache_dir / "killed.tmp", 31),
+        (cache_dir / "new.uint8", 29),
+        (other_file, 400),
     ):
         path.write_bytes(b"")
         stamp = cache.time.time() - days * 24 * 3600
         os.utime(path, (stamp, stamp))
     files.decode_all(1)
-    assert stranger.exists()
-    assert (cache_folder / "new.uint8").exists()
-    assert not (cache_folder / "old.uint8").exists()
-    assert not (cache_folder / "killed.tmp").exists()
+    assert other_file.exists()
+    assert (cache_dir / "new.uint8").exists()
+    assert not (cache_dir / "old.uint8").exists()
+    assert not (cache_dir / "killed.tmp").exists()
 
 
-def test_beyond_the_limit_the_longest_unused_go_but_none_that_the_run_uses(
-    files, cache_folder, monkeypatch
+def test_the_least_recently_used_files_are_deleted_but_none_of_this_run(
+    files, cache_dir, monkeypatch
 ):
-    """Before, the test split pushed out the training split, which each start decoded anew."""
-    monkeypatch.setattr(cache, "KEPT_BYTES", 2000)
-    cache_folder.mkdir(parents=True)
-    other = cache_folder / "of-another-run.uint8"
+    """A test split must not evict the training split, which every start would decode again."""
+    monkeypatch.setattr(cache, "MAX_BYTES", 2000)
+    cache_dir.mkdir(parents=True)
+    other = cache_dir / "of-another-run.uint8"
     other.write_bytes(bytes(10))
     os.utime(other, (time.time() - 60,) * 2)
     files.decode_all(1)  # 1,500 bytes
     assert other.exists()
     FileImages(files.paths[:4], 10).decode_all(1)  # 1,200 bytes
-    assert sorted(path.stat().st_size for path in cache_folder.glob("*.uint8")) == [1200, 1500]
+    assert sorted(path.stat().st_size for path in cache_dir.glob("*.uint8")) == [1200, 1500]
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -183,12 +183,12 @@ def test_the_histogram_is_computed_once_and_equals_that_of_the_images(
 
 @pytest.mark.parametrize("content", ["", "[1, 2", None])
 def test_a_damaged_histogram_is_replaced_and_without_a_cache_it_is_computed(
-    files, cache_folder, monkeypatch, content
+    files, cache_dir, monkeypatch, content
 ):
     expected = files.histogram(torch.arange(5), 1)
-    (path,) = cache_folder.glob("*.json")
+    (path,) = cache_dir.glob("*.json")
     if content is None:
-        monkeypatch.setenv("LAB_CACHE", files.paths[0])  # a file, so no folder can be made of it
+        monkeypatch.setenv("LAB_CACHE", files.paths[0])  # not a directory
     else:
         path.write_text(content)
     assert torch.equal(files.histogram(torch.arange(5), 1), expected)
@@ -199,12 +199,12 @@ def test_a_damaged_histogram_is_replaced_and_without_a_cache_it_is_computed(
 def test_a_folder_of_enough_images_is_decoded_once_whatever_its_splits_hold(
     files, decoded, tmp_path, monkeypatch, memory
 ):
-    """Streamed, the second start decodes none either: mean and deviation are known."""
+    """With streaming, the second start decodes none either: mean and std are cached."""
     for i, path in enumerate(files.paths * 3):
         (tmp_path / f"data/{'ab'[i % 2]}").mkdir(parents=True, exist_ok=True)
         shutil.copy(path, tmp_path / f"data/{'ab'[i % 2]}/{i}.png")
     config = DataConfig("folder", str(tmp_path / "data"), 10, 0.2, 0.2, 0, 0, 0)
-    monkeypatch.setattr(cache, "FEWEST", 15)
+    monkeypatch.setattr(cache, "MIN_IMAGES", 15)
     first = load_splits(config, memory, 1)
     assert len(set(decoded)) == (15 if memory else 10)
     decoded.clear()
@@ -221,7 +221,7 @@ def test_a_folder_of_enough_images_is_decoded_once_whatever_its_splits_hold(
 
 
 def test_workers_send_nothing_through_shared_memory(files, monkeypatch):
-    """Containers keep /dev/shm small; where it was full, decoding hung for ever."""
+    """/dev/shm is small in containers; when it was full, decoding hung forever."""
     reducers = multiprocessing.reduction.ForkingPickler._extra_reducers
     original, sent = reducers[torch.Tensor], multiprocessing.get_context("fork").Value("i", 0)
 
@@ -237,14 +237,14 @@ def test_workers_send_nothing_through_shared_memory(files, monkeypatch):
 
 
 def forked(call, *given):
-    """A process that is a copy of this one, and calls."""
+    """Start and return a forked process that calls a function."""
     process = multiprocessing.get_context("fork").Process(target=call, args=given)
     process.start()
     return process
 
 
 def die(files):
-    """Decodes; killed at the third picture."""
+    """Decode, and kill this process at the third image."""
     original = decode.decode
 
     def killed(path, size):
@@ -256,16 +256,14 @@ def die(files):
     files.decode_all(1)
 
 
-def test_a_process_killed_while_it_writes_leaves_the_next_one_whole_pictures(
-    files, decoded, cache_folder
-):
+def test_a_process_killed_while_writing_leaves_no_incomplete_images(files, decoded, cache_dir):
     process = forked(die, files)
     process.join(120)
     assert process.exitcode == -9
-    assert not list(cache_folder.glob("*.uint8"))
+    assert not list(cache_dir.glob("*.uint8"))
     assert torch.equal(files.decode_all(1), files[torch.arange(5)])
     assert len(decoded) == 10  # all of them, and once more for the comparison
-    assert not list(cache_folder.glob("*.tmp"))
+    assert not list(cache_dir.glob("*.tmp"))
 
 
 def images_sum(files):
@@ -276,8 +274,8 @@ def histogram_sum(files):
     return int((files.histogram(torch.arange(5), 1) * torch.arange(256)).sum())
 
 
-def decode_slowly(files, said, count):
-    """Says how many pictures it decoded, and their sum."""
+def decode_slowly(files, results, count):
+    """Put (number of decoded images, the result of `count`) into the queue `results`."""
     original, paths = decode.decode, []
 
     def slow(path, size):
@@ -287,15 +285,15 @@ def decode_slowly(files, said, count):
 
     decode.decode = slow
     total = count(files)
-    said.put((len(paths), total))
+    results.put((len(paths), total))
 
 
 @pytest.mark.parametrize("count", [images_sum, histogram_sum])
 def test_of_two_processes_at_once_one_decodes_and_the_other_reads(files, count):
-    said = multiprocessing.get_context("fork").SimpleQueue()
-    both = [forked(decode_slowly, files, said, count) for _ in "ab"]
+    results = multiprocessing.get_context("fork").SimpleQueue()
+    both = [forked(decode_slowly, files, results, count) for _ in "ab"]
     for process in both:
         process.join(120)
     assert [process.exitcode for process in both] == [0, 0]
     total = int(files[torch.arange(5)].long().sum())
-    assert sorted(said.get() for _ in both) == [(0, total), (5, total)]
+    assert sorted(results.get() for _ in both) == [(0, total), (5, total)]

@@ -1,4 +1,4 @@
-"""The model card: metadata that the Hub takes, the run's exact numbers; names steer nothing."""
+"""The model card: valid metadata, the exact metrics of the run, and escaped names."""
 
 import json
 import re
@@ -19,85 +19,87 @@ from lab.errors import UserError
 from lab.report import model_card
 from lab.report.markdown import code, escaped
 
-EVIL = (
+HOSTILE = (
     "a|b", "<script>x</script>", "[x](http://x.yz)", "---\nlicense: mit\n---", "*`_~", "\u202ex",
     "\udc80", "# h", "é 猫", "$x$",
 )  # fmt: skip
 
+HELP = {"prog": "train.py", "description": ""}
 
-def change(path, **values):
+
+def update_json(path, **values):
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
-def read(path):
+def read_json(path):
     return json.loads(path.read_text())
 
 
-def test_every_run_has_a_card_with_valid_metadata_and_the_exact_numbers(finished):
-    content, report = (finished / "README.md").read_text(), read(finished / "report.json")
-    assert content == model_card.card(finished)  # from the files alone, the same again
-    found = ModelCard(content)
-    results = {(r.metric_type, r.metric_name): r for r in found.data.eval_results}
+def test_the_card_has_valid_metadata_and_the_exact_metrics(finished):
+    content, report = (finished / "README.md").read_text(), read_json(finished / "report.json")
+    assert content == model_card.card(finished)  # depends on the files of the run only
+    card = ModelCard(content)
+    results = {(r.metric_type, r.metric_name): r for r in card.data.eval_results}
     assert results["accuracy", None].metric_value == report["accuracy"]
     assert results["f1", "macro-F1"].metric_value == report["macro_f1"]
     assert {(r.dataset_name, r.dataset_split) for r in results.values()} == {("digits", "test")}
-    data = found.data.to_dict()
+    data = card.data.to_dict()
     assert data["pipeline_tag"] == "image-classification"
     assert {"lenet5", "pytorch"} <= set(data["tags"])
     assert "license" not in data
-    assert "datasets" not in data  # the bundled digits are none of the Hub's
+    assert "datasets" not in data  # the bundled digits are not on the Hub
     for row in report["per_class"]:
         numbers = [f"{row[key]:.4f}" for key in ("precision", "recall", "f1")]
         assert " | ".join(["", row["class"], *numbers, f"{row['support']} |"]).strip() in content
-    right = sum(row[k] for k, row in enumerate(report["confusion_matrix"]))
-    assert f"A part of the test split, 100 samples, each counted exactly once: {right}" in content
-    assert "on the validation split; the test split was read once" in content
+    num_correct = sum(row[k] for k, row in enumerate(report["confusion_matrix"]))
+    assert f"{num_correct} of the 100 samples of a subset of the test split correctly" in content
+    assert "on the validation split. The test split was used once" in content
     assert "optimistic" not in content
     assert "](plots/confusion_matrix.png)" in content
     assert str(finished.parent) not in content
 
 
-def test_compare_of_one_run_writes_the_card_that_is_missing(copied, capsys):
+def test_compare_of_one_run_writes_a_missing_card(copied, capsys):
     (copied / "README.md").unlink()
     compare.main([str(copied)])
     assert capsys.readouterr().out.endswith(f"written: {copied}/README.md\n")
     assert (copied / "README.md").read_text() == model_card.card(copied)
 
 
-def test_a_data_set_of_the_hub_is_named_as_there(copied):
-    change(copied / "config.json", dataset="cifar10")
+def test_a_dataset_on_the_hub_is_linked(copied):
+    update_json(copied / "config.json", dataset="cifar10")
     data = ModelCard(model_card.card(copied)).data
     assert data.datasets == ["uoft-cs/cifar10"]
     assert data.eval_results[0].dataset_type == "uoft-cs/cifar10"
 
 
-def test_p6_a_card_says_what_the_epoch_was_chosen_on(copied):
-    change(copied / "report.json", selection_split="test")
-    change(copied / "config.json", recipe="notebook")
+def test_p6_the_card_says_on_which_split_the_epoch_was_selected(copied):
+    update_json(copied / "report.json", selection_split="test")
+    update_json(copied / "config.json", recipe="notebook")
     text = model_card.card(copied)
     assert "on this same test split (the protocol of the recipe notebook)" in text
-    assert "these numbers are optimistic.**" in text
-    assert "read once" not in text
+    assert "so these results are optimistic.**" in text
+    assert "used once" not in text
 
 
-def test_the_matrix_is_shown_where_it_was_drawn(copied):
+def test_the_card_shows_the_confusion_matrix_if_its_plot_exists(copied):
     assert "](plots/confusion_matrix.png)" in model_card.card(copied)
     (copied / "plots" / "confusion_matrix.png").unlink()
     assert "confusion_matrix.png" not in model_card.card(copied)
 
 
-def test_names_steer_neither_yaml_nor_markdown(copied):
-    report = read(copied / "report.json")
-    for row, name in zip(report["per_class"], EVIL, strict=True):
+def test_names_cannot_inject_yaml_or_markdown(copied):
+    report = read_json(copied / "report.json")
+    for row, name in zip(report["per_class"], HOSTILE, strict=True):
         row["class"] = name
-    change(copied / "report.json", per_class=report["per_class"], class_names=list(EVIL))
+    update_json(copied / "report.json", per_class=report["per_class"], class_names=list(HOSTILE))
     path = copied.rename(copied.with_name("---\nlicense: 'x'\n---\n# [r](s)"))
     model_card.write(RunDir(path))
     text = (path / "README.md").read_text(encoding="utf-8")
-    found = ModelCard(text)
-    assert found.data.model_name == path.name
-    assert found.data.license is None
-    html = MarkdownIt("commonmark").enable("table").render(found.text)
+    model_card_data = ModelCard(text).data
+    assert model_card_data.model_name == path.name
+    assert model_card_data.license is None
+    html = MarkdownIt("commonmark").enable("table").render(ModelCard(text).text)
     assert "<a " not in html
     assert "<script" not in html
     assert "\u202e" not in html
@@ -105,7 +107,7 @@ def test_names_steer_neither_yaml_nor_markdown(copied):
     assert "<h1>--- license: 'x' --- # [r](s)</h1>" in html
     cells = re.findall(r"<tr>\s*<td>(.*)</td>(?:\s*<td .*>[0-9.]+</td>){4}\s*</tr>", html)
     shown = [unescape(cell) for cell in cells]
-    assert shown == [*EVIL[:3], "--- license: mit ---", EVIL[4], "?x", "?", *EVIL[7:]]
+    assert shown == [*HOSTILE[:3], "--- license: mit ---", HOSTILE[4], "?x", "?", *HOSTILE[7:]]
 
 
 def test_escaped_markdown_shows_the_value():
@@ -115,31 +117,31 @@ def test_escaped_markdown_shows_the_value():
 
 
 @pytest.mark.parametrize(
-    "words",
+    "arguments",
     [
         "--dataset digits",
         "--dataset digits --recipe smoke --max-train-samples 100 --epochs 7 --seed 3 --max-steps 0",
         "--model alexnet --recipe notebook --no-decay-biases --augment none --lr 0.002 --compile",
-        "--model efficientnet_b0 --pretrained --freeze backbone --image-size 64 --warmup-epochs 2.5",
+        "--model efficientnet_b0 --pretrained --freeze backbone --image-size 64 --warmup-epochs 2",
         "--model torchvision:resnet18 --dataset folder --data-dir /home/me/cats --name x --quiet",
-        "--model vit_tiny --init-checkpoint /home/me/runs/vit --tracker wandb --push-to-hub x --threads 2",
+        "--model vit_tiny --init-checkpoint /home/me/vit --tracker wandb --push-to-hub x",
     ],
 )
-def test_the_command_of_a_card_gives_the_same_settings(words):
-    config = resolve(parse_arguments(TrainConfig, shlex.split(words), prog="x", metadata="x"))
+def test_the_command_of_a_card_gives_the_same_settings(arguments):
+    config = resolve(parse_arguments(TrainConfig, shlex.split(arguments), **HELP))
     text = model_card.command(config)
     assert "/home/me" not in text
-    python, script, *again = shlex.split(text)
+    python, script, *parsed = shlex.split(text)
     assert (python, script) == ("python", "train.py")
-    found = resolve(parse_arguments(TrainConfig, again, prog="x", metadata="x"))
-    left_out = set(model_card.ELSEWHERE) - {"model", "dataset", "recipe"}
-    for name in TrainConfig.__dataclass_fields__.keys() - left_out:
-        assert getattr(found, name) == getattr(config, name), name
-    assert bool(found.init_checkpoint) == bool(config.init_checkpoint)
+    again = resolve(parse_arguments(TrainConfig, parsed, **HELP))
+    omitted = set(model_card.OMITTED) - {"model", "dataset", "recipe"}
+    for name in TrainConfig.__dataclass_fields__.keys() - omitted:
+        assert getattr(again, name) == getattr(config, name), name
+    assert bool(again.init_checkpoint) == bool(config.init_checkpoint)
 
 
-def test_a_card_goes_where_a_run_goes_on(copied):
-    RunDir(copied).resume(read(copied / "config.json"), 3, 9)
+def test_resuming_a_run_removes_its_card(copied):
+    RunDir(copied).resume(read_json(copied / "config.json"), 3, 9)
     assert not (copied / "README.md").exists()
 
 
@@ -154,7 +156,7 @@ def test_a_card_goes_where_a_run_goes_on(copied):
         ("history.jsonl", "x\n", "is damaged: history.jsonl"),
     ],
 )
-def test_p7_what_is_no_finished_run_gets_no_card(copied, name, content, message):
+def test_p7_an_unfinished_or_damaged_run_gets_no_card(copied, name, content, message):
     (copied / name).unlink()
     if content is not None:
         (copied / name).write_text(content)
@@ -164,6 +166,6 @@ def test_p7_what_is_no_finished_run_gets_no_card(copied, name, content, message)
     assert (copied / "README.md").read_text() == "before"
 
 
-def test_metadata_stands_alone_as_yaml(finished):
+def test_the_metadata_is_yaml(finished):
     _, metadata, _ = (finished / "README.md").read_text().split("---\n", 2)
     assert yaml.safe_load(metadata)["model-index"][0]["name"] == "run"

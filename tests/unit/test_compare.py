@@ -1,4 +1,4 @@
-"""compare.py: the numbers of runs side by side, and the noise of their differences."""
+"""compare.py: the table of runs and the confidence intervals of their differences."""
 
 import csv
 import json
@@ -22,32 +22,32 @@ from lab.report.compare import difference
 from lab.report.run_reader import RunResult, read_run
 
 
-def make_run(tmp_path, right, name="a", dataset="digits"):
-    """A run that is right where `right` is."""
-    labels = np.arange(len(right)) % 3
-    predictions = np.where(right, labels, (labels + 1) % 3)
-    report = {"accuracy": float(np.mean(right)), "class_names": ["x", "y", "z"]}
+def make_run(tmp_path, correct, name="a", dataset="digits"):
+    """Return a run whose predictions are correct where `correct` is true."""
+    labels = np.arange(len(correct)) % 3
+    predictions = np.where(correct, labels, (labels + 1) % 3)
+    report = {"accuracy": float(np.mean(correct)), "class_names": ["x", "y", "z"]}
     return RunResult(tmp_path / name, {"dataset": dataset}, report, [], labels, predictions)
 
 
-def test_the_interval_is_that_of_drawing_samples(tmp_path):
+def test_the_interval_equals_that_of_resampled_test_splits(tmp_path):
     random = np.random.default_rng(0)
     a, b = random.random(400) < 0.8, random.random(400) < 0.7
-    found, low, high = difference(make_run(tmp_path, a), make_run(tmp_path, b, "b"))
+    value, low, high = difference(make_run(tmp_path, a), make_run(tmp_path, b, "b"))
     draws = random.integers(400, size=(4000, 400))
-    drawn = (a[draws].mean(1) - b[draws].mean(1)).tolist()
-    assert found == pytest.approx(a.mean() - b.mean())
-    assert (low, high) == pytest.approx(tuple(np.quantile(drawn, [0.025, 0.975])), abs=0.006)
-    assert low < found < high
+    resampled = (a[draws].mean(1) - b[draws].mean(1)).tolist()
+    assert value == pytest.approx(a.mean() - b.mean())
+    assert (low, high) == pytest.approx(tuple(np.quantile(resampled, [0.025, 0.975])), abs=0.006)
+    assert low < value < high
 
 
-def test_a_run_differs_from_itself_by_nothing(tmp_path):
+def test_the_difference_of_a_run_to_itself_is_zero(tmp_path):
     run = make_run(tmp_path, np.array([True, False] * 50))
     assert difference(run, run) == (0, 0, 0)
 
 
-def test_paired_runs_are_told_apart_where_unpaired_ones_would_not_be(tmp_path):
-    """One is right wherever the other is, and on 8 of 400 samples more."""
+def test_the_bootstrap_is_paired(tmp_path):
+    """One run is correct wherever the other is, and on 8 of 400 samples more."""
     a = np.arange(400) < 300
     b = np.arange(400) < 308
     _, low, high = difference(make_run(tmp_path, a), make_run(tmp_path, b, "b"))
@@ -56,37 +56,36 @@ def test_paired_runs_are_told_apart_where_unpaired_ones_would_not_be(tmp_path):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs")
-    for name, words in {"slow": ["--lr", "1e-5"], "fast": [], "faster": ["--epochs", "6"]}.items():
-        start(folder, *LENET, *words, name=name)
-    return folder
+    directory = tmp_path_factory.mktemp("runs")
+    for name, options in {"slow": ["--lr", "1e-5"], "fast": [], "long": ["--epochs", "6"]}.items():
+        start(directory, *LENET, *options, name=name)
+    return directory
 
 
-def test_the_table_has_the_runs_own_numbers(trained):
-    runs = [read_run(trained / name) for name in ("slow", "fast", "faster")]
+def test_the_table_has_the_metrics_of_the_runs(trained):
+    runs = [read_run(trained / name) for name in ("slow", "fast", "long")]
     rows = compare_module.rows(runs)
     accuracies = [row["accuracy"] for row in rows]
     assert accuracies == sorted(accuracies, reverse=True)
-    assert rows[0]["to best"] is None
-    assert rows[0].keys() == {"run", *console.IMPORTANCE}  # a column not listed is never printed
+    assert rows[0]["vs. best"] is None
+    assert rows[0].keys() == {"run", *console.IMPORTANCE}  # the table prints every column
     for row in rows:
         report = json.loads((trained / row["run"] / "report.json").read_text())
         history = (trained / row["run"] / "history.jsonl").read_text().splitlines()
         assert (row["accuracy"], row["macro-F1"]) == (report["accuracy"], report["macro_f1"])
         assert (row["epochs"], row["parameters"]) == (len(history), 61_706)
-        assert row["multiply-adds"] == 416_520
+        assert row["MACs"] == 416_520
     for row in rows[1:]:
-        assert row["to best"][0] == pytest.approx(row["accuracy"] - accuracies[0])
+        assert row["vs. best"][0] == pytest.approx(row["accuracy"] - accuracies[0])
 
 
 def test_runs_on_other_test_splits_are_not_compared(tmp_path, trained):
-    other = start(tmp_path, *LENET, "--split-seed", "1", name="other")
-    assert other == 0
+    start(tmp_path, *LENET, "--split-seed", "1", name="other")
     rows = compare_module.rows([read_run(trained / "fast"), read_run(tmp_path / "other")])
-    assert [row["to best"] for row in rows] == [None, None]
+    assert [row["vs. best"] for row in rows] == [None, None]
 
 
-def test_the_files_hold_the_table(trained, tmp_path, monkeypatch, capsys):
+def test_the_files_contain_the_table(trained, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(trained)
     assert compare.main(["slow", "fast", "--output", str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().out
@@ -97,26 +96,24 @@ def test_the_files_hold_the_table(trained, tmp_path, monkeypatch, capsys):
     assert {row["run"] for row in rows} == {"slow", "fast"}
     for row in rows:
         assert f"| {float(row['accuracy']):.4f} |" in text
-        assert row["class accuracies"].count("=") == 10
-    assert float(rows[1]["low"]) <= float(rows[1]["to best"]) <= float(rows[1]["high"])
+        assert row["class recalls"].count("=") == 10
+    assert float(rows[1]["low"]) <= float(rows[1]["vs. best"]) <= float(rows[1]["high"])
     page = (tmp_path / "out" / "compare.html").read_text()
     assert {f"{float(row['accuracy']):.4f}" for row in rows} <= set(re.findall(r"[\d.]+", page))
-    with Image.open(tmp_path / "out" / "comparison.png") as picture:
-        assert len(picture.convert("RGB").getcolors(10**6)) > 10  # something is drawn
+    with Image.open(tmp_path / "out" / "comparison.png") as plot:
+        assert len(plot.convert("RGB").getcolors(10**6)) > 10  # not blank
 
 
-def test_folders_and_their_classes_are_told_apart(tmp_path):
-    """100 classes are as many rows; two folders of pictures are two data sets."""
-    hundred = [f"class {k}" for k in range(100)]
-    folders = {"a": ["cat", "dog|wolf"], "b": hundred}
+def test_two_image_folders_are_two_datasets_with_their_own_classes(tmp_path):
+    folders = {"a": ["cat", "dog|wolf"], "b": [f"class {k}" for k in range(100)]}
     for name, names in folders.items():
-        make_finished(tmp_path / name, names, dataset="folder", data_dir=f"data/pics {name}/")
+        make_finished(tmp_path / name, names, dataset="folder", data_dir=f"data/images {name}/")
     runs = [read_run(tmp_path / name) for name in folders]
     rows = compare_module.rows(runs)
-    assert [row["data set"] for row in rows] == ["folder (pics a)", "folder (pics b)"]
+    assert [row["dataset"] for row in rows] == ["folder (images a)", "folder (images b)"]
     compare_module.write(tmp_path, runs, rows)
     text = (tmp_path / "comparison.md").read_text()
-    assert f"## {compare_module.RECALLS}\n" in text
+    assert f"## {compare_module.RECALL_TITLE}\n" in text
     for run in runs:
         for row in run.report["per_class"]:
             name = row["class"].replace("|", "\\|")
@@ -124,26 +121,28 @@ def test_folders_and_their_classes_are_told_apart(tmp_path):
     assert max(map(len, text.splitlines())) < 500
 
 
-def test_counts_are_brief():
+def test_counts_are_abbreviated():
     counts = {0: "0", 999: "999", 1000: "1.00 k", 61_706: "61.7 k", 416_520: "417 k",
               999_499: "999 k", 999_500: "1.00 M", 14_859_082: "14.9 M"}  # fmt: skip
-    assert {count: compare_module.brief(count) for count in counts} == counts
+    assert {count: compare_module.abbreviate(count) for count in counts} == counts
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("arguments", "message"),
     [
-        ("", "no runs to compare. Name the folders of runs."),
-        ("gone", "gone is no run's folder: it has no config.json. Name one of train.py's."),
-        ("a --output b", "--output is for several runs. Name more of them, or leave it out."),
+        ("", "no runs to compare. Give the directories of one or more runs."),
+        ("missing", "missing is not the directory of a run: it has no config.json. Give a "
+                    "directory that train.py has written."),
+        ("a --output b", "invalid --output: it applies to several runs. Give several runs, or omit "
+                         "--output."),
         ("unfinished", "the run unfinished is not finished. Finish it: train.py --resume "
                        "unfinished."),
     ],
 )  # fmt: skip
-def test_p7_compare_refuses(fails, tmp_path, words, message):
+def test_p7_compare_reports_invalid_arguments(fails, tmp_path, arguments, message):
     (tmp_path / "unfinished").mkdir()
     (tmp_path / "unfinished" / "config.json").write_text("{}")
-    assert fails(compare, *words.split()) == message
+    assert fails(compare, *arguments.split()) == message
 
 
 @pytest.mark.parametrize("name", ["config.json", "report.json", "predictions.csv", "history.jsonl"])
@@ -154,29 +153,29 @@ def test_p7_a_damaged_run_is_named(tmp_path, trained, name):
         read_run(copied)
 
 
-def test_an_unfinished_run_is_left_out_of_several(trained, tmp_path, monkeypatch, capsys):
+def test_an_unfinished_run_is_skipped(trained, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "unfinished").mkdir()
     (tmp_path / "unfinished" / "config.json").write_text("{}")
     assert compare.main([str(trained / "fast"), "unfinished"]) == 0
-    assert "left out: the run unfinished is not finished" in capsys.readouterr().err
+    assert "skipped: the run unfinished is not finished" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("model", "in_chans", "size", "parameters", "macs"),
     [
-        # Convolutions: outputs x 25 x channels in; then 120 x 84 + 84 x 10.
+        # Convolutions: outputs x 25 x input channels; then 120 x 84 + 84 x 10.
         ("lenet5", 1, 32, 61_706, 28**2 * 6 * 25 + 100 * 16 * 150 + 120 * 400 + 10_080 + 840),
         ("alexnet", 3, 32, 14_859_082, None),
     ],
 )
-def test_the_cost_of_a_network(model, in_chans, size, parameters, macs):
-    found = model_stats(name=model, num_classes=10, in_chans=in_chans, image_size=size)
-    assert found["parameters"] == parameters
-    assert macs is None or found["macs"] == macs
+def test_the_parameters_and_macs_of_a_model(model, in_chans, size, parameters, macs):
+    stats = model_stats(name=model, num_classes=10, in_chans=in_chans, image_size=size)
+    assert stats["parameters"] == parameters
+    assert macs is None or stats["macs"] == macs
 
 
-def test_runs_are_compared_on_the_same_test_samples_only():
+def test_the_fingerprint_decides_whether_two_test_splits_are_the_same():
     def run(**config):
         settings = {"dataset": "folder", "split_seed": 0, **config}
         return RunResult(Path("run"), settings, {}, [], np.arange(3), None)
@@ -186,6 +185,6 @@ def test_runs_are_compared_on_the_same_test_samples_only():
     assert a.has_same_test_split(run(fingerprints=current))
     assert not a.has_same_test_split(b)
     assert not a.has_same_test_split(run(fingerprints=current, split_seed=1))
-    for other in (run(fingerprints=old), run()):  # whose fingerprints say nothing
+    for other in (run(fingerprints=old), run()):  # without a usable fingerprint
         assert a.has_same_test_split(other)
         assert other.has_same_test_split(a)

@@ -1,23 +1,28 @@
-"""Settings: flags and fields are one to one, and recipes are layered under the command line."""
+"""Settings: options and fields match one to one; recipes, --config and the command line layer."""
 
 import dataclasses
 import json
 import re
 import types
 import typing
+from pathlib import Path
 
 import pytest
+import yaml
 
-from lab.config.cli import parse_arguments
+import train
+from lab.checkpoint.weights import read_metadata
+from lab.config.cli import RUN_FACTS, RUN_SETTINGS, parse_arguments, read_config
 from lab.config.recipes import RECIPES, resolve
 from lab.config.schema import EvalConfig, TrainConfig, flag
 from lab.data import DATASETS
+from lab.errors import UserError
 from lab.models import MODELS
 
 FIELDS = {
     config: {f.name: f for f in dataclasses.fields(config)} for config in (TrainConfig, EvalConfig)
 }
-# Another valid value than the default of each field where adding one to it gives none.
+# A valid value that is not the default, for fields where the default plus one is none.
 OTHER = {
     "augment": "crop,flip",
     "tracker": "tensorboard,wandb",
@@ -32,10 +37,15 @@ OTHER = {
     "ema_decay": 0.9,
     "lr_gamma": 0.1,
 }
+HUB = {"push_to_hub": "name"}
+REQUIRED = {  # settings that others need
+    "overwrite": {"name": "run"}, "freeze": {"pretrained": True}, "hub_images": HUB,
+    "hub_public": HUB,
+}  # fmt: skip
 
 
 def parse(config, *words):
-    return parse_arguments(config, list(words), prog="x.py", metadata="About x.")
+    return parse_arguments(config, list(words), prog="x.py", description="About x.")
 
 
 def kind_of(config, name):
@@ -55,57 +65,51 @@ def other_value(config, name):
     return {bool: True, str: "other"}.get(kind) or kind((f.default or 0) + 1)
 
 
-PAIRS = [(c, n) for c, fields in FIELDS.items() for n in fields if n != "weights"]
-
-
-@pytest.mark.parametrize(("config", "name"), PAIRS)
-def test_each_field_has_its_flag(config, name):
-    value = other_value(config, name)
-    words = [flag(name)] if kind_of(config, name) is bool else [flag(name), str(value)]
+@pytest.mark.parametrize("config", FIELDS)
+def test_each_field_has_an_option_of_its_type(config):
     required = ["some.safetensors"] if config is EvalConfig else []
-    given = parse(config, *required, *words)
-    given.pop("weights", None)
-    assert given == {name: value}
-    assert type(given[name]) is kind_of(config, name)
-    # What means nothing without another.
-    hub = {"push_to_hub": "name"}
-    with_it = {"overwrite": {"name": "run"}, "freeze": {"pretrained": True}}
-    given |= (with_it | {"hub_images": hub, "hub_public": hub}).get(name, {})
-    made = config(**given)
-    assert getattr(made, name) == value != FIELDS[config][name].default
+    for name in FIELDS[config].keys() - {"weights"}:
+        value, kind = other_value(config, name), kind_of(config, name)
+        words = [flag(name)] if kind is bool else [flag(name), str(value)]
+        settings = parse(config, *required, *words)
+        settings.pop("weights", None)
+        assert settings == {name: value}
+        assert type(settings[name]) is kind
+        made = config(**settings | REQUIRED.get(name, {}))
+        assert getattr(made, name) == value != FIELDS[config][name].default
 
 
-def test_what_is_not_given_is_absent():
+def test_options_that_are_left_out_are_absent():
     assert parse(TrainConfig) == {}
     assert parse(EvalConfig, "runs/x") == {"weights": "runs/x"}
 
 
-@pytest.mark.parametrize("name", ["decay_biases"])
-def test_what_a_recipe_turns_on_can_be_turned_off(name):
-    assert parse(TrainConfig, f"--no-{name.replace('_', '-')}") == {name: False}
+def test_a_switch_of_a_recipe_can_be_turned_off():
+    assert parse(TrainConfig, "--no-decay-biases") == {"decay_biases": False}
     assert resolve({"recipe": "notebook"}).decay_biases
     assert not resolve({"recipe": "notebook", "decay_biases": False}).decay_biases
 
 
 @pytest.mark.parametrize("words", [["--mod", "lenet5"], ["--Model", "lenet5"], ["lenet5"]])
-def test_flags_are_not_abbreviated_or_guessed(words):
-    with pytest.raises(ValueError, match=words[0]):
+def test_options_are_not_abbreviated_or_guessed(words):
+    with pytest.raises(UserError, match=words[0]):
         parse(TrainConfig, *words)
 
 
-@pytest.mark.parametrize(("config", "name"), PAIRS)
-def test_bounds_are_checked_and_named(config, name):
-    bounds = FIELDS[config][name].metadata
-    wrong = [bounds["low"] - 1] if "low" in bounds else []
-    wrong += [bounds["above"]] if "above" in bounds else []
-    wrong += [bounds["high"] + 1] if "high" in bounds else []
-    wrong += ["nothing known"] if "choices" in bounds else []
-    wrong += [float("nan")] if kind_of(config, name) is float else []
-    for value in wrong:
-        with pytest.raises(ValueError, match=flag(name)):
-            config(**{name: value})
-    for value in [bounds[b] for b in ("low", "high") if b in bounds]:
-        assert getattr(config(**{name: value}), name) == value
+@pytest.mark.parametrize("config", FIELDS)
+def test_bounds_are_checked(config):
+    for name, f in FIELDS[config].items():
+        bounds = f.metadata
+        invalid = [bounds["low"] - 1] if "low" in bounds else []
+        invalid += [bounds["above"]] if "above" in bounds else []
+        invalid += [bounds["high"] + 1] if "high" in bounds else []
+        invalid += ["unknown"] if "choices" in bounds or "each_of" in bounds else []
+        invalid += [float("nan")] if kind_of(config, name) is float else []
+        for value in invalid:
+            with pytest.raises(UserError, match=f"^invalid {flag(name)} '?{value}'?: expected "):
+                config(**{name: value})
+        for value in [bounds[b] for b in ("low", "high") if b in bounds]:
+            assert getattr(config(**{name: value}), name) == value
 
 
 @pytest.mark.parametrize("config", FIELDS)
@@ -124,12 +128,6 @@ def test_help_lists_every_option_under_its_group(config, capsys):
     assert text.count("[recipe]") == len(from_recipe)
 
 
-def test_settings_survive_json():
-    config = resolve({"model": "alexnet", "augment": "crop,cutout"})
-    text = json.dumps(dataclasses.asdict(config))
-    assert TrainConfig(**json.loads(text)) == config
-
-
 def test_settings_cannot_be_changed():
     with pytest.raises(dataclasses.FrozenInstanceError):
         TrainConfig().lr = 1.0
@@ -143,48 +141,50 @@ def test_augment_is_a_list_of_names(text, names):
     assert TrainConfig(augment=text).augmentations == names
 
 
-@pytest.mark.parametrize("augment", ["crops", "crop,blur", "crop;flip"])
-def test_unknown_augmentations_are_refused(augment):
-    with pytest.raises(ValueError, match="--augment has no"):
-        TrainConfig(augment=augment)
+# Recipes
 
 
-@pytest.mark.parametrize("dataset", DATASETS)
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_every_recipe_resolves_for_every_pair(recipe, model, dataset):
-    config = resolve({"recipe": recipe, "model": model, "dataset": dataset})
-    assert (config.recipe, config.model, config.dataset) == (recipe, model, dataset)
-    assert config.image_size == MODELS[model].image_size
+def test_every_recipe_resolves_for_every_pair():
+    for recipe in RECIPES:
+        for model in MODELS:
+            for dataset in DATASETS:
+                config = resolve({"recipe": recipe, "model": model, "dataset": dataset})
+                assert (config.recipe, config.model, config.dataset) == (recipe, model, dataset)
 
 
-def test_the_keys_of_recipes_are_known_and_set_what_recipes_may():
-    families = {re.split("[-:]", model)[0] for model in MODELS}
-    pairs = {f"{model}/{dataset}" for model in {*MODELS, *families} for dataset in DATASETS}
+def test_recipes_have_known_keys_and_settings():
+    families = {re.split("[-:_]", model)[0] for model in [*MODELS, "torchvision:x"]}
+    models = {*MODELS, *families}
+    pairs = {f"{model}/{dataset}" for model in models for dataset in DATASETS}
     for layers in RECIPES.values():
-        assert layers.keys() <= {"*", *DATASETS, *MODELS, "torchvision"} | pairs
+        assert layers.keys() <= {"*", *DATASETS} | models | pairs
         for settings in layers.values():
-            assert all(FIELDS[TrainConfig][n].metadata.get("from_recipe") for n in settings)
+            for name, value in settings.items():
+                assert FIELDS[TrainConfig][name].metadata.get("from_recipe")
+                assert type(value) is kind_of(TrainConfig, name)
 
 
-def test_a_model_brings_its_own_data_set_and_image_size():
-    for name, spec in MODELS.items():
-        config = resolve({"model": name})
-        assert (config.dataset, config.image_size) == (spec.dataset, spec.image_size)
+def test_a_model_has_a_default_dataset_and_image_size():
+    for model, expected in {
+        "lenet5": ("mnist", 32),
+        "alexnet": ("cifar10", 32),
+        "torchvision:resnet18": ("cifar10", 224),
+    }.items():
+        config = resolve({"model": model})
+        assert (config.dataset, config.image_size) == expected
 
 
 def test_a_family_of_models_shares_its_settings():
-    """The name up to the first hyphen or colon; a model's own layer comes after it."""
     recipe = RECIPES["default"]
     assert resolve({"model": "vit_hybrid"}).lr == recipe["vit"]["lr"]
-    assert resolve({"model": "vit"}).max_grad_norm == recipe["vit"]["max_grad_norm"]
+    assert resolve({"model": "vit_tiny"}).max_grad_norm == recipe["vit"]["max_grad_norm"]
     small = resolve({"model": "vit_small", "dataset": "digits"})
     assert (small.lr, small.epochs) == (recipe["vit/digits"]["lr"], recipe["vit"]["epochs"])
     assert resolve({"model": "efficientnet_b3"}).epochs == recipe["efficientnet"]["epochs"]
     assert resolve({"model": "densenet121", "epochs": 3}).epochs == 3
 
 
-def test_layers_apply_in_order_and_the_command_line_comes_last(monkeypatch):
+def test_layers_apply_in_order_and_overrides_come_last(monkeypatch):
     layers = {
         "lenet5/digits": {"batch_size": 4},
         "lenet5": {"batch_size": 3, "epochs": 3},
@@ -193,30 +193,23 @@ def test_layers_apply_in_order_and_the_command_line_comes_last(monkeypatch):
         "alexnet": {"ema_decay": 0.9},
         "lenet5/mnist": {"ema_decay": 0.9},
     }
-    monkeypatch.setitem(RECIPES, "tried", layers)
-    given = {"recipe": "tried", "model": "lenet5", "dataset": "digits"}
-    config = resolve(given)
+    monkeypatch.setitem(RECIPES, "layered", layers)
+    overrides = {"recipe": "layered", "model": "lenet5", "dataset": "digits"}
+    config = resolve(overrides)
     assert (config.ema_decay, config.lr, config.epochs, config.batch_size) == (0.5, 0.2, 3, 4)
-    config = resolve(given | {"batch_size": 5, "lr": 0.05})  # each equal to a default
+    config = resolve(overrides | {"batch_size": 5, "lr": 0.05})  # equal to a default
     assert (config.ema_decay, config.lr, config.epochs, config.batch_size) == (0.5, 0.05, 3, 5)
 
 
 @pytest.mark.parametrize(
-    ("given", "expected"), [({}, 32), ({"image_size": 0}, 32), ({"image_size": 64}, 64)]
+    ("overrides", "expected"), [({}, 32), ({"image_size": 0}, 32), ({"image_size": 64}, 64)]
 )
-def test_the_image_size_given_wins_and_zero_means_the_models(given, expected):
-    assert resolve({"model": "lenet5"} | given).image_size == expected
-
-
-@pytest.mark.parametrize("given", [{"model": "x"}, {"dataset": "x"}, {"recipe": "x"}])
-def test_unknown_names_are_refused_with_the_known(given):
-    known = {"model": MODELS, "dataset": DATASETS, "recipe": RECIPES}[next(iter(given))]
-    with pytest.raises(ValueError, match=f"x.*{list(known)[-1]}"):
-        resolve(given)
+def test_image_size_zero_is_the_default_of_the_model(overrides, expected):
+    assert resolve({"model": "lenet5"} | overrides).image_size == expected
 
 
 PUBLISHED = {
-    "val_fraction": 0.0,  # the notebooks chose on the test split
+    "val_fraction": 0.0,  # the notebooks selected on the test split
     "max_train_samples": 0,
     "max_eval_samples": 0,
     "image_size": 32,
@@ -242,15 +235,96 @@ PUBLISHED = {
 }
 
 
-@pytest.mark.parametrize(("given", "own"), [
+@pytest.mark.parametrize(("overrides", "own"), [
     ({"model": "lenet5"},
      {"dataset": "mnist", "epochs": 5, "lr_step_epochs": 5, "augment": "none"}),
     ({"model": "alexnet"},
      {"dataset": "cifar10", "epochs": 20, "lr_step_epochs": 10, "augment": "crop,flip"}),
 ])  # fmt: skip
-def test_the_notebook_recipe_is_the_published_one(given, own):
-    config = dataclasses.asdict(resolve({"recipe": "notebook"} | given))
+def test_the_notebook_recipe_is_the_published_one(overrides, own):
+    config = dataclasses.asdict(resolve({"recipe": "notebook"} | overrides))
     expected = PUBLISHED | own
     assert {name: config[name] for name in expected} == expected
-    recipe_sets = {n for n, f in FIELDS[TrainConfig].items() if f.metadata.get("from_recipe")}
-    assert recipe_sets <= expected.keys()  # none is left unchecked
+    from_recipe = {n for n, f in FIELDS[TrainConfig].items() if f.metadata.get("from_recipe")}
+    assert from_recipe <= expected.keys()  # all are checked
+
+
+# --config and --print-config
+
+
+def test_the_command_line_overrides_a_settings_file_which_overrides_the_recipe(tmp_path):
+    path = tmp_path / "settings.yaml"
+    path.write_text(
+        "model: alexnet  # a comment\nepochs: 3\nlr: 1e-3\nmixed_precision: no\nweight_decay: 0\n"
+    )
+    settings = parse(TrainConfig, "--epochs", "4", "--config", str(path))
+    assert settings == {
+        "model": "alexnet", "epochs": 4, "lr": 0.001, "mixed_precision": "no", "weight_decay": 0.0,
+    }  # fmt: skip
+    assert resolve(settings).dropout == RECIPES["default"]["alexnet"]["dropout"]
+    path.write_text("")
+    assert parse(TrainConfig, "--config", str(path)) == {}
+
+
+def test_print_config_prints_what_config_reads(tmp_path, capsys):
+    words = ["--dataset", "digits", "--mixed-precision", "no", "--lr", "1e-05", "--name", "x"]
+    path, printed = tmp_path / "settings.yaml", []
+    for arguments in (words, ["--config", str(path)]):
+        with pytest.raises(SystemExit) as exit_:
+            train.main([*arguments, "--print-config"])
+        assert not exit_.value.code
+        printed.append(capsys.readouterr().out)
+        path.write_text(printed[-1])
+    assert printed[0] == printed[1]
+    expected = resolve(parse(TrainConfig, *words))
+    assert yaml.safe_load(printed[0]) == dataclasses.asdict(expected)
+
+
+def test_the_config_of_a_run_gives_its_training_settings(finished, capsys):
+    path = finished / "config.json"
+    saved = json.loads(path.read_text())
+    assert saved.keys() - FIELDS[TrainConfig].keys() == RUN_FACTS
+    settings = read_config(path)
+    assert settings.keys() == FIELDS[TrainConfig].keys() - RUN_SETTINGS - {"data_dir"}
+    assert all(saved[name] == value for name, value in settings.items())
+    with pytest.raises(SystemExit):
+        train.main(["--config", str(path), "--print-config"])
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert {name: printed[name] for name in settings} == settings
+    assert printed["name"] == ""
+    assert read_metadata(finished / "best.safetensors")["seed"] == printed["seed"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.yaml", "epoch: 3", "unknown setting epoch in a.yaml. Did you mean epochs?"),
+        ("a.yaml", "batch-size: 3", "unknown setting batch-size in a.yaml. Did you mean batch"),
+        ("a.yaml", "device: cpu", "unknown setting device in a.yaml. "),
+        ("a.json", '{"device": "cpu"}', "unknown setting device in a.json. "),
+        ("a.yaml", "1: 2", "unknown setting 1 in a.yaml. Known: model, "),
+        ("a.yaml", "epochs: 1.5",
+         "invalid epochs 1.5 in a.yaml: expected an integer."),
+        ("a.yaml", "epochs: true", "invalid epochs True in a.yaml: expected an integer."),
+        ("a.yaml", "lr: fast", "invalid lr 'fast' in a.yaml: expected a number."),
+        ("a.yaml", "lr: true", "invalid lr True in a.yaml: expected a number."),
+        ("a.yaml", "model:", "invalid model None in a.yaml: expected a text."),
+        ("a.yaml", "augment: [crop]", "invalid augment ['crop'] in a.yaml: expected a "),
+        ("a.yaml", "compile: 1", "invalid compile 1 in a.yaml: expected true or false."),
+        ("a.yaml", "epochs: 0", "invalid --epochs 0: expected at least 1."),
+        ("a.yaml", "epochs", "a.yaml is not a list of settings. Write one `name: value` per line."),
+        ("a.yaml", "a: [", "a.yaml is not valid YAML ("),
+        ("a.yaml", "!!python/object/apply:os.system [ls]", "a.yaml is not valid YAML ("),
+        ("a.json", "{", "a.json is not valid JSON ("),
+        ("a.yaml", b"\xff", "a.yaml is not valid YAML ("),
+        ("a.yaml", None, "cannot read --config a.yaml (No such file or directory). Give a YAML"),
+    ],
+)  # fmt: skip
+def test_p7_mistakes_in_a_settings_file(fails, name, content, message):
+    if content is not None:
+        Path(name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert fails(train, "--config", name, "--dataset", "digits").startswith(message)
+
+
+def test_p7_print_config_is_for_new_runs(fails):
+    assert fails(train, "--resume", "runs/x", "--print-config").startswith("--print-config shows")

@@ -1,4 +1,4 @@
-"""Files that are not what they seem start no program, make nobody wait, and fill no memory."""
+"""Hostile image files start no program, do not block, and do not fill the memory."""
 
 import io
 import os
@@ -20,18 +20,18 @@ def reason(path) -> str:
     with pytest.raises(UserError) as caught:
         decode(str(path), 16)
     what = caught.value.what
-    assert what.startswith(f"cannot read the picture {path} (")
+    assert what.startswith(f"cannot read the image {path} (")
     return what.partition(" (")[2].removesuffix(")")
 
 
-def warned(recwarn) -> list[str]:
-    """All warnings but torchvision's own, that it will drop its decoders."""
+def other_warnings(recwarn) -> list[str]:
+    """Return all warnings except torchvision's, about the deprecation of its decoders."""
     return [str(w.message) for w in recwarn if "deprecated" not in str(w.message)]
 
 
 @pytest.fixture
 def image():
-    """Of 24 x 40 pixels, smooth, so that JPEG changes little, and different in each corner."""
+    """Return a smooth image of 24 x 40 pixels, which JPEG hardly changes, with unequal corners."""
     y, x = np.mgrid[:40, :24]
     return Image.fromarray(np.stack([6 * y, 10 * x, 255 - 6 * y], 2).astype(np.uint8))
 
@@ -45,7 +45,7 @@ def segment(marker: int, data: bytes) -> bytes:
 def test_orientation_is_found_behind_an_xmp_segment(
     tmp_path, monkeypatch, image, orientation, by_pillow
 ):
-    """As Photoshop and some phones write it; it was missed, and the image stayed as stored."""
+    """Photoshop and some phones write files like this."""
     if by_pillow:
         monkeypatch.setattr(module, "decode_jpeg", None)
     exif, plain, stream = Image.Exif(), io.BytesIO(), io.BytesIO()
@@ -71,7 +71,7 @@ def test_damaged_metadata_leaves_the_image_as_it_is(tmp_path, recwarn, image, na
     image.save(tmp_path / f"plain-{name}", quality=95)
     plain = decode(str(tmp_path / f"plain-{name}"), 24)
     assert torch.equal(decode(str(tmp_path / name), 24), plain)
-    assert warned(recwarn) == []
+    assert other_warnings(recwarn) == []
 
 
 @pytest.mark.parametrize("kind", ["EPS", "TIFF", "PPM", "ICO"])
@@ -79,14 +79,14 @@ def test_damaged_metadata_leaves_the_image_as_it_is(tmp_path, recwarn, image, na
 def test_other_formats_are_not_opened_whatever_a_file_is_called(
     tmp_path, monkeypatch, image, name, kind
 ):
-    """Pillow gives PostScript to Ghostscript, an interpreter."""
+    """Pillow runs Ghostscript on PostScript files."""
     monkeypatch.setattr("subprocess.check_call", lambda *_, **__: pytest.fail("a program ran"))
     image.save(tmp_path / name, kind)
-    assert reason(tmp_path / name) == "in no known format"
+    assert reason(tmp_path / name) == "unknown format"
 
 
 def claim(kind: str, width: int, height: int) -> bytes:
-    """A small file whose header claims that many pixels."""
+    """Return a small file whose header claims `width` x `height` pixels."""
     stream = io.BytesIO()
     Image.new("RGB", (8, 8)).save(stream, kind)
     content = bytearray(stream.getvalue())
@@ -113,7 +113,7 @@ def test_pixels_are_limited_before_any_is_decoded(tmp_path, monkeypatch, recwarn
     monkeypatch.setattr(module, "decode_jpeg", refuse)
     monkeypatch.setattr(Image.Image, "load", refuse)
     assert reason(tmp_path / "x.png") == "more than 100 million pixels"
-    assert warned(recwarn) == []
+    assert other_warnings(recwarn) == []
 
 
 def test_the_pixel_limit_itself_is_decoded(tmp_path, monkeypatch, recwarn, image):
@@ -122,7 +122,7 @@ def test_the_pixel_limit_itself_is_decoded(tmp_path, monkeypatch, recwarn, image
     for name in ("x.jpg", "x.png", "x.webp", "x.bmp"):
         image.save(tmp_path / name)
         assert decode(str(tmp_path / name), 16).shape == (3, 16, 16)
-    assert warned(recwarn) == []
+    assert other_warnings(recwarn) == []
 
 
 def test_what_is_no_regular_file_is_not_opened(tmp_path, monkeypatch):

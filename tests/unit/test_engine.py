@@ -1,4 +1,4 @@
-"""A training step: its gradient, accumulation, clipping and average; what an epoch reports."""
+"""The training step's gradient, accumulation, clipping and EMA, and the metrics of an epoch."""
 
 import copy
 import dataclasses
@@ -59,7 +59,7 @@ def mean_gradient(model, batch, **settings):
 
 @pytest.mark.parametrize("grad_accum_steps", [1, 2, 3, 32, 33, 100])
 @pytest.mark.parametrize("num_samples", [1, 33])
-def test_p2_a_step_follows_the_mean_gradient_however_it_is_cut(
+def test_p2_a_step_follows_the_mean_gradient_with_any_accumulation(
     accelerator, num_samples, grad_accum_steps
 ):
     train_step, batch = (
@@ -75,7 +75,7 @@ def test_p2_a_step_follows_the_mean_gradient_however_it_is_cut(
     assert gradient.norm() > 0.1
 
 
-def test_p2_a_part_of_a_batch_weighs_by_its_samples(accelerator):
+def test_p2_a_part_of_a_batch_is_weighted_by_its_number_of_samples(accelerator):
     train_step, batch = make_train_step(accelerator), make_batch(3, global_batch_size=12)
     before, gradient = weights(train_step.model), mean_gradient(train_step.model, batch)
     train_step.run(batch)
@@ -134,15 +134,15 @@ def test_clipping_bounds_the_norm_of_the_whole_gradient(
     assert torch.allclose(before - weights(train_step.model), expected, rtol=1e-3, atol=1e-6)
 
 
-def test_the_average_follows_its_formula(accelerator):
+def test_the_ema_follows_its_formula(accelerator):
     train_step = make_train_step(accelerator, ema_decay=0.2, lr=0.1)
-    ema_model = 0
+    average = 0
     for step, decay in ((1, 0), (2, 1 / 11), (3, 2 / 12), (4, 0.2), (5, 0.2)):
         train_step.run(make_batch(5, seed=step))
         train_step.ema.update(train_step.model, step)
-        ema_model = decay * ema_model + (1 - decay) * weights(train_step.model)
-        assert torch.allclose(weights(train_step.eval_model), ema_model, atol=1e-6)
-    assert not torch.allclose(weights(train_step.model), ema_model, atol=1e-3)
+        average = decay * average + (1 - decay) * weights(train_step.model)
+        assert torch.allclose(weights(train_step.eval_model), average, atol=1e-6)
+    assert not torch.allclose(weights(train_step.model), average, atol=1e-3)
 
 
 def test_label_smoothing_is_torchs(accelerator):
@@ -157,37 +157,37 @@ def make_loader(num_samples, batch_size):
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (num_samples, 1, 28, 28), generator=generator).to(torch.uint8)
     split = Split(images, torch.arange(num_samples) % 10, tuple("0123456789"))
-    plan = ShardedBatchSampler(num_samples, batch_size, 0, 0, 1)
+    sampler = ShardedBatchSampler(num_samples, batch_size, 0, 0, 1)
     cpu = torch.device("cpu")
-    return ResidentLoader(split, plan, BatchTransform((0.5,), (0.5,), (), cpu), cpu)
+    return ResidentLoader(split, sampler, BatchTransform((0.5,), (0.5,), (), cpu), cpu)
 
 
 def train(train_step, num_samples=33, batch_size=8, epoch=1, first_step=0):
-    """(what the epoch gave, rows of steps.jsonl, calls of on_step)."""
+    """Return (metrics of the epoch, rows of steps.jsonl, calls of on_step)."""
     rows, calls = [], []
-    position = TrainState(epoch=epoch, step=first_step)
-    trained = train_one_epoch(
+    state = TrainState(epoch=epoch, step=first_step)
+    metrics = train_one_epoch(
         train_step,
         make_loader(num_samples, batch_size),
-        position,
+        state,
         on_step=lambda *arguments: calls.append(arguments),
         on_log=rows.append,
     )
-    return trained, rows, calls
+    return metrics, rows, calls
 
 
 def test_an_epoch_reports_its_steps_and_means_over_samples(accelerator):
-    trained, rows, calls = train(make_train_step(accelerator, lr=0.01, log_every=1))
+    metrics, rows, calls = train(make_train_step(accelerator, lr=0.01, log_every=1))
     assert [(r["step"], r["epoch"], r["learning_rate"]) for r in rows] == [
         (s, 1, 0.01) for s in range(1, 6)
     ]
     losses = [row["loss"] for row in rows]
-    assert trained.loss == pytest.approx(
+    assert metrics.loss == pytest.approx(
         (8 * sum(losses[:4]) + losses[4]) / 33
     )  # batches 8 .. 8, 1
-    assert trained.accuracy * 33 == pytest.approx(round(trained.accuracy * 33))
+    assert metrics.accuracy * 33 == pytest.approx(round(metrics.accuracy * 33))
     assert [step for step, _, _ in calls] == [1, 2, 3, 4, 5]
-    assert trained.images_per_second == pytest.approx(33 / trained.seconds)
+    assert metrics.images_per_second == pytest.approx(33 / metrics.seconds)
 
 
 @pytest.mark.parametrize(("log_every", "steps"), [(1, range(6, 11)), (3, [6, 9]), (7, [7])])
@@ -205,10 +205,10 @@ def test_max_steps_counts_over_the_run(accelerator, max_steps):
 
 def test_the_rate_follows_the_schedule_within_the_epoch(accelerator):
     train_step = make_train_step(accelerator, schedule="linear", lr=0.5, epochs=2, log_every=1)
-    trained, rows, _ = train(train_step, epoch=2, first_step=5)
+    metrics, rows, _ = train(train_step, epoch=2, first_step=5)
     expected = [0.5 * (1 - step / 10) for step in range(5, 10)]
     assert [row["learning_rate"] for row in rows] == pytest.approx(expected)
-    assert trained.learning_rate == pytest.approx(expected[-1])
+    assert metrics.learning_rate == pytest.approx(expected[-1])
 
 
 @pytest.mark.parametrize("log_every", [1, 1000])
@@ -223,14 +223,14 @@ def test_p7_a_loss_that_is_not_finite_ends_the_run(accelerator, log_every):
 @pytest.mark.parametrize("log_every", [1, 1000])
 def test_p7_the_first_loss_that_is_not_finite_is_named(accelerator, log_every):
     train_step = make_train_step(accelerator, log_every=log_every)
-    loader, position = make_loader(33, 8), TrainState(epoch=2, step=5)
+    loader, state = make_loader(33, 8), TrainState(epoch=2, step=5)
     loader.transform = spoiling(loader.transform, bad=[2])
     with pytest.raises(ValueError, match=r"the loss is nan at step 8 \(learning rate"):
-        train_one_epoch(train_step, loader, position, lambda *_: None, lambda _: None)
+        train_one_epoch(train_step, loader, state, lambda *_: None, lambda _: None)
 
 
 def spoiling(transform, bad):
-    """`preprocess`, whose calls of the numbers in `bad` give a picture that is not a number."""
+    """Return a transform whose calls numbered in `bad` return an image that contains NaN."""
 
     def spoiled(images, bits):
         images = transform(images, bits)
@@ -247,71 +247,71 @@ def spoiling(transform, bad):
     "settings",
     [{}, {"ema_decay": 0.9, "grad_accum_steps": 2}, {"optimizer": "adamw"}, {"optimizer": "muon"}],
 )
-def test_a_step_that_is_not_finite_is_skipped_whole(accelerator, settings):
-    """What comes out is what training without that batch gives, but for the count."""
+def test_a_step_that_is_not_finite_is_skipped_completely(accelerator, settings):
+    """The result is that of training without this batch, except for the count."""
 
     def after(bad, settings):
         train_step = make_train_step(accelerator, lr=0.01, log_every=1, **settings)
-        loader, rows, position = make_loader(32, 8), [], TrainState()
+        loader, rows, state = make_loader(32, 8), [], TrainState()
         loader.transform = spoiling(loader.transform, bad)
-        kept = []
+        snapshots = []
 
         def log(row):
             rows.append(row["loss"])
-            kept.append((weights(train_step.model), weights(train_step.eval_model)))
+            snapshots.append((weights(train_step.model), weights(train_step.eval_model)))
 
-        trained = train_one_epoch(train_step, loader, position, lambda *_: None, log)
-        return trained, rows, position, kept
+        metrics = train_one_epoch(train_step, loader, state, lambda *_: None, log)
+        return metrics, rows, state, snapshots
 
-    trained, losses, position, kept = after([1, 2], settings | {"on_nonfinite": "skip"})
+    metrics, losses, state, snapshots = after([1, 2], settings | {"on_nonfinite": "skip"})
     assert losses[1:3] == [None, None]
-    assert (position.skipped_steps, position.skipped_samples) == (2, 16)
-    assert trained.loss == pytest.approx((losses[0] + losses[3]) / 2)
-    for before, between in zip(kept[0], kept[2], strict=True):
+    assert (state.skipped_steps, state.skipped_samples) == (2, 16)
+    assert metrics.loss == pytest.approx((losses[0] + losses[3]) / 2)
+    for before, between in zip(snapshots[0], snapshots[2], strict=True):
         assert torch.equal(before, between)
-    assert not torch.equal(kept[3][0], kept[2][0])
-    assert all(torch.isfinite(w).all() for w in kept[3])
-    clean, _, position, _ = after([], settings | {"on_nonfinite": "skip"})
+    assert not torch.equal(snapshots[3][0], snapshots[2][0])
+    assert all(torch.isfinite(w).all() for w in snapshots[3])
+    clean, _, state, _ = after([], settings | {"on_nonfinite": "skip"})
     plain, _, _, _ = after([], settings)
-    assert clean == dataclasses.replace(  # the times apart
+    assert clean == dataclasses.replace(  # except for the times
         plain, seconds=clean.seconds, images_per_second=clean.images_per_second
     )
-    assert position.skipped_steps == 0
+    assert state.skipped_steps == 0
 
 
 def test_an_epoch_whose_steps_are_all_skipped_has_no_loss(accelerator):
     train_step = make_train_step(accelerator, on_nonfinite="skip")
-    loader, position = make_loader(33, 8), TrainState()
+    loader, state = make_loader(33, 8), TrainState()
     loader.transform = spoiling(loader.transform, range(5))
-    trained = train_one_epoch(train_step, loader, position, lambda *_: None, lambda _: None)
-    assert (trained.loss, trained.accuracy, position.skipped_steps) == (None, None, 5)
+    metrics = train_one_epoch(train_step, loader, state, lambda *_: None, lambda _: None)
+    assert (metrics.loss, metrics.accuracy, state.skipped_steps) == (None, None, 5)
 
 
-def test_an_epoch_stops_where_it_is_told_and_goes_on_there(accelerator):
+def test_an_epoch_can_be_stopped_and_continued(accelerator):
     whole, parts = (make_train_step(accelerator, lr=0.01, log_every=1) for _ in range(2))
-    rows, position = [], TrainState()
+    rows, state = [], TrainState()
     expected, expected_rows, _ = train(whole)
 
-    def ask(position):
-        return position.batch == 2
+    def should_stop(state):
+        return state.batch == 2
 
     loader = make_loader(33, 8)
-    assert train_one_epoch(parts, loader, position, lambda *_: None, rows.append, ask) is None
-    assert (position.batch, position.step) == (2, 2)
-    trained = train_one_epoch(parts, loader, position, lambda *_: None, rows.append)
+    assert train_one_epoch(parts, loader, state, lambda *_: None, rows.append, should_stop) is None
+    assert (state.batch, state.step) == (2, 2)
+    metrics = train_one_epoch(parts, loader, state, lambda *_: None, rows.append)
     assert rows == expected_rows
-    assert (trained.loss, trained.accuracy) == (expected.loss, expected.accuracy)
+    assert (metrics.loss, metrics.accuracy) == (expected.loss, expected.accuracy)
     assert torch.equal(weights(parts.model), weights(whole.model))
 
 
-def test_p2_dropout_depends_on_the_step_and_the_seed_alone(accelerator):
+def test_p2_dropout_depends_on_the_step_and_the_seed_only(accelerator):
     def trained_weights(seed=42, first_step=0):
         torch.manual_seed(0)
         model = build_model("lenet5", num_classes=10, in_chans=1, image_size=28)
         model.classifier.insert(0, torch.nn.Dropout(0.5))
         config = TrainConfig(**PLAIN | {"dataset": "digits", "lr": 0.1, "seed": seed})
         train_step = prepare(accelerator, model, config)
-        torch.manual_seed(torch.seed())  # whatever randomness came before
+        torch.manual_seed(torch.seed())  # the random state before must not matter
         train(train_step, first_step=first_step)
         return weights(train_step.model)
 
@@ -337,10 +337,10 @@ def test_p2_dropout_differs_between_processes(accelerator):
 
 
 @pytest.mark.parametrize(("dropout", "expected"), [(-1.0, 0.5), (0.0, 0.0), (0.25, 0.25)])
-def test_dropout_is_the_networks_own_or_as_told(accelerator, dropout, expected):
+def test_dropout_is_the_models_or_unless_set(accelerator, dropout, expected):
     model = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(4, 2))
     train_step = prepare(accelerator, model, TrainConfig(dropout=dropout))
     train_step.set_training_mode()
     seed_dropout(0, accelerator.device)
-    kept = train_step.wrapped_model[1](torch.ones(100_000)).count_nonzero().item() / 100_000
-    assert kept == pytest.approx(1 - expected, abs=0.01)
+    fraction = train_step.wrapped_model[1](torch.ones(100_000)).count_nonzero().item() / 100_000
+    assert fraction == pytest.approx(1 - expected, abs=0.01)

@@ -42,41 +42,45 @@ HELP = "See `python train.py --help`."
         ),
         ("--model alexnt", "there is no model alexnt. Did you mean alexnet or lenet5?"),
         ("--model resnet50", "there is no model resnet50. Did you mean torchvision:resnet50?"),
-        ("--dataset minst", "there is no data set minst. Did you mean mnist?"),
-        ("--dataset birds", f"there is no data set birds. Known: {', '.join(DATASETS)}."),
+        ("--dataset minst", "unknown dataset minst. Did you mean mnist?"),
+        ("--dataset birds", f"unknown dataset birds. Known: {', '.join(DATASETS)}."),
         (
             "--data-dir pics",
-            "digits comes with lab, and reads nothing of --data-dir pics. "
-            "Leave it out; for a folder of pictures, give --dataset folder.",
+            "digits is bundled with lab and reads nothing from --data-dir pics. "
+            "Leave it out; for a directory of images, give --dataset folder.",
         ),
-        ("--recipe x", f"there is no recipe x. Known: {', '.join(recipes.RECIPES)}."),
-        ("--epoch 3", "there is no option --epoch. Did you mean --epochs?"),
-        ("--batchsize=3", "there is no option --batchsize. Did you mean --batch-size?"),
-        ("--wandb", f"there is no option --wandb. {HELP}"),
-        ("alexnet", f"alexnet is one word too many. {HELP}"),
-        ("--lr fast", f"argument --lr: invalid float value: 'fast'. {HELP}"),
-        ("--epochs 1.5", f"argument --epochs: invalid int value: '1.5'. {HELP}"),
+        ("--recipe x", f"unknown recipe x. Known: {', '.join(recipes.RECIPES)}."),
+        ("--epoch 3", "unknown option --epoch. Did you mean --epochs?"),
+        ("--batchsize=3", "unknown option --batchsize. Did you mean --batch-size?"),
+        ("--wandb", f"unknown option --wandb. {HELP}"),
+        ("alexnet", f"unexpected argument alexnet. {HELP}"),
+        ("--lr fast", "invalid --lr 'fast': expected a number."),
+        ("--epochs 1.5", "invalid --epochs '1.5': expected an integer."),
         ("--lr", f"argument --lr: expected one argument. {HELP}"),
-        ("--lr nan", "--lr is nan. Give a finite number."),
-        ("--lr inf", "--lr is inf. Give a finite number."),
-        ("--lr 0", "--lr 0.0 is too low. Give more than 0."),
-        ("--epochs 0", "--epochs 0 is too low. Give at least 1."),
-        ("--momentum 1", "--momentum 1.0 is too high. Give at most 0.9999."),
-        ("--threads 1025", "--threads 1025 is too high. Give at most 1024."),
-        ("--image-size 1000000", "--image-size 1000000 is too high. Give at most 4096."),
-        (f"--split-seed {2**64}", f"--split-seed {2**64} is too high. Give at most 2147483647."),
-        ("--optimizer adam", "--optimizer has no adam. Choose from sgd, nesterov, adamw, muon."),
+        ("--lr nan", "invalid --lr nan: expected a finite number."),
+        ("--lr inf", "invalid --lr inf: expected a finite number."),
+        ("--lr 0", "invalid --lr 0.0: expected more than 0."),
+        ("--epochs 0", "invalid --epochs 0: expected at least 1."),
+        ("--momentum 1", "invalid --momentum 1.0: expected at most 0.9999."),
+        ("--threads 1025", "invalid --threads 1025: expected at most 1024."),
+        ("--image-size 1000000", "invalid --image-size 1000000: expected at most 4096."),
+        (f"--split-seed {2**64}", f"invalid --split-seed {2**64}: expected at most 2147483647."),
+        (
+            "--optimizer adam",
+            "invalid --optimizer 'adam': expected one of sgd, nesterov, adamw, muon.",
+        ),
         (
             "--augment crop,rotate",
-            "--augment has no rotate. Choose from crop, flip, cutout, mixup, cutmix, or none.",
+            "invalid --augment 'crop,rotate': expected none or a comma-separated list of "
+            "crop, flip, cutout, mixup, cutmix.",
         ),
-        ("--hub-images", "--hub-images needs --push-to-hub. Give the repository's name, too."),
-        ("--hub-public", "--hub-public needs --push-to-hub. Give the repository's name, too."),
-        ("--augment mixup --mixup-alpha 0", "--mixup-alpha 0.0 is too low. Give more than 0."),
-        ("--name=", "--name is empty. Name it, or leave the option out."),
-        ("--augment=", "--augment is empty. Name it, or leave the option out."),
-        ("--name a/b", "--name a/b is a path. Give the folder with --output-dir."),
-        ("--name ..", "--name .. is a path. Give the folder with --output-dir."),
+        ("--hub-images", "--hub-images needs --push-to-hub. Add --push-to-hub REPOSITORY."),
+        ("--hub-public", "--hub-public needs --push-to-hub. Add --push-to-hub REPOSITORY."),
+        ("--augment mixup --mixup-alpha 0", "invalid --mixup-alpha 0.0: expected more than 0."),
+        ("--name=", "--name is empty. Give a value, or leave out the option."),
+        ("--augment=", "--augment is empty. Give a value, or leave out the option."),
+        ("--name a/b", "--name a/b is a path. Give the parent directory with --output-dir."),
+        ("--name ..", "--name .. is a path. Give the parent directory with --output-dir."),
         ("--image-size 27", "lenet5 cannot take images of 27 pixels. Give 28 or more."),
         (
             "--mixed-precision fp16",
@@ -109,16 +113,27 @@ HELP = "See `python train.py --help`."
             "--name taken",
             "the run runs/taken exists. Give another --name, or --overwrite to replace it.",
         ),
-        ("--name taken --overwrite", "runs/taken is not the directory of a run. Give another --name."),
-        ("--name model --overwrite", "runs/model is not the directory of a run. Give another --name."),
-        ("--name file --overwrite", "runs/file is not the directory of a run. Give another --name."),
+        (
+            "--name taken --overwrite",
+            "runs/taken is not the directory of a run. Give another --name.",
+        ),
+        (
+            "--name model --overwrite",
+            "runs/model is not the directory of a run. Give another --name.",
+        ),
+        (
+            "--name file --overwrite",
+            "runs/file is not the directory of a run. Give another --name.",
+        ),
         (
             "--dataset folder",
-            "there is no folder data. Give --data-dir a folder of CLASS/pictures.",
+            "there is no directory data. Set --data-dir to a directory with "
+            "the images of each class in a subdirectory.",
         ),
         (
             "--dataset folder --data-dir file",
-            "there is no folder file. Give --data-dir a folder of CLASS/pictures.",
+            "there is no directory file. Set --data-dir to a directory with "
+            "the images of each class in a subdirectory.",
         ),
     ],
 )
@@ -140,24 +155,24 @@ def test_p7_train_refuses(fails, tmp_path, words, message):
         (
             PredictConfig,
             "RUN --top-k 1 X Y",
-            {"weights": "RUN", "top_k": 1, "pictures": ["X", "Y"]},
+            {"weights": "RUN", "top_k": 1, "images": ["X", "Y"]},
         ),
-        (PredictConfig, "--quiet RUN X --csv f Y", {"pictures": ["X", "Y"], "csv": "f"}),
-        (PredictConfig, "RUN --top-k 1 -", {"pictures": ["-"]}),
+        (PredictConfig, "--quiet RUN X --csv f Y", {"images": ["X", "Y"], "csv": "f"}),
+        (PredictConfig, "RUN --top-k 1 -", {"images": ["-"]}),
         (CompareConfig, "A --output o B", {"runs": ["A", "B"], "output": "o"}),
         (EvalConfig, "--split val RUN --quiet", {"weights": "RUN", "split": "val", "quiet": True}),
         (ExportConfig, "--half RUN --format onnx", {"weights": "RUN", "half": True}),
     ],
 )
 def test_an_option_may_stand_anywhere(config, words, expected):
-    found = parse_arguments(config, words.split(), prog="x.py", metadata="")
-    assert {name: found.get(name) for name in expected} == expected
+    settings = parse_arguments(config, words.split(), prog="x.py", description="")
+    assert {name: settings.get(name) for name in expected} == expected
 
 
 def test_p7_an_unknown_option_is_named_wherever_it_stands():
     for words in ("--topk 1 RUN X", "RUN --topk 1 X", "RUN X --topk=1"):
-        with pytest.raises(UserError, match=r"no option --topk\. Did you mean --top-k\?"):
-            parse_arguments(PredictConfig, words.split(), prog="predict.py", metadata="")
+        with pytest.raises(UserError, match=r"unknown option --topk\. Did you mean --top-k\?"):
+            parse_arguments(PredictConfig, words.split(), prog="predict.py", description="")
 
 
 def test_p7_a_traceback_comes_with_debug_alone(monkeypatch, capsys):
@@ -195,7 +210,7 @@ def test_p7_asking_for_too_much_memory_is_a_users_mistake(capsys):
 
     assert run_script(ask) == 2
     assert capsys.readouterr().err == (
-        f"error: out of memory ({2**50} bytes more were asked for). "
+        f"error: out of memory (tried to allocate {2**50} bytes). "
         "Lower --batch-size or --image-size, or raise --grad-accum-steps.\n"
     )
 
@@ -234,7 +249,7 @@ def test_sizes_are_told_in_units_that_fit():
 def largest_file(size: int):
     """Lets this process write files of at most `size` bytes: EFBIG, as a full disk is ENOSPC."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (format_bytes, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
         yield
     finally:
@@ -276,10 +291,10 @@ def test_p7_a_file_that_cannot_be_replaced_stays_as_it_was(tmp_path):
 def test_p7_no_line_is_half_written(tmp_path):
     rows = [{"step": step} for step in range(2)]
     path = tmp_path / "steps.jsonl"
-    RunDir(tmp_path).add_steps(rows)
+    RunDir(tmp_path).add_steps(*rows)
     before = path.read_bytes()
     with largest_file(len(before) + 5), pytest.raises(UserError) as caught:
-        RunDir(tmp_path).add_steps(rows)
+        RunDir(tmp_path).add_steps(*rows)
     assert str(caught.value) == f"cannot write {path} (No space left on device). {FULL}"
     assert path.read_bytes() == before
 
@@ -296,8 +311,8 @@ def test_p7_a_disk_that_fills_in_training_keeps_what_is_whole(fails, tmp_path):
         message = fails(train, *DIGITS, "--name", "x", leaves=("runs",), warnings=1)
     assert message == f"cannot write runs/x/best.safetensors (File too large). {FULL}"
     files = sorted(p.name for p in Path("runs/x").iterdir())
-    assert files == ["config.json", "history.jsonl", "state", "steps.jsonl"]
-    assert [p.name for p in Path("runs/x/state").iterdir()] == [".lock"]
+    assert files == ["checkpoints", "config.json", "history.jsonl", "steps.jsonl"]
+    assert [p.name for p in Path("runs/x/checkpoints").iterdir()] == [".lock"]
 
 
 # A launcher

@@ -1,4 +1,4 @@
-"""P7: pictures, folders and downloads that are damaged, missing or do not fit."""
+"""P7: images, directories and downloads that are damaged, missing or inconsistent."""
 
 import errno
 import gzip
@@ -27,97 +27,97 @@ from lab.data.transforms import BatchTransform
 from lab.data.types import Split
 from lab.errors import UserError
 
-ANEW = "Delete it, so that it is downloaded anew."
+AGAIN = "Delete it to download it again."
 
 
-# Folders
+# Directories
 
-ONE_EACH = "Put the pictures of each class into a folder of its own."
+ONE_EACH = "Put the images of each class into a directory of its own."
 AMBIGUOUS = (
-    "pictures has the folder train and, beside it, bus, which holds pictures too: train may be a "
-    "split or a class. Move bus elsewhere; if both are classes, move all class folders into a "
-    "folder train."
+    "images has the directory train and next to it bus, which contains images, too: train may be "
+    "a split or a class. Move bus elsewhere; if both are classes, move all class directories into "
+    "a directory train."
 )
-TWO = "Two or more are needed, each with the pictures of one class."
+TWO = "Add a directory of images for each class."
 
 
 @pytest.mark.parametrize(
-    ("folders", "message"),
+    ("directories", "message"),
     [
         (
             "",
-            f"pictures holds no class folders. {ONE_EACH}",
+            f"images contains no class directories. {ONE_EACH}",
         ),
         (
             "a",
-            f"pictures holds one class, a. {TWO}",
+            f"images has only one class, a. {TWO}",
         ),
         (
             "train",
-            f"pictures/train holds no class folders. {ONE_EACH}",
+            f"images/train contains no class directories. {ONE_EACH}",
         ),
         (
             "a b empty/",
-            "the class folder pictures/empty holds no pictures. "
-            "Add some (.jpg, .jpeg, .png, .webp, .bmp) or delete the folder.",
+            "the class directory images/empty contains no images. "
+            "Add some (.jpg, .jpeg, .png, .webp, .bmp), or delete the directory.",
         ),
         (
             "train/a train/b val/a",
-            "pictures/val lacks classes that are trained on: b. "
-            "Every split needs the same class folders.",
+            "images/val lacks classes of the training split: b. "
+            "Every split needs the same class directories.",
         ),
         (
             "train/a train/b test/a test/b test/c",
-            "pictures/test has classes that are not trained on: c. "
-            "Every split needs the same class folders.",
+            "images/test has classes that the training split lacks: c. "
+            "Every split needs the same class directories.",
         ),
         (
             "val/a val/b test/a test/b",
-            "pictures has a folder val, but no folder train. Call the folder to train on train; "
-            "if val is a class, move all class folders into a folder train.",
+            "images has a directory val, but no directory train. Rename the directory to train "
+            "on to train; if val is a class, move all class directories into a directory train.",
         ),
         (
             "valid invalid",
-            "pictures has a folder valid, but no folder train. Call the folder to train on train; "
-            "if valid is a class, move all class folders into a folder train.",
+            "images has a directory valid, but no directory train. Rename the directory to train "
+            "on to train; if valid is a class, move all class directories into a directory train.",
         ),
         (
             "Train/a Train/b training/a training/b",
-            "pictures has both Train and training, two names of one split. Keep one of them.",
+            "images has both Train and training, two names of the same split. Remove one of them.",
         ),
         (
             "train/a train/b val/a val/b Validation/a Validation/b",
-            "pictures has both Validation and val, two names of one split. Keep one of them.",
+            "images has both Validation and val, two names of the same split. Remove one of them.",
         ),
         ("train bus car", AMBIGUOUS),
         ("train/express train/freight bus/old", AMBIGUOUS),
     ],
 )
-def test_p7_folders_of_pictures(fails, tmp_path, folders, message):
-    (tmp_path / "pictures").mkdir()
-    for name in folders.split():
+def test_p7_directories_of_images(fails, tmp_path, directories, message):
+    (tmp_path / "images").mkdir()
+    for name in directories.split():
         if name.endswith("/"):
-            (tmp_path / "pictures" / name).mkdir()
+            (tmp_path / "images" / name).mkdir()
         else:
-            make_picture(tmp_path / "pictures" / name / "0.png")
-    words = ("--dataset", "folder", "--data-dir", "pictures", "--quiet")
+            make_picture(tmp_path / "images" / name / "0.png")
+    words = ("--dataset", "folder", "--data-dir", "images", "--quiet")
     assert fails(train, *words) == message
 
 
-def test_p7_too_few_pictures(fails, tmp_path):
+def test_p7_too_few_images(fails, tmp_path):
     for name in "ab":
-        make_picture(tmp_path / "pictures" / name / "0.png")
-    words = ("--dataset", "folder", "--data-dir", "pictures", "--quiet")
+        make_picture(tmp_path / "images" / name / "0.png")
+    words = ("--dataset", "folder", "--data-dir", "images", "--quiet")
     assert fails(train, *words) == (
-        "the test split is empty. Add pictures, or change the fractions."
+        "the test split is empty. Add images, or change --test-fraction or --val-fraction."
     )
 
 
-@pytest.mark.parametrize("refused", ["pictures", "pictures/a", "pictures/a/deep"])
-def test_p7_a_folder_that_may_not_be_read_is_named(fails, tmp_path, monkeypatch, refused):
-    """It is neither passed over nor called empty."""
+@pytest.mark.parametrize("refused", ["images", "images/a", "images/a/deep"])
+def test_p7_an_unreadable_directory_is_named(fails, tmp_path, monkeypatch, refused):
+    """It is neither ignored nor called empty."""
     for name in ("a/deep/0.png", "b/0.png", "b/1.png"):
-        make_picture(tmp_path / "pictures" / name)
+        make_picture(tmp_path / "images" / name)
     scandir = os.scandir
 
     def refuse(path):  # root may read everything
@@ -126,8 +126,8 @@ def test_p7_a_folder_that_may_not_be_read_is_named(fails, tmp_path, monkeypatch,
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", refuse)
-    assert fails(train, "--dataset", "folder", "--data-dir", "pictures", "--quiet") == (
-        f"cannot read the folder {refused} (Permission denied). Mend its permissions."
+    assert fails(train, "--dataset", "folder", "--data-dir", "images", "--quiet") == (
+        f"cannot read the directory {refused} (Permission denied). Check its permissions."
     )
 
 
@@ -136,7 +136,7 @@ def half(path: Path) -> None:
 
 
 def scrambled(path: Path) -> None:
-    """Random bytes in the middle: torchvision's PNG decoder would end the process."""
+    """Write random bytes into the middle, which crash torchvision's PNG decoder."""
     content = bytearray(path.read_bytes())
     middle = len(content) // 2
     content[middle : middle + 50] = np.random.default_rng(0).bytes(50)
@@ -154,35 +154,35 @@ def scrambled(path: Path) -> None:
         ("x.png", scrambled),
         ("x.png", lambda path: path.write_bytes(b"")),
         ("x.jpg", lambda path: path.write_bytes(b"\xff\xd8\xff")),
-        ("x.png", lambda path: path.write_text("not a picture")),
+        ("x.png", lambda path: path.write_text("not an image")),
         ("x.png", lambda path: path.write_bytes(b"\x89PNG\r\n\x1a\n" + os.urandom(500))),
     ],
 )
-def test_p7_a_damaged_picture_is_named(fails, tmp_path, loader, name, damage):
+def test_p7_a_damaged_image_is_named(fails, tmp_path, loader, name, damage):
     for i in range(6):
         for label in "ab":
-            make_picture(tmp_path / f"pictures/{label}/{i}.png")
-    damage(make_picture(tmp_path / "pictures/a" / name))
-    words = ("--dataset", "folder", "--data-dir", "pictures", "--quiet", "--epochs", 1)
+            make_picture(tmp_path / f"images/{label}/{i}.png")
+    damage(make_picture(tmp_path / "images/a" / name))
+    words = ("--dataset", "folder", "--data-dir", "images", "--quiet", "--epochs", 1)
     words += ("--loader", loader, "--workers", 0, "--test-fraction", 0.3, "--val-fraction", 0.3)
-    # Streamed, it may first be met in an epoch; what was trained until then is kept.
-    # Nor is it warned of few steps before, unless it has begun.
-    begun = loader == "streaming"
-    message = fails(train, *words, leaves=("runs",) if begun else (), warnings=int(begun))
+    # The streaming loader may only read it in an epoch, after the run directory was created and
+    # the warning about few steps was printed.
+    started = loader == "streaming"
+    message = fails(train, *words, leaves=("runs",) if started else (), warnings=int(started))
     expected = (
-        f"cannot read the picture pictures/a/{name} (*). "
-        "Replace or delete that file, or give --skip-unreadable."
+        f"cannot read the image images/a/{name} (*). "
+        "Replace or delete the file, or give --skip-unreadable."
     )
-    message, _, state = message.partition(" The last complete state of the run is ")
+    message, _, state = message.partition(" The last complete checkpoint of the run is ")
     assert not state or (tmp_path / state.rstrip(".")).is_dir()
     assert matches(message, expected)
 
 
-def test_p7_a_worker_names_a_damaged_picture(tmp_path):
-    """An exception of any other kind than a UserError would be the worker's traceback."""
+def test_p7_a_worker_names_a_damaged_image(tmp_path):
+    """Any other exception than UserError would end in the traceback of the worker."""
 
     path = str(tmp_path / "x.png")
-    Path(path).write_text("not a picture")
+    Path(path).write_text("not an image")
     split = Split(FileImages((path,), 32), torch.zeros(1, dtype=torch.long), ("a", "b"))
     options = LoaderOptions(0, 1, torch.device("cpu"), "streaming", 1, math.inf)
     loader = build_loader(split, TRANSFORM, options, batch_size=3, seed=0)
@@ -191,7 +191,7 @@ def test_p7_a_worker_names_a_damaged_picture(tmp_path):
     except Exception as error:
         assert (type(error), error.what, error.rank_local) == (  # noqa: PT017
             UserError,
-            f"cannot read the picture {path} (in no known format)",
+            f"cannot read the image {path} (unknown format)",
             True,
         )
     else:
@@ -209,7 +209,7 @@ def test_p7_a_batch_smaller_than_the_world():
         build_loader(split, TRANSFORM, options, batch_size=3, seed=0)
     assert str(caught.value) == (
         "--batch-size 3 is smaller than the number of processes, 4. "
-        "It counts the samples of all processes together: give more."
+        "Increase it: it is the number of samples over all processes."
     )
 
 
@@ -223,10 +223,10 @@ def idx(array: np.ndarray) -> bytes:
 
 LABELS = "t10k-labels-idx1-ubyte"
 APART = (
-    "images and labels of MNIST in data/MNIST/raw do not belong together. "
-    "Delete that folder, so that it is downloaded anew."
+    "images and labels of MNIST in data/MNIST/raw do not match. "
+    "Delete the directory to download it again."
 )
-DAMAGED = f"data/MNIST/raw/{LABELS} is damaged (*). {ANEW}"
+DAMAGED = f"data/MNIST/raw/{LABELS} is damaged (*). {AGAIN}"
 
 
 @pytest.mark.parametrize(
@@ -277,18 +277,18 @@ def test_p7_no_network(fails, monkeypatch, dataset, name, problem, reason):
 
     monkeypatch.setattr(urllib.request, "urlopen", refuse)
     start = time.monotonic()
-    for made in ("data", "data/elsewhere"):  # ... of which the last is left as it is
+    for made in ("data", "data/elsewhere"):  # an existing directory stays
         message = fails(train, "--dataset", dataset, "--quiet")
         Path(made).mkdir()
     assert time.monotonic() - start < 5
     assert message == (
         f"{name} is not in data and could not be downloaded ({reason}). "
-        "Check the network or give --data-dir; `--dataset digits` needs no download."
+        "Check the network or set --data-dir; `--dataset digits` needs no download."
     )
 
 
 def test_p7_a_download_that_fails_leaves_nothing_however_many_try(tmp_path, monkeypatch):
-    """One of several processes of a host must not delete what another has just made."""
+    """A process must not delete what another process of the host has just created."""
     tries, lock = [], threading.Lock()
 
     def refuse(*args, **settings):

@@ -1,4 +1,4 @@
-"""P7: weights files that are damaged, a stranger's, or do not fit the data."""
+"""P4, P7: weights files that are damaged, of unknown origin, or do not match the data."""
 
 import json
 import math
@@ -25,12 +25,13 @@ from lab.data import DataConfig, load_splits
 from lab.errors import UserError
 from lab.models import build_model
 
-FOREIGN = "Give a file that train.py wrote."
+
+HINT = "Give a weights file that train.py wrote."
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> tuple[dict, bytes]:
-    """The header and the file of LeNet-5 for digits, as a run with a validation cut makes it."""
+    """Return the metadata and the file content of LeNet-5 on digits, as a run writes them."""
     config = recipes.resolve({"model": "lenet5", "dataset": "digits", "recipe": "smoke"})
     metadata = weights.run_metadata(config, load_splits(DataConfig.of(config), math.inf, 1), "no")
     metadata |= {"best_epoch": 1, "metrics": {}}
@@ -39,11 +40,11 @@ def trained(tmp_path_factory) -> tuple[dict, bytes]:
     return metadata, path.read_bytes()
 
 
-def with_metadata(content: bytes, header: dict | None) -> bytes:
-    """A safetensors file with its header replaced."""
+def with_metadata(content: bytes, metadata: dict | None) -> bytes:
+    """Return a safetensors file with its metadata replaced."""
     size = struct.unpack("<Q", content[:8])[0]
     header = json.loads(content[8 : 8 + size])
-    header["__metadata__"] = header or {}
+    header["__metadata__"] = metadata or {}
     text = json.dumps(header).encode()
     return struct.pack("<Q", len(text)) + text + content[8 + size :]
 
@@ -58,22 +59,22 @@ def with_metadata(content: bytes, header: dict | None) -> bytes:
             f"there is no file {'n' * 300}. Give a run's directory or its best.safetensors.",
         ),
         (".", ". contains no best.safetensors. Give the directory of a finished run."),
-        ("w --split vla", "--split has no vla. Choose from test, val, train, all."),
-        ("w --dataset minst", "there is no data set minst. Did you mean mnist?"),
+        ("w --split vla", "invalid --split 'vla': expected one of test, val, train, all."),
+        ("w --dataset minst", "unknown dataset minst. Did you mean mnist?"),
         (
             "w --data-dir rgb",
-            "digits comes with lab, and reads nothing of --data-dir rgb. "
-            "Leave it out; for a folder of pictures, give --dataset folder.",
+            "digits is bundled with lab and reads nothing from --data-dir rgb. "
+            "Leave it out; for a directory of images, give --dataset folder.",
         ),
         (
             "w --dataset folder --data-dir other",
             "the data have classes that w was not trained on: "
-            "a, b, c, d, e and 2 more. Give --dataset and --data-dir with classes that it was trained on.",
+            "a, b, c, d, e and 2 more. "
+            "Give --dataset and --data-dir with classes that it was trained on.",
         ),
         (
             "w --dataset folder --data-dir rgb",
-            "w takes images with 1 channels, the data's have 3. "
-            "Give data with that many channels.",
+            "w takes images with 1 channels, the data's have 3. Give data with that many channels.",
         ),
         ("w --output w", f"cannot write w (File exists). {NO_FOLDER}"),
     ],
@@ -88,13 +89,13 @@ def test_p7_evaluate_refuses(fails, tmp_path, trained, words, message):
     assert fails(evaluate, *words.split(), "--quiet") == message
 
 
-def test_p7_a_run_without_a_validation_cut_has_no_such_split(fails, tmp_path, trained):
+def test_p7_a_run_without_a_validation_split_has_no_such_split(fails, tmp_path, trained):
     metadata = trained[0] | {"data": trained[0]["data"] | {"val_fraction": 0.0}}
     weights.write_weights(
         tmp_path / "w", weights.copy_of(build_model(**metadata["model"])), metadata
     )
     assert fails(evaluate, "w", "--split", "val", "--quiet") == (
-        "this data has no validation split: the best epoch was chosen on the test split. "
+        "the dataset has no validation split: the best epoch was selected on the test split. "
         "Give --split test."
     )
 
@@ -175,41 +176,41 @@ def test_p7_another_kind_of_file_is_not_called_damaged(fails, tmp_path, trained,
     ("change", "reason"),
     [
         ("{", "*"),
-        ("[1]", "no format"),
-        ('"x"', "no format"),
+        ("[1]", "format is missing"),
+        ('"x"', "format is missing"),
         ("[" * 100_000, "*"),
-        ({"format": None}, "format is not of type int"),
-        ({"model": ...}, "no model"),
-        ({"model": "lenet5"}, "model is not of type dict"),
+        ({"format": None}, "format is not a value of type int"),
+        ({"model": ...}, "model is missing"),
+        ({"model": "lenet5"}, "model is not a value of type dict"),
         ({"model.name": "os.system"}, "there is no model os.system"),
         ({"model.name": "../\x1b[31m"}, "there is no model ../?[31m"),
-        ({"model.name": 5}, "name is not of type str"),
-        ({"model.num_classes": 10**9}, "class_names does not fit the rest"),
-        ({"model.num_classes": -1}, "class_names does not fit the rest"),
-        ({"model.channels": 3}, "mean does not fit the rest"),
-        ({"model.image_size": 64}, "image_size does not fit the rest"),
-        ({"model.code": "x"}, "model does not fit the rest"),
-        ({"data": ...}, "no data"),
-        ({"data.dataset": "x"}, "there is no data set x"),
-        ({"data.data_dir": 5}, "data_dir is not of type str"),
-        ({"data.val_fraction": 5}, "--val-fraction 5 is too high"),
-        ({"data.limit_eval": "x"}, "limit_eval is not of type int"),
+        ({"model.name": 5}, "name is not a value of type str"),
+        ({"model.num_classes": 10**9}, "class_names contradicts the rest"),
+        ({"model.num_classes": -1}, "class_names contradicts the rest"),
+        ({"model.in_chans": 3}, "mean contradicts the rest"),
+        ({"model.image_size": 64}, "image_size contradicts the rest"),
+        ({"model.code": "x"}, "model contradicts the rest"),
+        ({"data": ...}, "data is missing"),
+        ({"data.dataset": "x"}, "unknown dataset x"),
+        ({"data.data_dir": 5}, "data_dir is not a value of type str"),
+        ({"data.val_fraction": 5}, "invalid --val-fraction 5"),
+        ({"data.max_eval_samples": "x"}, "max_eval_samples is not a value of type int"),
         ({"data.split_seed": ...}, "*"),
         ({"data.epochs": 5}, "*"),
-        ({"class_names": [1] * 10}, "class_names does not fit the rest"),
+        ({"class_names": [1] * 10}, "class_names contradicts the rest"),
         ({"class_names": [*"012345678", "\ud800"]}, "*"),
         ({"mean": [None]}, "*"),
         ({"mean": [10**400]}, "*"),
-        ({"std": [math.nan]}, "std does not fit the rest"),
-        ({"std": [0]}, "std does not fit the rest"),
-        ({"precision": "fp8"}, "--mixed-precision has no fp8"),
-        ({"best_epoch": ...}, "no best_epoch"),
-        ({"selection_split": ...}, "no selected_on"),
+        ({"std": [math.nan]}, "std contradicts the rest"),
+        ({"std": [0]}, "std contradicts the rest"),
+        ({"precision": "fp8"}, "invalid --mixed-precision 'fp8'"),
+        ({"best_epoch": ...}, "best_epoch is missing"),
+        ({"selection_split": ...}, "selection_split is missing"),
     ],
 )
-def test_p7_metadata_may_be_a_strangers(fails, tmp_path, trained, change, reason):
+def test_p7_metadata_of_unknown_origin_are_checked(fails, tmp_path, trained, change, reason):
     metadata, content = trained
-    header = {"lab": change} if isinstance(change, str) else change
+    header = {"lab": change}
     if isinstance(change, dict):
         changed = json.loads(json.dumps({"format": weights.FORMAT, **metadata}))
         for key, value in change.items():
@@ -221,7 +222,7 @@ def test_p7_metadata_may_be_a_strangers(fails, tmp_path, trained, change, reason
         header = {"lab": json.dumps(changed)}
     (tmp_path / "w").write_bytes(with_metadata(content, header))
     message = fails(evaluate, "w", "--quiet")
-    assert matches(message, f"w has invalid metadata ({reason}). {FOREIGN}")
+    assert matches(message, f"w has invalid metadata ({reason}). {HINT}")
 
 
 def test_p7_weights_of_a_newer_format_say_so(fails, tmp_path, trained):
@@ -230,7 +231,7 @@ def test_p7_weights_of_a_newer_format_say_so(fails, tmp_path, trained):
 
 
 class Largest(TorchDispatchMode):
-    """Records the size of the largest tensor that takes memory."""
+    """Record the size of the largest tensor that is allocated."""
 
     num_bytes = 0
 
@@ -254,7 +255,7 @@ def test_p4_a_small_file_that_names_many_classes_is_refused_before_memory_is_tak
     with Largest() as largest, pytest.raises(UserError) as raised:
         weights.load_model(path, weights.read_metadata(path))
     assert str(raised.value) == (
-        f"{path} holds the weights of another architecture: classifier.2.bias is [10], "
+        f"{path} holds the weights of another architecture: classifier.2.bias has shape [10], "
         "not [300000]. Give the weights of the model that its metadata name."
     )
     assert largest.num_bytes < path.stat().st_size
@@ -263,9 +264,9 @@ def test_p4_a_small_file_that_names_many_classes_is_refused_before_memory_is_tak
 @pytest.mark.parametrize(
     ("tensors", "reason"),
     [
-        ({"classifier.2.bias": None}, "it lacks classifier.2.bias"),
-        ({"stranger": torch.zeros(1)}, "stranger has no place"),
-        ({"classifier.2.bias": torch.zeros(5)}, "classifier.2.bias is [5], not [10]"),
+        ({"classifier.2.bias": None}, "classifier.2.bias is missing"),
+        ({"stranger": torch.zeros(1)}, "unexpected stranger"),
+        ({"classifier.2.bias": torch.zeros(5)}, "classifier.2.bias has shape [5], not [10]"),
     ],
 )
 def test_p7_weights_of_another_architecture(fails, tmp_path, trained, tensors, reason):
@@ -279,7 +280,7 @@ def test_p7_weights_of_another_architecture(fails, tmp_path, trained, tensors, r
     )
 
 
-def test_p7_no_report_is_told_or_left_where_predictions_cannot_be_written(
+def test_p7_no_report_is_printed_or_left_if_predictions_cannot_be_written(
     fails, tmp_path, trained, monkeypatch
 ):
     def refuse(run, rows):
@@ -293,7 +294,7 @@ def test_p7_no_report_is_told_or_left_where_predictions_cannot_be_written(
     assert list((tmp_path / "evaluate-test").iterdir()) == []
 
 
-def test_a_part_of_a_split_has_a_folder_of_its_own():
+def test_a_subset_of_a_split_has_a_directory_of_its_own():
     trained = {"max_train_samples": 320, "max_eval_samples": 100}
     parts = {("test", None): "test", ("test", 100): "test", ("test", 50): "test-50",
              ("test", 0): "test-all", ("train", 100): "train-100", ("train", 320): "train",

@@ -117,7 +117,7 @@ def test_p1_data_with_some_of_the_classes_are_evaluated(trained, tmp_path, capsy
     assert [row["label_name"] for row in rows] == [row["file"].split("/")[0] for row in rows]
     labels, predictions = ([row[k] for row in rows] for k in ("label_name", "prediction_name"))
     assert "grey" in predictions  # a class that is predicted and does not occur counts
-    macro = reference.f1_score(labels, predictions, ema_model="macro", zero_division=0)
+    macro = reference.f1_score(labels, predictions, average="macro", zero_division=0)
     assert report["macro_f1"] == pytest.approx(macro, abs=1e-9)
     assert report["accuracy"] == pytest.approx(reference.accuracy_score(labels, predictions))
     assert report["class_names"] == list(CLASSES)
@@ -177,8 +177,8 @@ def test_p4_nothing_is_downloaded_to_a_folder_that_only_metadata_names(
     (tmp_path / "there").mkdir()
     for words in ("", f"--dataset {dataset}"):
         assert fails(evaluate, "w", "--quiet", *words.split()) == (
-            f"{name} is not in strangers, the folder that the weights name. "
-            "Give --data-dir the folder that holds it, or one to download it to."
+            f"{name} is not in strangers, the directory in the metadata of the weights. "
+            "Set --data-dir to the directory that contains it, or to one to download it to."
         )
     assert asked == []
     message = fails(evaluate, "w", "--quiet", "--data-dir", "there")

@@ -16,7 +16,7 @@ def accelerator():
     return place("cpu")
 
 
-def make_network():
+def make_model():
     torch.manual_seed(0)
     return nn.Sequential(nn.Conv2d(1, 4, 28), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 10))
 
@@ -32,10 +32,8 @@ def make_network():
     ids=["missing", "repeated", "one instead of another", "all missing"],
 )
 def test_p1_a_missing_or_repeated_sample_raises(accelerator, change, counts):
-    model, loader = (
-        make_network(),
-        make_loader(accelerator, seed=None),
-    )  # 33 samples, batches of 8
+    model = make_model()
+    loader = make_loader(accelerator, seed=None)  # 33 samples, batches of 8
     assert len(predict_all(accelerator, model, loader).labels) == 33
     batches = change(list(loader.batches()))
     loader.batches = lambda: batches
@@ -44,13 +42,13 @@ def test_p1_a_missing_or_repeated_sample_raises(accelerator, change, counts):
 
 
 def test_p1_every_process_evaluates_with_the_buffers_of_rank_0(accelerator, monkeypatch):
-    loader, main = make_loader(accelerator, seed=None), make_network()
+    loader, main = make_loader(accelerator, seed=None), make_model()
     expected = predict_all(accelerator, main, loader)
     own = copy.deepcopy(main)  # after training on other samples
     own[1].running_mean += 1
     assert not torch.equal(predict_all(accelerator, own, loader).losses, expected.losses)
     buffers = iter(main.buffers())
     monkeypatch.setattr(evaluation, "broadcast", lambda buffer: buffer.copy_(next(buffers)))
-    found = predict_all(FakeWorld(accelerator, 2), own, loader)
-    assert torch.equal(found.losses, expected.losses)
+    actual = predict_all(FakeWorld(accelerator, 2), own, loader)
+    assert torch.equal(actual.losses, expected.losses)
     assert next(buffers, None) is None

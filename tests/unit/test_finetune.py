@@ -1,4 +1,4 @@
-"""Fine-tuning: weights to begin with, a new head, a frozen backbone."""
+"""Fine-tuning: initial weights, a new head, a frozen backbone."""
 
 import json
 import urllib.error
@@ -21,17 +21,8 @@ from lab.models import MODELS, build_model, pretrained
 
 NAME = "mobilenet_v3_small"
 SMALL = ["--model", NAME, "--image-size", "16", "--recipe", "smoke", "--threads", "1", "--quiet"]
-SMALL += [
-    "--max-train-samples",
-    "24",
-    "--max-eval-samples",
-    "10",
-    "--batch-size",
-    "8",
-    "--log-every",
-    "1",
-]
-SMALL += ["--max-steps", "0", "--epochs", "2"]
+SMALL += "--max-train-samples 24 --max-eval-samples 10 --batch-size 8 --log-every 1".split()
+SMALL += "--max-steps 0 --epochs 2".split()
 
 
 def model_of(name=NAME, num_classes=10, in_chans=3, image_size=16):
@@ -42,7 +33,7 @@ def model_of(name=NAME, num_classes=10, in_chans=3, image_size=16):
 
 @pytest.fixture
 def hub(tmp_path_factory, monkeypatch):
-    """torchvision's folder of downloads, empty, and no network."""
+    """Return torchvision's directory for downloads, empty, without network access."""
 
     def refuse(*_, **__):
         raise urllib.error.URLError("no network")
@@ -54,7 +45,7 @@ def hub(tmp_path_factory, monkeypatch):
 
 
 def imagenets(name, **settings):
-    """torchvision's network with random weights in the place of ImageNet's; all tensors differ."""
+    """Return torchvision's model with random weights in place of ImageNet's; all tensors differ."""
     torch.manual_seed(1)
     model = torchvisions.get_model(name, **settings).eval()
     with torch.no_grad():
@@ -73,7 +64,7 @@ def test_p7_pretrained_without_a_network_is_one_line(fails, hub):
     message = fails(train, *SMALL, "--dataset", "digits", "--pretrained")
     assert matches(
         message,
-        f"torchvision's ImageNet weights of mobilenet_v3_small cannot be had (*). Download "
+        f"torchvision's ImageNet weights of mobilenet_v3_small cannot be loaded (*). Download "
         f"https://download.pytorch.org/models/mobilenet_v3_small-047dcff4.pth elsewhere and put it "
         f"into {hub}, or leave --pretrained out.",
     )
@@ -88,11 +79,11 @@ def test_p7_pretrained_is_for_networks_with_such_weights(fails):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--model mobilenet_v2 --pretrained --init-checkpoint x", "--pretrained and --init-checkpoint both give "
-         "weights. Give one of them."),
-        ("--freeze backbone", "--freeze keeps random weights. Give --pretrained or "
+        ("--model mobilenet_v2 --pretrained --init-checkpoint x", "--pretrained and --init-checkpoint both set "
+         "the initial weights. Give only one of them."),
+        ("--freeze backbone", "--freeze would freeze random weights. Add --pretrained or "
          "--init-checkpoint."),
-        ("--freeze all", "--freeze has no all. Choose from none, backbone."),
+        ("--freeze all", "invalid --freeze 'all': expected one of none, backbone."),
     ],
 )  # fmt: skip
 def test_p7_options_that_do_not_go_together(fails, words, message):
@@ -115,8 +106,8 @@ def test_a_downloaded_file_is_read_and_used(hub, tmp_path, capsys):
     start(tmp_path, *words, "--pretrained", "--freeze", "backbone")
     told = " ".join(capsys.readouterr().out.split())
     number = len(source.state_dict())
-    assert f"{number - 2} of {number} tensors taken over" in told
-    assert "new: classifier.3.weight, classifier.3.bias" in told
+    assert f"{number - 2} of {number} tensors loaded" in told
+    assert "newly initialized: classifier.3.weight, classifier.3.bias" in told
     tensors = weights_module.read_tensors(tmp_path / "run" / "best.safetensors")
     for name, tensor in source.state_dict().items():
         if not name.startswith("classifier.3."):
@@ -139,7 +130,7 @@ def test_densenets_older_names_find_their_places(hub):
 
 @pytest.mark.parametrize("name", ["mobilenet_v2", NAME, "efficientnet_b0"])
 def test_an_unchanged_network_says_what_torchvisions_says(monkeypatch, name):
-    """From 64 pixels on; of grey images what it says of the same in colour."""
+    """From 64 pixels; grayscale images give the logits of the same images in color."""
     source = imagenets(MODELS[name].weights, num_classes=10)
     images = torch.randn(2, 1, 64, 64)
     for in_chans in (1, 3):
@@ -153,7 +144,7 @@ def test_an_unchanged_network_says_what_torchvisions_says(monkeypatch, name):
 
 
 def test_what_ports_do_to_the_channels_is_in_the_weights(monkeypatch):
-    """Inception v3 takes images of another range, which torchvision makes inside the network."""
+    """Inception v3 expects another range of values, which torchvision's model converts to."""
     source = imagenets("inception_v3", num_classes=10, init_weights=True, transform_input=True)
     model = build_model(**model_of("torchvision:inception_v3", image_size=299)).eval()
     taken(model, "inception_v3", monkeypatch, source.state_dict(), set())
@@ -168,8 +159,8 @@ def test_small_images_take_the_middle_of_the_first_kernel(monkeypatch):
     heads = {"classifier.weight", "classifier.bias"}
     remarks = taken(model, "densenet121", monkeypatch, source.state_dict(), heads)
     assert remarks[1:] == [
-        "features.conv0.weight [64, 3, 7, 7] cut to [64, 1, 3, 3]",
-        "new: classifier.weight, classifier.bias",
+        "features.conv0.weight [64, 3, 7, 7] adapted to [64, 1, 3, 3]",
+        "newly initialized: classifier.weight, classifier.bias",
     ]
     kernel = source.features.conv0.weight[:, :, 2:5, 2:5].sum(1, keepdim=True)
     assert torch.equal(model.features.conv0.weight, kernel)
@@ -209,7 +200,7 @@ def test_init_from_takes_all_but_a_head_of_another_size(trained, monkeypatch, nu
 def test_p7_init_from_another_network_says_how_it_differs(fails, tmp_path, trained):
     write_shapes(tmp_path / "shapes", 60)
     for words, message in {
-        "--model mobilenet_v2": f"holds {NAME}, not mobilenet. Give --model {NAME}.",
+        "--model mobilenet_v2": f"holds {NAME}, not mobilenet_v2. Give --model {NAME}.",
         "--dataset folder --data-dir shapes": "takes images with 1 channels, the data's have 3. "
         "Give data with that many channels.",
         "--image-size 32": "was trained on images of 16 pixels, not 32. Give --image-size 16.",
@@ -274,7 +265,7 @@ def test_p3_a_frozen_run_resumes_to_the_same_bits_without_its_first_weights(
     start(tmp_path, *words, name="whole")
     cut_off(monkeypatch, 4, lambda: start(tmp_path, *words))
     weights.unlink()
-    assert resume(tmp_path / "run") == 0
+    assert resume(tmp_path / "run").exit_code == 0
     same_end(tmp_path / "run", tmp_path / "whole")
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["freeze"] == "backbone"

@@ -1,7 +1,8 @@
-"""Fingerprints: that other samples are noticed, by a later run and by the other processes."""
+"""Fingerprints: a later run and the other processes notice that samples have changed."""
 
 import os
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,14 @@ from mistakes import make_picture
 from worlds import python, run_all, world_by_hand
 
 import train
-from lab.data import DataConfig, list_samples, load_splits
+from lab.data import (
+    DataConfig,
+    list_samples,
+    load_fingerprints,
+    load_split,
+    load_splits,
+    read_dataset,
+)
 from lab.data.fingerprint import FORMAT, Listing, changed_splits, fingerprint
 from lab.data.types import Split
 from lab.distributed import check_same_data
@@ -22,7 +30,7 @@ def config(root: Path) -> DataConfig:
 
 
 def write_pictures(root: Path, count: int = 6) -> Path:
-    """Two classes of `count` different images."""
+    """Write `count` different images of each of two classes."""
     for name in "ab":
         for i in range(count):
             path = make_picture(root / name / f"{i}.bmp")
@@ -34,8 +42,8 @@ def fingerprints(root: Path) -> dict[str, str]:
     return load_splits(config(root), 0, 1).fingerprints
 
 
-def replaced(path: Path) -> None:
-    """Another image of the same size in bytes."""
+def replace_image(path: Path) -> None:
+    """Replace an image by another one of the same size in bytes."""
     content = bytearray(path.read_bytes())
     content[-50] ^= 1
     path.write_bytes(content)
@@ -59,7 +67,7 @@ def test_a_fingerprint_holds_names_labels_sizes_and_contents(tmp_path):
 
     for split in (load_splits(config(root), 0, 1).train, load_splits(config(root), 0, 1).test):
         for name in split.files():
-            assert len(altered(lambda copy, name=name: replaced(copy / name))) == 1
+            assert len(altered(lambda copy, name=name: replace_image(copy / name))) == 1
     assert altered(lambda copy: (copy / "a/0.bmp").rename(copy / "a/9.bmp"))
     assert altered(lambda copy: (copy / "a/0.bmp").rename(copy / "b/9.bmp"))
     assert altered(lambda copy: (copy / "a/0.bmp").unlink())
@@ -108,12 +116,40 @@ def test_fingerprints_of_another_format_are_not_compared():
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, lambda path: os.symlink("gone", path)])
-def test_p7_what_is_no_file_is_named(tmp_path, make):
-    """Opening a named pipe would wait for ever."""
+def test_p7_a_path_that_is_not_a_file_is_named(tmp_path, make):
+    """Opening a named pipe would block."""
     root = write_pictures(tmp_path)
     make(root / "a/x.png")
     with pytest.raises(UserError, match=r"cannot read the file .*/a/x\.png"):
         fingerprints(root)
+
+
+def test_os_stat_is_called_once_per_file_and_listing(tmp_path, monkeypatch):
+    """For a million files, one pass takes seconds on every process."""
+    root = write_pictures(tmp_path / "pictures", count=20)
+    counts, stat = Counter(), os.stat
+
+    def count(path, *args, **kwargs):
+        if str(path).endswith(".bmp"):
+            counts[str(path)] += 1
+        return stat(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "stat", count)
+    # With two workers, images are decoded in other processes, whose calls are not counted.
+    load_splits(config(root), 1e9, 2)
+    assert set(counts.values()) == {1}
+    assert len(counts) == 40
+
+    counts.clear()  # as evaluate.py does it
+    data = config(root)
+    raw = read_dataset(data)
+    split, digest = load_split(data, "all", 1e9, 2, raw=raw)
+    of_splits = load_fingerprints(data, raw)
+    assert set(counts.values()) == {1}
+    assert len(counts) == len(split.labels) == 40
+    monkeypatch.undo()
+    assert of_splits == fingerprints(root)
+    assert digest not in of_splits.values()
 
 
 # Processes with other data
@@ -143,7 +179,7 @@ def test_a_replaced_image_is_named(tmp_path):
         before = list_samples(config(root), name)
         assert len(before.samples) == 12
         [path] = list(before.digests)[:1]
-        replaced(root / path)
+        replace_image(root / path)
         after = list_samples(config(root), name)
         assert before.first_difference(after) == f"{path} has other contents"
 
@@ -159,7 +195,7 @@ class World:
 
 
 def test_processes_that_differ_are_named(monkeypatch):
-    """As process 3 sees it, of twenty whose last half has lost a file."""
+    """On process 3 of 20, half of which lack a file."""
     whole, part = Listing(LISTING, {}), Listing({"a/0.png": ("a", 10)}, {})
     halves = [{"test": "x"}] * 10 + [{"test": "y"}] * 10
     gathered = [halves, [None] * 20, [""] * 10 + [whole.first_difference(part)] * 10]

@@ -1,4 +1,4 @@
-"""Folders of pictures: which files make which split, and that every kind of picture is decoded."""
+"""Directories of images: which files are in which split, and how every format is decoded."""
 
 import errno
 import math
@@ -43,9 +43,9 @@ def write(root: Path, *names: str) -> None:
         corners().save(root / name)
 
 
-def listed(root: Path, part: str = "train") -> list[tuple[str, str]]:
-    """(class, path below the root) of each picture of a part, in order."""
-    split = getattr(read_folder(config(root)), part)
+def listed(root: Path, name: str = "train") -> list[tuple[str, str]]:
+    """Return (class, path below the root) of each image of a split, in order."""
+    split = getattr(read_folder(config(root)), name)
     paths = [str(Path(path).relative_to(root)) for path in split.images.paths]
     return [(split.class_names[i], p) for i, p in zip(split.labels.tolist(), paths, strict=True)]
 
@@ -53,7 +53,7 @@ def listed(root: Path, part: str = "train") -> list[tuple[str, str]]:
 # Layouts
 
 
-def test_a_plain_folder_is_one_part_with_sorted_classes(tmp_path):
+def test_a_directory_of_classes_is_one_split_with_sorted_classes(tmp_path):
     write(tmp_path, "b/0.png", "a/1.png", "a/0.png", "B/0.png", "10/0.png", "9/0.png")
     parts = read_folder(config(tmp_path))
     assert parts.train.class_names == ("10", "9", "B", "a", "b")
@@ -77,10 +77,10 @@ def test_a_plain_folder_is_one_part_with_sorted_classes(tmp_path):
         ("train", "VAL", "Testing"),
     ],
 )
-def test_split_folders_are_found_by_any_usual_name_in_any_case(tmp_path, train, val, test):
+def test_split_directories_have_any_usual_name_in_any_case(tmp_path, train, val, test):
     for folder in filter(None, (train, val, test)):
         write(tmp_path, f"{folder}/a/0.png", f"{folder}/b/0.png")
-    (tmp_path / "lost+found").mkdir()  # and what holds no pictures may lie beside them
+    (tmp_path / "lost+found").mkdir()  # directories without images are ignored
     (tmp_path / "annotations").mkdir()
     (tmp_path / "annotations/0.xml").write_text("x")
     for part, folder in (("train", train), ("val", val), ("test", test)):
@@ -91,8 +91,8 @@ def test_split_folders_are_found_by_any_usual_name_in_any_case(tmp_path, train, 
             assert getattr(read_folder(config(tmp_path)), part) is None
 
 
-def test_a_folder_beside_the_splits_that_may_not_be_read_is_ignored(tmp_path, monkeypatch):
-    """Such as lost+found; it is no part of the data."""
+def test_an_unreadable_directory_next_to_the_splits_is_ignored(tmp_path, monkeypatch):
+    """Such as lost+found, which is not part of the dataset."""
     write(tmp_path, "train/a/0.png", "train/b/0.png", "lost+found/0.png")
     scandir = os.scandir
 
@@ -105,7 +105,7 @@ def test_a_folder_beside_the_splits_that_may_not_be_read_is_ignored(tmp_path, mo
     assert len(listed(tmp_path)) == 2
 
 
-def test_a_class_may_be_called_train_inside_a_folder_train(tmp_path):
+def test_a_class_may_be_called_train_in_a_directory_train(tmp_path):
     write(tmp_path, "train/train/0.png", "train/test/0.png", "train/bus/0.png")
     assert [name for name, _ in listed(tmp_path)] == ["bus", "test", "train"]
 
@@ -127,7 +127,7 @@ def test_composed_and_decomposed_names_are_one_class(tmp_path):
 
 
 @pytest.mark.parametrize("others", [(), ("val",), ("test",), ("val", "test")])
-def test_train_val_and_test_folders_are_those_parts(tmp_path, others):
+def test_train_val_and_test_directories_are_those_splits(tmp_path, others):
     for part in ("train", *others):
         write(tmp_path, f"{part}/a/{part}.png", f"{part}/b/{part}.png")
     for part in ("train", "val", "test"):
@@ -138,7 +138,7 @@ def test_train_val_and_test_folders_are_those_parts(tmp_path, others):
             assert getattr(read_folder(config(tmp_path)), part) is None
 
 
-def test_nested_folders_count_for_their_class_and_hidden_ones_do_not(tmp_path):
+def test_nested_directories_belong_to_their_class_and_hidden_ones_do_not(tmp_path):
     write(tmp_path, "a/x/y/0.png", "a/x/1.png", "a/2.png", "b/0.png")
     write(tmp_path, "a/.copies/0.png", "a/.3.png", ".git/0.png")
     (tmp_path / "a/notes.txt").write_text("x")
@@ -151,7 +151,7 @@ def test_nested_folders_count_for_their_class_and_hidden_ones_do_not(tmp_path):
     ]
 
 
-def test_a_class_folder_may_be_a_link(tmp_path):
+def test_a_class_directory_may_be_a_link(tmp_path):
     write(tmp_path, "elsewhere/x/0.png", "root/b/0.png")
     (tmp_path / "root/a").symlink_to(tmp_path / "elsewhere")
     assert listed(tmp_path / "root") == [("a", "a/x/0.png"), ("b", "b/0.png")]
@@ -172,7 +172,7 @@ def test_sizes_and_formats_may_be_mixed(tmp_path):
     assert torch.equal(images.select(index).decode_all(1), decoded[index])
 
 
-def test_files_of_other_types_are_told_of_once(tmp_path, capsys):
+def test_one_warning_reports_all_files_of_other_types(tmp_path, capsys):
     write(tmp_path, "train/a/0.png", "train/b/0.png", "test/a/0.png", "test/b/0.png")
     for name in ("train/b/x/1.gif", "test/a/notes.txt", "train/a/.DS_Store", "test/b/Thumbs.db"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -180,23 +180,23 @@ def test_files_of_other_types_are_told_of_once(tmp_path, capsys):
     write(tmp_path, "train/a/1.png", "train/b/1.png")
     load_splits(config(tmp_path), math.inf, 1)
     assert capsys.readouterr().err == (
-        f"warning: 2 of the files in class folders are left out, as {tmp_path}/test/a/notes.txt: "
+        f"warning: ignored 2 files in class directories, for example {tmp_path}/test/a/notes.txt: "
         "not .jpg, .jpeg, .png, .webp, .bmp\n"
     )
 
 
-def test_pictures_beside_the_class_folders_are_told_of(tmp_path):
+def test_images_outside_the_class_directories_are_reported(tmp_path):
     write(tmp_path, "train/a/0.png", "train/b/0.png", "train/c.png", "train/d.png", "train/.e.png")
     assert len(read_folder(config(tmp_path)).train.labels) == 2
-    left_out = f"2 pictures are left out, as {tmp_path}/train/c.png: in no class folder"
+    left_out = f"ignored 2 images in no class directory, for example {tmp_path}/train/c.png"
     assert read_folder(config(tmp_path)).warnings == (left_out,)
 
 
-# Pictures
+# Decoding
 
 
 def save_png16(path: Path) -> None:
-    """16 bits a channel, which Pillow does not write."""
+    """Write an image with 16 bits per channel, which Pillow cannot write."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         checksum = struct.pack(">I", zlib.crc32(kind + data))
@@ -212,9 +212,9 @@ def save_png16(path: Path) -> None:
 @pytest.mark.parametrize("name", ["x.jpg", "x.png", "x.webp", "x.bmp"])
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "1", "RGBA", "LA", "CMYK"])
 def test_every_mode_decodes_as_pillow_converts_it(tmp_path, mode, name):
-    picture = corners().convert(mode)
+    image = corners().convert(mode)
     try:
-        picture.save(tmp_path / name, quality=95)
+        image.save(tmp_path / name, quality=95)
     except OSError:
         pytest.skip(f"Pillow writes no such {name}")
     with Image.open(tmp_path / name) as expected:
@@ -231,7 +231,7 @@ def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_pictures_are_turned_as_exif_says(tmp_path, orientation, suffix):
+def test_the_exif_orientation_is_applied(tmp_path, orientation, suffix):
     exif, path = Image.Exif(), tmp_path / f"x.{suffix}"
     exif[0x112] = orientation
     turned = Image.Transpose
@@ -249,14 +249,14 @@ def test_pictures_are_turned_as_exif_says(tmp_path, orientation, suffix):
     assert_close(decode(str(path), 40), corners())
 
 
-def test_transparency_is_dropped_and_an_animation_is_its_first_picture(tmp_path):
-    picture = corners()
+def test_transparency_is_dropped_and_an_animation_is_its_first_image(tmp_path):
+    image = corners()
     others = [Image.new("RGB", (40, 40)), Image.new("RGB", (40, 40), BLUE)]
     for name, kind in (("x.webp", "WEBP"), ("x.png", "PNG"), ("gif.jpg", "GIF")):
-        picture.save(tmp_path / name, kind, save_all=True, append_images=others)
-        assert_close(decode(str(tmp_path / name), 40), picture)
-    picture.putalpha(0)
-    picture.save(tmp_path / "clear.png")
+        image.save(tmp_path / name, kind, save_all=True, append_images=others)
+        assert_close(decode(str(tmp_path / name), 40), image)
+    image.putalpha(0)
+    image.save(tmp_path / "clear.png")
     assert_close(decode(str(tmp_path / "clear.png"), 40), corners())
 
 
@@ -272,9 +272,9 @@ def test_any_shape_becomes_a_square(tmp_path, shape, suffix):
 
 @pytest.mark.parametrize("across", [True, False])
 def test_the_central_square_is_taken(tmp_path, across):
-    picture = Image.new("RGB", (120, 40) if across else (40, 120), BLUE)
-    picture.paste(corners(), (40, 0) if across else (0, 40))
-    picture.save(tmp_path / "x.png")
+    image = Image.new("RGB", (120, 40) if across else (40, 120), BLUE)
+    image.paste(corners(), (40, 0) if across else (0, 40))
+    image.save(tmp_path / "x.png")
     assert_close(decode(str(tmp_path / "x.png"), 40), corners())
 
 

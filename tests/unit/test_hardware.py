@@ -1,4 +1,4 @@
-"""How much memory there is: of the host, or of the container that holds the process."""
+"""The available memory of the host, or of the container of the process."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ GB, HOST = 10**9, 64 * 10**9
 
 @pytest.fixture
 def root(tmp_path, monkeypatch):
-    """Makes /proc and /sys of a host with 64 GB free: the text of proc/self/cgroup, and files."""
+    """Return a function that writes proc/self/cgroup and files of a host with 64 GB available."""
     free = psutil.virtual_memory()._replace(available=HOST)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
 
@@ -27,7 +27,7 @@ def root(tmp_path, monkeypatch):
 
 
 def group(limit: int | str, used: int, inactive: int, version: int = 2) -> dict[str, str]:
-    """The files of a control group."""
+    """Return the files of a control group."""
     if version == 2:
         stat = f"anon 5\ninactive_anon 7\ninactive_file {inactive}"
         return {"memory.max": str(limit), "memory.current": str(used), "memory.stat": stat}
@@ -43,7 +43,7 @@ def below(directory: str, files: dict[str, str]) -> dict[str, str]:
     return {f"sys/fs/cgroup/{directory}/{name}": text for name, text in files.items()}
 
 
-UNLIMITED = 9223372036854771712  # version 1 has no word for it
+UNLIMITED = 9223372036854771712  # what version 1 uses for "no limit"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Uploads: through huggingface_hub's own client, to a server of this machine that stands in."""
+"""Uploads by the client of huggingface_hub to a local server that imitates the Hub."""
 
 import base64
 import json
@@ -13,12 +13,11 @@ from resuming import LENET, resume, start
 import train
 from lab.checkpoint.run_dir import RunDir
 from lab.config.recipes import resolve
-from lab.errors import run_script
 from lab.report import hub
 
 
 class Handler(BaseHTTPRequestHandler):
-    """What of the Hub's interface an upload meets."""
+    """The part of the Hub's HTTP API that an upload uses."""
 
     def do_GET(self):
         server = self.server
@@ -45,7 +44,7 @@ class Handler(BaseHTTPRequestHandler):
                 {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files
             ]
             return self.answer(200, {"files": modes})
-        if self.path == "/api/validate-yaml":  # the Hub looks at the card before it takes it
+        if self.path == "/api/validate-yaml":  # the client validates the card before the upload
             server.checked.append(json.loads(body)["content"])
             return self.answer(200, {"warnings": [], "errors": []})
         assert self.path == "/api/models/me/digits/commit/main"
@@ -72,9 +71,10 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch, tmp_path):
-    """The stand-in, with the login that it takes; it has `created` and `files`.
+    """Return a local Hub, with a valid token in the environment.
 
-    `private` is that of the repository me/digits, None while that does not exist.
+    It records `created` repositories, `checked` cards and uploaded `files`. `private` is the
+    visibility of the repository me/digits, or None if it does not exist.
     """
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.url = f"http://127.0.0.1:{server.server_port}"
@@ -100,13 +100,13 @@ SHOW_IMAGES = {f"plots/{name}.png" for name in ("mistakes", "batch")}
 
 
 @pytest.mark.parametrize("images", [False, True])
-def test_plots_of_private_images_are_uploaded_only_where_asked_for(copied, server, images):
+def test_plots_that_show_images_are_uploaded_only_with_hub_images(copied, server, images):
     drawn = {f"plots/{path.name}" for path in (copied / "plots").glob("*.png")}
     assert drawn == WITHOUT_IMAGES | SHOW_IMAGES
     (copied / "plots" / "notes.txt").write_text("mine")
     address = hub.push(RunDir(copied), "digits", **({"images": True} if images else {}))
     assert address == f"{server.url}/me/digits"
-    # Clients of before huggingface_hub 2 say it in the other way.
+    # Clients before huggingface_hub 2 send "private".
     [created] = server.created
     assert created.get("visibility") == "private" or created.get("private") is True
     assert created["name"] == "digits"
@@ -116,19 +116,18 @@ def test_plots_of_private_images_are_uploaded_only_where_asked_for(copied, serve
     assert server.checked == [(copied / "README.md").read_text()]
 
 
-def test_a_training_ends_with_its_upload(tmp_path, server, capsys):
-    words = [*LENET, "--epochs", "1", "--push-to-hub", "digits"]
-    assert run_script(lambda: start(tmp_path, *words)) == 0
+def test_training_ends_with_the_upload(tmp_path, server, capsys):
+    start(tmp_path, *LENET, "--epochs", "1", "--push-to-hub", "digits")
     assert server.files.keys() == UPLOADED
     assert server.files["report.json"] == (tmp_path / "run" / "report.json").read_bytes()
     [warning] = capsys.readouterr().err.splitlines()
-    assert warning.startswith("warning: only 4 steps in all")
+    assert warning.startswith("warning: only 4 steps in total")
 
 
-def test_a_resumed_run_is_uploaded_only_where_it_is_told_again(tmp_path, server):
+def test_a_resumed_run_is_uploaded_only_if_push_to_hub_is_given_again(tmp_path, server):
     start(tmp_path, *LENET, "--epochs", "1", "--push-to-hub", "digits", "--hub-public")
     server.files.clear()
-    resume(tmp_path / "run", "--epochs", "2")  # a stranger's run must send nothing
+    resume(tmp_path / "run", "--epochs", "2")  # resuming a run from a stranger must not upload it
     assert not server.files
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert (config["push_to_hub"], config["hub_public"], config["hub_images"]) == ("", False, False)
@@ -136,7 +135,7 @@ def test_a_resumed_run_is_uploaded_only_where_it_is_told_again(tmp_path, server)
     assert server.files.keys() == UPLOADED
 
 
-def test_an_upload_that_fails_is_a_warning_with_the_command_to_try_again(
+def test_a_failed_upload_is_a_warning_with_the_command_to_repeat_it(
     copied, server, monkeypatch, capfd
 ):
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
@@ -145,22 +144,22 @@ def test_an_upload_that_fails_is_a_warning_with_the_command_to_try_again(
     assert error.startswith(f"warning: {copied} could not be uploaded (")
     assert error.count("\n") == 1
     assert server.files == {}
-    python, script, *words = shlex.split(error.split("Try again: ")[1].removesuffix(".\n"))
+    python, script, *arguments = shlex.split(error.split("Try again: ")[1].removesuffix(".\n"))
     assert (python, script) == ("python", "train.py")
     monkeypatch.setenv("HF_TOKEN", "hf_right")
     before = (copied / "best.safetensors").read_bytes()
-    assert train.main(words) == 0
+    assert train.main(arguments).exit_code == 0
     assert server.files.keys() == UPLOADED | WITHOUT_IMAGES
-    assert server.files["best.safetensors"] == before  # nothing was trained
+    assert server.files["best.safetensors"] == before  # not trained again
 
 
 @pytest.mark.parametrize("name", ["digits", "me/digits"])
-def test_nothing_is_published_by_accident(copied, server, name, fails, capfd):
-    """An existing repository that is public is refused at the start, and once more at the end."""
+def test_a_public_repository_needs_hub_public(copied, server, name, fails, capfd):
+    """The visibility is checked at the start and before the upload."""
     server.private = False
-    words = ["--dataset", "digits", "--threads", "1", "--push-to-hub", name]
-    assert fails(train, *words) == (
-        "the repository me/digits is public. Give --hub-public to publish the run there, or "
+    arguments = ["--dataset", "digits", "--threads", "1", "--push-to-hub", name]
+    assert fails(train, *arguments) == (
+        "the repository me/digits is public. Give --hub-public to publish the run there, or give "
         "another --push-to-hub."
     )
     hub.upload(RunDir(copied), resolve({"push_to_hub": name}))  # published during the training
@@ -173,17 +172,17 @@ def test_nothing_is_published_by_accident(copied, server, name, fails, capfd):
     assert server.files.keys() == UPLOADED | WITHOUT_IMAGES
 
 
-def test_an_existing_private_repository_is_taken(copied, server):
+def test_an_existing_private_repository_is_used(copied, server):
     server.private = True
     hub.check_upload(DIGITS)
     hub.upload(RunDir(copied), DIGITS)
     assert server.files.keys() == UPLOADED | WITHOUT_IMAGES
 
 
-def test_a_hub_that_is_out_of_reach_at_the_start_is_only_a_warning(server, monkeypatch, capfd):
-    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
+def test_an_unreachable_hub_at_the_start_is_only_a_warning(server, monkeypatch, capfd):
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # a port without a server
     hub.check_upload(DIGITS)
-    assert capfd.readouterr().err.startswith("warning: whether digits is public is checked before")
+    assert capfd.readouterr().err.startswith("warning: the visibility of digits will be checked")
 
 
 def test_only_the_main_process_uploads(copied, server):
@@ -195,19 +194,19 @@ def test_only_the_main_process_uploads(copied, server):
 @pytest.mark.parametrize(
     ("name", "setting", "message"),
     [
-        ("digits", "no token", "there is no login to upload to digits with. Run hf auth login, "
-                               "or set HF_TOKEN."),
-        ("digits", "offline", "HF_HUB_OFFLINE keeps the Hub away. Unset it to upload to digits."),
-        ("a/b/c", "", "a/b/c is no name of a repository"),
+        ("digits", "no token", "no login to the Hub for uploading to digits. Run hf auth login, or "
+                               "set HF_TOKEN."),
+        ("digits", "offline", "HF_HUB_OFFLINE disables the Hub. Unset it to upload to digits."),
+        ("a/b/c", "", "invalid --push-to-hub 'a/b/c' ("),
     ],
 )  # fmt: skip
-def test_p7_what_would_fail_at_the_end_is_told_at_the_start(
+def test_p7_an_impossible_upload_is_an_error_before_training(
     fails, server, monkeypatch, name, setting, message
 ):
     if setting == "no token":
         monkeypatch.delenv("HF_TOKEN")
         monkeypatch.delenv("HUGGING_FACE_HUB_TOKEN", raising=False)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", setting == "offline")
-    words = ["--dataset", "digits", "--threads", "1", "--push-to-hub", name]
-    assert fails(train, *words).startswith(message)
+    arguments = ["--dataset", "digits", "--threads", "1", "--push-to-hub", name]
+    assert fails(train, *arguments).startswith(message)
     assert server.created == []

@@ -29,9 +29,9 @@ def make_split(num_samples, images=None):
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    """(the split in memory, the same in PNG files)."""
-    split, folder = make_split(NUM_FILES), tmp_path_factory.mktemp("pictures")
+def splits(tmp_path_factory):
+    """Return (a split in memory, the same split in PNG files)."""
+    split, folder = make_split(NUM_FILES), tmp_path_factory.mktemp("images")
     paths = tuple(str(folder / f"{i:03}.png") for i in range(NUM_FILES))
     for path, image in zip(paths, split.images, strict=True):
         write_png(image, path)
@@ -169,19 +169,19 @@ def test_p1_evaluation_deals_out_whole_batches_and_counts_each_sample_once(
 @pytest.mark.parametrize("seed", [3, None])
 @pytest.mark.parametrize("world", [(0, 1), (0, 3), (2, 3)])
 @pytest.mark.parametrize("batch_size", [1, 11, NUM_FILES - 1, NUM_FILES, NUM_FILES + 1])
-def test_p2_both_loaders_give_the_same_bits(pictures, batch_size, world, seed, epoch):
+def test_p2_both_loaders_give_the_same_bits(splits, batch_size, world, seed, epoch):
     expected = list(
-        make_loader(pictures[0], batch_size=batch_size, seed=seed, world=world).batches(epoch)
+        make_loader(splits[0], batch_size=batch_size, seed=seed, world=world).batches(epoch)
     )
-    for split in pictures:
+    for split in splits:
         loader = make_loader(split, "streaming", 0, batch_size, seed, world)
         assert_same(loader.batches(epoch), expected)
 
 
 @pytest.mark.parametrize("seed", [3, None])
-def test_p2_workers_change_nothing(pictures, seed):
-    expected = make_loader(pictures[0], seed=seed)
-    loader = make_loader(pictures[1], "streaming", workers=2, seed=seed)
+def test_p2_workers_change_nothing(splits, seed):
+    expected = make_loader(splits[0], seed=seed)
+    loader = make_loader(splits[1], "streaming", workers=2, seed=seed)
     before = torch.initial_seed()
     for epoch in (1, 2, 1):  # the workers live on from epoch to epoch
         assert_same(loader.batches(epoch), expected.batches(epoch))
@@ -189,16 +189,16 @@ def test_p2_workers_change_nothing(pictures, seed):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_p2_an_epoch_left_midway_does_not_leak_into_the_next(pictures, workers):
-    loader = make_loader(pictures[1], "streaming", workers)
+def test_p2_an_epoch_left_midway_does_not_leak_into_the_next(splits, workers):
+    loader = make_loader(splits[1], "streaming", workers)
     for _ in zip(range(2), loader.batches(1), strict=False):
         pass
-    assert_same(loader.batches(2), make_loader(pictures[0]).batches(2))
+    assert_same(loader.batches(2), make_loader(splits[0]).batches(2))
 
 
 @pytest.mark.parametrize(("kind", "workers"), [("resident", 0), ("streaming", 0), ("streaming", 2)])
-def test_p3_an_epoch_resumes_at_any_batch(pictures, kind, workers):
-    split = pictures[kind == "streaming"]
+def test_p3_an_epoch_resumes_at_any_batch(splits, kind, workers):
+    split = splits[kind == "streaming"]
     loader = make_loader(split, kind, workers)
     whole = list(loader.batches(4))
     assert len(whole) == 5
@@ -210,9 +210,9 @@ def test_p3_an_epoch_resumes_at_any_batch(pictures, kind, workers):
 
 @pytest.mark.parametrize("kind", ["resident", "streaming"])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-def test_p2_uneven_and_empty_shards_join_to_the_same_batch(pictures, world_size, kind):
+def test_p2_uneven_and_empty_shards_join_to_the_same_batch(splits, world_size, kind):
     num_samples = 13  # batches of 4, 4, 4 and 1: the last leaves most processes none
-    split = pictures[kind == "streaming"].select(torch.arange(num_samples))
+    split = splits[kind == "streaming"].select(torch.arange(num_samples))
     expected = list(make_loader(split, kind, batch_size=4).batches(1))
     parts = [
         list(make_loader(split, kind, 0, 4, world=(r, world_size)).batches(1))
@@ -228,32 +228,32 @@ def test_p2_uneven_and_empty_shards_join_to_the_same_batch(pictures, world_size,
 
 
 @pytest.mark.parametrize("kind", ["resident", "streaming"])
-def test_p1_a_process_may_have_nothing_to_evaluate(pictures, kind):
-    split = pictures[kind == "streaming"]
+def test_p1_a_process_may_have_nothing_to_evaluate(splits, kind):
+    split = splits[kind == "streaming"]
     parts = [list(make_loader(split, kind, 0, 10, None, (rank, 5)).batches()) for rank in range(5)]
     assert sorted(len(part) for part in parts) == [0, 0, 1, 1, 1]
     index = torch.cat([batch.indices for part in parts for batch in part])
     assert torch.equal(index, torch.arange(NUM_FILES))
 
 
-def test_evaluation_is_in_order_and_never_augmented(pictures):
-    split = pictures[0]
+def test_evaluation_is_in_order_and_never_augmented(splits):
+    split = splits[0]
     plain = BatchTransform((0.4, 0.5, 0.6), (0.2, 0.3, 0.4), (), CPU)
     batches = list(make_loader(split, seed=None).batches())
     assert torch.equal(torch.cat([b.images for b in batches]), plain(split.images))
     assert torch.equal(torch.cat([b.labels for b in batches]), split.labels)
 
 
-def test_p2_a_sample_is_augmented_alike_whatever_the_batch_size(pictures):
+def test_p2_a_sample_is_augmented_alike_whatever_the_batch_size(splits):
     images = []
     for batch_size in (1, 7, NUM_FILES):
         found = torch.empty(NUM_FILES, 3, SIZE, SIZE)
-        for batch in make_loader(pictures[0], batch_size=batch_size).batches(2):
+        for batch in make_loader(splits[0], batch_size=batch_size).batches(2):
             found[batch.indices] = batch.images
         images.append(found)
     assert torch.equal(images[0], images[1])
     assert torch.equal(images[0], images[2])
-    other = torch.cat([b.images for b in make_loader(pictures[0], steps=()).batches(2)])
+    other = torch.cat([b.images for b in make_loader(splits[0], steps=()).batches(2)])
     assert not torch.equal(images[0], other)
 
 
@@ -267,10 +267,10 @@ def test_p2_the_order_depends_on_the_seed_and_the_epoch():
 
 
 @pytest.mark.parametrize("kind", ["resident", "streaming"])
-def test_p2_augmentation_depends_on_the_seed_and_the_epoch(pictures, kind):
+def test_p2_augmentation_depends_on_the_seed_and_the_epoch(splits, kind):
     def augmented(seed, epoch):
         found = torch.empty(NUM_FILES, 3, SIZE, SIZE)
-        for batch in make_loader(pictures[0], kind, seed=seed).batches(epoch):
+        for batch in make_loader(splits[0], kind, seed=seed).batches(epoch):
             found[batch.indices] = batch.images
         return found
 
@@ -286,8 +286,8 @@ def built(split, kind, memory=math.inf, world_size=1, seed=0):
     return build_loader(split, transform, options, batch_size=4, seed=seed)
 
 
-def test_auto_is_resident_where_decoded_pictures_fit(pictures):
-    decoded, files = pictures
+def test_auto_is_resident_if_decoded_images_fit(splits):
+    decoded, files = splits
     num_bytes = NUM_FILES * 3 * SIZE * SIZE
     assert isinstance(built(decoded, "auto", num_bytes), ResidentLoader)
     assert isinstance(built(decoded, "auto", num_bytes - 1), StreamingLoader)
@@ -296,14 +296,14 @@ def test_auto_is_resident_where_decoded_pictures_fit(pictures):
     assert isinstance(built(decoded, "resident", 0), ResidentLoader)
 
 
-def test_only_files_are_read_by_workers(pictures):
-    decoded, files = pictures
+def test_only_files_are_read_by_workers(splits):
+    decoded, files = splits
     assert built(decoded, "streaming").reader.num_workers == 0
     assert built(files, "streaming").reader.num_workers == 2
 
 
-def test_p7_a_batch_smaller_than_the_world_is_refused_in_training_only(pictures):
+def test_p7_a_batch_smaller_than_the_world_is_refused_in_training_only(splits):
     with pytest.raises(ValueError, match="--batch-size 4 is smaller"):
-        built(pictures[0], "auto", world_size=5)
-    assert built(pictures[0], "auto", world_size=4).sampler.world_size == 4
-    assert built(pictures[0], "auto", world_size=5, seed=None).sampler.world_size == 5
+        built(splits[0], "auto", world_size=5)
+    assert built(splits[0], "auto", world_size=4).sampler.world_size == 4
+    assert built(splits[0], "auto", world_size=5, seed=None).sampler.world_size == 5

@@ -1,4 +1,4 @@
-"""P1: the numbers equal scikit-learn's, degenerate cases included; which epoch is the best."""
+"""P1: metrics equal scikit-learn's, also in degenerate cases. Selection of the best epoch."""
 
 import math
 
@@ -17,7 +17,7 @@ from lab.engine.metrics import (
 
 
 def drawn(num_samples, num_classes, seed, labels_from=None, predictions_from=None):
-    """Random labels and predictions, each from the classes given (default: all)."""
+    """Return random labels and predictions of the given classes, or of all by default."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(classes):
@@ -47,27 +47,27 @@ def test_p1_report_equals_scikit_learn(case):
     labels, predictions, num_classes = CASES[case]
     losses = torch.rand(len(labels), generator=torch.Generator().manual_seed(0)).double()
     names = [f"class {k}" for k in range(num_classes)]
-    found = report(labels, predictions, losses, names)
+    actual = report(labels, predictions, losses, names)
 
     every = list(range(num_classes))
-    assert found["num_samples"] == len(labels)
-    assert found["class_names"] == names
-    assert found["loss"] == pytest.approx(math.fsum(losses.tolist()) / len(labels), abs=1e-9)
+    assert actual["num_samples"] == len(labels)
+    assert actual["class_names"] == names
+    assert actual["loss"] == pytest.approx(math.fsum(losses.tolist()) / len(labels), abs=1e-9)
     accuracy = reference.accuracy_score(labels, predictions)
-    assert found["accuracy"] == pytest.approx(accuracy, abs=1e-9)
+    assert actual["accuracy"] == pytest.approx(accuracy, abs=1e-9)
     macro = reference.f1_score(labels, predictions, average="macro", zero_division=0)
-    assert found["macro_f1"] == pytest.approx(macro, abs=1e-9)
+    assert actual["macro_f1"] == pytest.approx(macro, abs=1e-9)
     matrix = reference.confusion_matrix(labels, predictions, labels=every)
-    assert found["confusion_matrix"] == matrix.tolist()
+    assert actual["confusion_matrix"] == matrix.tolist()
     columns = reference.precision_recall_fscore_support(
         labels, predictions, labels=every, zero_division=0
     )
     for key, column in zip(("precision", "recall", "f1", "support"), columns, strict=True):
-        values = [row[key] for row in found["per_class"]]
+        values = [row[key] for row in actual["per_class"]]
         assert values == pytest.approx(column.tolist(), abs=1e-9), key
-    assert [row["class"] for row in found["per_class"]] == names
+    assert [row["class"] for row in actual["per_class"]] == names
     of_an_epoch = scores(labels, predictions, losses, num_classes)
-    assert of_an_epoch == {key: found[key] for key in ("loss", "accuracy", "macro_f1")}
+    assert of_an_epoch == {key: actual[key] for key in ("loss", "accuracy", "macro_f1")}
 
 
 @pytest.mark.parametrize("num_classes", [1, 2, 3, 99, 100, 1000])
@@ -137,14 +137,14 @@ def test_only_the_chosen_number_decides():
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("by", ["accuracy", "loss"])
-def test_a_number_that_is_not_finite_never_beats_one_that_is(by, bad):
+def test_a_number_that_is_not_finite_is_never_better_than_a_finite_one(by, bad):
     assert not is_better({f"val_{by}": bad}, {f"val_{by}": 0.0}, by)
     assert is_better({f"val_{by}": 0.0}, {f"val_{by}": bad}, by)
     assert not is_better({f"val_{by}": bad}, {f"val_{by}": bad}, by)
 
 
 @pytest.mark.parametrize(
-    ("split", "selection_split", "words"),
+    ("split", "selection_split", "text"),
     [
         ("test", "test", "chosen on the test split"),
         ("test", "validation", ""),
@@ -156,7 +156,7 @@ def test_a_number_that_is_not_finite_never_beats_one_that_is(by, bad):
         ("all", None, ""),
     ],
 )
-def test_p6_an_optimistic_number_is_called_so(split, selection_split, words):
+def test_p6_an_optimistic_metric_is_labeled(split, selection_split, text):
     note = selection_bias_note(split, selection_split)
-    assert bool(note) == bool(words)
-    assert words in note
+    assert bool(note) == bool(text)
+    assert text in note

@@ -1,4 +1,4 @@
-"""P2 and the loss of mixed batches: partners and shares follow (seed, epoch, batch) alone."""
+"""P2 and the loss of mixed batches: how they are mixed depends on (seed, epoch, batch) alone."""
 
 import copy
 import statistics
@@ -33,13 +33,13 @@ def test_p2_what_is_drawn_for_a_batch_never_changes():
     mixer = Mixup(BOTH, 1.0)
     for batch, expected in enumerate(GOLDEN):
         found = mixer.draw(42, 3, batch, 32, 28)
-        assert (found.share, found.box) == (pytest.approx(expected.share), expected.box)
+        assert (found.ratio, found.box) == (pytest.approx(expected.ratio), expected.box)
 
 
 @pytest.mark.parametrize(("alpha", "deviation"), [(0.2, 0.42), (1.0, 0.29), (8.0, 0.12)])
 def test_shares_are_of_a_beta_distribution(alpha, deviation):
     """Its standard deviation is sqrt(1 / (8 alpha + 4))."""
-    shares = [Mixup(("mixup",), alpha).draw(1, 1, b, 8, 8).share for b in range(2000)]
+    shares = [Mixup(("mixup",), alpha).draw(1, 1, b, 8, 8).ratio for b in range(2000)]
     assert statistics.mean(shares) == pytest.approx(0.5, abs=0.04)
     assert statistics.pstdev(shares) == pytest.approx(deviation, abs=0.02)
 
@@ -48,7 +48,7 @@ def test_each_batch_takes_one_of_the_two_and_others_for_another_seed_or_epoch():
     mixer = Mixup(BOTH, 1.0)
     draws = [mixer.draw(s, e, b, 8, 8) for s in (1, 2) for e in (1, 2) for b in range(500)]
     assert sum(mix.box is None for mix in draws) == pytest.approx(1000, abs=110)
-    assert len({mix.share for mix in draws if mix.box is None}) > 850
+    assert len({mix.ratio for mix in draws if mix.box is None}) > 850
 
 
 def test_the_share_of_cutmix_is_the_area_that_is_left():
@@ -56,13 +56,13 @@ def test_the_share_of_cutmix_is_the_area_that_is_left():
     shares = []
     for batch in range(500):
         mix = Mixup(("cutmix",), 1.0).draw(0, 1, batch, 9, 14)
-        assert mix(images).mean().item() == pytest.approx(mix.share)
-        shares.append(mix.share)
+        assert mix(images).mean().item() == pytest.approx(mix.ratio)
+        shares.append(mix.ratio)
     assert 0 <= min(shares) < 0.4
     assert max(shares) == 1  # a box of no pixels
 
 
-def test_a_picture_is_mixed_with_the_one_before_it():
+def test_an_image_is_mixed_with_the_one_before_it():
     images = torch.randn(4, 3, 6, 5)
     before = images.clone()
     laid_over, cut = BatchMix(0.25)(images), BatchMix(0.8, (1, 4, 2, 5))(images)
@@ -75,12 +75,12 @@ def test_a_picture_is_mixed_with_the_one_before_it():
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    """(the split in memory, the same in PNG files)."""
+def splits(tmp_path_factory):
+    """Return (a split in memory, the same split in PNG files)."""
     generator = torch.Generator().manual_seed(0)
     shape = (NUM_SAMPLES, 3, SIZE, SIZE)
     images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
-    labels, folder = torch.arange(NUM_SAMPLES), tmp_path_factory.mktemp("pictures")
+    labels, folder = torch.arange(NUM_SAMPLES), tmp_path_factory.mktemp("images")
     paths = tuple(str(folder / f"{i:03}.png") for i in range(NUM_SAMPLES))
     for path, image in zip(paths, images, strict=True):
         write_png(image, path)
@@ -100,9 +100,9 @@ def make_loader(split, kind="resident", world=(0, 1), seed=3, mixes=BOTH, worker
 @pytest.mark.parametrize("kind", ["resident", "streaming"])
 @pytest.mark.parametrize("num_parts", [1, 3])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-def test_p2_mixed_batches_are_the_same_bits_on_any_world(pictures, world_size, num_parts, kind):
-    expected = list(make_loader(pictures[0]).batches(2))
-    split, workers = pictures[kind == "streaming"], int(world_size == 2)
+def test_p2_mixed_batches_are_the_same_bits_on_any_world(splits, world_size, num_parts, kind):
+    expected = list(make_loader(splits[0]).batches(2))
+    split, workers = splits[kind == "streaming"], int(world_size == 2)
     worlds = [
         make_loader(split, kind, (r, world_size), workers=workers, num_parts=num_parts)
         for r in range(world_size)
@@ -120,10 +120,10 @@ def test_p2_mixed_batches_are_the_same_bits_on_any_world(pictures, world_size, n
         assert {share.global_batch_size for share in shares} == {len(whole.labels)}
 
 
-def test_p2_a_batch_is_its_pictures_each_augmented_alone_then_mixed(pictures):
-    plain = make_loader(pictures[0], mixes=())
+def test_p2_a_batch_is_its_images_each_augmented_alone_then_mixed(splits):
+    plain = make_loader(splits[0], mixes=())
     for number, (mixed, batch) in enumerate(
-        zip(make_loader(pictures[0]).batches(1), plain.batches(1), strict=True)
+        zip(make_loader(splits[0]).batches(1), plain.batches(1), strict=True)
     ):
         mix = Mixup(BOTH, 1.0).draw(3, 1, number, SIZE, SIZE)
         assert torch.equal(mixed.images, mix(torch.cat((batch.images[-1:], batch.images))))
@@ -132,21 +132,21 @@ def test_p2_a_batch_is_its_pictures_each_augmented_alone_then_mixed(pictures):
         own, partners = (
             F.one_hot(labels, NUM_SAMPLES) for labels in (batch.labels, batch.labels.roll(1))
         )
-        torch.testing.assert_close(mixed.targets, mix.share * own + (1 - mix.share) * partners)
+        torch.testing.assert_close(mixed.targets, mix.ratio * own + (1 - mix.ratio) * partners)
         assert batch.targets is None
 
 
 @pytest.mark.parametrize("kind", ["resident", "streaming"])
-def test_p3_a_mixed_epoch_resumes_at_any_batch(pictures, kind):
-    loader = make_loader(pictures[0], kind)
+def test_p3_a_mixed_epoch_resumes_at_any_batch(splits, kind):
+    loader = make_loader(splits[0], kind)
     for first in range(1, 4):
         later = list(loader.batches(4, first))
         for found, batch in zip(later, list(loader.batches(4))[first:], strict=True):
             assert torch.equal(found.images, batch.images)
 
 
-def test_evaluation_is_never_mixed(pictures):
-    batches = list(make_loader(pictures[0], seed=None).batches())
+def test_evaluation_is_never_mixed(splits):
+    batches = list(make_loader(splits[0], seed=None).batches())
     assert torch.equal(torch.cat([b.indices for b in batches]), torch.arange(NUM_SAMPLES))
     assert all(batch.targets is None for batch in batches)
 

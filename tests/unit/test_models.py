@@ -1,4 +1,4 @@
-"""The networks are the published ones, layer by layer."""
+"""LeNet-5 and AlexNet have the published layers."""
 
 import pytest
 import torch
@@ -6,16 +6,15 @@ from torch import nn
 
 from lab.models import build_model
 from lab.models.alexnet import kaiming_init
-from lab.models.lenet import AveragePool
 
 CLASSIC = ("lenet5", "alexnet")  # the others: test_adapted.py
 LENET5 = [
     ("Conv2d", 6, 1, 5, 1, 2),  # out, in, kernel, stride, padding: 28 pixels are padded to 32
     ("Tanh",),
-    ("AveragePool", 2, 2),
+    ("AvgPool2d", 2, 2),
     ("Conv2d", 16, 6, 5, 1, 0),
     ("Tanh",),
-    ("AveragePool", 2, 2),
+    ("AvgPool2d", 2, 2),
     ("Conv2d", 120, 16, 5, 1, 0),
     ("Tanh",),
     ("Flatten",),
@@ -54,8 +53,8 @@ def build(name, num_classes=10, in_chans=3, image_size=32, **settings):
     )
 
 
-def one(number):
-    """A kernel size or the like, given as one number or as two equal ones."""
+def as_number(number):
+    """Return a kernel size, stride or padding as one number."""
     if isinstance(number, tuple):
         assert len(set(number)) == 1
         return number[0]
@@ -65,12 +64,12 @@ def one(number):
 def describe(layer):
     name = type(layer).__name__
     if isinstance(layer, nn.Conv2d):
-        assert (layer.groups, one(layer.dilation), layer.bias is not None) == (1, 1, True)
+        assert (layer.groups, as_number(layer.dilation), layer.bias is not None) == (1, 1, True)
         window = (layer.kernel_size, layer.stride, layer.padding)
-        return (name, layer.out_channels, layer.in_channels, *map(one, window))
+        return (name, layer.out_channels, layer.in_channels, *map(as_number, window))
     if isinstance(layer, (nn.AvgPool2d, nn.MaxPool2d)):
-        assert one(layer.padding) == 0
-        return (name, one(layer.kernel_size), one(layer.stride))
+        assert as_number(layer.padding) == 0
+        return (name, as_number(layer.kernel_size), as_number(layer.stride))
     if isinstance(layer, nn.Linear):
         assert layer.bias is not None
         return (name, layer.out_features, layer.in_features)
@@ -78,10 +77,12 @@ def describe(layer):
 
 
 def layers(model):
-    """The layers that do something at the network's own image size, in order."""
+    """Return the layers in order, without those that do nothing at the default image size."""
     idle = (nn.Identity, nn.AdaptiveAvgPool2d)
-    found = [m for m in model.modules() if not list(m.children()) and not isinstance(m, idle)]
-    return [describe(m) for m in found]
+    layers_found = [
+        m for m in model.modules() if not list(m.children()) and not isinstance(m, idle)
+    ]
+    return [describe(m) for m in layers_found]
 
 
 def test_lenet5_has_the_published_layers():
@@ -110,8 +111,8 @@ def test_parameter_counts_are_golden(name, in_chans, count, image_size):
 @pytest.mark.parametrize("name", CLASSIC)
 @pytest.mark.parametrize("in_chans", [1, 3])
 @pytest.mark.parametrize("image_size", [28, 31, 32, 33, 64])
-def test_logits_are_one_a_class_whatever_the_images(name, in_chans, image_size):
-    with torch.device("meta"):  # shapes alone, no arithmetic
+def test_there_is_one_logit_per_class_for_any_image(name, in_chans, image_size):
+    with torch.device("meta"):  # shapes only, no arithmetic
         model = build(name, 7, in_chans, image_size)
         for num_images in (0, 1, 3):
             images = torch.empty(num_images, in_chans, image_size, image_size)
@@ -119,7 +120,7 @@ def test_logits_are_one_a_class_whatever_the_images(name, in_chans, image_size):
 
 
 @pytest.mark.parametrize(("name", "image_size"), [("lenet5", 28), ("lenet5", 32), ("alexnet", 32)])
-def test_each_corner_of_a_picture_counts(name, image_size):
+def test_each_corner_of_an_image_changes_the_logits(name, image_size):
     torch.manual_seed(0)
     model = build(name, image_size=image_size, init="kaiming").eval()
     images = torch.randn(1, 3, image_size, image_size)
@@ -131,23 +132,14 @@ def test_each_corner_of_a_picture_counts(name, image_size):
             assert (model(moved) - logits).abs().max() > 1e-4
 
 
-@pytest.mark.parametrize(("size", "kernel"), [((8, 6), 2), ((7, 6), 2), ((2, 3), 2), ((9, 9), 3)])
-def test_the_quick_average_pooling_is_pytorchs(size, kernel):
-    images = torch.randn(3, 2, *size, requires_grad=True)
-    pooled = [pool(kernel)(images) for pool in (AveragePool, nn.AvgPool2d)]
-    torch.testing.assert_close(*pooled)
-    weights = torch.randn_like(pooled[0])
-    torch.testing.assert_close(*(torch.autograd.grad(p, images, weights)[0] for p in pooled))
-
-
 def test_shapes_between_the_layers_are_the_commented_ones():
     def shapes(model, images):
-        found = []
+        layers_found = []
         for layer in model.features:
             images = layer(images)
             if isinstance(layer, (nn.Conv2d, nn.AvgPool2d, nn.MaxPool2d)):
-                found.append(tuple(images.shape[1:]))
-        return found
+                layers_found.append(tuple(images.shape[1:]))
+        return layers_found
 
     with torch.device("meta"):
         for size in (28, 32):
@@ -162,7 +154,7 @@ def test_shapes_between_the_layers_are_the_commented_ones():
 
 
 @pytest.mark.parametrize("name", CLASSIC)
-def test_dropout_and_all_else_is_off_in_evaluation(name):
+def test_dropout_is_off_in_evaluation(name):
     model, images = build(name), torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         assert torch.equal(model.eval()(images), model(images))
@@ -171,7 +163,7 @@ def test_dropout_and_all_else_is_off_in_evaluation(name):
 
 
 @pytest.mark.parametrize("init", ["default", "kaiming"])
-def test_p2_a_network_is_a_function_of_the_seed(init):
+def test_p2_initial_weights_are_a_function_of_the_seed(init):
     def weights(seed):
         torch.manual_seed(seed)
         return build("lenet5", init=init).state_dict()

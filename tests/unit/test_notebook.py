@@ -10,7 +10,7 @@ nbformat = pytest.importorskip("nbformat", reason="nbclient is not installed")
 nbclient = pytest.importorskip("nbclient")
 pytest.importorskip("ipykernel")
 
-# Several threads of PyTorch, which a fork loses: what the notebook forks must not wait for them.
+# PyTorch threads do not survive a fork: forked processes must not wait for them.
 COMPUTES = """
 import torch
 torch.set_num_threads(2)
@@ -25,8 +25,8 @@ def test_the_notebook_runs_after_a_cell_that_computed(tmp_path, monkeypatch):
     book = nbformat.read(ROOT / "docs" / "notebook.ipynb", 4)
     assert not any(cell.get("outputs") for cell in book.cells)
     book.cells.insert(0, nbformat.v4.new_code_cell(COMPUTES))
-    where = {"metadata": {"path": str(tmp_path)}}
-    nbclient.NotebookClient(book, timeout=100, resources=where).execute()  # raises as a cell does
+    resources = {"metadata": {"path": str(tmp_path)}}
+    nbclient.NotebookClient(book, timeout=100, resources=resources).execute()  # raises as cells do
     one, two = (tmp_path / "runs" / name for name in ("one", "two"))
     sizes = [json.loads((run / "config.json").read_text())["world_size"] for run in (one, two)]
     assert sizes == [1, 2]
@@ -38,6 +38,6 @@ def test_the_notebook_runs_after_a_cell_that_computed(tmp_path, monkeypatch):
     printed = "".join(
         output.get("text", "") for cell in book.cells for output in cell.get("outputs", ())
     )
-    assert "2 x cpu" in printed  # of a process that was forked
-    assert "there is no setting epoch. Did you mean epochs?" in printed
+    assert "2 x cpu" in printed  # printed by a forked process
+    assert "unknown option --epoch. Did you mean --epochs?" in printed
     assert os.fspath(one.relative_to(tmp_path)) in printed

@@ -1,4 +1,4 @@
-"""The optimizer's groups, and the learning rate as a function of the step."""
+"""The optimizers, their parameter groups, and the learning-rate schedules."""
 
 import math
 from itertools import pairwise
@@ -45,16 +45,16 @@ def test_constant_is_constant():
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
 def test_decay_starts_at_the_peak_and_falls_to_zero(schedule, steps_per_epoch):
     config = TrainConfig(schedule=schedule, lr=0.4, epochs=6)
-    found = rates(config, steps_per_epoch, extra=3)
+    lrs = rates(config, steps_per_epoch, extra=3)
     num_steps = 6 * steps_per_epoch
-    assert found[0] == 0.4
-    assert all(later < earlier for earlier, later in pairwise(found[:num_steps]))
-    assert found[num_steps // 2] == pytest.approx(0.2)
-    assert found[num_steps - 1] > 0
-    assert found[num_steps:] == pytest.approx([0, 0, 0], abs=1e-12)  # never negative, never up
+    assert lrs[0] == 0.4
+    assert all(later < earlier for earlier, later in pairwise(lrs[:num_steps]))
+    assert lrs[num_steps // 2] == pytest.approx(0.2)
+    assert lrs[num_steps - 1] > 0
+    assert lrs[num_steps:] == pytest.approx([0, 0, 0], abs=1e-12)  # never negative, never up
 
 
-def test_cosine_is_a_cosine_and_one_cycle_a_line():
+def test_cosine_is_a_cosine_and_linear_is_a_line():
     cosine = rates(TrainConfig(schedule="cosine", lr=2.0, epochs=5), 9)
     expected = [1 + math.cos(math.pi * step / 45) for step in range(45)]
     assert cosine == pytest.approx(expected, rel=1e-12)
@@ -67,14 +67,14 @@ def test_cosine_is_a_cosine_and_one_cycle_a_line():
 def test_warm_up_rises_in_equal_steps_to_the_peak(schedule, warmup):
     config = TrainConfig(schedule=schedule, lr=0.4, epochs=6, warmup_epochs=warmup)
     steps_per_epoch = 10
-    found = rates(config, steps_per_epoch)
+    lrs = rates(config, steps_per_epoch)
     num_rising = round(warmup * steps_per_epoch)
-    rises = [b - a for a, b in zip([0.0, *found], found[: num_rising + 1], strict=False)]
+    rises = [b - a for a, b in zip([0.0, *lrs], lrs[: num_rising + 1], strict=False)]
     assert rises == pytest.approx([0.4 / (num_rising + 1)] * (num_rising + 1))
-    assert found[num_rising] == max(found) == pytest.approx(0.4)
+    assert lrs[num_rising] == max(lrs) == pytest.approx(0.4)
 
 
-def test_p2_the_rate_depends_on_the_step_alone():
+def test_p2_the_rate_depends_on_the_step_only():
     config = TrainConfig(schedule="linear", epochs=5, warmup_epochs=1)
     forwards = rates(config, 13)
     backwards = [learning_rate(config, step, 13) for step in reversed(range(65))]
@@ -83,26 +83,26 @@ def test_p2_the_rate_depends_on_the_step_alone():
     assert rates(limited, 13) == forwards
 
 
-def make_network():
+def make_model():
     return nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(8, 3))
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "nesterov", "adamw"])
-def test_weight_decay_spares_biases_and_normalisation_unless_told(optimizer):
-    model = make_network()
+def test_biases_and_normalization_have_no_weight_decay_by_default(optimizer):
+    model = make_model()
     settings = {"optimizer": optimizer, "weight_decay": 0.1}
-    found = build_optimizer(model, TrainConfig(**settings))
+    optimizer = build_optimizer(model, TrainConfig(**settings))
     weights = {id(model[0].weight), id(model[3].weight)}
     everything = {id(p) for p in model.parameters()}
-    groups = {g["weight_decay"]: {id(p) for p in g["params"]} for g in found.param_groups}
+    groups = {g["weight_decay"]: {id(p) for p in g["params"]} for g in optimizer.param_groups}
     assert groups == {0.1: weights, 0.0: everything - weights}
-    found = build_optimizer(model, TrainConfig(decay_biases=True, **settings))
-    assert [{id(p) for p in g["params"]} for g in found.param_groups] == [everything]
-    assert found.param_groups[0]["weight_decay"] == 0.1
+    optimizer = build_optimizer(model, TrainConfig(decay_biases=True, **settings))
+    assert [{id(p) for p in g["params"]} for g in optimizer.param_groups] == [everything]
+    assert optimizer.param_groups[0]["weight_decay"] == 0.1
 
 
 @pytest.mark.parametrize("decay_biases", [False, True])
-def test_a_network_without_biases_has_one_group(decay_biases):
+def test_a_model_without_biases_has_one_group(decay_biases):
     config = TrainConfig(decay_biases=decay_biases)
     assert len(build_optimizer(nn.Linear(2, 2, bias=False), config).param_groups) == 1
 
@@ -113,16 +113,16 @@ def test_a_network_without_biases_has_one_group(decay_biases):
     ("adamw", torch.optim.AdamW, {"betas": (0.8, 0.999)}),
 ])  # fmt: skip
 def test_the_named_optimizer_is_built_fused(name, kind, expected):
-    found = build_optimizer(make_network(), TrainConfig(optimizer=name, momentum=0.8, lr=0.3))
-    assert type(found) is kind
-    for group in found.param_groups:
+    optimizer = build_optimizer(make_model(), TrainConfig(optimizer=name, momentum=0.8, lr=0.3))
+    assert type(optimizer) is kind
+    for group in optimizer.param_groups:
         assert expected.items() <= group.items()
         assert (group["lr"], group["fused"]) == (0.3, True)
 
 
 def test_nesterov_without_momentum_is_plain():
     config = TrainConfig(optimizer="nesterov", momentum=0.0)
-    assert not build_optimizer(make_network(), config).defaults["nesterov"]
+    assert not build_optimizer(make_model(), config).defaults["nesterov"]
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
@@ -144,20 +144,20 @@ def test_sgd_follows_its_formula(momentum):
 @pytest.mark.parametrize(("bfloat16", "tolerance"), [(True, 0.05), (False, 1e-4)])
 @pytest.mark.parametrize("shape", [(8, 8), (5, 40), (40, 5), (1, 9)])
 def test_muons_update_is_nearly_orthogonal(shape, bfloat16, tolerance, monkeypatch):
-    """The singular vectors stay, and the singular values come near 1."""
+    """The singular vectors do not change, and the singular values are close to 1."""
     monkeypatch.setattr(muon, "has_native_bf16", lambda device_type: bfloat16)
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 1e-3
-    found = zeropower_via_newtonschulz(matrix)
-    assert found.dtype == matrix.dtype
+    update = zeropower_via_newtonschulz(matrix)
+    assert update.dtype == matrix.dtype
     left, _, right = torch.linalg.svd(matrix, full_matrices=False)
-    values = left.T @ found @ right.T
+    values = left.T @ update @ right.T
     assert values.diag().min() > 0.6
     assert values.diag().max() < 1.3
     assert (values - values.diag().diag()).abs().max() < tolerance
     assert zeropower_via_newtonschulz(torch.zeros(shape)).eq(0).all()
 
 
-def test_muon_steps_what_lies_between_the_first_layer_and_the_last():
+def test_muon_updates_the_layers_between_the_first_and_the_last():
     model = build_model("alexnet", num_classes=10, in_chans=3, image_size=32)
     names = {n for n, p in model.named_parameters() if p in muon_parameters(model)}
     # The dense layers are too wide, at 2,048.
@@ -194,16 +194,16 @@ def test_muon_follows_its_formula_and_adamw_steps_the_rest():
         expected = expected * (1 - 0.1 * 0.5) - 0.1 * 0.2 * 36**0.5 * update
         optimizer.step()
         adamw.step()
-    assert torch.allclose(hidden, expected, atol=1e-2)  # bfloat16's
+    assert torch.allclose(hidden, expected, atol=1e-2)  # bfloat16
     assert torch.allclose(other, beside, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["sgd", "nesterov", "adamw", "muon"])
-def test_slots_are_what_the_optimizer_keeps(name):
+def test_optimizer_state_shapes_are_those_of_the_optimizer(name):
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 6, 3), nn.Flatten(), nn.Linear(6, 2))
     optimizer = build_optimizer(model, TrainConfig(optimizer=name))
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     optimizer.step()
-    found = {p: {k: v.shape for k, v in kept.items()} for p, kept in optimizer.state.items()}
-    assert found == optimizer_state_shapes(optimizer)
+    shapes = {p: {k: v.shape for k, v in state.items()} for p, state in optimizer.state.items()}
+    assert shapes == optimizer_state_shapes(optimizer)

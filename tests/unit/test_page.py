@@ -1,4 +1,4 @@
-"""The pages of runs in a real browser: clicked, typed at, and looked at in two widths."""
+"""The HTML pages in a real browser: mouse, keyboard, two window widths, two color schemes."""
 
 import shutil
 
@@ -10,11 +10,14 @@ from lab.report.run_reader import read_run
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs the package playwright")
 CHROMIUM = shutil.which("chromium")
-pytestmark = pytest.mark.skipif(not CHROMIUM, reason="needs Chromium (apt-get install chromium)")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not CHROMIUM, reason="needs Chromium (apt-get install chromium)"),
+]
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
          "--disable-background-networking", "--disable-component-update",
          "--disable-sync"]  # fmt: skip
-WIDTHS = (1280, 390)  # pixels, of a laptop and of a telephone
+WIDTHS = (1280, 390)  # pixels, of a laptop and of a phone
 
 
 @pytest.fixture(scope="module")
@@ -30,71 +33,71 @@ def browser(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory):
-    """The files of the pages, by name."""
-    folder = tmp_path_factory.mktemp("runs")
+    """Return the paths of the pages by name."""
+    directory = tmp_path_factory.mktemp("runs")
     names = {"hostile": HOSTILE, "hundred": [f"class number {k}" for k in range(100)]}
-    paths = {name: make_run(folder / name, names[name], num_test=1000) for name in names}
-    found = {name: html.write(path) for name, path in paths.items()}
+    paths = {name: make_run(directory / name, names[name], num_test=1000) for name in names}
+    run_pages = {name: html.write(path) for name, path in paths.items()}
     runs = [read_run(path) for path in paths.values()]
-    html.write_comparison(folder, runs, compare.rows(runs))
-    return found | {"comparison": folder / compare.COMPARISON_PAGE}
+    html.write_comparison(directory, runs, compare.rows(runs))
+    return run_pages | {"comparison": directory / compare.COMPARISON_PAGE}
 
 
 @pytest.fixture
-def opened(browser, pages):
-    """Opens a page; fails where it asked for anything but itself, or wrote to the console."""
-    tabs, wrong = [], []
+def open_page(browser, pages):
+    """Open a page; fail if it requests anything but itself, or logs to the console."""
+    tabs, problems = [], []
 
     def call(name):
         page = browser.new_page()
         tabs.append(page)
-        page.on("console", lambda message: wrong.append(message.text))
-        page.on("pageerror", lambda error: wrong.append(str(error)))
-        page.on("dialog", lambda dialog: (wrong.append(dialog.message), dialog.dismiss()))
+        page.on("console", lambda message: problems.append(message.text))
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.on("dialog", lambda dialog: (problems.append(dialog.message), dialog.dismiss()))
         url = pages[name].as_uri()
-        page.on("request", lambda r: wrong.append(r.url) if fetched(r.url, url) else None)
+        page.on("request", lambda r: problems.append(r.url) if is_external(r.url, url) else None)
         page.goto(url)
         return page
 
     yield call
     for page in tabs:
         page.close()
-    assert wrong == []
+    assert problems == []
 
 
-def fetched(url, own):
-    return url != own and not url.startswith("data:")
+def is_external(url, page_url):
+    return url != page_url and not url.startswith("data:")
 
 
 def cells(page):
-    """(true class, predicted class, count) of the matrix's buttons."""
+    """Return (true class, predicted class, count) of the buttons of the confusion matrix."""
     script = "all => all.map(b => [...b.dataset.cell.split(','), b.textContent].map(Number))"
     return page.locator("#matrix button").evaluate_all(script)
 
 
-def behind(page):
-    """What the page shows of the chosen cell: its heading, its sentence, number of pictures."""
+def selected_cell(page):
+    """Return what the page shows of the selected cell: heading, summary, number of images."""
     loaded = "all => all.filter(i => i.complete && i.naturalWidth > 0).length"
-    pictures = page.locator("#behind img").evaluate_all(loaded)
-    return page.inner_text("#behind h3"), page.inner_text("#behind p"), pictures
+    num_images = page.locator("#cell img").evaluate_all(loaded)
+    return page.inner_text("#cell h3"), page.inner_text("#cell p"), num_images
 
 
 @pytest.mark.parametrize("name", ["hostile", "hundred"])
-def test_a_click_on_a_cell_shows_the_pictures_behind_it(opened, name):
-    page = opened(name)
+def test_a_click_on_a_cell_shows_its_images(open_page, name):
+    page = open_page(name)
     i, j, count = max(cells(page), key=lambda cell: cell[2])
     page.click(f'#matrix button[data-cell="{i},{j}"]')
-    page.wait_for_function("[...document.querySelectorAll('#behind img')].every(i => i.complete)")
-    heading, sentence, pictures = behind(page)
+    page.wait_for_function("[...document.querySelectorAll('#cell img')].every(i => i.complete)")
+    heading, summary, num_images = selected_cell(page)
     assert f": {count} (" in heading
-    assert 0 < pictures <= min(count, 12)
-    assert sentence == f"{pictures} of {count} pictures shown, the most confident first."
-    assert page.inner_text("#said-cells").endswith(sentence)  # what a screen reader says
+    assert 0 < num_images <= min(count, 12)
+    assert summary == f"{num_images} of {count} images, sorted by decreasing confidence."
+    assert page.inner_text("#status-cells").endswith(summary)  # for screen readers
     assert page.locator('#matrix button[aria-pressed="true"]').count() == 1
 
 
-def test_the_keyboard_does_the_same(opened):
-    page = opened("hostile")
+def test_the_keyboard_selects_a_cell(open_page):
+    page = open_page("hostile")
     first = page.locator("#matrix button").first
     for _ in range(30):
         page.keyboard.press("Tab")
@@ -102,32 +105,32 @@ def test_the_keyboard_does_the_same(opened):
             break
     else:
         pytest.fail("the Tab key does not reach the matrix")
-    (i, j, _), *others = cells(page)
+    (i, j, _), *rest = cells(page)
     page.keyboard.press("ArrowDown")
-    below = next(cell for cell in others if cell[0] > i and cell[1] == j)
+    below = next(cell for cell in rest if cell[0] > i and cell[1] == j)
     page.keyboard.press("Enter")
     pressed = page.locator('#matrix button[aria-pressed="true"]')
     assert pressed.get_attribute("data-cell") == "{},{}".format(*below)
-    assert f": {below[2]} (" in behind(page)[0]
+    assert f": {below[2]} (" in selected_cell(page)[0]
     outline = page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
-    assert outline == "solid"  # the focus is seen
+    assert outline == "solid"  # the focus is visible
     assert page.locator('#matrix button[tabindex="0"]').count() == 1
     page.keyboard.press("Tab")
     assert not page.evaluate("document.activeElement.closest('#matrix')")
 
 
-def test_a_head_sorts_its_column_by_click_and_by_keyboard(opened):
-    page = opened("hundred")
-    head = page.locator("#per-class th", has_text="F1")
+def test_a_heading_sorts_its_column_by_click_and_by_keyboard(open_page):
+    page = open_page("hundred")
+    heading = page.locator("#per-class th", has_text="F1")
 
     def column():
         return [float(t) for t in page.locator("#per-class td:nth-child(4)").all_inner_texts()]
 
     before = column()
-    head.locator("button").click()
+    heading.locator("button").click()
     assert column() == sorted(before) != before
-    assert head.get_attribute("aria-sort") == "ascending"
-    assert page.inner_text("#said-classes") == "Sorted by F1, ascending."
+    assert heading.get_attribute("aria-sort") == "ascending"
+    assert page.inner_text("#status-classes") == "Sorted by F1, ascending."
     page.keyboard.press("Enter")  # the button has the focus
     assert column() == sorted(before, reverse=True)
     assert page.locator('#per-class th[aria-sort="none"]').count() == 4
@@ -138,43 +141,43 @@ def test_a_head_sorts_its_column_by_click_and_by_keyboard(opened):
 
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("name", ["hostile", "hundred", "comparison"])
-def test_no_page_scrolls_sideways(opened, name, width):
-    page = opened(name)
+def test_no_page_scrolls_sideways(open_page, name, width):
+    page = open_page(name)
     page.set_viewport_size({"width": width, "height": 800})
     for details in page.locator("details").all():
         details.evaluate("d => d.open = true")
     assert page.evaluate("document.documentElement.scrollWidth") <= width
-    if name == "hundred":  # ... but its matrix does
+    if name == "hundred":  # the matrix scrolls within the page
         assert page.evaluate("(m => m.scrollWidth > m.clientWidth)(matrix.parentElement)")
 
 
-def test_what_counts_is_in_sight_and_what_is_not_says_so(opened):
-    page = opened("comparison")
+def test_the_main_columns_are_visible_and_a_hint_shows_that_a_table_scrolls(open_page):
+    page = open_page("comparison")
     box = page.locator(".scroll").first
 
-    def ends(selector):
-        """The left and right ends of what a selector finds, in pixels of the window."""
-        found = page.locator(selector).first.bounding_box()
-        return found["x"], found["x"] + found["width"]
+    def edges(selector):
+        """Return the left and right edges of an element in pixels of the window."""
+        box = page.locator(selector).first.bounding_box()
+        return box["x"], box["x"] + box["width"]
 
     page.set_viewport_size({"width": 1200, "height": 800})
-    for head in ("accuracy", "macro-F1", "to best", "chosen on"):
-        assert ends(f".runs th:has-text('{head}')")[1] <= ends(".scroll")[1]
+    for heading in ("accuracy", "macro-F1", "vs. best", "selected on"):
+        assert edges(f".runs th:has-text('{heading}')")[1] <= edges(".scroll")[1]
     page.set_viewport_size({"width": 390, "height": 800})
     hint = box.locator(".hint")
     playwright.expect(hint).to_be_visible()
     box.evaluate("b => b.scrollLeft = b.scrollWidth")
-    assert ends(".runs tbody th")[0] == pytest.approx(ends(".scroll")[0], abs=1)  # the run's name
+    assert edges(".runs tbody th")[0] == pytest.approx(edges(".scroll")[0], abs=1)  # the run's name
     page.set_viewport_size({"width": 1200, "height": 800})
-    few = "all => all.forEach(cell => cell.remove())"
-    page.locator(".runs :is(th, td):nth-child(n + 7)").evaluate_all(few)
+    remove = "all => all.forEach(cell => cell.remove())"
+    page.locator(".runs :is(th, td):nth-child(n + 7)").evaluate_all(remove)
     playwright.expect(hint).to_be_hidden()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_text_can_be_read_on_its_background(opened, scheme):
-    """A contrast of 4.5, as WCAG 2.1 asks for, of the colours that text has."""
-    page = opened("hostile")
+def test_the_contrast_of_text_is_sufficient(open_page, scheme):
+    """The contrast of each text color on each background is at least 4.5, as WCAG 2.1 requires."""
+    page = open_page("hostile")
     page.emulate_media(color_scheme=scheme)
     ratios = page.evaluate(CONTRAST)
     assert set(ratios) == {"--ink", "--faint", "--accent"}
@@ -199,7 +202,7 @@ CONTRAST = """() => {
 }"""
 
 
-def test_a_comparison_links_to_the_pages_of_its_runs(opened, pages):
-    page = opened("comparison")
+def test_a_comparison_links_to_the_pages_of_its_runs(open_page, pages):
+    page = open_page("comparison")
     links = page.locator("tbody a").evaluate_all("all => all.map(a => a.href)")
     assert sorted(links) == sorted(pages[name].as_uri() for name in ("hostile", "hundred"))

@@ -115,10 +115,10 @@ def test_a_picture_that_cannot_be_read_is_named_and_the_others_go_on(trained, tm
     assert [row["path"] for row in rows] == [str(tmp_path / f) for f in
                                              ("0.png", "1-broken.png", "2.png")]  # fmt: skip
     assert "classes" not in rows[1]
-    assert "cannot read the picture" in rows[1]["error"]
+    assert "cannot read the image" in rows[1]["error"]
     assert all(len(row["classes"]) == 3 for row in (rows[0], rows[2]))
     [warning] = capsys.readouterr().err.splitlines()
-    assert warning.startswith(f"warning: cannot read the picture {broken}")
+    assert warning.startswith(f"warning: cannot read the image {broken}")
 
 
 def test_any_kind_of_picture_is_taken(trained, tmp_path):
@@ -193,9 +193,7 @@ def test_what_is_left_out_of_a_folder_is_told(trained, tmp_path, capsys):
     picture(0, 1).save(tmp_path / "b.gif")
     assert call(trained[0], tmp_path, "--quiet") == 0
     warning = capsys.readouterr().err
-    assert warning.startswith(
-        f"warning: 1 of the files in folders are left out, as {tmp_path}/b.gif"
-    )
+    assert warning.startswith(f"warning: ignoring 1 files in directories, such as {tmp_path}/b.gif")
 
 
 def test_a_picture_has_one_row_whatever_its_name(capsys):
@@ -237,17 +235,26 @@ def test_p1_two_processes_answer_for_each_path_on_standard_input(trained, tmp_pa
     assert (tmp_path / "two.csv").read_bytes() == (tmp_path / "one.csv").read_bytes()
     warnings = [line for line in ended.stderr.splitlines() if line.startswith("warning: ")]
     assert len(warnings) == 2, ended.stderr
-    assert warnings[1].startswith(f"warning: cannot read the picture {broken}")
+    assert warnings[1].startswith(f"warning: cannot read the image {broken}")
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("", "there are no pictures to classify. Name some, or a folder of them."),
-        ("gone.png", "there is no file gone.png. Give pictures, or folders of them."),
-        ("empty", "there are no pictures to classify. Give pictures, or folders of them."),
-        ("empty --top-k 0", "--top-k 0 is too low. Give at least 1."),
-        ("empty --csv a --json a", "--json and --csv both go to a. Name two files."),
+        (
+            "",
+            "there are no images to classify. Give image files, or directories that contain some.",
+        ),
+        (
+            "gone.png",
+            "there is no file gone.png. Give image files, or directories that contain some.",
+        ),
+        (
+            "empty",
+            "there are no images to classify. Give image files, or directories that contain some.",
+        ),
+        ("empty --top-k 0", "invalid --top-k 0: expected at least 1."),
+        ("empty --csv a --json a", "--json and --csv both write a. Give different files."),
     ],
 )
 def test_p7_predict_refuses(fails, tmp_path, trained, words, message):

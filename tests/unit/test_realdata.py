@@ -1,6 +1,6 @@
-"""Numbers on MNIST and on CIFAR-10's pictures: the notebooks' losses, and what recipes reach.
+"""Losses and accuracies on MNIST and CIFAR-10, compared with the notebooks and results/.
 
-LAB_REAL_DATA names a folder with MNIST/raw/*-ubyte and cifar10-jpg/{train,test}/CLASS/*.jpg.
+LAB_REAL_DATA is a directory with MNIST/raw/*-ubyte and cifar10-jpg/{train,test}/CLASS/*.jpg.
 """
 
 import json
@@ -19,10 +19,10 @@ pytestmark = [
 ]
 
 
-def run(output_dir, *words, data_dir=FOLDER, name="run"):
-    """Trains, and returns the run's folder."""
-    words = [*words, "--data-dir", str(data_dir), "--output-dir", str(output_dir), "--name", name]
-    train.main([*words, "--quiet"])
+def run(output_dir, *argv, data_dir=FOLDER, name="run"):
+    """Train, and return the run's directory."""
+    argv = [*argv, "--data-dir", str(data_dir), "--output-dir", str(output_dir), "--name", name]
+    train.main([*argv, "--quiet"])
     return Path(output_dir) / name
 
 
@@ -32,11 +32,11 @@ def read_lines(path):
 
 @pytest.mark.slow
 def test_the_notebook_recipe_gives_the_notebooks_losses_on_mnist(tmp_path):
-    """Of its first two epochs; `results/lenet5-mnist-notebook` has all five."""
-    words = ["--recipe", "notebook", "--dataset", "mnist", "--seed", "42", "--epochs", "2"]
-    folder = run(tmp_path, *words)
-    found = [row["train_loss"] for row in read_lines(folder / "history.jsonl")]
-    assert found == [pytest.approx(0.5815, abs=0.02), pytest.approx(0.1616, abs=0.01)]
+    """For the first two epochs; `results/lenet5-mnist-notebook` has all five."""
+    argv = ["--recipe", "notebook", "--dataset", "mnist", "--seed", "42", "--epochs", "2"]
+    folder = run(tmp_path, *argv)
+    losses = [row["train_loss"] for row in read_lines(folder / "history.jsonl")]
+    assert losses == [pytest.approx(0.5815, abs=0.02), pytest.approx(0.1616, abs=0.01)]
     report = json.loads((folder / "report.json").read_text())
     assert report["num_samples"] == 10_000
     assert report["accuracy"] >= 0.95
@@ -44,8 +44,8 @@ def test_the_notebook_recipe_gives_the_notebooks_losses_on_mnist(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_modern_recipe_learns_mnist_from_a_sixth_of_it(tmp_path):
-    """`results/lenet5-mnist-default-seed*` have all of it, and 0.992."""
+def test_the_default_recipe_learns_a_sixth_of_mnist(tmp_path):
+    """With all of it, `results/lenet5-mnist-default-seed*` reach 0.992."""
     folder = run(tmp_path, "--max-train-samples", "10000")
     report = json.loads((folder / "report.json").read_text())
     assert report["selection_split"] == "validation"
@@ -53,24 +53,16 @@ def test_the_modern_recipe_learns_mnist_from_a_sixth_of_it(tmp_path):
     assert report["accuracy"] >= 0.97
 
 
-def test_p2_pictures_in_files_train_like_pictures_in_memory(tmp_path):
-    words = ["--model", "alexnet", "--dataset", "folder", "--mixed-precision", "no"]
-    words += ["--augment", "crop,flip", "--batch-size", "16", "--log-every", "1"]
-    words += [
-        "--max-train-samples",
-        "100",
-        "--max-eval-samples",
-        "50",
-        "--max-steps",
-        "4",
-        "--epochs",
-        "1",
-    ]
+def test_p2_both_loaders_train_alike_on_image_files(tmp_path):
+    argv = ["--model", "alexnet", "--dataset", "folder", "--mixed-precision", "no"]
+    argv += ["--augment", "crop,flip", "--batch-size", "16", "--log-every", "1"]
+    argv += ["--max-train-samples", "100", "--max-eval-samples", "50", "--max-steps", "4"]
+    argv += ["--epochs", "1"]
     losses = {}
     for loader in ("resident", "streaming"):
         data_dir = Path(FOLDER) / "cifar10-jpg"
-        given = [*words, "--loader", loader, "--workers", "2"]
-        folder = run(tmp_path, *given, data_dir=data_dir, name=loader)
+        options = ["--loader", loader, "--workers", "2"]
+        folder = run(tmp_path, *argv, *options, data_dir=data_dir, name=loader)
         losses[loader] = [row["loss"] for row in read_lines(folder / "steps.jsonl")]
         report = json.loads((folder / "report.json").read_text())
         assert report["num_samples"] == 50

@@ -1,4 +1,4 @@
-"""The pictures and the page of a finished run, from its files alone."""
+"""The plots, images and page of a finished run."""
 
 import dataclasses
 import html
@@ -20,16 +20,16 @@ from lab.data.sampler import ShardedBatchSampler, random_bits
 from lab.data.transforms import AUGMENTATIONS, BatchTransform
 from lab.errors import UserError, run_script
 from lab.report import html as html_module
-from lab.report import mistakes, plots
+from lab.report import mistakes, plots, results
 from lab.report.run_reader import read_run
 
 PLOTS = {"curves.png", "confusion_matrix.png", "per_class.png", "mistakes.png", "batch.png"}
-LIMIT = 3_000_000  # bytes of a page
+MAX_PAGE_BYTES = 3_000_000
 
 
 @pytest.fixture(scope="module")
 def hostile(tmp_path_factory):
-    """A drawn run whose classes have hostile names."""
+    """Return a run with plots and page, whose classes have hostile names."""
     path = make_run(tmp_path_factory.mktemp("made") / "hostile", augment="crop,cutout")
     plots.draw(path)
     html_module.write(path)
@@ -38,7 +38,7 @@ def hostile(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def hundred(tmp_path_factory):
-    """A drawn run of 100 classes with 2,000 mistakes of noise, which nothing compresses."""
+    """Return a run of 100 classes with 2,000 mistakes, whose images of noise do not compress."""
     names = [f"class number {k}" for k in range(100)]
     path = make_run(tmp_path_factory.mktemp("made") / "hundred", names, num_test=5000, size=40)
     plots.draw(path)
@@ -47,19 +47,19 @@ def hundred(tmp_path_factory):
 
 
 def embedded(path):
-    """The JSON that a page holds."""
+    """Return the JSON data of a page."""
     [text] = re.findall(r'<script type="application/json" id="data">(.*?)</script>',
                         path.read_text(), re.DOTALL)  # fmt: skip
     return json.loads(text)
 
 
-def test_a_training_leaves_its_pictures_and_its_page(finished):
+def test_training_writes_plots_images_and_page(finished):
     assert {p.name for p in (finished / "plots").iterdir()} == PLOTS
     assert "<h1>lenet5 on digits</h1>" in (finished / "report.html").read_text()
     assert len(load_file(finished / "images.safetensors")["batch"]) == 32
 
 
-def test_what_was_deleted_is_drawn_again(hostile, tmp_path, capsys):
+def test_compare_of_one_run_restores_plots_and_page(hostile, tmp_path, capsys):
     path = shutil.copytree(hostile, tmp_path / "run")
     shutil.rmtree(path / "plots")
     (path / "report.html").unlink()
@@ -69,23 +69,23 @@ def test_what_was_deleted_is_drawn_again(hostile, tmp_path, capsys):
     assert (path / "README.md").read_text() == "edited"
     for name in PLOTS:
         assert (path / "plots" / name).read_bytes() == (hostile / "plots" / name).read_bytes()
-    drawn = (path / "report.html").read_text().replace(str(path), str(hostile))
-    assert drawn == (hostile / "report.html").read_text()
+    page = (path / "report.html").read_text().replace(str(path), str(hostile))
+    assert page == (hostile / "report.html").read_text()
 
 
-@pytest.mark.parametrize("run", ["hostile", "hundred"])
-def test_every_picture_shows_something_on_an_opaque_white_card(run, request):
+@pytest.mark.parametrize("run", ["hostile", pytest.param("hundred", marks=pytest.mark.slow)])
+def test_no_plot_is_blank_and_all_are_opaque(run, request):
     for name in PLOTS:
-        with Image.open(request.getfixturevalue(run) / "plots" / name) as picture:
-            assert picture.convert("RGBA").getpixel((0, 0)) == (255, 255, 255, 255)
-            assert max(picture.size) < 4000
-            assert len(picture.convert("RGB").reduce(4).getcolors(10**6)) > 20
+        with Image.open(request.getfixturevalue(run) / "plots" / name) as plot:
+            assert plot.convert("RGBA").getpixel((0, 0)) == (255, 255, 255, 255)
+            assert max(plot.size) < 4000
+            assert len(plot.convert("RGB").reduce(4).getcolors(10**6)) > 20
 
 
-@pytest.mark.parametrize("run", ["hostile", "hundred"])
-def test_a_page_is_small_and_needs_nothing_else(run, request):
+@pytest.mark.parametrize("run", ["hostile", pytest.param("hundred", marks=pytest.mark.slow)])
+def test_a_page_is_small_and_self_contained(run, request):
     page = request.getfixturevalue(run) / "report.html"
-    assert page.stat().st_size < LIMIT
+    assert page.stat().st_size < MAX_PAGE_BYTES
     text = page.read_text()
     links = re.findall(r'(?:src|href)="([^"]*)"', text)
     assert {link.partition(":")[0] for link in links} == {"data"} | {f"plots/{n}" for n in PLOTS}
@@ -97,43 +97,42 @@ def test_p4_hostile_names_stay_text(hostile):
     assert text.count("<script") == text.count("</script>") == 2  # the page's own
     assert "<img src=x" not in text
     assert "<b>" not in text
-    assert "{{" in html.unescape(text)  # a name, which no template has filled in
+    assert "{{" in html.unescape(text)  # a name, not expanded as a template
     names = [name.replace("\udcff", "?") or "(no name)" for name in HOSTILE]
     assert [name.replace("\udcff", "?") for name in embedded(hostile / "report.html")["names"]] == (
         names
     )
 
 
-@pytest.mark.parametrize("run", ["hostile", "hundred"])
-def test_the_page_has_the_run_s_numbers(run, request):
+@pytest.mark.parametrize("run", ["hostile", pytest.param("hundred", marks=pytest.mark.slow)])
+def test_the_page_has_the_metrics_of_the_run(run, request):
     path = request.getfixturevalue(run)
-    found, text = read_run(path), (path / "report.html").read_text()
-    numbers = found.report
+    run, text = read_run(path), (path / "report.html").read_text()
     for key in ("accuracy", "macro_f1", "loss"):
-        assert f"<dd>{numbers[key]:.4f}</dd>" in text
+        assert f"<dd>{run.report[key]:.4f}</dd>" in text
     cells = re.findall(r'<button data-cell="(\d+),(\d+)">([\d,]+)</button>', text)
-    matrix = numbers["confusion_matrix"]
+    matrix = run.report["confusion_matrix"]
     expected = {(i, j): n for i, row in enumerate(matrix) for j, n in enumerate(row) if n}
     expected = {cell: n for cell, n in expected.items() if cell[0] != cell[1]}
     assert {(int(i), int(j)): int(n.replace(",", "")) for i, j, n in cells} == expected
-    shown = embedded(path / "report.html")["pictures"]
+    shown = embedded(path / "report.html")["mistakes"]
     assert len(shown) > 100
     for label, prediction, name, confidence, _ in shown:
         index = int(name.removeprefix("#"))
-        assert (found.labels[index], found.predictions[index]) == (label, prediction)
-        assert found.confidence[index] == pytest.approx(confidence, abs=1e-4)
+        assert (run.labels[index], run.predictions[index]) == (label, prediction)
+        assert run.confidence[index] == pytest.approx(confidence, abs=1e-4)
 
 
-def test_what_differs_from_the_recipe_is_marked(hostile):
+def test_settings_that_differ_from_the_recipe_are_highlighted(hostile):
     rows = html_module.settings(read_run(hostile).config)
-    marked = {name: (own, usual) for name, own, usual, differs in rows if differs}
-    assert marked == {"augment": ("crop,cutout", "flip")}
-    # Of no recipe, and so none to differ from, whatever they are.
-    assert {usual for name, _, usual, _ in rows if name in ("image_size", "threads")} == {None}
+    highlighted = {name: (value, default) for name, value, default, differs in rows if differs}
+    assert highlighted == {"augment": ("crop,cutout", "crop")}
+    # Recipes do not set these.
+    assert {default for name, _, default, _ in rows if name in ("image_size", "threads")} == {None}
     assert "name" not in {name for name, *_ in rows}
 
 
-def test_long_names_are_cut_where_they_do_not_differ():
+def test_long_names_are_shortened_in_the_middle():
     names = [f"class number {k:03}" for k in range(100)]
     for width in (9, 11, 12, 15):
         assert len({plots.short(name, width) for name in names}) == 100
@@ -143,32 +142,32 @@ def test_long_names_are_cut_where_they_do_not_differ():
 
 
 @pytest.mark.parametrize("num_epochs", [1, 2])
-def test_epochs_are_whole_numbers(hostile, num_epochs):
+def test_the_ticks_of_epochs_are_integers(hostile, num_epochs):
     run = read_run(hostile)
     figure = plots.curves(dataclasses.replace(run, history=run.history[:num_epochs]))
     for axes in figure.axes[:2]:
         low, high = axes.get_xlim()
-        at = [x for x in axes.get_xticks() if low <= x <= high]
-        assert at == {1: [1], 2: [1, 2]}[num_epochs]
+        ticks = [x for x in axes.get_xticks() if low <= x <= high]
+        assert ticks == {1: [1], 2: [1, 2]}[num_epochs]
 
 
-def test_p6_a_page_says_what_the_epoch_was_chosen_on(hostile, tmp_path):
+def test_p6_the_page_says_on_which_split_the_epoch_was_selected(hostile, tmp_path):
     path = shutil.copytree(hostile, tmp_path / "run")
-    numbers = json.loads((path / "report.json").read_text()) | {"selection_split": "test"}
-    (path / "report.json").write_text(json.dumps(numbers))
-    assert "an optimistic number" in html_module.write(path).read_text()
-    assert "an optimistic number" not in (hostile / "report.html").read_text()
+    report = json.loads((path / "report.json").read_text()) | {"selection_split": "test"}
+    (path / "report.json").write_text(json.dumps(report))
+    assert "<strong>Note:</strong>" in html_module.write(path).read_text()
+    assert "<strong>Note:</strong>" not in (hostile / "report.html").read_text()
 
 
-def test_a_thousand_classes_are_listed_instead(tmp_path):
+def test_a_page_of_a_thousand_classes_lists_confusions_instead_of_the_matrix(tmp_path):
     path = make_run(tmp_path / "run", [str(k) for k in range(1000)], num_test=2000)
     text = html_module.write(path).read_text()
-    assert len(text) < LIMIT
+    assert len(text) < MAX_PAGE_BYTES
     assert 'id="matrix"' not in text
-    assert text.count("data-cell=") == html_module.CONFUSIONS
+    assert text.count("data-cell=") == html_module.NUM_CONFUSIONS
 
 
-def test_p2_the_batch_is_what_the_network_sees():
+def test_p2_the_saved_batch_is_what_the_model_sees():
     config = recipes.resolve({"dataset": "digits", "augment": "crop,flip,cutout", "batch_size": 50})
     data = splits("ab", num_test=2)
     images, index = mistakes.first_batch(config, data)
@@ -181,40 +180,40 @@ def test_p2_the_batch_is_what_the_network_sees():
 
 
 @pytest.mark.parametrize("mixes", ["flip,mixup", "cutmix"])
-def test_p2_a_mixed_batch_is_the_loaders(mixes):
-    words = {"dataset": "digits", "augment": mixes, "batch_size": 70}
-    config, data = recipes.resolve(words), splits("ab", num_test=2)
-    plain = BatchTransform(data.mean, data.std, config.augmentations, "cpu", config.mixup_alpha)
-    plan = ShardedBatchSampler(len(data.train.labels), 70, config.seed, rank=0, world_size=1)
-    loader = ResidentLoader(data.train, plan, plain, torch.device("cpu"))
+def test_p2_a_mixed_batch_equals_that_of_the_loader(mixes):
+    settings = {"dataset": "digits", "augment": mixes, "batch_size": 70}
+    config, data = recipes.resolve(settings), splits("ab", num_test=2)
+    transform = BatchTransform(data.mean, data.std, config.augmentations, "cpu", config.mixup_alpha)
+    sampler = ShardedBatchSampler(len(data.train.labels), 70, config.seed, rank=0, world_size=1)
+    loader = ResidentLoader(data.train, sampler, transform, torch.device("cpu"))
     batch = next(iter(loader.batches(1)))
-    assert batch.partners is not None
+    assert batch.targets is not None
     images, index = mistakes.first_batch(config, data)
     assert torch.equal(index, batch.indices[:64])
-    seen = ((batch.images[:64] - plain.shift) / plain.scale).round()
-    assert torch.equal(images.float(), seen)
+    expected = ((batch.images[:64] - transform.shift) / transform.scale).round()
+    assert torch.equal(images.float(), expected)
 
 
-def test_the_mistakes_kept_are_the_most_confident_and_of_every_cell():
-    found = predicted(splits([str(k) for k in range(30)], num_test=6000, size=1).test)
-    wrong = (found.labels != found.predictions).nonzero().flatten().tolist()
-    kept = mistakes.chosen(found, 1200).tolist()
-    assert len(set(kept)) == len(kept) == 1200
-    assert set(kept) <= set(wrong)
-    by_confidence = sorted(wrong, key=lambda i: -found.confidence[i])
-    assert kept[:24] == by_confidence[:24]
+def test_the_most_confident_mistakes_of_every_cell_are_selected():
+    predictions = predicted(splits([str(k) for k in range(30)], num_test=6000, size=1).test)
+    wrong = (predictions.labels != predictions.predictions).nonzero().flatten().tolist()
+    selected = mistakes.select_mistakes(predictions, 1200).tolist()
+    assert len(set(selected)) == len(selected) == 1200
+    assert set(selected) <= set(wrong)
+    by_confidence = sorted(wrong, key=lambda i: -predictions.confidence[i])
+    assert selected[:24] == by_confidence[:24]
 
-    pairs = list(zip(found.labels.tolist(), found.predictions.tolist(), strict=True))
-    of_cell = {pairs[i]: [] for i in wrong}
+    pairs = list(zip(predictions.labels.tolist(), predictions.predictions.tolist(), strict=True))
+    cells = {pairs[i]: [] for i in wrong}
     for i in by_confidence:
-        of_cell[pairs[i]].append(i)
-    for members in of_cell.values():
-        mine = sorted(set(members) & set(kept), key=members.index)
-        assert mine
-        assert mine == members[: len(mine)]
+        cells[pairs[i]].append(i)
+    for cell in cells.values():
+        selected_of_cell = sorted(set(cell) & set(selected), key=cell.index)
+        assert selected_of_cell
+        assert selected_of_cell == cell[: len(selected_of_cell)]
 
 
-def test_large_pictures_are_kept_small_and_a_run_without_mistakes_is_drawn(tmp_path):
+def test_large_images_are_resized_and_a_run_may_have_no_mistakes(tmp_path):
     path = make_run(tmp_path / "run", "ab", num_test=60, size=100)
     assert load_file(path / "images.safetensors")["batch"].shape == (64, 3, 64, 64)
     data, run = splits("ab", num_test=60, size=100), RunDir(path)
@@ -224,20 +223,20 @@ def test_large_pictures_are_kept_small_and_a_run_without_mistakes_is_drawn(tmp_p
         {"split": "test", **perfect.report(), "best_epoch": 3, "selection_split": "test"}
     )
     run.write_predictions(perfect.csv())
-    mistakes.keep(run, config, data, perfect)
+    mistakes.save_images(run, config, data, perfect)
     plots.draw(path)
-    assert "There are pictures of 0 of the 0 mistakes" in html_module.write(path).read_text()
+    assert "Images of 0 of the 0 mistakes are included" in html_module.write(path).read_text()
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("config.json", "is no run's folder: it has no config.json. Name one of train.py's."),
+        ("config.json", "is not the directory of a run: it has no config.json. Give a directory"),
         ("report.json", "is not finished. Finish it: train.py --resume "),
-        ("history.jsonl", "is damaged: history.jsonl (No such file or directory). Copy it back"),
+        ("history.jsonl", "is damaged: history.jsonl (No such file or directory). Restore it"),
     ],
 )
-def test_p7_a_missing_file_is_one_line(hostile, tmp_path, capsys, name, message):
+def test_p7_a_missing_file_is_an_error_of_one_line(hostile, tmp_path, capsys, name, message):
     path = shutil.copytree(hostile, tmp_path / "run")
     (path / name).unlink()
     assert run_script(lambda: compare.main([str(path)])) == 2
@@ -247,7 +246,7 @@ def test_p7_a_missing_file_is_one_line(hostile, tmp_path, capsys, name, message)
 
 
 @pytest.mark.parametrize(("num_logged", "label"), [(0, "epoch"), (1, "epoch"), (3, "step")])
-def test_the_learning_rate_has_a_point_for_each_epoch_at_least(
+def test_the_learning_rate_is_plotted_by_epoch_if_few_steps_were_logged(
     hostile, tmp_path, num_logged, label
 ):
     path = shutil.copytree(hostile, tmp_path / "run")
@@ -260,22 +259,22 @@ def test_the_learning_rate_has_a_point_for_each_epoch_at_least(
     assert line.get_marker() == "o"
 
 
-def test_the_epochs_of_a_page_have_every_number(hostile, tmp_path):
+def test_the_page_has_the_metrics_of_each_epoch(hostile, tmp_path):
     path = shutil.copytree(hostile, tmp_path / "run")
     rows = [json.loads(line) for line in (path / "history.jsonl").read_text().splitlines()]
     for k, row in enumerate(rows):
         row["val_macro_f1"] = 0.4321 + k
-    del rows[2]["val_macro_f1"]  # of an older version
+    del rows[2]["val_macro_f1"]  # may be missing
     (path / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     text = html_module.write(path).read_text()
     table = text[text.index(">Epochs</caption>") :].partition("</table>")[0]
-    heads = [head.strip() for head in re.findall(r"<th[^>]*>([^<]*)</th>", table)]
-    column = heads.index("validation macro-F1") - 1  # the epoch itself is a head of its row
+    headings = [heading.strip() for heading in re.findall(r"<th[^>]*>([^<]*)</th>", table)]
+    column = headings.index("validation macro-F1") - 1  # the epoch is the heading of its row
     cells = [re.findall(r"<td[^>]*>([^<]*)</td>", row) for row in table.split("<tr")[2:]]
     assert [row[column] for row in cells] == ["0.4321", "1.4321", "-"]
 
 
-def test_class_names_are_whole_where_there_is_room(tmp_path):
+def test_class_names_are_not_shortened_if_there_is_room(tmp_path):
     names = ["cat", "Tomato Yellow Leaf Curl Virus", "n01494475 hammerhead shark",
              "thirty-six characters of a long name"]  # fmt: skip
     run = read_run(make_run(tmp_path / "run", names))
@@ -292,19 +291,19 @@ def test_class_names_are_whole_where_there_is_room(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["images.safetensors", "predictions.csv"])
-def test_without_pictures_the_rest_is_drawn(hostile, tmp_path, capsys, name):
+def test_without_images_the_other_plots_are_drawn(hostile, tmp_path, capsys, name):
     path = shutil.copytree(hostile, tmp_path / "run", ignore=shutil.ignore_patterns("plots", name))
     plots.draw(path)
     [line] = capsys.readouterr().err.splitlines()
-    assert line.startswith("warning: no mistakes and no batch")
+    assert line.startswith("warning: no plots of images")
     assert {p.name for p in (path / "plots").iterdir()} == PLOTS - {"mistakes.png", "batch.png"}
-    assert embedded(html_module.write(path))["pictures"] == []
+    assert embedded(html_module.write(path))["mistakes"] == []
 
 
 @pytest.mark.parametrize(
     "damage", [{"batch": torch.zeros(1)}, {"mistakes_labels": torch.full((175,), 10)}, {}]
 )
-def test_p7_damaged_pictures_are_named(hostile, tmp_path, damage):
+def test_p7_damaged_images_are_an_error(hostile, tmp_path, damage):
     path = shutil.copytree(hostile, tmp_path / "run")
     file = path / "images.safetensors"
     save_file(load_file(file) | damage, file)
@@ -315,10 +314,10 @@ def test_p7_damaged_pictures_are_named(hostile, tmp_path, damage):
             make(path)
 
 
-def test_a_run_that_cannot_be_drawn_is_finished_with_a_warning(tmp_path, capsys, monkeypatch):
+def test_a_failure_to_draw_is_only_a_warning(tmp_path, capsys, monkeypatch):
     run, data = RunDir(make_run(tmp_path / "run")), splits("ab", num_test=9)
     monkeypatch.delenv("LAB_DRAW")
     monkeypatch.setattr(plots, "curves", lambda run: 1 / 0)
-    html_module.finish(run, recipes.resolve({}), data, predicted(data.test))
+    results.draw(run, recipes.resolve({}), data, predicted(data.test))
     [line] = capsys.readouterr().err.splitlines()
-    assert line.startswith("warning: the run has no pictures or no page: ")
+    assert line.startswith("warning: the plots or the page could not be written: ")

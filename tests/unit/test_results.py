@@ -11,7 +11,6 @@ from types import SimpleNamespace
 
 import pytest
 
-from lab import data
 from lab.config import recipes
 from lab.config.cli import parse_arguments
 from lab.config.schema import TrainConfig
@@ -35,7 +34,7 @@ make, tables = script("results/make.py"), script("docs/make_tables.py")
 @pytest.mark.parametrize(("short", "epochs"), [(False, 0), (False, 3), (True, 0)])
 def test_rows_are_settings_of_train(photographs, short, epochs):
     for name, options in make.rows(photographs, "data", short, epochs).items():
-        config = recipes.resolve(parse_arguments(TrainConfig, options, prog="", metadata=""))
+        config = recipes.resolve(parse_arguments(TrainConfig, options, prog="", description=""))
         assert name.removeprefix("short-").startswith(config.model)
         if short:
             assert (config.epochs, config.max_train_samples) == (3, 5000)
@@ -63,7 +62,7 @@ def test_rows_are_trained_in_pieces_and_once(tmp_path, monkeypatch, capsys):
     words = ["--output", str(kept), "--runs", str(runs)]
 
     assert make.main([*words, "--minutes", "0"]) == 0
-    assert "left, for the next calls: first, second" in capsys.readouterr().out
+    assert "not finished: first, second" in capsys.readouterr().out
     assert not runs.exists()
 
     # A piece too short for all epochs is stopped, and another goes on with it.
@@ -74,7 +73,7 @@ def test_rows_are_trained_in_pieces_and_once(tmp_path, monkeypatch, capsys):
     assert make.main([*words, "--only", "first"]) == 0
     history = (kept / "first" / "history.jsonl").read_text().splitlines()
     assert [json.loads(line)["epoch"] for line in history] == list(range(1, 9))
-    assert {file.name for file in (kept / "first").iterdir()} == {*make.KEPT, "log.txt"}
+    assert {file.name for file in (kept / "first").iterdir()} == {*make.COPIED_FILES, "log.txt"}
     assert (kept / "first" / "log.txt").read_text().count("$ python train.py ") == 2
 
     assert (runs / "first" / "report.html").exists()
@@ -121,7 +120,7 @@ def test_the_tables_of_pages_are_what_the_script_makes_of_the_logs():
     shown = []
     for page in tables.PAGES:
         text = (ROOT / page).read_text()
-        assert text == tables.made(text), "run: python docs/make_tables.py"
+        assert text == tables.rewrite(text), "run: python docs/make_tables.py"
         shown += re.findall(r"<!-- table (\w+)", text)
     assert sorted(shown) == sorted(tables.TABLES)
 
@@ -131,7 +130,7 @@ HELD = {  # tables of numbers that are not written by a script, and what holds t
     "| | LeNet-5 | AlexNet |": "test_the_costs_of_models",
     "| | right where | seen here |": "test_the_sentences_of_the_architectures_page",
     "| fault | how | how often | lost | where |": "test_the_soak_log",
-    "| folder | command |": "test_each_run_is_named_with_its_command",
+    "| directory | command |": "test_each_run_is_named_with_its_command",
     "| settings | validation accuracy | training accuracy | NAME |": "test_the_trials",
     "| settings | epochs | validation accuracy | in `trials/` | |": "test_the_trials",
     "| | |": "an option's values, in docs/training.md",
@@ -178,7 +177,7 @@ def test_a_run_has_the_settings_of_todays_recipe(run):
 
 def test_each_run_is_named_with_its_command():
     patterns = []
-    [table] = tables_of("results/README.md", "| folder | command |")
+    [table] = tables_of("results/README.md", "| directory | command |")
     for names, _ in table:
         for name in re.findall(r"`([^`]+)`", names.replace("`...", "`alexnet-photographs")):
             parts = re.split(r"\{([^}]*)\}", name)
@@ -199,7 +198,7 @@ def test_a_comparison_is_that_of_its_runs(name):
     runs = [run_reader.read_run(ROOT / "results" / run) for run in found]
     rows = compare.rows(runs)
     assert [Path(row["run"]).name for row in rows] == list(found)  # the most accurate first
-    against = list(rows[0]).index("to best") - 1
+    against = list(rows[0]).index("vs. best") - 1
     for row in rows:
         shown = found[Path(row["run"]).name]
         cells = [compare.text(name, value) for name, value in row.items()][1:]
@@ -280,7 +279,7 @@ def test_the_costs_of_models():
     for names, costs, _ in rows[:-1]:
         found = {}
         for name in re.findall(r"`([\w-]+)`", names):
-            name = f"efficientnet{name}" if name.startswith("-") else name
+            name = f"efficientnet{name}" if name.startswith("_") else name
             counted = model_stats(name=name, num_classes=10, in_chans=3, image_size=32)
             found[tuple(counted.values())] = None
         millions = re.findall(r"([\d.,]+) M", costs)
@@ -306,7 +305,7 @@ def test_the_sentences_of_the_architectures_page():
     digits = {m: tables.run(f"short-{m}-mnist").report["accuracy"] for m in ("lenet5", "alexnet")}
     costs = {name: run.config["macs"] for name, run in full.items()}
     weights = {name: run.config["parameters"] for name, run in full.items()}
-    measured = log("networks")["results"]
+    measured = log("models")["results"]
     memory, latency = (
         {name: statistics.median(row[key] for row in rows) for name, rows in measured.items()}
         for key in ("memory_mb", "latency_ms")
@@ -318,7 +317,7 @@ def test_the_sentences_of_the_architectures_page():
     steps = {name: 3 * math.ceil(45_000 / run.config["batch_size"]) for name, run in full.items()}
 
     gains = {name: accuracy[name] - few[name] for name in few if name in accuracy}
-    assert sorted(gains, key=gains.get)[-2:] == ["googlenet", "efficientnet"]
+    assert sorted(gains, key=gains.get)[-2:] == ["googlenet", "efficientnet_b0"]
     assert min(gains, key=gains.get) == "lenet5"
     for run in full.values():
         names, matrix = run.report["class_names"], run.report["confusion_matrix"]
@@ -327,10 +326,10 @@ def test_the_sentences_of_the_architectures_page():
             del row[true]
             assert max(row, key=row.get) == predicted
 
-    def less(run: run_reader.Run) -> str:
+    def less(run: run_reader.RunResult) -> str:
         return f"{run.report['accuracy'] - run.report['macro_f1']:.3f}"
 
-    def recall(run: run_reader.Run, label: str) -> float:
+    def recall(run: run_reader.RunResult, label: str) -> float:
         return next(row["recall"] for row in run.report["per_class"] if row["class"] == label)
 
     def confused(model: str, true: str, predicted: str) -> int:
@@ -340,9 +339,9 @@ def test_the_sentences_of_the_architectures_page():
 
     lenet = full["lenet5"]
     behind = {name: accuracy["alexnet"] - value for name, value in accuracy.items()}
-    assert recall(short["efficientnet"], "cat") == 0
+    assert recall(short["efficientnet_b0"], "cat") == 0
     assert memory["alexnet"] / costs["alexnet"] == min(memory[n] / costs[n] for n in full)
-    assert list(few)[-3] == "efficientnet"
+    assert list(few)[-3] == "efficientnet_b0"
     for sentence in (
         f"({steps['alexnet']:,} steps of 128 images; LeNet-5, whose recipe has batches of 64, "
         f"takes {steps['lenet5']:,})",
@@ -356,17 +355,17 @@ def test_the_sentences_of_the_architectures_page():
         f"at {speed['googlenet']:.2f} of its speed",
         f"third, {behind['densenet']:.2f} behind AlexNet",
         f"at a quarter of its speed and {memory['densenet'] / memory['alexnet']:.1f} times its",
-        f"slower ({speed['mobilenet']:.2f}), and {behind['mobilenet']:.2f} behind",
-        f"and {few['mobilenet_v3_small'] - few['mobilenet']:.2f} ahead of V2",
-        f"fourth: {costs['efficientnet'] / costs['alexnet']:.2f} of AlexNet's multiply-adds",
-        f"last but two of 237, {accuracy['efficientnet'] - accuracy['mobilenet']:.2f} ahead of "
-        f"MobileNetV2 after {steps['efficientnet']:,}",
+        f"slower ({speed['mobilenet_v2']:.2f}), and {behind['mobilenet_v2']:.2f} behind",
+        f"and {few['mobilenet_v3_small'] - few['mobilenet_v2']:.2f} ahead of V2",
+        f"fourth: {costs['efficientnet_b0'] / costs['alexnet']:.2f} of AlexNet's multiply-adds",
+        f"last but two of 237, {accuracy['efficientnet_b0'] - accuracy['mobilenet_v2']:.2f} ahead of "
+        f"MobileNetV2 after {steps['efficientnet_b0']:,}",
         f"for {costs['vit_tiny'] / costs['lenet5']:.0f} times the multiply-adds",
         f"The stem is worth {accuracy['vit_hybrid'] - accuracy['vit_tiny']:.2f}",
         f"by {less(full['googlenet'])} for `googlenet`, by {less(lenet)} for `lenet5`",
         f"finds {recall(lenet, 'horse'):.0%} of the".replace("%", " %"),
         f"and {recall(lenet, 'cat'):.0%} of the cats".replace("%", " %"),
-        f"the difference is {less(short['efficientnet'])} for `efficientnet`",
+        f"the difference is {less(short['efficientnet_b0'])} for `efficientnet_b0`",
         f"({confused('googlenet', 'cat', 'dog')} cats for dogs against "
         f"{confused('vit_tiny', 'cat', 'dog')}, {confused('googlenet', 'airplane', 'ship')} "
         f"airplanes for ships against {confused('vit_tiny', 'airplane', 'ship')})",
@@ -375,9 +374,9 @@ def test_the_sentences_of_the_architectures_page():
     for ratio, stated in (
         (speed["densenet"], 1 / 4),
         (weights["densenet"] / weights["alexnet"], 1 / 20),
-        (latency["alexnet"] / latency["mobilenet"], 1 / 2),
-        (latency["alexnet"] / latency["efficientnet"], 1 / 2),
-        (speed["efficientnet"], 1 / 2),
+        (latency["alexnet"] / latency["mobilenet_v2"], 1 / 2),
+        (latency["alexnet"] / latency["efficientnet_b0"], 1 / 2),
+        (speed["efficientnet_b0"], 1 / 2),
         (speed["mobilenet_v3_small"], 2),
     ):
         assert ratio == pytest.approx(stated, rel=0.15)
@@ -389,10 +388,9 @@ def test_the_log_of_every_pair():
     falls = {(r[0], r[1]): (float(r[5]), float(r[6])) for r in rows}
     num_models, num_datasets = (len({pair[i] for pair in falls}) for i in (0, 1))
     assert all(last < first for first, last in falls.values())
-    assert (num_models, num_datasets, len(falls)) == (18, 4, 72)
+    assert (num_models, num_datasets, len(falls)) == (18, 3, 54)
     text = text_of("README.md")
-    assert f"200 training steps of {num_models} models on four of the seven data sets" in text
-    assert len(data.DATASETS) == 7
+    assert f"200 training steps of {num_models} models on three datasets" in text
     (model, dataset), (first, last) = min(
         falls.items(), key=lambda pair: round(pair[1][0] - pair[1][1], 3)
     )

@@ -1,4 +1,4 @@
-"""Splits: how they are cut, limited, resized, measured and read; P6, what the best is chosen on."""
+"""Splits: how they are read, divided, limited and resized, and their statistics; P6."""
 
 import builtins
 import errno
@@ -22,7 +22,6 @@ from torchvision import datasets
 from torchvision.transforms import v2
 
 import train
-from lab import distributed
 from lab.config.schema import TrainConfig
 from lab.data import DATASETS, DataConfig, load_split, load_splits, loaders
 from lab.data.digits import DIGITS_FILE, load_digits
@@ -50,7 +49,7 @@ def load(dataset, **settings):
 
 
 def make_labels(sizes, seed=0):
-    """Labels of `sizes[k]` samples of class k, shuffled."""
+    """Return labels of `sizes[k]` samples of each class k, shuffled."""
     labels = make_labels_in_order(sizes)
     return labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))]
 
@@ -64,8 +63,8 @@ def digest(*tensors):
     return hashlib.blake2b(content, digest_size=8).hexdigest()
 
 
-def pictures(split):
-    """How often each labelled picture occurs."""
+def labeled_images(split):
+    """Return how often each labeled image occurs."""
     rows = zip(split.images.flatten(1).tolist(), split.labels.tolist(), strict=True)
     return Counter((bytes(image), label) for image, label in rows)
 
@@ -97,7 +96,7 @@ def test_a_large_stratified_sample_has_the_size_asked_for(count):
     assert (labels[chosen].bincount(minlength=200) - share).abs().max() < 1 + 1e-3
 
 
-def test_places_left_go_to_the_largest_remainders():
+def test_remaining_samples_go_to_the_largest_remainders():
     # Shares of 4 from (5, 3, 2): 2.0, 1.2, 0.8.
     labels = make_labels([5, 3, 2])
     assert labels[stratified_sample(labels, 4, seed=0)].bincount().tolist() == [2, 1, 1]
@@ -113,17 +112,17 @@ def test_samples_are_seeded_and_leave_global_randomness_alone():
 
 @pytest.mark.parametrize("fraction", [0.01, 0.1, 0.25, 0.9])
 @pytest.mark.parametrize("num_samples", [2, 99, 100, 101])
-def test_a_cut_parts_the_samples_in_two_in_order(num_samples, fraction):
+def test_a_split_in_two_keeps_the_order(num_samples, fraction):
     images = torch.arange(num_samples, dtype=torch.uint8).view(-1, 1, 1, 1)
-    rest, cut = stratified_split(Split(images, make_labels([num_samples]), ("a",)), fraction, 3)
-    assert len(cut.labels) == min(num_samples - 1, max(1, round(num_samples * fraction)))
-    found = [s.images.flatten().tolist() for s in (rest, cut)]
+    rest, part = stratified_split(Split(images, make_labels([num_samples]), ("a",)), fraction, 3)
+    assert len(part.labels) == min(num_samples - 1, max(1, round(num_samples * fraction)))
+    found = [s.images.flatten().tolist() for s in (rest, part)]
     assert found == [sorted(part) for part in found]
     assert sorted(found[0] + found[1]) == list(range(num_samples))
 
 
 @pytest.mark.parametrize("count", [1, 49, 50])
-def test_limit_takes_that_many_and_all_where_there_are_fewer(count):
+def test_subsample_takes_that_many_samples_or_all(count):
     images = torch.arange(50, dtype=torch.uint8).view(-1, 1, 1, 1)
     split = Split(images, make_labels([20, 30]), ("a", "b"))
     limited = subsample(split, count, seed=1)
@@ -135,7 +134,7 @@ def test_limit_takes_that_many_and_all_where_there_are_fewer(count):
 
 
 def resized(images, size):
-    """All of them at that size; those at any positions have to be the same."""
+    """Return all images resized; check that resizing some of them gives the same result."""
     lazily = resize(Split(images, torch.zeros(len(images)).long(), ("a",)), size)
     found = in_memory(lazily, num_workers=1).images
     some = torch.arange(len(images) - 1, -1, -5)
@@ -208,7 +207,7 @@ def memory_of(split):
 
 
 def test_images_are_resized_in_memory_only_where_all_splits_fit():
-    """Otherwise batch by batch, to the same bits."""
+    """Otherwise they are resized batch by batch, with identical results."""
     settings = config("digits", image_size=40, max_train_samples=50, max_eval_samples=20)
     eager = load_splits(settings, math.inf, 1)
     needed = sum(map(memory_of, (eager.train, eager.val, eager.test)))
@@ -239,12 +238,12 @@ def test_splits_are_resident_only_where_all_of_them_fit_together():
 
 @pytest.mark.parametrize(("missing", "kind"), [(0, "resident"), (1, "streaming")])
 def test_training_budgets_memory_for_all_splits_together(tmp_path, monkeypatch, missing, kind):
-    """Split by split, those that fit alone would be loaded until the GPU is full."""
+    """If each split were considered alone, all of them could fill the GPU."""
     words = ["--dataset", "digits", "--max-train-samples", "20", "--max-eval-samples", "10"]
     words += ["--image-size", "32", "--epochs", "1", "--recipe", "smoke", "--quiet"]
     words += ["--threads", "1", "--output-dir", str(tmp_path)]
     needed = 32**2 * (20 + 2 * 10)
-    monkeypatch.setattr(distributed, "memory_for_data", lambda device: needed - missing)
+    monkeypatch.setattr(loaders, "memory_for_data", lambda device: needed - missing)
     loaders_used = []
 
     def build(*given, **settings):
@@ -260,7 +259,7 @@ def test_training_budgets_memory_for_all_splits_together(tmp_path, monkeypatch, 
 
 
 def write_idx(folder, suffix="", num_train=17, num_test=3, classes=10):
-    """A made-up MNIST in IDX files; what is in them."""
+    """Write a synthetic MNIST to IDX files; return (images, labels) of both splits."""
     folder.mkdir(parents=True)
     parts = []
     for name, num in ("train", num_train), ("t10k", num_test):
@@ -335,12 +334,12 @@ def test_p7_labels_of_other_images_are_refused(tmp_path):
     write_idx(tmp_path / "MNIST" / "raw")
     raw = tmp_path / "MNIST" / "raw"
     (raw / "train-labels-idx1-ubyte").write_bytes((raw / "t10k-labels-idx1-ubyte").read_bytes())
-    with pytest.raises(ValueError, match="do not belong together"):
+    with pytest.raises(ValueError, match="do not match"):
         load("mnist", data_dir=str(tmp_path))
 
 
 class Payload:
-    """Creates a directory when it is unpickled."""
+    """Create a directory when unpickled."""
 
     def __reduce__(self):
         return os.mkdir, ("marker",)
@@ -365,11 +364,13 @@ def test_p6_validation_is_cut_from_training_and_test_is_apart():
     cut = load("digits", val_fraction=0.1)
     assert (whole.selection_split, cut.selection_split) == ("test", "validation")
     assert [len(s.labels) for s in (cut.train, cut.val, cut.test)] == [1294, 144, 359]
-    assert pictures(cut.test) == pictures(whole.test)
-    assert pictures(cut.train) + pictures(cut.val) == pictures(whole.train)
+    assert labeled_images(cut.test) == labeled_images(whole.test)
+    assert labeled_images(cut.train) + labeled_images(cut.val) == labeled_images(whole.train)
     everything = load("digits", test_fraction=0.01, val_fraction=0.0)
-    everything = pictures(everything.train) + pictures(everything.test)
-    assert pictures(cut.train) + pictures(cut.val) + pictures(cut.test) == everything
+    everything = labeled_images(everything.train) + labeled_images(everything.test)
+    assert (
+        labeled_images(cut.train) + labeled_images(cut.val) + labeled_images(cut.test) == everything
+    )
     for split in (cut.train, cut.val, cut.test):
         share = split.labels.bincount() / len(split.labels)
         assert share.min() > 0.085  # stratified
@@ -397,8 +398,8 @@ def test_all_of_the_data_is_every_sample_of_every_part(tmp_path):
     split, _ = load_split(config("digits"), "all", math.inf, 1)
     assert len(split.labels) == 1797
     splits = load("digits")
-    expected = [pictures(part) for part in (splits.train, splits.val, splits.test)]
-    assert pictures(split) == expected[0] + expected[1] + expected[2]
+    expected = [labeled_images(part) for part in (splits.train, splits.val, splits.test)]
+    assert labeled_images(split) == expected[0] + expected[1] + expected[2]
 
     for path in ("train/a/0", "train/b/0", "train/b/1", "val/a/0", "val/b/0"):
         make_picture(tmp_path / f"{path}.png")
@@ -413,18 +414,18 @@ def test_all_of_the_data_is_every_sample_of_every_part(tmp_path):
 
 
 @pytest.mark.parametrize("fraction", [0.01, 0.1, 0.5, 0.9])
-def test_a_cut_leaves_samples_of_every_class_on_both_sides(fraction):
+def test_both_parts_of_a_split_have_samples_of_every_class(fraction):
     sizes = [1, 2, 3, 40]
     whole = Split(torch.zeros(46, 1, 1, 1, dtype=torch.uint8), make_labels(sizes), tuple("abcd"))
-    rest, cut = (
+    rest, part = (
         s.labels.bincount(minlength=4).tolist() for s in stratified_split(whole, fraction, 0)
     )
-    assert [a + b for a, b in zip(rest, cut, strict=True)] == sizes
-    assert (rest[0], cut[0]) == (1, 0)  # the only sample of a class is trained on
-    assert min(rest[1:] + cut[1:]) >= 1
+    assert [a + b for a, b in zip(rest, part, strict=True)] == sizes
+    assert (rest[0], part[0]) == (1, 0)  # the only sample of a class is trained on
+    assert min(rest[1:] + part[1:]) >= 1
 
 
-def test_a_split_without_images_of_a_class_is_told_of(tmp_path, capsys):
+def test_a_split_without_images_of_a_class_causes_a_warning(tmp_path, capsys):
     for name, count in (("a", 1), ("b", 2), ("c", 9)):
         for i in range(count):
             make_picture(tmp_path / name / f"{i}.png")
@@ -436,7 +437,9 @@ def test_a_split_without_images_of_a_class_is_told_of(tmp_path, capsys):
     )
     load_splits(replace(folder, max_train_samples=2, max_eval_samples=1, val_fraction=0.0), 0, 1)
     assert capsys.readouterr().err == (
-        "warning: the training split has no image of classes a, b: --max-train-samples is too small\n"
+        "warning: the training split has no image of classes a, b: --max-train-samples is too "
+        "small\nwarning: the test split has no image of classes a, b: --max-eval-samples is too "
+        "small\n"
     )
 
 
@@ -471,7 +474,7 @@ def test_p6_the_cut_follows_split_seed_and_nothing_else():
     for name in ("train", "val", "test"):
         assert torch.equal(getattr(first, name).images, getattr(second, name).images)
         assert torch.equal(getattr(first, name).labels, getattr(second, name).labels)
-        assert pictures(getattr(first, name)) != pictures(getattr(other, name))
+        assert labeled_images(getattr(first, name)) != labeled_images(getattr(other, name))
 
 
 def test_limits_hold_for_each_split():
@@ -479,7 +482,7 @@ def test_limits_hold_for_each_split():
     assert [len(s.labels) for s in (splits.train, splits.val, splits.test)] == [101, 33, 33]
     whole = load("digits")
     for name in ("train", "val", "test"):
-        assert pictures(getattr(splits, name)) <= pictures(getattr(whole, name))
+        assert labeled_images(getattr(splits, name)) <= labeled_images(getattr(whole, name))
 
 
 def test_images_come_in_the_size_asked_for():

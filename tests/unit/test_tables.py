@@ -20,9 +20,9 @@ RUNS = [
     "/home/someone/experiments/2024/leaves/runs/torchvision-convnext_tiny-folder-seed-42",
 ]
 RUN = {
-    "model": "efficientnet", "data set": "cifar100", "accuracy": "0.8123", "macro-F1": "0.8110",
-    "to best": "-0.0123 [-0.0201, -0.0045]", "chosen on": "validation",
-    "parameters": "14,859,082", "multiply-adds": "416,520,000", "epochs": "100",
+    "model": "efficientnet", "dataset": "cifar100", "accuracy": "0.8123", "macro-F1": "0.8110",
+    "vs. best": "-0.0123 [-0.0201, -0.0045]", "selected on": "validation",
+    "parameters": "14,859,082", "MACs": "416,520,000", "epochs": "100",
     "images/s": "1,234", "seconds": "12,345",
 }  # fmt: skip
 
@@ -38,10 +38,10 @@ def terminal(monkeypatch):
         monkeypatch.setattr(console, "out", lambda: out)
         write()
         lines = file.getvalue().splitlines()
-        *table, note = lines if lines[-1].startswith("no room for: ") else [*lines, ""]
+        *table, note = lines if lines[-1].startswith("columns that do not fit: ") else [*lines, ""]
         assert max(map(len, table)) <= width
         assert "\u2026" not in file.getvalue()
-        return table, note.removeprefix("no room for: ")
+        return table, note.removeprefix("columns that do not fit: ")
 
     yield of
     console._main_process, console._quiet = None, False
@@ -88,9 +88,9 @@ def test_a_wide_terminal_shows_all_predictions(terminal):
 @pytest.mark.parametrize(
     ("width", "shown"),
     [
-        (80, {"accuracy", "chosen on"}),
-        (100, {"accuracy", "chosen on"}),
-        (140, {"accuracy", "chosen on", "to best"}),
+        (80, {"accuracy", "selected on"}),
+        (100, {"accuracy", "selected on"}),
+        (140, {"accuracy", "selected on", "vs. best"}),
         (300, set(RUN)),
     ],
 )
@@ -110,7 +110,7 @@ def test_a_comparison_shows_each_run_and_the_columns_that_matter(terminal, width
 
 def test_short_names_leave_room_for_more(terminal):
     narrow, _ = terminal(80, lambda: console.runs_table([{"run": "runs/a"} | RUN] * 2))
-    assert all(name in "".join(narrow) for name in ("to best", "chosen on", "accuracy"))
+    assert all(name in "".join(narrow) for name in ("vs. best", "selected on", "accuracy"))
 
 
 @pytest.mark.parametrize("width", [80, 100, 140])

@@ -14,7 +14,7 @@ from lab import loggers as loggers_module
 from lab.checkpoint.run_dir import RunDir
 from lab.config.schema import TRACKERS
 from lab.loggers import Loggers
-from lab.report import html
+from lab.report import results
 
 EPOCH = ("train_loss", "val_loss", "val_accuracy", "val_macro_f1", "learning_rate")
 
@@ -76,7 +76,7 @@ def test_a_killed_and_resumed_run_has_one_log_with_nothing_twice(tmp_path, monke
     before = numbers(run / "tensorboard")["steps/loss"]
     assert [step for step, _ in before] == list(range(1, 10))
 
-    monkeypatch.setenv(html.DRAW_VARIABLE, "1")
+    monkeypatch.setenv(results.DRAW_VARIABLE, "1")
     resume(run)
     found = numbers(run / "tensorboard")
     for name in ("loss", "learning_rate"):
@@ -93,7 +93,11 @@ def test_a_killed_and_resumed_run_has_one_log_with_nothing_twice(tmp_path, monke
     assert found["plots/confusion_matrix"] == [12]
     # Every event file is in one directory: a second one would be a second, empty run.
     assert {path.parent for path in run.rglob("*tfevents*")} == {run / "tensorboard"}
-    assert sorted(p.name for p in run.iterdir() if p.is_dir()) == ["plots", "state", "tensorboard"]
+    assert sorted(p.name for p in run.iterdir() if p.is_dir()) == [
+        "checkpoints",
+        "plots",
+        "tensorboard",
+    ]
 
 
 def test_tensorboard_shows_the_settings(tmp_path):
@@ -174,7 +178,7 @@ def test_a_tracker_that_fails_costs_one_warning_and_the_others_go_on(
     expected = ["start", "settings", 1, 2, 3, 4, "images", "finish"]
     assert [call[0] for call in told] == expected
     assert capfd.readouterr().err == (
-        "warning: tensorboard failed, and the run goes on without it "
+        "warning: --tracker tensorboard failed; the run continues without it "
         "(ConnectionError: no network)\n"
     )
 
@@ -189,8 +193,9 @@ def test_every_name_is_one_of_accelerates_and_has_an_extra():
 @pytest.mark.parametrize(
     ("tracker", "message"),
     [
-        ("tensorbord", "--tracker has no tensorbord. Choose from tensorboard, wandb, or none."),
-        ("wandb,wandb", "--tracker wandb,wandb repeats a name. Name each once."),
+        ("tensorbord", "invalid --tracker 'tensorbord': expected none or a comma-separated list of "
+            "tensorboard, wandb."),
+        ("wandb,wandb", "invalid --tracker 'wandb,wandb': expected every name once."),
         ("wandb", "--tracker wandb needs the package wandb. "
                   "Run pip install -e '.[wandb]' in lab's checkout."),
     ],

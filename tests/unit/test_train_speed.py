@@ -1,4 +1,4 @@
-"""benchmarks/train_speed.py: the plain loop that lab is measured against is what it says."""
+"""benchmarks/train_speed.py: the plain loop that lab is compared with."""
 
 import json
 import subprocess
@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def benchmark(tmp_path_factory):
-    """(contenders, train_speed, a folder of tiny random images)."""
+    """Yield contenders, train_speed, and a directory of random images."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT / "benchmarks"))
         import contenders
@@ -22,7 +22,7 @@ def benchmark(tmp_path_factory):
 
         patch.setattr(contenders, "WORKERS", 0)
         folder = tmp_path_factory.mktemp("images")
-        train_speed.write_random_images(folder)
+        train_speed.write_random_images(folder, 300, 50)
         yield contenders, train_speed, str(folder)
 
 
@@ -30,18 +30,18 @@ def test_the_plain_loop_measures_and_trains_as_the_notebooks_loop_does(benchmark
     contenders, _, folder = benchmark
     case = contenders.Case("lenet5", "folder", folder)
     seen, logits = [], []
-    build = contenders.Case.usual_model
+    build = contenders.Case.make_model
 
-    def usual_model(case):
+    def make_model(case):
         model = build(case)
-        model.register_forward_hook(lambda *words: logits.append(words[-1].detach()))
+        model.register_forward_hook(lambda *args: logits.append(args[-1].detach()))
         return model
 
     def see(images):
         seen.append(images)
         return images
 
-    monkeypatch.setattr(contenders.Case, "usual_model", usual_model)
+    monkeypatch.setattr(contenders.Case, "make_model", make_model)
     monkeypatch.setattr(contenders, "crop_and_flip", see)
     train, evaluate = contenders.resident(case)
     assert evaluate() == contenders.notebook(case)[1]()
@@ -78,16 +78,16 @@ def test_the_plain_loop_has_labs_precision_and_memory_format(benchmark, monkeypa
     contenders, _, folder = benchmark
     from lab import distributed
 
-    monkeypatch.setattr(distributed, "multiplies_bfloat16", lambda device_type: True)
+    monkeypatch.setattr(distributed, "has_native_bf16", lambda device_type: True)
     monkeypatch.setattr(contenders, "BATCH_SIZE", 4)
-    models, logits = [], []
+    models, logits, build = [], [], contenders.Case.make_model
 
-    def usual_model(case):
-        models.append(case.make_model())
-        models[-1].register_forward_hook(lambda *words: logits.append(words[-1].dtype))
+    def make_model(case):
+        models.append(build(case))
+        models[-1].register_forward_hook(lambda *args: logits.append(args[-1].dtype))
         return models[-1]
 
-    monkeypatch.setattr(contenders.Case, "usual_model", usual_model)
+    monkeypatch.setattr(contenders.Case, "make_model", make_model)
     case = contenders.Case(model, "folder", folder)
     for name in ("resident", "resident-float32"):
         contenders.CONTENDERS[name](case)[0](1)

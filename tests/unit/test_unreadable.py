@@ -22,16 +22,16 @@ KINDS = pytest.mark.parametrize("memory", [math.inf, 0], ids=["resident", "strea
 
 
 @pytest.fixture
-def pictures(tmp_path):
-    """24 images of each of two classes, and the settings that read them."""
+def images(tmp_path):
+    """Return the paths of 24 images of each of two classes, and the settings that read them."""
     paths = [
-        make_picture(tmp_path / f"pictures/{label}/{i:02}.png") for label in "ab" for i in range(24)
+        make_picture(tmp_path / f"images/{label}/{i:02}.png") for label in "ab" for i in range(24)
     ]
-    return paths, replace(CONFIG, data_dir=str(tmp_path / "pictures"))
+    return paths, replace(CONFIG, data_dir=str(tmp_path / "images"))
 
 
-def spoil(splits, name: str, *positions: int) -> list[str]:
-    """Damages the files at those positions of a split; their names below the directory."""
+def damage(splits, name: str, *positions: int) -> list[str]:
+    """Damage files of a split; return their paths relative to the data directory."""
     split = getattr(splits, name)
     for i in positions:
         with open(split.paths[i], "wb") as file:
@@ -40,36 +40,38 @@ def spoil(splits, name: str, *positions: int) -> list[str]:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_one_error_names_all_of_every_split(pictures, workers):
-    _, config = pictures
+def test_one_error_names_all_of_every_split(images, workers):
+    _, config = images
     splits = load_splits(config, math.inf, 1)
-    spoiled = spoil(splits, "train", 0, 5) + spoil(splits, "val", 2) + spoil(splits, "test", 1, 3)
+    damaged = (
+        damage(splits, "train", 0, 5) + damage(splits, "val", 2) + damage(splits, "test", 1, 3)
+    )
     with pytest.raises(UserError) as caught:
         load_splits(config, math.inf, workers)
     assert caught.value.what.startswith("cannot read 5 images: ")
-    assert all(f"{config.data_dir}/{name}" in caught.value.what for name in spoiled)
-    assert caught.value.hint == "Replace or delete those files, or give --skip-unreadable"
+    assert all(f"{config.data_dir}/{name}" in caught.value.what for name in damaged)
+    assert caught.value.hint == "Replace or delete these files, or give --skip-unreadable"
 
 
-def test_streamed_training_images_are_named_at_the_start(pictures, monkeypatch):
-    """They, or a sample of many, are decoded for mean and std; after a failure, all are checked."""
-    _, config = pictures
+def test_streamed_training_images_are_named_at_the_start(images, monkeypatch):
+    """A sample of them is decoded for mean and std; if that fails, all images are checked."""
+    _, config = images
     splits = load_splits(config, 0, 1)
-    spoiled = spoil(splits, "train", 0, 5, 6)
-    assert_all_are_named(config, spoiled)
+    damaged = damage(splits, "train", 0, 5, 6)
+    assert_all_are_named(config, damaged)
     monkeypatch.setattr(splits_module, "SAMPLE_SIZE", 2)  # the first one of them is in the sample
-    assert_all_are_named(config, spoiled + spoil(splits, "val", 1) + spoil(splits, "test", 0))
+    assert_all_are_named(config, damaged + damage(splits, "val", 1) + damage(splits, "test", 0))
 
 
-def assert_all_are_named(config, spoiled):
+def assert_all_are_named(config, damaged):
     with pytest.raises(UserError) as caught:
         load_splits(config, 0, 2)
-    assert caught.value.what.startswith(f"cannot read {len(spoiled)} images: ")
-    assert all(f"{config.data_dir}/{name}" in caught.value.what for name in spoiled)
+    assert caught.value.what.startswith(f"cannot read {len(damaged)} images: ")
+    assert all(f"{config.data_dir}/{name}" in caught.value.what for name in damaged)
 
 
-def test_a_batch_names_all_of_its_images_that_cannot_be_read(pictures):
-    paths, _ = pictures
+def test_a_batch_names_all_of_its_images_that_cannot_be_read(images):
+    paths, _ = images
     for i in (1, 2):
         paths[i].write_bytes(b"")
     with pytest.raises(UnreadableImages) as caught:
@@ -77,7 +79,7 @@ def test_a_batch_names_all_of_its_images_that_cannot_be_read(pictures):
     assert list(caught.value.reasons) == [str(paths[1]), str(paths[2])]
 
 
-def test_of_very_many_some_are_named_and_all_counted():
+def test_of_many_unreadable_images_some_are_named_and_all_counted():
     error = UnreadableImages({f"{i}.png": "" for i in range(25)})
     assert error.what.startswith("cannot read 25 images: 0.png, 1.png, ")
     assert error.what.endswith(", 19.png and 5 more")
@@ -85,21 +87,21 @@ def test_of_very_many_some_are_named_and_all_counted():
 
 @KINDS
 def test_skipped_images_are_left_out_of_their_splits_and_listed(
-    pictures, monkeypatch, capsys, memory
+    images, monkeypatch, capsys, memory
 ):
-    """The samples that are left stay in the split that they were in, in the same order."""
-    _, config = pictures
+    """The other samples stay in their split, in the same order."""
+    _, config = images
     whole = load_splits(config, memory, 1)
-    spoiled = spoil(whole, "train", 0, 7) + spoil(whole, "val", 1) + spoil(whole, "test", 0)
+    damaged = damage(whole, "train", 0, 7) + damage(whole, "val", 1) + damage(whole, "test", 0)
     config = replace(config, skip_unreadable=True)
     capsys.readouterr()
     left = load_splits(config, memory, 1)
     warning = capsys.readouterr().err
     assert warning.startswith("warning: left out 4 images that cannot be read: ")
-    assert all(f"{config.data_dir}/{name}" in warning for name in spoiled)
+    assert all(f"{config.data_dir}/{name}" in warning for name in damaged)
     for name in ("train", "val", "test"):
         before, after = getattr(whole, name), getattr(left, name)
-        kept = [i for i, file in enumerate(before.files()) if file not in spoiled]
+        kept = [i for i, file in enumerate(before.files()) if file not in damaged]
         assert after.files() == [before.files()[i] for i in kept]
         assert torch.equal(after.labels, before.labels[kept])
         everything = torch.arange(len(kept))
@@ -108,14 +110,14 @@ def test_skipped_images_are_left_out_of_their_splits_and_listed(
         assert alone.files() == after.files()
         assert fingerprint == left.fingerprints[name] != whole.fingerprints[name]
     assert len(load_split(config, "all", memory, 1)[0].labels) == 44
-    # The list is kept: the next process decodes nothing to find it.
+    # The list is cached: the next process decodes nothing.
     monkeypatch.setattr(decode, "decode", lambda *_: pytest.fail("decoded again"))
-    monkeypatch.setattr(cache, "FEWEST", 10**9)
+    monkeypatch.setattr(cache, "MIN_IMAGES", 10**9)
     assert left.test.files() == load_split(config, "test", 0, 1)[0].files()
 
 
-def test_a_named_pipe_and_a_link_to_nothing_are_skipped_without_waiting(pictures):
-    paths, config = pictures
+def test_a_named_pipe_and_a_link_to_nothing_are_skipped_without_waiting(images):
+    paths, config = images
     paths[3].unlink()
     os.mkfifo(paths[3])
     paths[4].unlink()
@@ -129,8 +131,8 @@ def test_a_named_pipe_and_a_link_to_nothing_are_skipped_without_waiting(pictures
         load_splits(replace(config, skip_unreadable=False), math.inf, 1)
 
 
-def test_the_list_follows_the_files(pictures):
-    paths, config = pictures
+def test_the_list_follows_the_files(images):
+    paths, config = images
     config = replace(config, skip_unreadable=True)
     content = paths[3].read_bytes()
     paths[3].write_bytes(b"")
@@ -142,8 +144,8 @@ def test_the_list_follows_the_files(pictures):
     assert len(load_split(config, "all", 0, 1)[0].labels) == 47
 
 
-def test_a_class_without_readable_training_images_is_an_error(pictures):
-    paths, config = pictures
+def test_a_class_without_readable_training_images_is_an_error(images):
+    paths, config = images
     for path in paths[:24]:
         path.write_bytes(b"")
     with pytest.raises(UserError, match="none of the training images of a can be read"):
@@ -156,35 +158,35 @@ def test_only_a_directory_of_images_has_any_to_skip(fails):
     )
 
 
-def test_weights_say_what_their_evaluation_skips(pictures, tmp_path, monkeypatch, fails, capfd):
-    """Of the training's own data: new data are skipped only where the option is given."""
-    _, config = pictures
+def test_weights_say_what_their_evaluation_skips(images, tmp_path, monkeypatch, fails, capfd):
+    """Images of another dataset are skipped only with the option."""
+    _, config = images
     splits = load_splits(config, math.inf, 1)
-    [spoiled] = spoil(splits, "test", 2)
-    words = "--dataset folder --data-dir pictures --recipe smoke --quiet --threads 1 --epochs 1"
+    [damaged] = damage(splits, "test", 2)
+    words = "--dataset folder --data-dir images --recipe smoke --quiet --threads 1 --epochs 1"
     words += " --val-fraction 0.25 --test-fraction 0.25 --skip-unreadable --name x"
     assert train.main(words.split()).exit_code == 0
     assert len((tmp_path / "runs/x/predictions.csv").read_text().splitlines()) == 12
     capfd.readouterr()
     evaluate.main(["runs/x", "--quiet", "--threads", "1"])
-    assert f"left out 1 image that cannot be read: pictures/{spoiled}" in capfd.readouterr().err
+    assert f"left out 1 image that cannot be read: images/{damaged}" in capfd.readouterr().err
     eval_model = tmp_path / "runs/x/evaluate-test/predictions.csv"
     assert eval_model.read_bytes() == (tmp_path / "runs/x/predictions.csv").read_bytes()
-    other = ("runs/x", "--quiet", "--threads", 1, "--data-dir", "pictures", "--split", "all")
+    other = ("runs/x", "--quiet", "--threads", 1, "--data-dir", "images", "--split", "all")
     assert matches(
         fails(evaluate, *other),
-        f"cannot read the picture pictures/{spoiled} (*). "
-        "Replace or delete that file, or give --skip-unreadable.",
+        f"cannot read the image images/{damaged} (*). "
+        "Replace or delete the file, or give --skip-unreadable.",
     )
     evaluate.main([*map(str, other), "--skip-unreadable"])
     assert "has changed" not in capfd.readouterr().err
     metadata = weights.read_metadata(tmp_path / "runs/x/best.safetensors")
-    del metadata["data"]["skip_unreadable"]  # as in weights of before the option
+    del metadata["data"]["skip_unreadable"]  # as in weights of an earlier version
     weights._check_metadata(metadata)
     assert not DataConfig(**metadata["data"]).skip_unreadable
 
 
-def test_new_data_do_not_inherit_the_option():
+def test_another_dataset_does_not_inherit_the_option():
     trained = asdict(replace(CONFIG, skip_unreadable=True))
     for given, expected in (
         ({}, True),

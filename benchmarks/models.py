@@ -1,7 +1,7 @@
 """What each network costs: latency of one image, speed of training and evaluation, memory.
 
-  python benchmarks/networks.py                        all but the largest, about 20 minutes
-  python benchmarks/networks.py --models lenet5,alexnet --rounds 5 --threads 1
+  python benchmarks/models.py                        all but the largest, about 20 minutes
+  python benchmarks/models.py --models lenet5,alexnet --rounds 5 --threads 1
 
 Images of 32 pixels with 3 channels, 10 classes, in the precision and layout that lab chooses; the
 recipe's optimizer. Networks run in turn, each in a process of its own; of every figure the median
@@ -19,7 +19,7 @@ from functools import partial
 from common import child, in_turn, spread, write_json
 
 MODELS = (
-    "lenet5,alexnet,googlenet,densenet,densenet121,mobilenet,mobilenet_v3_small,efficientnet,"
+    "lenet5,alexnet,googlenet,densenet,densenet121,mobilenet_v2,mobilenet_v3_small,efficientnet_b0,"
     "vit_tiny,vit_small,vit_hybrid"
 )
 BATCH_SIZE = 64
