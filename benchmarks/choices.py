@@ -6,7 +6,7 @@
 
 Whole training steps of 128 images that lie ready. All variants of a network are built once and
 timed in turn in one process; bfloat16 only where the device multiplies it. `auto` marks what
-`--mixed-precision auto` and `lay_out` choose; that is what is compiled. Then, in processes of their
+`--mixed-precision auto` and `to_device` choose, which is also compiled. Then, in processes of their
 own: `auto`, which keeps freed memory, and without that. Last,
 Muon's iterations on the kernels of AlexNet in both precisions.
 """
@@ -31,7 +31,7 @@ def step_timer(
     threads: int,
     compiled: bool,
 ):
-    """A function that runs some training steps and returns their images a second."""
+    """Return a function that runs some training steps and returns images per second."""
     import torch
     import torch.nn.functional as F
 
@@ -124,7 +124,7 @@ def table(results: dict[str, list], chosen: str, field: str = "images_per_second
 
 
 def main() -> None:
-    """Runs what the command line says."""
+    """Measure as the command line says."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

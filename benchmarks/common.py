@@ -1,4 +1,4 @@
-"""What the benchmarks share: children run in turn, medians with their spread, the environment."""
+"""Functions that the benchmarks share: child processes in turn, medians, the environment."""
 
 import json
 import os
@@ -16,7 +16,7 @@ if str(ROOT) not in sys.path:
 
 
 def child(script: str, *words: object, **environment: str) -> dict[str, Any]:
-    """The JSON on the last line that `script` prints when run with `words`, alone."""
+    """Run `script` with the arguments `words`, and return the JSON on its last line of output."""
     command = [sys.executable, script, *map(str, words)]
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, env={**os.environ, **environment}
@@ -27,7 +27,7 @@ def child(script: str, *words: object, **environment: str) -> dict[str, Any]:
 
 
 def in_turn(contenders: dict[str, Callable[[], dict]], rounds: int, show: str) -> dict[str, list]:
-    """Runs A B C A B C ..., so that all meet the same noise: a list of results a contender."""
+    """Run A B C A B C ..., so that noise affects all alike. Return each contender's results."""
     results: dict[str, list] = {name: [] for name in contenders}
     for number in range(rounds):
         for name, run in contenders.items():
@@ -37,17 +37,17 @@ def in_turn(contenders: dict[str, Callable[[], dict]], rounds: int, show: str) -
 
 
 def ratios(results: dict[str, list], a: str, b: str, key: str) -> list[float]:
-    """a / b, round by round."""
+    """Return the ratios a / b, round by round."""
     return [x[key] / y[key] for x, y in zip(results[a], results[b], strict=True)]
 
 
 def spread(values: list[float], form: str = ".2f") -> str:
-    """median (smallest - largest)."""
+    """Return "median (min - max)"."""
     return f"{statistics.median(values):{form}} ({min(values):{form}} - {max(values):{form}})"
 
 
 def environment() -> dict[str, Any]:
-    """The machine, the versions and the commit."""
+    """Return the machine, the versions and the commit."""
     import torch
 
     from lab.checkpoint.provenance import commit, versions
@@ -64,7 +64,7 @@ def environment() -> dict[str, Any]:
 
 
 def write_json(path: str | None, content: dict) -> None:
-    """Writes `content` and the environment, where a path was given."""
+    """Write `content` and the environment to `path`, if there is one."""
     if path:
         text = json.dumps({"environment": environment(), **content}, indent=1)
         Path(path).write_text(text + "\n")

@@ -85,7 +85,7 @@ def measure(model: nn.Module, loader: DataLoader) -> float:
 
 
 def notebook(case: Case) -> Contender:
-    """Return the notebooks' loop: per-sample transforms, worker processes, `.item()` in every step."""
+    """Return the notebooks' loop: per-sample transforms, workers, `.item()` in every step."""
     train_set, test_set = case.sets()
     model = case.make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
@@ -210,7 +210,7 @@ def crop_and_flip(images: Tensor) -> Tensor:
 
 
 def resident(case: Case, *, plain: bool = False) -> Contender:
-    """Return a plain PyTorch loop over images that are resident on the device, without DataLoader.
+    """Return a plain PyTorch loop over images that are resident on the device.
 
     It uses bfloat16 autocast and channels_last if lab does, and never if `plain`.
     """

@@ -1,15 +1,14 @@
-"""Does any (model, data set) pair diverge? A short training of each, with a recipe.
+"""Train each pair of a model and a dataset briefly, to find pairs that diverge.
 
-  python benchmarks/every_pair.py --mnist data --photographs PICTURES --log every_pair.txt
+  python benchmarks/every_pair.py --mnist data --photographs DIR --log every_pair.txt
   python benchmarks/every_pair.py --models densenet,vit_tiny --datasets digits --recipe notebook
 
-Each pair trains 200 steps by train.py's own loop: ten epochs, so that the whole course of the
-learning rate is run through, warm-up and peak included. A line a pair is added to the log: the
-mean loss of the first and of the last ten steps. Pairs that the log has are not run again, so that
-the matrix can be run in pieces; about a minute a pair for the smaller networks on one CPU core,
-ten and more for the largest. It says which pairs are left.
+train.py trains each pair for 200 steps in ten epochs, the whole learning-rate schedule. The log
+gets one line for each pair, with the mean loss of the first and of the last ten steps. Pairs in
+the log are not run again. On one CPU core a pair takes about a minute for the smaller models,
+and more than ten minutes for the largest.
 
-What it does not show: accuracy. The samples are few (20 batches), and are learnt by heart.
+It does not measure accuracy: the model memorizes the few samples (20 batches).
 """
 
 import argparse
@@ -22,30 +21,29 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # lab and train, installed or not
 
-EPOCHS, ENDS = 10, 10  # ENDS: steps that a loss is the mean of
-ALIASES = {"vit": "vit_tiny", "efficientnet": "efficientnet_b0"}
+EPOCHS, ENDS = 10, 10  # a loss is the mean over ENDS steps
 DATASETS = ("digits", "mnist", "photographs")
 COLUMNS = "{:<20} {:<12} {:<9} {:>5} {:>5} {:>7} {:>7}  {}"
-HEADER = ("model", "data set", "recipe", "steps", "batch", "first", "last", "precision, seconds")
+HEADER = ("model", "dataset", "recipe", "steps", "batch", "first", "last", "precision, seconds")
 
 
 def main() -> int:
-    """Runs what is asked for and not in the log yet; 1 where a loss did not fall."""
+    """Train the pairs that are not in the log. Return 1 if a loss did not fall, else 0."""
     from lab.models import MODELS
 
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    models = [name for name in MODELS if name not in ALIASES]
+    models = list(MODELS)
     parser.add_argument("--models", type=lambda s: s.split(","), default=models)
     parser.add_argument("--datasets", type=lambda s: s.split(","), default=list(DATASETS))
-    parser.add_argument("--mnist", metavar="DIR", help="where MNIST lies or is downloaded to")
-    parser.add_argument("--photographs", metavar="DIR", help="a folder of pictures by class")
+    parser.add_argument("--mnist", metavar="DIR", help="directory of MNIST")
+    parser.add_argument("--photographs", metavar="DIR", help="directory of images by class")
     parser.add_argument("--recipe", default="default")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--threads", type=int, default=0)
-    parser.add_argument("--log", type=Path, help="a text file that lines are added to")
+    parser.add_argument("--log", type=Path, help="text file to append to")
     args = parser.parse_args()
     folders = {"digits": "data", "mnist": args.mnist}
     folders["photographs"] = args.photographs
@@ -59,7 +57,7 @@ def main() -> int:
         if folders[dataset]:
             row = train_pair(model, dataset, folders[dataset], args)
             show(args.log, row)
-            failed |= row.endswith("NOT LEARNT")
+            failed |= row.endswith("LOSS DID NOT FALL")
     for model, dataset in pairs:
         if not folders[dataset]:
             print(f"not run, as --{dataset} was not given: {model} on {dataset}")
@@ -67,7 +65,7 @@ def main() -> int:
 
 
 def train_pair(model: str, dataset: str, folder: str, args: argparse.Namespace) -> str:
-    """The log's line of a pair, trained for `args.steps`."""
+    """Train a pair for `args.steps`, and return its line of the log."""
     import train
     from lab.errors import UserError
 
@@ -86,8 +84,8 @@ def train_pair(model: str, dataset: str, folder: str, args: argparse.Namespace) 
         ]
         run, outcome = Path(output) / "run", ""
         try:
-            if code := train.main([*map(str, words), "--quiet"]):
-                sys.exit(code)  # it was stopped, and says nothing of the pair
+            if code := train.main([*map(str, words), "--quiet"]).exit_code:
+                sys.exit(code)  # interrupted
         except UserError as error:
             if not run.exists():
                 raise
@@ -99,13 +97,13 @@ def train_pair(model: str, dataset: str, folder: str, args: argparse.Namespace) 
     learnt = not outcome and math.isfinite(last) and last < first
     took = f"{precision}, {time.perf_counter() - start:.0f}"
     if not learnt:
-        took += f"{outcome}  NOT LEARNT"
+        took += f"{outcome}  LOSS DID NOT FALL"
     ends = (f"{first:.3f}", f"{last:.3f}")
     return COLUMNS.format(model, dataset, args.recipe, len(losses), args.batch_size, *ends, took)
 
 
 def show(log: Path | None, line: str) -> None:
-    """Prints a line, and adds it to the log."""
+    """Print a line, and append it to the log."""
     print(line, flush=True)
     if log:
         with log.open("a") as file:

@@ -1,4 +1,4 @@
-"""A folder of pictures: the first decode, and the second start, against ImageFolder and DataLoader.
+"""Compare the first decode of an image directory, and the second start, with ImageFolder.
 
   python benchmarks/folder.py DATA/cifar10-jpg/train
 
@@ -50,11 +50,11 @@ def run_one(reader: str, root: str) -> dict:
 
 
 def main() -> None:
-    """Runs what the command line says."""
+    """Measure as the command line says."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("root", help="a folder of CLASS/pictures")
+    parser.add_argument("root", help="a directory of CLASS/images")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--one", help=argparse.SUPPRESS)

@@ -1,4 +1,4 @@
-"""What each network costs: latency of one image, speed of training and evaluation, memory.
+"""Measure the cost of each model: latency of one image, speed of training and evaluation, memory.
 
   python benchmarks/models.py                        all but the largest, about 20 minutes
   python benchmarks/models.py --models lenet5,alexnet --rounds 5 --threads 1
@@ -27,7 +27,7 @@ CALLS = {"cpu": (1, 2, 10), "cuda": (10, 100, 200)}  # warm-up and timed steps; 
 
 
 def run_one(model: str, threads: int) -> dict:
-    """The figures of one built_model, measured in this process."""
+    """Return the measurements of one model, made in this process."""
     import torch
     from common import prepare
 
@@ -94,7 +94,7 @@ def run_one(model: str, threads: int) -> dict:
 
 
 def main() -> None:
-    """Runs what the command line says."""
+    """Measure as the command line says."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -149,7 +149,9 @@ def main() -> None:
     parser.add_argument("--mnist", metavar="DIR", help="LeNet-5 on MNIST from DIR")
     parser.add_argument("--photographs", metavar="DIR", help="AlexNet on the images in DIR")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--alexnet-steps", type=int, default=40, help="number of timed steps; 0: an epoch")
+    parser.add_argument(
+        "--alexnet-steps", type=int, default=40, help="number of timed steps; 0: an epoch"
+    )
     parser.add_argument("--contenders", default=CONTENDERS)
     parser.add_argument("--json", metavar="FILE", help="write all measurements to FILE")
     parser.add_argument("--random", action="store_true", help="both cases, on random images")

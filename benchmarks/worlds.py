@@ -63,7 +63,7 @@ def run_one(hook: str) -> dict | None:
 
 
 def main() -> None:
-    """Runs what the command line says."""
+    """Measure as the command line says."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -249,7 +249,7 @@ def speed() -> str:
          spread(ratios(folder, "ImageFolder, 2 workers", "lab, first start", "seconds"))),
         ("its second start", "the same", "1 s",
          f"{median(folder['lab, second start'], 'seconds'):.2f} s"),
-        ("one checkpoint and one best.safetensors, share of an epoch (AlexNet, AdamW, 178 and 59 MB)",
+        ("one checkpoint and best.safetensors, share of an epoch (AlexNet, AdamW, 178 and 59 MB)",
          "`saving.py --rounds 8`", "2 %", f"{spread(shares)} %"),
         ("2 processes over gloo against 1, AlexNet †", "`worlds.py --rounds 3`", "0.85",
          of_one(epyc, "2 processes") + ", with the bf16 hook "

@@ -6,9 +6,9 @@
   python results/make.py --epochs 3                      train all models for 3 epochs
   python results/make.py --short --minutes 600           train on 5,000 images, on a CPU
 
-Runs are in runs/results; the small files of a finished run are copied to results/NAME. A finished
-row is not trained again: remove results/NAME and runs/results/NAME to repeat it. After the last row,
-compare.py compares the runs.
+Runs are in runs/results; the small files of a finished run are copied to results/NAME. To repeat a
+finished row, remove results/NAME and runs/results/NAME. After the last row, compare.py compares the
+runs.
 """
 
 import argparse
@@ -87,7 +87,9 @@ def train(name: str, options: list[str], runs: Path, output: Path, seconds: floa
         for file in COPIED_FILES[:-1]:
             shutil.copyfile(runs / name / file, target / file)
         shutil.copyfile(runs / f"{name}.log", target / "log.txt")
-        shutil.copyfile(runs / name / COPIED_FILES[-1], target / COPIED_FILES[-1])  # last: it marks the row as finished
+        shutil.copyfile(
+            runs / name / COPIED_FILES[-1], target / COPIED_FILES[-1]
+        )  # last: it marks the row as finished
     return code
 
 
@@ -97,10 +99,19 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--minutes", type=float, default=9, help="stop after this time [9]")
-    parser.add_argument("--photographs", default="", metavar="DIR", help="image files in DIR/train/CLASS and DIR/test/CLASS")
-    parser.add_argument("--data-dir", default="data", metavar="DIR", help="directory of MNIST and CIFAR-10 [data]")
+    parser.add_argument(
+        "--photographs",
+        default="",
+        metavar="DIR",
+        help="image files in DIR/train/CLASS and DIR/test/CLASS",
+    )
+    parser.add_argument(
+        "--data-dir", default="data", metavar="DIR", help="directory of MNIST and CIFAR-10 [data]"
+    )
     parser.add_argument("--short", action="store_true", help="train the short rows instead")
-    parser.add_argument("--epochs", type=int, default=0, help="train all models for this many epochs")
+    parser.add_argument(
+        "--epochs", type=int, default=0, help="train all models for this many epochs"
+    )
     parser.add_argument("--only", default="", metavar="LIST", help="names of rows, with commas")
     parser.add_argument("--list", action="store_true", help="list the rows and exit")
     parser.add_argument("--output", type=Path, default=ROOT / "results", metavar="DIR")
@@ -123,7 +134,10 @@ def main(argv: list[str] | None = None) -> int:
         name = left[0]
         code = train(name, wanted[name], args.runs, args.output, seconds - MIN_SECONDS / 2)
         if code:
-            print(f"train.py failed with exit code {code}, see {args.runs / name}.log", file=sys.stderr)
+            print(
+                f"train.py failed with exit code {code}, see {args.runs / name}.log",
+                file=sys.stderr,
+            )
             return 1
         if not (args.output / name / "report.json").exists():  # stopped by the time limit
             break

@@ -55,7 +55,7 @@ def fails(tmp_path, monkeypatch, capfd):
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
-    """The directory of a finished run of 12 steps with plots and two checkpoints. Do not change it."""
+    """The finished run of 12 steps, with plots and two checkpoints. Do not change it."""
     from resuming import LENET, start  # imports PyTorch, which not every test file needs
 
     folder = tmp_path_factory.mktemp("finished")

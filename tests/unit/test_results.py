@@ -358,8 +358,8 @@ def test_the_sentences_of_the_architectures_page():
         f"slower ({speed['mobilenet_v2']:.2f}), and {behind['mobilenet_v2']:.2f} behind",
         f"and {few['mobilenet_v3_small'] - few['mobilenet_v2']:.2f} ahead of V2",
         f"fourth: {costs['efficientnet_b0'] / costs['alexnet']:.2f} of AlexNet's multiply-adds",
-        f"last but two of 237, {accuracy['efficientnet_b0'] - accuracy['mobilenet_v2']:.2f} ahead of "
-        f"MobileNetV2 after {steps['efficientnet_b0']:,}",
+        f"last but two of 237, {accuracy['efficientnet_b0'] - accuracy['mobilenet_v2']:.2f} ahead "
+        f"of MobileNetV2 after {steps['efficientnet_b0']:,}",
         f"for {costs['vit_tiny'] / costs['lenet5']:.0f} times the multiply-adds",
         f"The stem is worth {accuracy['vit_hybrid'] - accuracy['vit_tiny']:.2f}",
         f"by {less(full['googlenet'])} for `googlenet`, by {less(lenet)} for `lenet5`",
