@@ -26,7 +26,18 @@ ONE = SimpleNamespace(num_processes=1, device=torch.device("cpu"))
 TWO = SimpleNamespace(num_processes=2, device=torch.device("cpu"))
 NAMES = ("SIGTERM", "SIGINT", "SIGUSR1")
 STREAMING = ["--dataset", "folder", "--recipe", "smoke", "--loader", "streaming", "--threads", "1"]
-STREAMING += "--workers 2 --max-train-samples 0 --max-steps 0 --batch-size 4 --log-every 1".split()
+STREAMING += [
+    "--workers",
+    "2",
+    "--max-train-samples",
+    "0",
+    "--max-steps",
+    "0",
+    "--batch-size",
+    "4",
+    "--log-every",
+    "1",
+]
 LONG = [*LENET, "--epochs", "4000", "--checkpoint-every", "1000000", "--schedule", "constant"]
 
 
@@ -140,7 +151,7 @@ def _train_a_while(world, path, steps=20):
 
 def _stopped_at(ended, path):
     [line] = [line for line in ended.stderr.splitlines() if line.startswith("warning: stopped")]
-    assert line.endswith(f"go on with: python train.py --resume {path}")
+    assert line.endswith(f"resume with: python train.py --resume {path}")
     step = int(line.split(" after step ")[1].split(";")[0])
     newest = max((path / "checkpoints").glob("step-*"))
     assert newest.name == f"step-{step:08}"

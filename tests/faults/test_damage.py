@@ -191,8 +191,8 @@ def test_p4_pickles_in_a_checkpoint_are_ignored(run, capfd):
 
 HUGE = 10**400
 HOSTILE = [
-    *({key: value} for key in ("train_state", "totals", "best", "config", "fingerprints", "precision",
-      "format", "scaler") for value in (..., 5, {"a": {}})),
+    *({key: value} for key in ("train_state", "totals", "best", "config", "fingerprints",
+      "precision", "format", "scaler") for value in (..., 5, {"a": {}})),
     *({f"train_state.{key}": value} for key in train_state.TRAIN_STATE_TYPES
       for value in (..., "1", -1, 1.5, HUGE, math.nan)),
     {"train_state.code": 1},

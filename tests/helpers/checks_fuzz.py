@@ -35,7 +35,7 @@ ODD = [0, -1, 1, 2**31, 2**63, 10**30, 10**400, 1.5, math.nan, math.inf, None, T
 
 
 def changed_bytes(content: bytes, choose: random.Random) -> bytes:
-    """Return the content with bytes flipped, removed, repeated or overwritten, often in the header."""
+    """Return the content with bytes flipped, removed, repeated or overwritten."""
     data = bytearray(content)
     for _ in range(choose.choice((1, 1, 2, 8))):
         end = choose.choice((8, 100, 2000, len(data) or 1))

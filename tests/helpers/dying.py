@@ -46,7 +46,7 @@ class Fault:
         fsync = os.fsync
 
         def write(path: Path, content: bytes) -> None:
-            """Write the first half before the operation that may fail, as on a disk that fills up."""
+            """Write the first half before the operation that may fail."""
             with open(path, "wb", buffering=0) as file:
                 self.unsynced.add(os.fstat(file.fileno()).st_ino)
                 file.write(content[: len(content) // 2])

@@ -44,7 +44,8 @@ LENET5 = ("--dataset", "digits", "--recipe", "smoke", "--max-steps", 0, "--max-t
           "--max-eval-samples", 0, "--val-fraction", 0.5, "--batch-size", 8, "--epochs", 6,
           "--augment", "crop", "--checkpoint-every", 5)  # fmt: skip
 ALEXNET = ("--model", "alexnet", "--dataset", "digits", "--recipe", "smoke", "--max-steps", 0,
-           "--max-train-samples", 90, "--batch-size", 12, "--epochs", 3, "--checkpoint-every", 2)  # fmt: skip
+           "--max-train-samples", 90, "--batch-size", 12, "--epochs", 3,
+           "--checkpoint-every", 2)  # fmt: skip
 CONFIGURATIONS = {
     c.name: c
     for c in (

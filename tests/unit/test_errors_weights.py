@@ -25,7 +25,6 @@ from lab.data import DataConfig, load_splits
 from lab.errors import UserError
 from lab.models import build_model
 
-
 HINT = "Give a weights file that train.py wrote."
 
 

@@ -21,8 +21,17 @@ from lab.models import MODELS, build_model, pretrained
 
 NAME = "mobilenet_v3_small"
 SMALL = ["--model", NAME, "--image-size", "16", "--recipe", "smoke", "--threads", "1", "--quiet"]
-SMALL += "--max-train-samples 24 --max-eval-samples 10 --batch-size 8 --log-every 1".split()
-SMALL += "--max-steps 0 --epochs 2".split()
+SMALL += [
+    "--max-train-samples",
+    "24",
+    "--max-eval-samples",
+    "10",
+    "--batch-size",
+    "8",
+    "--log-every",
+    "1",
+]
+SMALL += ["--max-steps", "0", "--epochs", "2"]
 
 
 def model_of(name=NAME, num_classes=10, in_chans=3, image_size=16):
@@ -79,8 +88,8 @@ def test_p7_pretrained_is_for_networks_with_such_weights(fails):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--model mobilenet_v2 --pretrained --init-checkpoint x", "--pretrained and --init-checkpoint both set "
-         "the initial weights. Give only one of them."),
+        ("--model mobilenet_v2 --pretrained --init-checkpoint x", "--pretrained and "
+         "--init-checkpoint both set the initial weights. Give only one of them."),
         ("--freeze backbone", "--freeze would freeze random weights. Add --pretrained or "
          "--init-checkpoint."),
         ("--freeze all", "invalid --freeze 'all': expected one of none, backbone."),
