@@ -1,8 +1,12 @@
-"""The layout of docs/design.md, held: who may import whom, and what is imported when."""
+"""The directions of imports, the owners of libraries, and what is imported when.
+
+Imports are read from the source, including those inside functions and under TYPE_CHECKING.
+"""
 
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -11,144 +15,97 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted(ROOT.glob("*.py"))
 SOURCES = SCRIPTS + sorted((ROOT / "lab").rglob("*.py"))
 
-# Imports point down: a part may import from any level below its own.
-LEVELS = [
-    {"scripts"},
-    {"api"},
-    {"keeper"},
-    {"states", "finetune", "report", "card", "scatter"},
-    {"pictures"},
-    {
-        "engine",
-        "evaluation",
-        "export",
-        "prediction",
-        "checkpoint",
-        "comparison",
-        "plots",
-        "recipes",
-        "tracking",
-        "hub",
-    },
-    {"finished"},
-    {"models", "data", "optim", "rundir"},
-    {
-        "metrics",
-        "distributed",
-        "tables",
-        "commandline",
-        "stopping",
-        "markdown",
-        "tta",
-        "graphs",
-        "losses",
-    },
-    {"config", "muon"},
-    {"options", "hardware", "disk", "versions"},
+# A package or module of lab imports only itself and later layers.
+LAYERS = [
+    {"scripts", "__init__"},
+    {"loggers"},
+    {"report", "inference", "export"},
+    {"engine"},
+    {"checkpoint"},
+    {"data", "models"},
+    {"config"},
+    {"cuda_graph", "distributed"},
     {"errors"},
     {"console"},
 ]
-OWNERS = {  # who alone imports a library
-    "accelerate": {
-        "scripts",
-        "api",
-        "distributed",
-        "engine",
-        "evaluation",
-        "prediction",
-        "checkpoint",
-        "states",
-        "keeper",
-        "tracking",
-    },
-    "huggingface_hub": {"card", "hub"},
-    "rich": {"console"},
-    "matplotlib": {"plots", "scatter"},
-    "jinja2": {"report"},
+OWNERS = {
+    "rich": ("lab.console",),
+    "matplotlib": ("lab.report",),
+    "jinja2": ("lab.report",),
+    "huggingface_hub": ("lab.report",),
 }
+NO_ACCELERATE = ("lab.data", "lab.models", "lab.engine.metrics")
 
 
-def part_of(path):
-    """The part of the layout that a file belongs to."""
-    if path.parent == ROOT:
-        return "scripts"
-    return path.relative_to(ROOT / "lab").parts[0].removesuffix(".py")
+def module_name(path):
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
-def level(part):
-    [found] = [number for number, parts in enumerate(LEVELS) if part in parts]
-    return found
-
-
-def test_the_layers_of_the_design_page_are_these():
-    page = (ROOT / "docs" / "design.md").read_text()
-    lines = page.partition("\n## Layers\n")[2].split("```")[1].strip().splitlines()
-    shown = [set(line.split(", ")) for line in lines]
-    assert shown[0] == {path.name for path in SCRIPTS}
-    assert shown[1:] == LEVELS[1:]
-
-
-def imports(path, type_checking=False):
-    """Dotted names that a file imports anywhere in it: `from a import b` gives a.b."""
-    tree = ast.parse(path.read_text())
-    skipped = set()
-    if not type_checking:
-        for node in ast.walk(tree):
-            if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-                skipped |= {id(inner) for inner in ast.walk(node)}
-    found = set()
-    for node in ast.walk(tree):
-        if id(node) in skipped:
-            continue
+def imports(path):
+    """Return the dotted names that a file imports; `from a import b` gives a.b."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: imports are absolute"
-            found |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
 
 
-def test_the_walk_sees_the_project():
-    assert {"train.py", "evaluate.py"} <= {p.name for p in SCRIPTS}
-    assert {part_of(p) for p in SOURCES} >= set.union(*LEVELS) - {"plots"}
-    assert "lab.engine.training.prepare" in imports(ROOT / "train.py")
-    assert "accelerate.Accelerator" in imports(ROOT / "lab" / "engine.py")
+IMPORTS = {module_name(path): imports(path) for path in SOURCES}
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_imports_point_down(path):
-    part = part_of(path)
-    if part == "__init__":
-        assert not any(name.startswith("lab.") for name in imports(path))
-        return
-    for name in imports(path, type_checking=True):
-        words = name.split(".")
-        if words[0] != "lab" or len(words) == 1 or words[1] == "__version__":
-            continue
-        assert part == words[1] or level(part) < level(words[1]), f"{path.name} imports {name}"
+def imported_modules(name):
+    """Return the modules of this project that a module imports."""
+    modules = {n if n in IMPORTS else n.rpartition(".")[0] for n in IMPORTS[name]}
+    return modules & IMPORTS.keys()
+
+
+def layer(name):
+    root, _, rest = name.partition(".")
+    part = (rest.partition(".")[0] or "__init__") if root == "lab" else "scripts"
+    [number] = [i for i, parts in enumerate(LAYERS) if part in parts]
+    return number, part
+
+
+def test_the_imports_are_found():
+    assert "lab.engine.training.train_one_epoch" in IMPORTS["train"]
+    assert {"lab.console", "lab.data", "lab.data.loaders"} <= imported_modules("train")
+    assert {layer(name)[1] for name in IMPORTS} == set.union(*LAYERS)
+
+
+@pytest.mark.parametrize("name", IMPORTS)
+def test_imports_point_to_lower_layers(name):
+    for imported in imported_modules(name) - {"lab"}:
+        (own, part), (other, other_part) = layer(name), layer(imported)
+        assert own < other or part == other_part, f"{name} imports {imported}"
+
+
+def test_no_imports_are_circular():
+    graph = {name: imported_modules(name) - {"lab"} for name in IMPORTS}
+    TopologicalSorter(graph).prepare()  # raises CycleError
 
 
 @pytest.mark.parametrize("library", OWNERS)
-def test_a_library_has_its_owners(library):
-    users = {part_of(p) for p in SOURCES for n in imports(p, True) if n.split(".")[0] == library}
-    assert users <= OWNERS[library]
+def test_a_library_is_imported_by_its_owner_only(library):
+    users = {name for name, names in IMPORTS.items() for n in names if n.split(".")[0] == library}
+    assert users
+    assert all(name.startswith(OWNERS[library]) for name in users)
+
+
+def test_models_data_and_metrics_do_not_import_accelerate():
+    for name in (name for name in IMPORTS if name.startswith(NO_ACCELERATE)):
+        assert not any(n.split(".")[0] == "accelerate" for n in IMPORTS[name]), name
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.name)
-def test_scripts_leave_details_to_those_who_know(script):
-    names = {name.split(".")[0] for name in imports(script)}
-    assert not names & {"rich", "matplotlib", "safetensors", "torchvision"}
+def test_a_script_contains_no_file_names_and_no_ranks(script):
+    names = {name.split(".")[0] for name in IMPORTS[script.stem]}
+    assert not names & {"safetensors", "torchvision"}
     text = script.read_text()
     for detail in ("rank == 0", '.safetensors"', '.jsonl"', "process_index"):
         assert detail not in text
-
-
-def test_nothing_is_imported_by_star():
-    assert not [p for p in SOURCES for name in imports(p) if name.endswith("*")]
-
-
-def dotted(node):
-    return ast.unparse(node) if isinstance(node, (ast.Attribute, ast.Name)) else ""
 
 
 UNSAFE_MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve"}
@@ -157,27 +114,23 @@ UNSAFE_CALLS = {f"{a}.{b}" for a in ("torch", "np", "numpy") for b in ("load", "
 UNSAFE_METHODS = {"save_state", "load_state", "register_for_checkpointing"}  # of Accelerator
 
 
-def unsafe(path):
-    """What a file uses that writes or reads pickles."""
-    names = imports(path, type_checking=True)
-    found = {n for n in names if n.split(".")[0] in UNSAFE_MODULES or n in UNSAFE_CALLS}
+def unsafe_names(path):
+    """Return the names in a file that read or write pickles, or run code."""
+    names = imports(path)
+    unsafe = {n for n in names if n.split(".")[0] in UNSAFE_MODULES or n in UNSAFE_CALLS}
     for node in ast.walk(ast.parse(path.read_text())):
-        name = dotted(node)
-        if name in UNSAFE_CALLS or (name and name.split(".")[-1] in UNSAFE_METHODS):
-            found.add(name)
-        if isinstance(node, ast.Call) and dotted(node.func) in ("eval", "exec"):
-            found.add(dotted(node.func))
-    return found
+        name = ast.unparse(node) if isinstance(node, ast.Attribute | ast.Name) else ""
+        if name in UNSAFE_CALLS or name.split(".")[-1] in UNSAFE_METHODS:
+            unsafe.add(name)
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("eval", "exec"):
+            unsafe.add(ast.unparse(node.func))
+    return unsafe
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_p4_no_pickle(path):
-    assert unsafe(path) == set()
-
-
-def test_p4_the_check_finds_pickles(tmp_path):
+def test_p4_no_pickle(tmp_path):
+    assert {path.name: names for path in SOURCES if (names := unsafe_names(path))} == {}
     path = tmp_path / "x.py"
-    for line in (
+    for code in (
         "import pickle",
         "from joblib import load",
         "from torch import load",
@@ -186,15 +139,27 @@ def test_p4_the_check_finds_pickles(tmp_path):
         "accelerator.save_state('x')",
         "eval('1')",
     ):
-        path.write_text(line + "\n")
-        assert unsafe(path), line
-    path.write_text("import json, safetensors.torch\njson.load(f)\nsafetensors.torch.save({})\n")
-    assert not unsafe(path)
+        path.write_text(code)
+        assert unsafe_names(path), code
+    path.write_text("import json, safetensors.torch\njson.load(f)\nsafetensors.torch.save({})")
+    assert not unsafe_names(path)
 
 
-def modules_after(code, *words):
-    """The top-level modules that are imported once a fresh Python has run `code`."""
-    code = f"import sys\nsys.argv = {list(words)!r}\n{code}\nprint('MODULES', *sys.modules)"
+HEAVY = {"torch", "torchvision", "accelerate", "numpy", "safetensors"}
+RUN_SCRIPT = """
+import runpy
+for arguments, code in ((["--help"], 0), (["--no-such-option"], 2)):
+    sys.argv[1:] = arguments
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as end:
+        assert (end.code or 0) == code, end.code
+"""
+
+
+def run_python(code, *argv):
+    """Run `code` in a new Python. Return its output and the top-level modules it imported."""
+    code = f"import sys\nsys.argv = {list(argv)!r}\n{code}\nprint('MODULES', *sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
@@ -202,33 +167,23 @@ def modules_after(code, *words):
     return output, {name.split(".")[0] for name in names.split()}
 
 
-HEAVY = {"torch", "torchvision", "accelerate", "numpy", "safetensors"}
-HELP = """
-import runpy
-try:
-    runpy.run_path({script!r}, run_name="__main__")
-except SystemExit as end:
-    assert not end.code
-"""
-
-
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.name)
-def test_help_comes_before_the_heavy_imports(script):
-    output, modules = modules_after(HELP.format(script=script.name), script.name, "--help")
+def test_help_and_mistakes_are_answered_before_torch_is_imported(script):
+    output, modules = run_python(RUN_SCRIPT, script.name)
     assert f"usage: {script.name}" in output
     assert not modules & HEAVY
 
 
-def test_listing_models_data_sets_and_recipes_imports_nothing_heavy():
-    output, modules = modules_after(
-        "import lab, lab.models, lab.data, lab.config.recipes, lab.config, lab.rundir\n"
+def test_the_registries_do_not_import_torch():
+    output, modules = run_python(
+        "import lab.models, lab.data, lab.config.recipes\n"
         "print(*lab.models.MODELS, *lab.data.DATASETS, *lab.config.recipes.RECIPES)"
     )
     assert {"lenet5", "mnist", "default"} <= set(output.split())
     assert not modules & HEAVY
 
 
-def test_import_of_the_package_imports_nothing_else():
-    _, before = modules_after("pass")
-    _, after = modules_after("import lab; lab.__version__")
+def test_importing_lab_imports_nothing_else():
+    _, before = run_python("pass")
+    _, after = run_python("import lab; lab.__version__")
     assert after - before == {"lab"}
