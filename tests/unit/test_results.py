@@ -128,7 +128,7 @@ def test_the_tables_of_pages_are_what_the_script_makes_of_the_logs():
 HELD = {  # tables of numbers that are not written by a script, and what holds them to their sources
     "| `--model` | at 32 pixels, 3 channels, 10 classes | |": "test_the_costs_of_models",
     "| | LeNet-5 | AlexNet |": "test_the_costs_of_models",
-    "| | right where | seen here |": "test_the_sentences_of_the_architectures_page",
+    "| | choose it for | measured here |": "test_the_sentences_of_the_architectures_page",
     "| fault | how | how often | lost | where |": "test_the_soak_log",
     "| directory | command |": "test_each_run_is_named_with_its_command",
     "| settings | validation accuracy | training accuracy | NAME |": "test_the_trials",
@@ -272,9 +272,9 @@ def test_readmes_claims_are_those_of_the_logs():
 
 
 def test_the_costs_of_models():
-    """README's table of models, and the one of docs/architectures.md."""
+    """The tables of models in docs/architectures.md."""
     heads = "| `--model` | at 32 pixels, 3 channels, 10 classes | |"
-    [rows] = tables_of("README.md", heads)
+    [rows] = tables_of("docs/architectures.md", heads)
     assert len(rows) > 8
     for names, costs, _ in rows[:-1]:
         found = {}
@@ -343,32 +343,33 @@ def test_the_sentences_of_the_architectures_page():
     assert memory["alexnet"] / costs["alexnet"] == min(memory[n] / costs[n] for n in full)
     assert list(few)[-3] == "efficientnet_b0"
     for sentence in (
-        f"({steps['alexnet']:,} steps of 128 images; LeNet-5, whose recipe has batches of 64, "
-        f"takes {steps['lenet5']:,})",
-        f"AlexNet and GoogLeNet, {few['alexnet'] - few['googlenet']:.3f} apart, are level",
-        f"from so few digits (by {digits['alexnet'] - digits['lenet5']:.2f})",
-        f"stays {few['alexnet'] - few['lenet5']:.2f} behind ({behind['lenet5']:.2f} after three",
-        f"{speed['lenet5']:.0f} times as fast in training as AlexNet, "
-        f"{latency['lenet5']:.1f} ms an image; on photographs "
-        f"{accuracy['googlenet'] - accuracy['lenet5']:.2f} behind the first",
-        f"second, by {-behind['googlenet']:.2f}, and level with the first on 5,000 images",
+        f"({steps['alexnet']:,} steps with a batch size of 128; LeNet-5, whose recipe has a batch "
+        f"size of 64, takes {steps['lenet5']:,})",
+        f"AlexNet and GoogLeNet differ by only {few['alexnet'] - few['googlenet']:.3f}",
+        f"from so few images more accurately (by {digits['alexnet'] - digits['lenet5']:.2f})",
+        f"is {few['alexnet'] - few['lenet5']:.2f} less accurate ({behind['lenet5']:.2f} after three",
+        f"trains {speed['lenet5']:.0f} times as fast as AlexNet, {latency['lenet5']:.1f} ms per "
+        f"image; on photographs {accuracy['googlenet'] - accuracy['lenet5']:.2f} less accurate",
+        f"second, {-behind['googlenet']:.2f} behind GoogLeNet, and level with it on 5,000 images",
         f"at {speed['googlenet']:.2f} of its speed",
         f"third, {behind['densenet']:.2f} behind AlexNet",
         f"at a quarter of its speed and {memory['densenet'] / memory['alexnet']:.1f} times its",
-        f"slower ({speed['mobilenet_v2']:.2f}), and {behind['mobilenet_v2']:.2f} behind",
-        f"and {few['mobilenet_v3_small'] - few['mobilenet_v2']:.2f} ahead of V2",
-        f"fourth: {costs['efficientnet_b0'] / costs['alexnet']:.2f} of AlexNet's multiply-adds",
-        f"last but two of 237, {accuracy['efficientnet_b0'] - accuracy['mobilenet_v2']:.2f} ahead "
-        f"of MobileNetV2 after {steps['efficientnet_b0']:,}",
-        f"for {costs['vit_tiny'] / costs['lenet5']:.0f} times the multiply-adds",
-        f"The stem is worth {accuracy['vit_hybrid'] - accuracy['vit_tiny']:.2f}",
+        f"slower ({speed['mobilenet_v2']:.2f} of its speed), and "
+        f"{behind['mobilenet_v2']:.2f} less accurate",
+        f"and {few['mobilenet_v3_small'] - few['mobilenet_v2']:.2f} more accurate than V2",
+        f"fourth: {costs['efficientnet_b0'] / costs['alexnet']:.2f} of AlexNet's MACs",
+        f"third from last after 237, "
+        f"{accuracy['efficientnet_b0'] - accuracy['mobilenet_v2']:.2f} more accurate than "
+        f"MobileNetV2 after {steps['efficientnet_b0']:,}",
+        f"for {costs['vit_tiny'] / costs['lenet5']:.0f} times the MACs",
+        f"The stem adds {accuracy['vit_hybrid'] - accuracy['vit_tiny']:.2f}",
         f"by {less(full['googlenet'])} for `googlenet`, by {less(lenet)} for `lenet5`",
-        f"finds {recall(lenet, 'horse'):.0%} of the".replace("%", " %"),
+        f"recognizes {recall(lenet, 'horse'):.0%} of the".replace("%", " %"),
         f"and {recall(lenet, 'cat'):.0%} of the cats".replace("%", " %"),
         f"the difference is {less(short['efficientnet_b0'])} for `efficientnet_b0`",
-        f"({confused('googlenet', 'cat', 'dog')} cats for dogs against "
+        f"({confused('googlenet', 'cat', 'dog')} cats predicted as dogs against "
         f"{confused('vit_tiny', 'cat', 'dog')}, {confused('googlenet', 'airplane', 'ship')} "
-        f"airplanes for ships against {confused('vit_tiny', 'airplane', 'ship')})",
+        f"airplanes predicted as ships against {confused('vit_tiny', 'airplane', 'ship')})",
     ):
         assert sentence in text, sentence
     for ratio, stated in (
@@ -389,7 +390,7 @@ def test_the_log_of_every_pair():
     num_models, num_datasets = (len({pair[i] for pair in falls}) for i in (0, 1))
     assert all(last < first for first, last in falls.values())
     assert (num_models, num_datasets, len(falls)) == (18, 3, 54)
-    text = text_of("README.md")
+    text = text_of("docs/architectures.md")
     assert f"200 training steps of {num_models} models on three datasets" in text
     (model, dataset), (first, last) = min(
         falls.items(), key=lambda pair: round(pair[1][0] - pair[1][1], 3)
@@ -404,8 +405,8 @@ def test_the_soak_log():
     assert len(lost) == int(kills)
     [row] = [line for line in (ROOT / "docs/reliability.md").read_text().splitlines()
              if "soak.txt" in line]  # fmt: skip
-    assert f"| {kills} kills, {half} of them while a state was written or removed |" in row
-    assert f"at most two saves' steps done again, {max(lost)} " in row
+    assert f"| {kills} kills, {half} of them while a checkpoint was written or removed |" in row
+    assert f"the steps of at most two checkpoints repeated, {max(lost)} " in row
 
 
 def test_results_md_states_what_the_logs_have():
