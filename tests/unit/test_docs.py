@@ -1,4 +1,4 @@
-"""README and docs/: each command is run or read by its own script, each file and link is there."""
+"""README and docs/: commands run or are parsed; files, links, options and examples are correct."""
 
 import doctest
 import importlib.util
@@ -27,26 +27,18 @@ from lab.engine import metrics
 
 SCRIPTS = {path.name: path.stem for path in sorted(ROOT.glob("*.py"))}
 COMMANDS = list(dict.fromkeys(command for page in PAGES for command in commands(page)))
-# Read by their parsers, but not run, and why.
+# Commands that are parsed but not run, and why.
 NOT_RUN = {
     "accelerate": "many processes, GPUs or machines; test_launch.py and test_hosts.py start some",
     "torchrun": "the same",
     "--pretrained": "downloads weights; test_finetune.py has a stand-in for them",
     "--push-to-hub": "needs a login; test_hub.py has a stand-in for the server",
+    "--print-config": "exits; test_config.py runs it",
 }
-# What makes a command of these scripts cheap, after its own words.
+# Options that make the commands fast.
 ALONE = ["--threads", "1", "--workers", "0", "--quiet"]
-SHORT = [
-    "--recipe",
-    "smoke",
-    "--max-steps",
-    "2",
-    "--max-train-samples",
-    "40",
-    "--max-eval-samples",
-    "20",
-]
-SMALL = ["--model", "lenet5", "--image-size", "32", "--batch-size", "8", "--grad-accum-steps", "1"]
+SHORT = "--recipe smoke --max-steps 2 --max-train-samples 40 --max-eval-samples 20".split()
+SMALL = "--model lenet5 --image-size 32 --batch-size 8 --grad-accum-steps 1".split()
 CHEAP = {
     "train.py": [*SHORT, *SMALL, *ALONE, "--epochs", "6"],
     "evaluate.py": ALONE,
@@ -56,11 +48,11 @@ CHEAP = {
 
 
 class Parsed(Exception):
-    """What a script was told."""
+    """Carry the parsed arguments of a script, and end it."""
 
 
-def parsed(script: str, words: list[str], monkeypatch) -> object:
-    """The settings that a script makes of its words; raises `UserError`."""
+def parse(script: str, words: list[str], monkeypatch) -> object:
+    """Return the settings that a script resolves from its arguments. Raise `UserError`."""
 
     def stop(config, argv, **settings):
         values = parse_arguments(config, argv, **settings)
@@ -72,13 +64,16 @@ def parsed(script: str, words: list[str], monkeypatch) -> object:
         patch.setattr(module, "parse_arguments", stop)
         with pytest.raises(Parsed) as caught:
             module.main(words)
-    config, given = caught.value.args
-    return recipes.resolve(given) if config is TrainConfig else config(**given)
+    config, values = caught.value.args
+    return recipes.resolve(values) if config is TrainConfig else config(**values)
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory, finished):
-    """A folder in which commands find what they name: pictures, weights; runs as they are named."""
+def make_run(tmp_path_factory, finished):
+    """Return a function that creates a finished run in runs/NAME.
+
+    The working directory contains the images, weights and settings that the commands name.
+    """
     folder = tmp_path_factory.mktemp("docs")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -91,33 +86,30 @@ def world(tmp_path_factory, finished):
         words = ["--dataset", "folder", "--data-dir", "IMAGES", *CHEAP["train.py"]]
         assert train.main([*words, "--name", "alexnet-folder"]).exit_code == 0
         shutil.copy("runs/alexnet-folder/best.safetensors", "best.safetensors")
-        yield lambda name: shutil.copytree(finished, name)
+
+        def make(name: str) -> None:
+            if not Path("runs", name).exists():
+                shutil.copytree(finished, Path("runs", name))
+
+        yield make
 
 
-def run(script: str, words: list[str], config, make_run: Callable[[str], object]) -> None:
-    """Runs a command with what makes it cheap."""
+def run(script: str, words: list[str], config) -> None:
+    """Run a script with additional options that make it fast."""
     extra = list(CHEAP[script])
-    for word in words:
-        if word.startswith("runs/") and not list(Path().glob(word)):
-            make_run(word.replace("*", "0"))
     if script == "train.py" and config.resume:
-        if config.resume == "auto" and not Path("runs", config.name).exists():
-            make_run(f"runs/{config.name}")
         extra = ["--max-steps", "13", *ALONE]
     elif script == "train.py":
         extra += ["--name", config.name or f"{config.model}-{config.dataset}", "--overwrite"]
         extra += [] if config.dataset == "folder" else ["--dataset", "digits"]
-    words = [
-        found
-        for word in words
-        for found in (sorted(map(str, Path().glob(word))) if "*" in word else [word])
-    ]
-    code = importlib.import_module(SCRIPTS[script]).main([*words, *extra])
-    assert getattr(code, "exit_code", code) in (None, 0)
+    paths = {word: sorted(map(str, Path().glob(word))) for word in words if "*" in word}
+    words = [path for word in words for path in paths.get(word, [word])]
+    result = importlib.import_module(SCRIPTS[script]).main([*words, *extra])
+    assert getattr(result, "exit_code", result) in (None, 0)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_command_is_run_or_read_by_its_script(command, world, monkeypatch):
+def test_a_command_runs_or_is_parsed(command, make_run, monkeypatch):
     pipe = io.TextIOWrapper(io.BytesIO(b"IMAGE.jpg\n"))
     monkeypatch.setattr(sys, "stdin", pipe)
     program, *words = words_of(command)
@@ -137,20 +129,32 @@ def test_a_command_is_run_or_read_by_its_script(command, world, monkeypatch):
             assert (ROOT / launched.config_file).is_file()
         words = [launched.training_script, *launched.training_script_args]
     elif program != "python":
-        return other_program(program, words)
+        return check_other_program(program, words)
     script, *words = words
     if script == "-m":
         assert importlib.util.find_spec(words[0])
     elif script not in SCRIPTS:  # of benchmarks/ and docs/: takes minutes, or writes pages
         assert (ROOT / script).is_file()
     else:
-        config = parsed(script, words, monkeypatch)
-        if script in CHEAP and not (NOT_RUN.keys() | {"--print-config"}) & {program, *words}:
-            run(script, words, config, world)
+        for word in words:
+            if word.startswith("runs/"):
+                make_run(Path(word.replace("*", "0")).parts[1])
+        config = parse(script, words, monkeypatch)
+        if script in CHEAP and not NOT_RUN.keys() & {program, *words}:
+            if script == "train.py" and config.resume == "auto":
+                make_run(config.name)
+            run(script, words, config)
 
 
-def other_program(program: str, words: list[str]) -> None:
-    """Nothing; AssertionError for a command that does not start Python and is none of ours."""
+def test_the_python_code_of_the_readme_runs(make_run):
+    [code] = blocks(ROOT / "README.md", "python")
+    variables: dict = {}
+    exec(code, variables)
+    assert len(variables["prediction"].names) == 20
+
+
+def check_other_program(program: str, words: list[str]) -> None:
+    """Check a command that does not start Python."""
     if program == "make":
         targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
         assert {word for word in words if "=" not in word} <= set(targets)
@@ -163,16 +167,16 @@ def other_program(program: str, words: list[str]) -> None:
         assert re.fullmatch(r"[A-Z_]+=\w+", words[0])
 
 
-def test_the_commands_are_found():
+def test_the_commands_are_extracted():
     assert len(COMMANDS) > 60
     assert {"make demo", "python train.py --resume runs/trial"} <= set(COMMANDS)
     assert any(command.startswith("find . ") for command in COMMANDS)
     assert set(SCRIPTS) <= {word for command in COMMANDS for word in command.split()}
     long = next(command for command in COMMANDS if "--rdzv-endpoint" in command)
-    assert long.endswith("--checkpoint-every 500")  # continued lines, and no remark
+    assert long.endswith("--checkpoint-every 500")  # lines are joined, comments removed
 
 
-def test_every_option_named_is_one():
+def test_every_option_exists():
     from accelerate.commands.launch import launch_command_parser
     from torch.distributed.run import get_args_parser
 
@@ -188,29 +192,29 @@ def test_every_option_named_is_one():
 
 
 @pytest.mark.parametrize("code", [c for c in inline(ROOT / "docs/training.md") if c[:2] == "--"])
-def test_options_of_the_training_page_are_taken(code, tmp_path, monkeypatch):
+def test_options_of_the_training_page_are_valid(code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("settings.yaml", "FILE"):
         Path(name).write_text("batch_size: 64\n")
-    given = parse_arguments(TrainConfig, flags_with_values(code), prog="train.py", description="")
-    given.pop("print_config", None)
-    if given.keys() & {"pretrained", "freeze"}:
-        given |= {"pretrained": True, "model": "efficientnet_b0"}
-    recipes.resolve(given)
+    settings = parse_arguments(TrainConfig, with_value(code), prog="train.py", description="")
+    settings.pop("print_config", None)
+    if settings.keys() & {"pretrained", "freeze"}:
+        settings |= {"pretrained": True, "model": "efficientnet_b0"}
+    recipes.resolve(settings)
 
 
-def flags_with_values(code: str) -> list[str]:
-    """The words of some options; a lone flag gets its default for a value."""
+def with_value(code: str) -> list[str]:
+    """Return the words of options; a single one that needs a value gets its default."""
     words = code.split()
     defaults = {f.name: f.default for f in TrainConfig.__dataclass_fields__.values()}
     defaults |= {"config": "settings.yaml", "print_config": False}
     default = defaults[words[0][2:].replace("-", "_")]
-    rank_local = len(words) == 1 and not isinstance(default, bool)
-    return [*words, str(default)] if rank_local else words
+    needs_value = len(words) == 1 and not isinstance(default, bool)
+    return [*words, str(default)] if needs_value else words
 
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "results/README.md"], ids=lambda p: p.name)
-def test_links_and_files_are_there(page):
+def test_links_and_files_exist(page):
     for path, heading in links(page):
         target = page.parent / path if path else page
         assert target.exists(), path
@@ -219,35 +223,35 @@ def test_links_and_files_are_there(page):
     for code in inline(page):
         if re.fullmatch(r"test_\w+", code):
             assert f"def {code}(" in tests, code
-        elif re.fullmatch(FILE, code) and code not in YOURS | WRITTEN:
+        elif re.fullmatch(FILE, code) and code not in OF_THE_READER | WRITTEN:
             folders = ("lab", "tests", "benchmarks", "accelerate_configs")
-            found = any(list((ROOT / folder).rglob(code)) for folder in folders)
-            assert found or list(ROOT.glob(code)), code
+            exists = any(list((ROOT / folder).rglob(code)) for folder in folders)
+            assert exists or list(ROOT.glob(code)), code
 
 
 FILE = r"[\w/.*-]+\.(py|md|yaml|sbatch|json|txt|svg)|(lab|docs)/[\w/.*-]+"
-YOURS = {"lab/models/tiny.py", "lab/data/tensors.py"}
+OF_THE_READER = {"lab/models/tiny.py", "lab/data/tensors.py"}
 WRITTEN = {"config.json", "report.json", "state.json", "history.jsonl", "log.txt",
            "lab.json", "comparison.md"}  # fmt: skip
 
 
-def test_files_of_the_tree_in_the_readme_are_there():
-    [tree] = [body for body in blocks(ROOT / "README.md", "") if "lab/" in body]
-    paths = re.findall(r"^\s*([\w./]+(?:/|\.py))(?=\s|$)", tree, re.MULTILINE)
-    assert len(paths) > 5
-    for path in paths:
-        assert (ROOT / path).exists() or (ROOT / "lab" / path).exists(), path
-    assert all(f"{path.parent.name}/" in tree for path in (ROOT / "lab").glob("*/__init__.py"))
+def test_the_tree_of_the_readme_is_complete():
+    [tree] = [body for body in blocks(ROOT / "README.md", "") if body.startswith("train.py ")]
+    paths = set(re.findall(r"^(\S+)", tree, re.MULTILINE))
+    assert all((ROOT / path).exists() for path in paths)
+    modules = {f"lab/{p.name}" for p in (ROOT / "lab").glob("*.py") if p.name != "__init__.py"}
+    packages = {f"lab/{p.parent.name}/" for p in (ROOT / "lab").glob("*/__init__.py")}
+    assert paths >= SCRIPTS.keys() | modules | packages
 
 
 def test_commands_md_is_what_help_prints():
     spec = importlib.util.spec_from_file_location("make", ROOT / "docs" / "make_commands.py")
     make = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(make)
-    written = make.PAGE.read_text()
-    assert written == make.page(), "run: python docs/make_commands.py"
+    page = make.PAGE.read_text()
+    assert page == make.page(), "run: python docs/make_commands.py"
     for name in SCRIPTS:
-        assert f"\n## {name}\n" in written
+        assert f"\n## {name}\n" in page
 
 
 def test_the_code_to_add_your_own_works(tmp_path, monkeypatch):
@@ -282,30 +286,30 @@ METRICS = ROOT / "docs" / "metrics.md"
 
 
 def rows(first: str) -> list[list[str]]:
-    """The rows of the tables of metrics.md whose first cell is `first`."""
-    found = re.findall(rf"^\| {first} \|(.*)\|$", prose(METRICS), re.MULTILINE)
-    return [[cell.strip() for cell in row.split("|")] for row in found]
+    """Return the cells of the rows in metrics.md whose first cell is `first`."""
+    lines = re.findall(rf"^\| {first} \|(.*)\|$", prose(METRICS), re.MULTILINE)
+    return [[cell.strip() for cell in line.split("|")] for line in lines]
 
 
-def test_the_example_of_metrics_is_what_lab_counts():
+def test_the_example_in_metrics_md_is_correct():
     names = ["cat", "dog", "owl"]
     [labels], [predictions] = (
         [torch.tensor([names.index(cell) for cell in row]) for row in rows(first)]
         for first in ("true class", "predicted")
     )
-    found = metrics.report(labels, predictions, torch.zeros(10).double(), names)
+    report = metrics.report(labels, predictions, torch.zeros(10).double(), names)
     for name, counts, numbers in zip(
-        names, found["confusion_matrix"], found["per_class"], strict=True
+        names, report["confusion_matrix"], report["per_class"], strict=True
     ):
         [cells] = rows(name)
         assert [int(cell) for cell in cells[:3]] == counts
         for cell, key in zip(cells[3:6], ("precision", "recall", "f1"), strict=True):
-            num_correct, of = map(int, re.match(r"(\d+)/(\d+)", cell).groups())
-            assert numbers[key] == pytest.approx(num_correct / max(1, of), abs=1e-12)
+            num_correct, total = map(int, re.match(r"(\d+)/(\d+)", cell).groups())
+            assert numbers[key] == pytest.approx(num_correct / max(1, total), abs=1e-12)
         assert int(cells[6]) == numbers["support"]
 
 
-def test_the_python_of_metrics_prints_what_it_says():
+def test_the_python_code_of_metrics_md_prints_its_output():
     text = "\n".join(blocks(METRICS, "python"))
     example = doctest.DocTestParser().get_doctest(text, {}, METRICS.name, str(METRICS), 0)
     assert len(example.examples) > 8

@@ -347,7 +347,8 @@ def test_the_sentences_of_the_architectures_page():
         f"size of 64, takes {steps['lenet5']:,})",
         f"AlexNet and GoogLeNet differ by only {few['alexnet'] - few['googlenet']:.3f}",
         f"from so few images more accurately (by {digits['alexnet'] - digits['lenet5']:.2f})",
-        f"is {few['alexnet'] - few['lenet5']:.2f} less accurate ({behind['lenet5']:.2f} after three",
+        f"is {few['alexnet'] - few['lenet5']:.2f} less accurate "
+        f"({behind['lenet5']:.2f} after three",
         f"trains {speed['lenet5']:.0f} times as fast as AlexNet, {latency['lenet5']:.1f} ms per "
         f"image; on photographs {accuracy['googlenet'] - accuracy['lenet5']:.2f} less accurate",
         f"second, {-behind['googlenet']:.2f} behind GoogLeNet, and level with it on 5,000 images",
