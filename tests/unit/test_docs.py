@@ -8,7 +8,6 @@ import re
 import shutil
 import sys
 import types
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -37,8 +36,14 @@ NOT_RUN = {
 }
 # Options that make the commands fast.
 ALONE = ["--threads", "1", "--workers", "0", "--quiet"]
-SHORT = "--recipe smoke --max-steps 2 --max-train-samples 40 --max-eval-samples 20".split()
-SMALL = "--model lenet5 --image-size 32 --batch-size 8 --grad-accum-steps 1".split()
+SHORT = [
+    *("--recipe", "smoke", "--max-steps", "2"),
+    *("--max-train-samples", "40", "--max-eval-samples", "20"),
+]
+SMALL = [
+    *("--model", "lenet5", "--image-size", "32"),
+    *("--batch-size", "8", "--grad-accum-steps", "1"),
+]
 CHEAP = {
     "train.py": [*SHORT, *SMALL, *ALONE, "--epochs", "6"],
     "evaluate.py": ALONE,
