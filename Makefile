@@ -22,7 +22,7 @@ demo: $(VENV)/.runtime ## train LeNet-5 on the bundled digits, then evaluate it
 	$(BIN)/python train.py --model lenet5 --dataset digits --name demo --overwrite
 	$(BIN)/python evaluate.py runs/demo
 
-test: $(VENV)/.dev ## prove all promises, about five minutes (PYTEST_ARGS="-k metrics -x" narrows)
+test: $(VENV)/.dev ## prove all promises (PYTEST_ARGS="-k metrics -x" narrows)
 	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
 
 test-all: $(VENV)/.dev ## also the tests marked slow, as CI does

@@ -60,7 +60,7 @@ class RunDir:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the run was trained to its end: the model card is the last file written."""
+        """Return whether the run was trained to its end: the model card is written last."""
         return all((self.path / name).exists() for name in (REPORT, CARD))
 
     def make_directory(self) -> bool:
