@@ -2,7 +2,7 @@
 
   python evaluate.py runs/lenet5-mnist                   test split of the training dataset
   python evaluate.py best.safetensors --split val        another split, from the file alone
-  python evaluate.py best.safetensors --dataset folder --data-dir IMAGES --split all
+  python evaluate.py best.safetensors --dataset IMAGES --split all
   python evaluate.py runs/alexnet-cifar10 --tta flip     also with test-time augmentation
   accelerate launch --config_file accelerate_configs/multi_gpu.yaml evaluate.py runs/lenet5-mnist
 
@@ -16,7 +16,7 @@ from functools import partial
 
 from lab import console
 from lab.config.cli import parse_arguments
-from lab.config.schema import EvalConfig
+from lab.config.schema import EvalConfig, dataset_title
 from lab.errors import name_some, run_script
 
 
@@ -111,10 +111,11 @@ def main(argv: list[str] | None = None) -> None:
             f"the data has no samples of {len(missing)} of the {len(split.class_names)} classes "
             f"({name_some(missing)}): macro-F1 leaves out those that are also never predicted"
         )
+    title = dataset_title(data.dataset)
     console.settings(
         f"{model_name} of {path}",
         {
-            "data": f"{config.split} of {data.dataset}: {len(split.labels):,} samples",
+            "data": f"{config.split} of {title}: {len(split.labels):,} samples",
             "device": console.device_summary(describe(accelerator)),
         },
     )
@@ -128,7 +129,7 @@ def main(argv: list[str] | None = None) -> None:
             "best_epoch": metadata["best_epoch"],
             "selection_split": metadata["selection_split"],
         }
-        title = f"{model_name} on {data.dataset}"
+        title = f"{model_name} on {dataset_title(data.dataset)}"
         if tta != "none":
             report["tta"] = tta
             title += f", averaged over each image and its mirror image (--tta {tta})"
