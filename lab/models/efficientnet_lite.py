@@ -34,7 +34,7 @@ def efficientnet_lite0(num_classes: int, in_chans: int, image_size: int) -> nn.M
 
     Made for images of 224 pixels: the strides are the same at any size, and padding is
     TensorFlow's, as ImageNet weights from there expect it. At 32 pixels, 3 channels and 10 classes:
-    7,828,736 multiply-adds; 3,384,018 parameters. At 224 pixels and 1000 classes: 385,000,000
+    7,847,648 multiply-adds; 3,383,818 parameters. At 224 pixels and 1000 classes: 385,187,552
     multiply-adds; 4,652,008 parameters.
     """
     check_image_size("efficientnet_lite0", image_size, 32)
