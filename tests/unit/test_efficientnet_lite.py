@@ -45,8 +45,7 @@ def test_layers_are_those_of_the_weights():
     assert sum(isinstance(m, nn.Conv2d) and m.stride == (2, 2) for m in modules) == 5
 
 
-@pytest.mark.parametrize("in_chans", [1, 3])
-@pytest.mark.parametrize("image_size", [32, 33, 47, 224])
+@pytest.mark.parametrize(("in_chans", "image_size"), [(1, 32), (3, 33), (1, 224)])
 def test_there_is_one_logit_per_class_for_any_image(in_chans, image_size):
     with torch.device("meta"):
         model = build(7, in_chans, image_size).eval()
@@ -101,4 +100,4 @@ def test_every_tensor_of_the_package_has_a_place(monkeypatch):
     assert list(converted) == list(expected)
     names = pretrained.class_names()
     assert len(set(names)) == len(names) == 1000
-    assert (names[0], names[134], names[517]) == ("tench", "crane 134", "crane 517")
+    assert (names[0], names[638], names[639]) == ("tench", "maillot 638", "maillot 639")
