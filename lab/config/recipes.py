@@ -98,7 +98,7 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
 
 def model_defaults(model: str) -> tuple[str, int]:
     """Return the dataset and the image size in pixels that a model is trained on by default."""
-    if model.startswith("torchvision:"):
+    if model.startswith("torchvision:") or model == "efficientnet_lite0":
         return "cifar10", 224
     return ("mnist", 32) if model == "lenet5" else ("cifar10", 32)
 

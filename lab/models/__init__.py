@@ -45,6 +45,7 @@ MODELS = {
     "efficientnet_b5": ModelSpec("small_images:efficientnet:b5", "efficientnet_b5", cpu_bf16=False),
     "efficientnet_b6": ModelSpec("small_images:efficientnet:b6", "efficientnet_b6", cpu_bf16=False),
     "efficientnet_b7": ModelSpec("small_images:efficientnet:b7", "efficientnet_b7", cpu_bf16=False),
+    "efficientnet_lite0": ModelSpec("efficientnet_lite:efficientnet_lite0", cpu_bf16=False),
     "vit_tiny": ModelSpec("small_images:vit_tiny"),
     "vit_small": ModelSpec("small_images:vit_small"),
     "vit_hybrid": ModelSpec("small_images:vit_hybrid"),

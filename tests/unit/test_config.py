@@ -169,6 +169,7 @@ def test_a_model_has_a_default_dataset_and_image_size():
         "lenet5": ("mnist", 32),
         "alexnet": ("cifar10", 32),
         "torchvision:resnet18": ("cifar10", 224),
+        "efficientnet_lite0": ("cifar10", 224),
     }.items():
         config = resolve({"model": model})
         assert (config.dataset, config.image_size) == expected
