@@ -7,8 +7,8 @@
 ONNX needs `pip install -e '.[onnx]'`. The input is uint8 [N, C, H, W], 0 to 255, which the exported
 model normalizes; N is 1 without --dynamic-batch. The output is float32 [N, K]. The metadata, as
 JSON, contain the name and shape of input and output, the class names and more; docs/training.md
-lists the keys. Prepare images as lab does: rotate them according to their EXIF data, crop the
-central square, and resize it with a bilinear, antialiased filter:
+lists the keys. Prepare images as lab does: rotate them according to their EXIF data, crop a part
+of the central square, and resize it with a bilinear, antialiased filter (for `--fit crop`):
 
     import numpy as np
     from PIL import Image, ImageOps
@@ -16,7 +16,7 @@ central square, and resize it with a bilinear, antialiased filter:
     def prepare(path, description):
         _, channels, height, width = description["input"]["shape"]
         image = ImageOps.exif_transpose(Image.open(path)).convert("L" if channels == 1 else "RGB")
-        side = min(image.size)
+        side = round(min(image.size) * description["input"]["crop_pct"])
         left, top = round((image.width - side) / 2), round((image.height - side) / 2)
         image = image.crop((left, top, left + side, top + side))
         image = image.resize((width, height), Image.Resampling.BILINEAR)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lab.checkpoint.atomic_io import check_output_file, write_atomically
 from lab.checkpoint.provenance import versions
+from lab.data import DataConfig
 from lab.data.transforms import BatchTransform
 from lab.errors import UserError
 
@@ -54,7 +55,7 @@ class ExportedModel(nn.Module):
 
 def describe(metadata: dict[str, Any], *, dynamic_batch: bool, half: bool, softmax: bool) -> dict:
     """Return the description in the file: its input, its output, and the weights' metadata."""
-    architecture = metadata["model"]
+    architecture, data = metadata["model"], DataConfig(**metadata["data"])
     batch = "batch" if dynamic_batch else 1
     return {
         "input": {
@@ -66,7 +67,8 @@ def describe(metadata: dict[str, Any], *, dynamic_batch: bool, half: bool, softm
                 architecture["image_size"],
                 architecture["image_size"],
             ],
-            "crop": "central square",  # after rotation according to the EXIF data
+            "fit": data.fit,  # after rotation according to the EXIF data
+            "crop_pct": data.crop_pct,
             "resize": "bilinear, antialiased",
         },
         "output": {

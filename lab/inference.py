@@ -11,8 +11,9 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,10 +27,11 @@ from lab import console
 from lab.checkpoint import weights as weights_module
 from lab.checkpoint.atomic_io import write_atomically
 from lab.config.schema import EVAL_BATCH_SIZE
-from lab.data.decode import decode, grey, pixels, square
+from lab.data import DataConfig
+from lab.data.decode import decode, pixels
 from lab.data.image_folder import SUFFIXES, list_images
 from lab.data.sampler import shard
-from lab.data.transforms import BatchTransform
+from lab.data.transforms import BatchTransform, square, to_grayscale
 from lab.data.workers import BatchReader
 from lab.distributed import choose_precision
 from lab.engine.evaluation import predict_logits
@@ -102,27 +104,34 @@ def _exists(path: str) -> bool:
     return True
 
 
+def eval_transform(metadata: Mapping[str, Any]) -> Callable[[Tensor], Tensor]:
+    """Return the function that crops and resizes uint8 images as in the evaluation of weights."""
+    data = DataConfig(**metadata["data"])
+    return partial(square, size=data.image_size, fit=data.fit, crop_pct=data.crop_pct)
+
+
 class _ImageDataset:
     """Decoded images, indexed by a batch of indices into `paths`.
 
     An item is (uint8 [n, C, size, size], the n indices, [(index, error)] of unreadable files).
     """
 
-    def __init__(self, paths: Sequence[str], size: int, in_chans: int):
-        self.paths, self.size, self.in_chans = paths, size, in_chans
+    def __init__(self, paths: Sequence[str], metadata: Mapping[str, Any]):
+        self.paths, self.square = paths, eval_transform(metadata)
+        self.size, self.in_chans = metadata["model"]["image_size"], metadata["model"]["in_chans"]
 
     def __getitem__(self, index: Tensor) -> tuple[Tensor, list[int], list[tuple[int, str]]]:
         images, decoded, errors = [], [], []
         for i in index.tolist():
             try:
-                images.append(decode(self.paths[i], self.size))
+                images.append(self.square(decode(self.paths[i])))
                 decoded.append(i)
             except UserError as error:
                 errors.append((i, error.what))
         if not images:
             return torch.empty(0, self.in_chans, self.size, self.size).byte(), decoded, errors
         stacked = torch.stack(images)
-        return grey(stacked) if self.in_chans == 1 else stacked, decoded, errors
+        return to_grayscale(stacked) if self.in_chans == 1 else stacked, decoded, errors
 
 
 @torch.no_grad()
@@ -149,9 +158,9 @@ def predict_files(
     transform = BatchTransform(metadata["mean"], metadata["std"], (), device)
     batches = torch.arange(len(paths)).split(batch_size)
     own = batches[shard(len(batches), accelerator.process_index, accelerator.num_processes)]
-    size, in_chans = metadata["model"]["image_size"], metadata["model"]["in_chans"]
+    size = metadata["model"]["image_size"]
     reader = BatchReader(
-        _ImageDataset(paths, size, in_chans),
+        _ImageDataset(paths, metadata),
         own,
         num_workers if len(own) > 1 else 0,
         batch_nbytes=min(batch_size, len(paths)) * 3 * size**2,
@@ -260,7 +269,7 @@ def predict(
     `images` are paths of files or directories, Pillow images, or uint8 [N, C, H, W] from 0 to 255
     with one (gray) or three (RGB) channels. `weights` is the directory of a run, its
     best.safetensors, or the result of `load_model`, which saves loading it again. Images are
-    cropped to their central square and resized; `batch_size` of them are classified at a time.
+    cropped and resized as in training; `batch_size` of them are classified at a time.
 
     Unreadable directories and files in directories are left out: each is in `errors`, with a
     warning on standard error. Raises `UserError` if a file that is given itself is missing or not
@@ -282,12 +291,12 @@ def predict(
     with torch.autocast(device.type, dtype, enabled=precision != "no"):
         for start in range(0, len(items), batch_size):
             batch = _decode_images(
-                items[start : start + batch_size], architecture["image_size"], explicit, errors
+                items[start : start + batch_size], eval_transform(metadata), explicit, errors
             )
             if batch is None:
                 continue
             if batch.shape[1] > architecture["in_chans"]:
-                batch = grey(batch)
+                batch = to_grayscale(batch)
             batch = batch.expand(-1, architecture["in_chans"], -1, -1)
             logits = model(transform(batch.to(device)))
             probabilities.append(logits.float().softmax(1).cpu())
@@ -332,19 +341,22 @@ def _list_images(images: Images) -> tuple[Sequence[Any] | Tensor, set[str], dict
 
 
 def _decode_images(
-    items: Sequence[Any] | Tensor, size: int, explicit: set[str], errors: dict[str, str]
+    items: Sequence[Any] | Tensor,
+    transform: Callable[[Tensor], Tensor],
+    explicit: set[str],
+    errors: dict[str, str],
 ) -> Tensor | None:
     """Return images as uint8 [n, C, size, size], or None if none of them can be read.
 
     An unreadable file is left out and added to `errors`. Raises `UserError` if it is `explicit`.
     """
     if isinstance(items, Tensor):
-        return square(items, size)
+        return transform(items)
     images = []
     for item in items:
         try:
-            is_path = isinstance(item, str)
-            images.append(decode(item, size) if is_path else square(pixels(item), size))
+            image = decode(item) if isinstance(item, str) else pixels(item)
+            images.append(transform(image))
         except UserError as error:
             if item in explicit:
                 raise

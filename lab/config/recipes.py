@@ -7,9 +7,16 @@ command line override them.
 """
 
 import re
+from dataclasses import replace
 from typing import Any
 
-from lab.config.schema import TrainConfig, is_path
+from lab.config.schema import (
+    AUTO_STEPS,
+    MAX_AUTO_EPOCHS,
+    MIN_AUTO_EPOCHS,
+    TrainConfig,
+    is_path,
+)
 from lab.errors import UserError, suggestion
 
 RECIPES: dict[str, dict[str, dict[str, Any]]] = {
@@ -76,6 +83,27 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
         "vit/digits": dict(lr=2e-4),  # its warmup is only 20 steps
         "torchvision": dict(lr=3e-4, max_grad_norm=1.0, label_smoothing=0.1, epochs=20),
     },
+    # Pretrained weights on images of one's own; docs/training.md has the measurements.
+    "finetune": {
+        "*": dict(
+            pretrained=True,
+            linear_probe=True,
+            crop_pct=0.875,
+            epochs=0,
+            batch_size=32,
+            optimizer="adamw",
+            lr=3e-4,
+            layer_decay=0.75,
+            weight_decay=0.05,
+            schedule="cosine",
+            warmup_epochs=1.0,
+            augment="resized-crop,flip,trivialaugment",
+            label_smoothing=0.1,
+            ema_decay=0.99,
+            monitor="macro_f1",
+            max_grad_norm=1.0,
+        ),
+    },
     # A few seconds on a laptop: for tests and to check an installation.
     "smoke": {
         "*": dict(
@@ -120,7 +148,15 @@ def resolve(overrides: dict[str, Any]) -> TrainConfig:
     for key in ("*", layer, family, model, f"{family}/{layer}", f"{model}/{layer}"):
         settings |= RECIPES[name].get(key, {})
     settings |= {k: v for k, v in overrides.items() if not (k == "image_size" and v == 0)}
-    if "warmup_epochs" not in overrides:  # fewer --epochs shorten the recipe's warmup
-        epochs = settings.get("epochs", TrainConfig.epochs)
+    epochs = settings.get("epochs", TrainConfig.epochs)
+    if epochs and "warmup_epochs" not in overrides:  # fewer --epochs shorten the recipe's warmup
         settings["warmup_epochs"] = min(settings.get("warmup_epochs", 0.0), epochs / 5)
     return TrainConfig(**(settings | {"model": model, "dataset": dataset}))
+
+
+def resolve_epochs(config: TrainConfig, steps_per_epoch: int) -> TrainConfig:
+    """Return the settings with the number of epochs that `--epochs 0` stands for."""
+    if config.epochs:
+        return config
+    epochs = min(max(round(AUTO_STEPS / steps_per_epoch), MIN_AUTO_EPOCHS), MAX_AUTO_EPOCHS)
+    return replace(config, epochs=epochs, warmup_epochs=min(config.warmup_epochs, epochs / 5))

@@ -68,12 +68,15 @@ def check_fields(config: Any) -> None:
 
 SCHEDULES = ("constant", "step", "cosine", "linear")
 OPTIMIZERS = ("sgd", "nesterov", "adamw", "muon")
-AUGMENTATIONS = ("crop", "flip", "cutout", "mixup", "cutmix")
+BATCH_AUGMENTATIONS = ("crop", "flip", "cutout", "mixup", "cutmix")  # on the device
+SAMPLE_AUGMENTATIONS = ("resized-crop", "trivialaugment", "randaugment", "erasing")  # in workers
+AUGMENTATIONS = BATCH_AUGMENTATIONS + SAMPLE_AUGMENTATIONS
 TTA = ("none", "flip")
 # The datasets that have a name; any other is the path of a directory of images or of a manifest.
 NAMED_DATASETS = ("mnist", "fashion-mnist", "cifar10", "cifar100", "digits")
 TRACKERS = ("tensorboard", "wandb")  # each an extra of pyproject.toml, too
 EVAL_BATCH_SIZE = 100
+AUTO_STEPS, MIN_AUTO_EPOCHS, MAX_AUTO_EPOCHS = 1000, 5, 20  # of --epochs 0
 TIMEOUT_SECONDS, MONTH = 600, 30 * 24 * 3600
 
 
@@ -110,6 +113,13 @@ class TrainConfig:
         "named set of hyperparameters to start from: default, notebook or smoke")
     image_size: int = option(0, TASK,
         "image height and width in pixels; 0: the model's default", low=0, high=4096)
+    fit: str = option("crop", TASK,
+        "how images become square in evaluation; crop: cut off the longer sides, pad: add black "
+        "borders, squash: change the aspect ratio", choices=("crop", "pad", "squash"),
+        from_recipe=True)
+    crop_pct: float = option(1.0, TASK,
+        "fraction of the shorter side that --fit crop keeps in evaluation", above=0.0, high=1.0,
+        from_recipe=True)
     val_fraction: float = option(0.1, TASK,
         "fraction of the training split held out to select the best epoch, if the dataset has "
         "no validation split; 0: select on the test split",
@@ -128,7 +138,9 @@ class TrainConfig:
         "leave out images that cannot be decoded, and list them")
 
     epochs: int = option(5, TRAINING,
-        "number of passes over the training split", low=1, from_recipe=True)
+        "number of passes over the training split; 0: as many as give about "
+        f"{AUTO_STEPS:,} steps, but {MIN_AUTO_EPOCHS} to {MAX_AUTO_EPOCHS}",
+        low=0, from_recipe=True)
     max_steps: int = option(0, TRAINING,
         "stop after this number of optimizer steps, without changing the schedule; 0: no "
         "limit",
@@ -164,6 +176,10 @@ class TrainConfig:
         low=1, from_recipe=True)
     lr_gamma: float = option(0.5, TRAINING,
         "factor of each decay of the step schedule", above=0.0, high=1.0, from_recipe=True)
+    layer_decay: float = option(1.0, TRAINING,
+        "factor of the learning rate from each block of the model to the block before it, so that "
+        "the first layers of pretrained weights change least", above=0.0, high=1.0,
+        from_recipe=True)
     max_grad_norm: float = option(0.0, TRAINING,
         "maximum gradient norm for clipping; 0: no clipping", low=0.0, from_recipe=True)
     ema_decay: float = option(0.0, TRAINING,
@@ -171,7 +187,7 @@ class TrainConfig:
         "evaluated and saved; 0: off",
         low=0.0, high=0.999999, from_recipe=True)
     augment: str = option("none", TRAINING,
-        "none, or a comma-separated list of crop, flip, cutout, mixup, cutmix",
+        f"none, or a comma-separated list of {', '.join(AUGMENTATIONS)}",
         each_of=AUGMENTATIONS, from_recipe=True, nonempty=True)
     mixup_alpha: float = option(1.0, TRAINING,
         "mixing coefficients of mixup and cutmix are drawn from Beta(A, A); with both, each "
@@ -182,10 +198,13 @@ class TrainConfig:
         choices=("default", "kaiming"), from_recipe=True)
     pretrained: bool = option(False, TRAINING,
         "start from torchvision's ImageNet weights, which are downloaded once, with a new "
-        "classifier")
+        "classifier", from_recipe=True)
     init_checkpoint: str = option("", TRAINING,
         "start from these weights of the same model; a classifier of other classes is new",
         metavar="FILE")
+    linear_probe: bool = option(False, TRAINING,
+        "first fit the new classifier of pretrained weights by logistic regression on their "
+        "features", from_recipe=True)
     freeze: str = option("none", TRAINING,
         "parameters that are not trained; backbone: all but the classifier",
         choices=("none", "backbone"))
@@ -193,7 +212,8 @@ class TrainConfig:
         "metric that selects the best epoch",
         choices=("accuracy", "macro_f1", "loss"), from_recipe=True)
     patience: int = option(0, TRAINING,
-        "stop after this number of epochs without improvement; 0: never", low=0, metavar="N")
+        "stop after this number of epochs without improvement; 0: never", low=0, metavar="N",
+        from_recipe=True)
     on_nonfinite: str = option("stop", TRAINING,
         "if the loss or a gradient is not finite: stop, or skip the step on all processes",
         choices=("stop", "skip"))
@@ -275,7 +295,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.warmup_epochs >= self.epochs:
+        if 0 < self.epochs <= self.warmup_epochs:
             raise UserError(
                 f"--warmup-epochs {self.warmup_epochs:g} is not less than --epochs {self.epochs}",
                 "Give fewer warmup epochs, or the learning rate never reaches --lr",
@@ -288,10 +308,12 @@ class TrainConfig:
                 "--pretrained and --init-checkpoint both set the initial weights",
                 "Give only one of them",
             )
-        if self.freeze != "none" and not (self.pretrained or self.init_checkpoint):
-            raise UserError(
-                "--freeze would freeze random weights", "Add --pretrained or --init-checkpoint"
-            )
+        if not (self.pretrained or self.init_checkpoint):
+            hint = "Add --pretrained or --init-checkpoint"
+            if self.freeze != "none":
+                raise UserError("--freeze would freeze random weights", hint)
+            if self.linear_probe:
+                raise UserError("--linear-probe needs pretrained weights", hint)
         if self.resume == "auto" and not self.name:
             raise UserError("--resume auto needs the --name of a run", "Add --name")
         if self.resume not in ("", "auto") and self.name:
@@ -314,8 +336,13 @@ class TrainConfig:
 
     @property
     def augmentations(self) -> tuple[str, ...]:
-        """Return the names in `augment`, in order."""
-        return split_list(self.augment)
+        """Return the names in `augment` of the augmentations on the device, in order."""
+        return tuple(n for n in split_list(self.augment) if n in BATCH_AUGMENTATIONS)
+
+    @property
+    def sample_augmentations(self) -> tuple[str, ...]:
+        """Return the names in `augment` of the augmentations in worker processes."""
+        return tuple(n for n in split_list(self.augment) if n in SAMPLE_AUGMENTATIONS)
 
 
 WEIGHTS, REPORT = "weights and data", "output"

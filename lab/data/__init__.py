@@ -96,6 +96,8 @@ class DataConfig:
     max_train_samples: int
     max_eval_samples: int
     skip_unreadable: bool = False
+    fit: str = "crop"
+    crop_pct: float = 1.0
 
     @classmethod
     def of(cls, settings: Any) -> DataConfig:
@@ -386,7 +388,7 @@ def _resize_and_decode(
                 f"the {TITLES.get(name, name)} split is empty",
                 "Add images, or change --test-fraction or --val-fraction",
             )
-    sized = {name: resize(split, config.image_size) for name, split in splits.items()}
+    sized = {name: resize(split, config.image_size, config.fit, config.crop_pct) for name, split in splits.items()}
     if sum(math.prod(split.images.shape) for split in sized.values()) > memory:
         return sized
     use_cache = _is_worth_caching(sized) if use_cache is None else use_cache

@@ -168,13 +168,13 @@ def _stat_file(path: str) -> tuple[int, int, int]:
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
-def key_of(paths: Sequence[str], stats: Tensor, size: int, change_time: bool = False) -> str:
-    """Return a key that changes with the decoder, the image size, the files and their order.
+def key_of(paths: Sequence[str], stats: Tensor, transform: Any, change_time: bool = False) -> str:
+    """Return a key that changes with the decoder, what `transform` is, the files and their order.
 
     A file is identified by its path, size and modification time and, with `change_time`, by its
     permissions. `stats` are those of `stat_files`.
     """
-    key = hashlib.blake2b(repr((DECODERS, size)).encode(), digest_size=16)
+    key = hashlib.blake2b(repr((DECODERS, transform)).encode(), digest_size=16)
     directory = os.getcwd()
     key.update(os.fsencode("\0".join(os.path.join(directory, path) for path in paths)))
     key.update(stats[:, : 3 if change_time else 2].numpy().tobytes())

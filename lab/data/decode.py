@@ -7,7 +7,7 @@ import os
 import stat
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from torchvision.transforms.v2 import functional as F
 
 from lab.data import cache
 from lab.data.splits import histogram
+from lab.data.transforms import square
 from lab.data.types import LazyImages
 from lab.data.workers import BatchReader
 from lab.errors import UserError, name_some
@@ -53,6 +54,8 @@ class FileImages(LazyImages):
     paths: tuple[str, ...]
     size: int  # pixels per side
     stats: Tensor | None = field(default=None, compare=False)  # of `stat_files`, if they are known
+    fit: str = "crop"  # see `square`, also for `crop_pct`
+    crop_pct: float = 1.0
 
     @property
     def shape(self) -> Sequence[int]:
@@ -73,13 +76,13 @@ class FileImages(LazyImages):
 
     def select(self, index: Tensor) -> FileImages:
         stats = None if self.stats is None else self.stats[index]
-        return FileImages(tuple(self.paths[i] for i in index.tolist()), self.size, stats)
+        return replace(self, paths=tuple(self.paths[i] for i in index.tolist()), stats=stats)
 
     def join(self, others: Sequence[FileImages]) -> FileImages:
         """Return the concatenation of several sets of images."""
         sets = (self, *others)
         paths = tuple(path for files in sets for path in files.paths)
-        return FileImages(paths, self.size, torch.cat([files.file_stats() for files in sets]))
+        return replace(self, paths=paths, stats=torch.cat([s.file_stats() for s in sets]))
 
     def file_stats(self) -> Tensor:
         """Return the result of `stat_files`, int64 [N, 3]."""
@@ -161,7 +164,9 @@ class FileImages(LazyImages):
         return {int(i): reason for i, reason in cache.cached_json(self._unreadable_key(), check)}
 
     def _key(self, change_time: bool = False) -> str:
-        return cache.key_of(self.paths, self.file_stats(), self.size, change_time)
+        transform: Any = (self.size, self.fit, self.crop_pct)
+        transform = self.size if transform[1:] == ("crop", 1.0) else transform
+        return cache.key_of(self.paths, self.file_stats(), transform, change_time)
 
     def _unreadable_key(self) -> str:
         return f"{self._key(change_time=True)}-unreadable"
@@ -180,7 +185,7 @@ class FileImages(LazyImages):
         reasons = {}
         for image, i in zip(images, index.tolist(), strict=True):
             try:
-                image.copy_(decode(self.paths[i], self.size))
+                image.copy_(square(decode(self.paths[i]), self.size, self.fit, self.crop_pct))
             except UserError as error:
                 reasons[self.paths[i]] = error.what
         return images, reasons
@@ -226,14 +231,14 @@ def _in_workers(
     )
 
 
-def decode(path: str, size: int) -> Tensor:
-    """Return an image as uint8 [3, size, size]: its central square, in its EXIF orientation.
+def decode(path: str) -> Tensor:
+    """Return an image as uint8 [3, H, W], in its EXIF orientation.
 
     Transparency is dropped, and the first image of an animation is used. Raises `UserError` if the
     file is damaged, not an image, or has more than `MAX_PIXELS`.
     """
     try:
-        image = _decode(_read(path))
+        return _decode(_read(path))
     except Exception as error:  # Pillow's decoders raise exceptions of many types
         reason = getattr(error, "strerror", None) or str(error)
         if isinstance(error, UnidentifiedImageError):
@@ -243,7 +248,6 @@ def decode(path: str, size: int) -> Tensor:
         raise UserError(
             f"cannot read the image {path} ({reason})", "Replace or delete the file"
         ) from error
-    return square(image, size)
 
 
 def _read(path: str) -> bytes:
@@ -356,21 +360,3 @@ def _orient(pixels: Tensor, read_exif: Callable[[], Image.Exif]) -> Tensor:
         return pixels
     swap, flips = ORIENTATIONS[orientation]
     return (pixels.transpose(-2, -1) if swap else pixels).flip(flips)
-
-
-def square(images: Tensor, size: int) -> Tensor:
-    """Return the central squares [..., C, size, size] of uint8 [..., C, H, W]."""
-    if images.shape[-2:] == (size, size):
-        return images
-    # Crop first: resizing an image of 1 x 5000 pixels would make it huge.
-    images = F.center_crop(images, [min(images.shape[-2:])])
-    return F.resize(images, [size, size], antialias=True)
-
-
-def grey(images: Tensor) -> Tensor:
-    """Return grayscale images uint8 [..., 1, H, W] of RGB images [..., 3, H, W].
-
-    Gray pixels keep their values: torchvision's weights add up to 0.9999, and it would truncate the
-    result for uint8, so that 255 became 254.
-    """
-    return F.rgb_to_grayscale(images.float()).round().byte()

@@ -54,7 +54,9 @@ def read_folder(config: DataConfig) -> RawSplits:
     for name, directories in class_dirs.items():
         _check_same_classes(split_dirs[name], directories, class_names)
         paths, labels = _list_split(directories, other_files)
-        images = FileImages(tuple(paths), config.image_size, stat_files(paths))
+        images = FileImages(
+            tuple(paths), config.image_size, stat_files(paths), config.fit, config.crop_pct
+        )
         splits[name] = Split(images, torch.tensor(labels), class_names, images.paths, str(root))
     warnings = []
     outside = [name for name in _list_directory(split_dirs["train"])[1] if _is_image(name)]
@@ -122,7 +124,9 @@ def read_manifest(path: Path, config: DataConfig) -> RawSplits:
                     f"{path} lists files that do not exist or cannot be read: {name_some(missing)}",
                     "Paths are relative to the directory of the manifest",
                 )
-            images = FileImages(tuple(paths), config.image_size, stats)
+            images = FileImages(
+                tuple(paths), config.image_size, stats, config.fit, config.crop_pct
+            )
             numbers = torch.tensor([class_labels[label] for label in labels.values()])
             splits[split] = Split(images, numbers, class_names, images.paths, str(root))
     return RawSplits(splits["train"], splits.get("val"), splits.get("test"))

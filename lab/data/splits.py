@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lab.data.transforms import square
 from lab.data.types import Images, LazyImages, Split
 
 SAMPLE_SIZE = 10_000  # images; more would change mean and std by less than 0.001
@@ -97,6 +98,8 @@ class ResizedImages(LazyImages):
 
     images: Tensor  # uint8 [N, C, H, W]
     size: int
+    fit: str = "squash"  # see `square`, also for `crop_pct`
+    crop_pct: float = 1.0
 
     @property
     def shape(self) -> Sequence[int]:
@@ -109,7 +112,7 @@ class ResizedImages(LazyImages):
         return self._resize(self.images[index])
 
     def select(self, index: Tensor) -> ResizedImages:
-        return ResizedImages(self.images[index], self.size)
+        return replace(self, images=self.images[index])
 
     def join(self, others: Sequence[ResizedImages]) -> ResizedImages:
         """Return the concatenation of several sets of images."""
@@ -123,19 +126,18 @@ class ResizedImages(LazyImages):
         return images
 
     def _resize(self, images: Tensor) -> Tensor:
-        from torchvision.transforms.v2 import functional as F
-
         if not len(images):
             return torch.empty(0, *self.shape[1:], dtype=torch.uint8)
-        return F.resize(images, [self.size, self.size])
+        return square(images, self.size, self.fit, self.crop_pct)
 
 
-def resize(split: Split, size: int) -> Split:
-    """Return the split with images that are resized to `size` x `size` pixels when indexed."""
-    if split.images.shape[-2:] == (size, size):
+def resize(split: Split, size: int, fit: str = "squash", crop_pct: float = 1.0) -> Split:
+    """Return the split with images that are `square(...)` when indexed."""
+    if not isinstance(split.images, Tensor):  # files are decoded to their size
         return split
-    assert isinstance(split.images, Tensor)  # files are decoded to their size
-    return replace(split, images=ResizedImages(split.images, size))
+    if split.images.shape[-2:] == (size, size) and (fit != "crop" or crop_pct == 1):
+        return split
+    return replace(split, images=ResizedImages(split.images, size, fit, crop_pct))
 
 
 def sample_positions(num_images: int) -> Tensor:

@@ -60,6 +60,41 @@ def cutout(images: Tensor, bits: Tensor) -> Tensor:
     return images.masked_fill((in_rows[:, :, None] & in_columns[:, None, :])[:, None], 0)
 
 
+def square(images: Tensor, size: int, fit: str = "crop", crop_pct: float = 1.0) -> Tensor:
+    """Return uint8 images [..., C, H, W] as [..., C, size, size], as they are evaluated.
+
+    With `fit` "crop", this is the central square whose side is `crop_pct` of the shorter side, as
+    when the shorter side is resized to `size` / `crop_pct` before a center crop. "pad" adds black
+    borders to the whole image, "squash" changes its aspect ratio.
+    """
+    from torchvision.transforms.v2 import functional as TF  # takes a second to import
+
+    height, width = images.shape[-2:]
+    if fit == "pad" and height != width:
+        scale = size / max(height, width)
+        shape = [max(1, round(height * scale)), max(1, round(width * scale))]
+        top, left = (size - shape[0]) // 2, (size - shape[1]) // 2
+        borders = [left, top, size - shape[1] - left, size - shape[0] - top]
+        return TF.pad(TF.resize(images, shape, antialias=True), borders)
+    # Crop first: resizing an image of 1 x 5000 pixels would make it huge.
+    if fit == "crop":
+        images = TF.center_crop(images, [max(1, round(min(height, width) * crop_pct))])
+    if images.shape[-2:] == (size, size):
+        return images
+    return TF.resize(images, [size, size], antialias=True)
+
+
+def to_grayscale(images: Tensor) -> Tensor:
+    """Return grayscale images uint8 [..., 1, H, W] of RGB images [..., 3, H, W].
+
+    Gray pixels keep their values: torchvision's weights add up to 0.9999, and it would truncate the
+    result for uint8, so that 255 became 254.
+    """
+    from torchvision.transforms.v2 import functional as TF
+
+    return TF.rgb_to_grayscale(images.float()).round().byte()
+
+
 AUGMENTATIONS = {"crop": crop, "flip": flip, "cutout": cutout}
 
 

@@ -15,19 +15,23 @@ def build_optimizer(
     """Return the optimizer of the parameters that are not frozen.
 
     Unless `decay_biases` is set, weight decay leaves out parameters with one dimension. With
-    `capturable` the learning rate is a tensor on the model's device, so that steps can be captured
+    `capturable` the learning rates are tensors on the model's device, so that steps can be captured
     as CUDA graphs.
     """
-    trained = [p for p in model.parameters() if p.requires_grad]
-    decayed = [p for p in trained if config.decay_biases or p.ndim > 1]
-    no_decay = [p for p in trained if not config.decay_biases and p.ndim <= 1]
-    groups: list[dict[str, Any]] = [{"params": decayed, "weight_decay": config.weight_decay}]
-    if no_decay:
-        groups.append({"params": no_decay, "weight_decay": 0.0})
+    groups: list[dict[str, Any]] = []
+    for scale, parameters in layer_scales(model, config.layer_decay).items():
+        for decays in (True, False):
+            members = [p for p in parameters if (config.decay_biases or p.ndim > 1) is decays]
+            weight_decay = config.weight_decay if decays else 0.0
+            if members:
+                group = {"params": members, "weight_decay": weight_decay, "lr_scale": scale}
+                groups.append(group)
     # Fused: one kernel for all parameters instead of several for each.
     device = next(model.parameters()).device
-    lr = torch.tensor(config.lr, device=device) if capturable else config.lr
-    settings: dict[str, Any] = {"lr": lr, "fused": True}
+    for group in groups:
+        lr = config.lr * group["lr_scale"]
+        group["lr"] = torch.tensor(lr, device=device) if capturable else lr
+    settings: dict[str, Any] = {"fused": True}
     adam: dict[str, Any] = {"betas": (config.momentum, 0.999), "capturable": capturable}
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, **settings, **adam)
@@ -47,11 +51,30 @@ def _split(groups: list[dict[str, Any]], for_muon: set[Tensor]) -> list[dict[str
     return [group for group in split_groups if group["params"]]
 
 
+def layer_scales(model: nn.Module, layer_decay: float) -> dict[float, list[nn.Parameter]]:
+    """Return the trained parameters by the factor of their learning rate.
+
+    The last block of the model has factor 1, each block before it `layer_decay` times the factor of
+    the next (Bao et al. 2022, "BEiT", and Howard, Ruder 2018 before it). A block is all parameters
+    with the same name up to its first part with a digit, such as `features.3`, `layer1` or
+    `encoder.layers.encoder_layer_0`; the blocks are in the order of `model.parameters()`.
+    """
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if layer_decay == 1:
+        return {1.0: [p for _, p in trained]}
+    blocks: dict[str, list[nn.Parameter]] = {}
+    for name, parameter in trained:
+        parts = name.split(".")
+        numbered = (i for i, part in enumerate(parts) if any(map(str.isdigit, part)))
+        blocks.setdefault(".".join(parts[: next(numbered, 0) + 1]), []).append(parameter)
+    last = len(blocks) - 1
+    return {layer_decay ** (last - i): block for i, block in enumerate(blocks.values())}
+
+
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Set the learning rate of all parameter groups."""
-    shared_lr = optimizer.param_groups[0]["lr"]
-    if isinstance(shared_lr, Tensor):  # `build_optimizer` shares one tensor between all groups
-        shared_lr.fill_(lr)
-        return
+    """Set the learning rate, times the factor of each parameter group."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr * group["lr_scale"])
+        else:
+            group["lr"] = lr * group["lr_scale"]

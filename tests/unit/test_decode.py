@@ -11,6 +11,7 @@ from PIL import Image, PngImagePlugin
 
 from lab.data import decode as module
 from lab.data.decode import decode
+from lab.data.transforms import square
 from lab.errors import UserError
 
 XMP = b"http://ns.adobe.com/xap/1.0/\0<x:xmpmeta xmlns:x='adobe:ns:meta/'></x:xmpmeta>"
@@ -18,7 +19,7 @@ XMP = b"http://ns.adobe.com/xap/1.0/\0<x:xmpmeta xmlns:x='adobe:ns:meta/'></x:xm
 
 def reason(path) -> str:
     with pytest.raises(UserError) as caught:
-        decode(str(path), 16)
+        square(decode(str(path)), 16)
     what = caught.value.what
     assert what.startswith(f"cannot read the image {path} (")
     return what.partition(" (")[2].removesuffix(")")
@@ -58,7 +59,7 @@ def test_orientation_is_found_behind_an_xmp_segment(
     turns = [None, None, 0, 3, 1, 5, 4, 6, 2]  # Pillow's numbers for what each orientation undoes
     seen = Image.open(plain).convert("RGB")
     (seen if orientation == 1 else seen.transpose(turns[orientation])).save(upright)
-    found, expected = decode(str(path), 24), decode(str(upright), 24)
+    found, expected = square(decode(str(path)), 24), square(decode(str(upright)), 24)
     assert (found.int() - expected.int()).abs().max() <= 3
 
 
@@ -69,8 +70,8 @@ def test_orientation_is_found_behind_an_xmp_segment(
 def test_damaged_metadata_leaves_the_image_as_it_is(tmp_path, recwarn, image, name, exif):
     image.save(tmp_path / name, quality=95, exif=exif)
     image.save(tmp_path / f"plain-{name}", quality=95)
-    plain = decode(str(tmp_path / f"plain-{name}"), 24)
-    assert torch.equal(decode(str(tmp_path / name), 24), plain)
+    plain = square(decode(str(tmp_path / f"plain-{name}")), 24)
+    assert torch.equal(square(decode(str(tmp_path / name)), 24), plain)
     assert other_warnings(recwarn) == []
 
 
@@ -121,7 +122,7 @@ def test_the_pixel_limit_itself_is_decoded(tmp_path, monkeypatch, recwarn, image
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 24 * 40 - 1)  # Pillow then warns
     for name in ("x.jpg", "x.png", "x.webp", "x.bmp"):
         image.save(tmp_path / name)
-        assert decode(str(tmp_path / name), 16).shape == (3, 16, 16)
+        assert square(decode(str(tmp_path / name)), 16).shape == (3, 16, 16)
     assert other_warnings(recwarn) == []
 
 

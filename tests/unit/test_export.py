@@ -17,7 +17,8 @@ import lab
 from lab import export as exporting
 from lab.checkpoint import weights
 from lab.data import DataConfig, load_split
-from lab.data.decode import decode, grey
+from lab.data.decode import decode
+from lab.data.transforms import square, to_grayscale
 from lab.data.transforms import BatchTransform
 from lab.models import build_model
 
@@ -83,7 +84,7 @@ def test_the_documented_code_gives_the_same_classes_as_lab(
     exec(snippets()[kind], known)
     assert known["names"] == list(expected.names)
     assert len(set(known["names"])) > 3
-    prepared = grey(torch.stack([decode(path, 32) for path in pictures]))
+    prepared = to_grayscale(torch.stack([square(decode(path), 32) for path in pictures]))
     assert known["images"].shape == prepared.shape
     # Pillow and torchvision round grey levels in other ways; the next filter is off by 6 here.
     assert (torch.from_numpy(known["images"]).int() - prepared.int()).abs().max() <= 4
@@ -113,7 +114,8 @@ def test_the_metadata_is_what_the_page_says(exported):
         "name": "images",
         "dtype": "uint8",
         "shape": ["batch", 1, 32, 32],
-        "crop": "central square",
+        "fit": "crop",
+        "crop_pct": 1.0,
         "resize": "bilinear, antialiased",
     }
     assert description["output"] == {"name": "logits", "dtype": "float32", "shape": ["batch", 10]}

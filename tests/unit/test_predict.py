@@ -20,7 +20,7 @@ import evaluate
 import predict
 from lab import console, inference
 from lab.data import DataConfig, load_split
-from lab.data.decode import grey
+from lab.data.transforms import to_grayscale
 
 CLASSES = ("dark", "light", "striped")
 FEW = ["--recipe", "smoke", "--threads", "1", "--quiet"]
@@ -99,9 +99,9 @@ def test_pictures_of_one_channel(tmp_path):
 
 def test_what_is_grey_keeps_its_values():
     levels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
-    assert torch.equal(grey(levels.expand(-1, 3, -1, -1)), levels)
+    assert torch.equal(to_grayscale(levels.expand(-1, 3, -1, -1)), levels)
     red, white = torch.tensor([255, 0, 0]), torch.tensor([255, 255, 255])
-    found = grey(torch.stack((red, white)).byte().view(2, 3, 1, 1))
+    found = to_grayscale(torch.stack((red, white)).byte().view(2, 3, 1, 1))
     assert found.flatten().tolist() == [76, 255]  # 0.2989 of it
 
 

@@ -1,0 +1,90 @@
+"""A linear probe: logistic regression on the features of a pretrained model."""
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import broadcast
+from torch import Tensor, nn
+
+from lab.data.loaders import Loader
+from lab.distributed import no_cudnn_benchmark
+
+MAX_IMAGES = 10_000  # that the classifier is fitted on
+PENALTY = 1e-3  # of the squared weights, relative to the mean cross-entropy
+
+
+def find_classifier(model: nn.Module, param_names: set[str]) -> nn.Linear | None:
+    """Return the layer that consists of the parameters `param_names`; None if it is not linear."""
+    modules = {name.rpartition(".")[0] for name in param_names}
+    layer = model.get_submodule(modules.pop()) if len(modules) == 1 else None
+    return layer if isinstance(layer, nn.Linear) else None
+
+
+@torch.no_grad()
+def fit_classifier(
+    accelerator: Accelerator, model: nn.Module, classifier: nn.Linear, loader: Loader
+) -> float:
+    """Fit `classifier`, the last layer of the model, to a split, and return its accuracy there.
+
+    The features are those of evaluation mode. "Head first" keeps fine-tuning from distorting the
+    features with the gradients of a random classifier (Kumar et al. 2022, "Fine-tuning can distort
+    pretrained features"). The result is the same on any number of processes.
+    """
+    features, labels = _features(accelerator, model, classifier, loader)
+    mean, std = features.mean(0), features.std(0).clamp(min=1e-3)
+    weight, bias = fit_logistic_regression((features - mean) / std, labels, len(classifier.weight))
+    weight = weight / std
+    classifier.weight.copy_(weight)
+    classifier.bias.copy_(bias - weight @ mean)
+    if accelerator.num_processes > 1:
+        broadcast(classifier.weight.data)
+        broadcast(classifier.bias.data)
+    logits = F.linear(features, classifier.weight, classifier.bias)
+    return (logits.argmax(1) == labels).double().mean().item()
+
+
+def _features(
+    accelerator: Accelerator, model: nn.Module, classifier: nn.Linear, loader: Loader
+) -> tuple[Tensor, Tensor]:
+    """Return the inputs of the classifier, float32 [N, D], and the labels, int64 [N], of a split."""
+    inputs: list[Tensor] = []
+    hook = classifier.register_forward_pre_hook(lambda _, args: inputs.append(args[0].float()))
+    # The last column holds the labels.
+    shape = (loader.sampler.num_samples, classifier.in_features + 1)
+    table = torch.zeros(shape, device=accelerator.device)
+    was_training = model.training
+    model.eval()
+    with accelerator.autocast(), no_cudnn_benchmark():
+        for batch in loader.batches():
+            inputs.clear()
+            model(batch.images)
+            table.index_add_(0, batch.indices, torch.cat((inputs[0], batch.labels[:, None]), 1))
+    hook.remove()
+    model.train(was_training)
+    table = accelerator.reduce(table)
+    return table[:, :-1], table[:, -1].long()
+
+
+@torch.enable_grad()
+def fit_logistic_regression(
+    features: Tensor, labels: Tensor, num_classes: int
+) -> tuple[Tensor, Tensor]:
+    """Return the weight [K, D] and the bias [K] of multinomial logistic regression.
+
+    They minimize the mean cross-entropy plus `PENALTY` times half the squared weights, by L-BFGS.
+    """
+    weight = features.new_zeros(num_classes, features.shape[1], requires_grad=True)
+    bias = features.new_zeros(num_classes, requires_grad=True)
+    optimizer = torch.optim.LBFGS(
+        [weight, bias], max_iter=200, tolerance_grad=1e-5, line_search_fn="strong_wolfe"
+    )
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(F.linear(features, weight, bias), labels)
+        loss = loss + PENALTY / 2 * weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return weight.detach(), bias.detach()
