@@ -66,6 +66,8 @@ def settings(title: str, rows: Mapping[str, object]) -> None:
 def run_summary(config: Any, splits: Any, device: Mapping[str, Any]) -> None:
     """Print the data, hyperparameters and devices of a run, and the class counts of a folder.
 
+    Warn, even if quiet, of unbalanced classes.
+
     `config` is a `TrainConfig`, `splits` a `lab.data.Splits`, `device` the result of
     `lab.distributed.describe`.
     """
@@ -89,6 +91,8 @@ def run_summary(config: Any, splits: Any, device: Mapping[str, Any]) -> None:
     settings(f"{config.model} on {config.dataset_title}", rows)
     if splits.train.paths is not None:
         class_counts(splits.train.class_names, splits.class_counts())
+    for warning in splits.balance_warnings():
+        warn(warning)
 
 
 def device_summary(device: Mapping[str, Any]) -> str:

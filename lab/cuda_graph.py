@@ -20,20 +20,20 @@ NUM_WARMUP_CALLS = 3
 class CUDAGraphRunner:
     """Call a function of tensors on one GPU, and replay it as a CUDA graph after the warmup.
 
-    There is one graph for each combination of input shapes. A graph accesses the weights and
-    buffers that the function uses by address, so they may only be changed in place. Each replay
-    draws new random numbers from the generator's current seed. The function may not wait for the
-    device, and must run the same kernels in each call.
+    Inputs are tensors or None. There is one graph for each combination of their shapes. A graph
+    accesses the weights and buffers that the function uses by address, so they may only be changed
+    in place. Each replay draws new random numbers from the generator's current seed. The function
+    may not wait for the device, and must run the same kernels in each call.
     """
 
     def __init__(self, function: Callable[..., Tensor]):
         self.function = function
         self.calls: Counter[Any] = Counter()
-        self.graphs: dict[Any, tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]] = {}
+        self.graphs: dict[Any, tuple[torch.cuda.CUDAGraph, list[Tensor | None], Tensor]] = {}
 
-    def __call__(self, *inputs: Tensor) -> Tensor:
+    def __call__(self, *inputs: Tensor | None) -> Tensor:
         """Return the function's result, a new tensor. Raises `UserError` if the capture fails."""
-        shapes = tuple(tensor.shape for tensor in inputs)
+        shapes = tuple(None if tensor is None else tensor.shape for tensor in inputs)
         if shapes not in self.graphs:
             self.calls[shapes] += 1
             if self.calls[shapes] <= NUM_WARMUP_CALLS:
@@ -41,12 +41,16 @@ class CUDAGraphRunner:
             self.graphs[shapes] = self._capture(inputs)
         graph, static_inputs, result = self.graphs[shapes]
         for static_input, tensor in zip(static_inputs, inputs, strict=True):
-            static_input.copy_(tensor, non_blocking=True)
+            if static_input is not None and tensor is not None:
+                static_input.copy_(tensor, non_blocking=True)
         graph.replay()
         return result.clone()
 
-    def _capture(self, inputs: tuple[Tensor, ...]) -> tuple[torch.cuda.CUDAGraph, Any, Tensor]:
-        graph, static_inputs = torch.cuda.CUDAGraph(), [tensor.clone() for tensor in inputs]
+    def _capture(
+        self, inputs: tuple[Tensor | None, ...]
+    ) -> tuple[torch.cuda.CUDAGraph, Any, Tensor]:
+        graph = torch.cuda.CUDAGraph()
+        static_inputs = [None if tensor is None else tensor.clone() for tensor in inputs]
         # Graphs share memory, as one is replayed at a time and its result is copied at once.
         pool = next((old.pool() for old, *_ in self.graphs.values()), None)
         try:

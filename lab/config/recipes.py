@@ -56,6 +56,7 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
         "mnist": dict(augment="none"),
         "fashion-mnist": dict(augment="flip"),
         "digits": dict(augment="crop", epochs=15),
+        "folder": dict(monitor="macro_f1"),
         "lenet5": dict(
             batch_size=64, optimizer="nesterov", lr=0.1, weight_decay=5e-4, warmup_epochs=1.0
         ),

@@ -164,6 +164,12 @@ class TrainConfig:
         "apply weight decay to biases and normalization layers as well", from_recipe=True)
     label_smoothing: float = option(0.0, TRAINING,
         "label smoothing", low=0.0, high=0.99, from_recipe=True)
+    class_weights: str = option("none", TRAINING,
+        "weights of the classes in the training loss; balanced: inversely proportional to their "
+        "numbers of training images",
+        choices=("none", "balanced"))
+    balanced_sampling: bool = option(False, TRAINING,
+        "draw images of all classes equally often in training, repeating those of small classes")
     dropout: float = option(-1.0, TRAINING,
         "dropout probability; -1: the model's default",
         low=-1.0, high=0.99, from_recipe=True)
@@ -303,6 +309,12 @@ class TrainConfig:
         if (self.hub_images or self.hub_public) and not self.push_to_hub:
             name = "--hub-images" if self.hub_images else "--hub-public"
             raise UserError(f"{name} needs --push-to-hub", "Add --push-to-hub REPOSITORY")
+        if self.class_weights != "none" and self.balanced_sampling:
+            raise UserError(
+                "--class-weights and --balanced-sampling both compensate for unbalanced classes, "
+                "and together would favor the small ones",
+                "Give only one of them",
+            )
         if self.pretrained and self.init_checkpoint:
             raise UserError(
                 "--pretrained and --init-checkpoint both set the initial weights",

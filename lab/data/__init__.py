@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from lab.data.types import RawSplits, Split
 
 Numbers = tuple[float, ...]
+MAX_CLASS_RATIO = 10  # of the sizes of two classes, above which a warning is printed
+MIN_CLASS_SIZE = 10  # training images, below which a warning is printed
 TITLES = {"train": "training", "val": "validation", "test": "test"}  # of splits, in messages
 
 
@@ -130,6 +132,26 @@ class Splits:
             TITLES[name]: split.labels.bincount(minlength=len(split.class_names)).tolist()
             for name, split in splits.items()
         }
+
+    def balance_warnings(self) -> list[str]:
+        """Return warnings about unbalanced and small classes of the training split."""
+        counts = zip(self.train.class_names, self.class_counts()["training"], strict=True)
+        sizes = {name: count for name, count in counts if count}  # `load_splits` warns of 0
+        largest, smallest = max(sizes, key=sizes.__getitem__), min(sizes, key=sizes.__getitem__)
+        warnings = []
+        if sizes[largest] > MAX_CLASS_RATIO * sizes[smallest]:
+            warnings.append(
+                f"the classes are unbalanced: {largest} has {sizes[largest]:,} training images, "
+                f"{smallest} has {sizes[smallest]:,} (docs/training.md explains --class-weights "
+                "and --balanced-sampling)"
+            )
+        if small := [name for name, count in sizes.items() if count < MIN_CLASS_SIZE]:
+            classes = f"class{'es' * (len(small) > 1)} {name_some(small)}"
+            warnings.append(
+                f"there are fewer than {MIN_CLASS_SIZE} training images of {classes}: mistakes are "
+                "likely, and the metrics uncertain"
+            )
+        return warnings
 
     def choose_loader(self, kind: str, memory: float) -> str:
         """Return the kind of loader to use: "resident" or "streaming".

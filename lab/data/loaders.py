@@ -17,7 +17,12 @@ from torch import Tensor
 
 from lab.config.schema import EVAL_BATCH_SIZE, TrainConfig
 from lab.cuda_graph import CUDAGraphRunner
-from lab.data.sampler import BatchSlice, ShardedBatchSampler, join_tensors, random_bits
+from lab.data.sampler import (
+    BatchSlice,
+    ShardedBatchSampler,
+    balanced_class_weights,
+    join_tensors,
+)
 from lab.data.transforms import BatchTransform
 from lab.data.types import Batch, Split
 from lab.data.workers import BatchReader
@@ -55,12 +60,15 @@ class ResidentLoader:
 
     def batches(self, epoch: int = 0, first: int = 0) -> Iterator[Batch]:
         """Yield this process's part of each batch of an epoch, starting at batch `first`."""
-        order = self.sampler.order(epoch).to(self.device)
-        bits = _epoch_bits(self.sampler, self.transform, epoch, self.device)
+        order, bits, weights = _draw_epoch(self, epoch)
+        mixes = self.mixup is not None
         for batch_slice in self.sampler.slices(first):
-            indices = self.sampler.indices(order, batch_slice, self.mixup is not None)
-            images = self.read(indices) if bits is None else self.read(indices, bits[indices])
-            yield _make_batch(self, images, indices, epoch, batch_slice)
+            indices = self.sampler.take(order, batch_slice, mixes)
+            if bits is None:
+                images = self.read(indices)
+            else:
+                images = self.read(indices, self.sampler.take(bits, batch_slice, mixes))
+            yield _make_batch(self, images, indices, epoch, batch_slice, weights)
 
     def close(self) -> None:
         """Do nothing: unlike the streaming loader, this one has no worker processes."""
@@ -104,38 +112,52 @@ class StreamingLoader:
     def batches(self, epoch: int = 0, first: int = 0) -> Iterator[Batch]:
         """Yield this process's part of each batch of an epoch, starting at batch `first`."""
         self.index_sampler.epoch, self.index_sampler.first = epoch, first
-        bits = _epoch_bits(self.sampler, self.transform, epoch, self.device)
-        order = self.sampler.order(epoch).to(self.device)
+        order, bits, weights = _draw_epoch(self, epoch)
+        mixes = self.mixup is not None
         for batch_slice, images in zip(self.sampler.slices(first), self.reader, strict=True):
             if isinstance(images, UserError):  # no other process reads this image
                 raise UserError(images.what, images.hint, rank_local=True)
-            indices = self.sampler.indices(order, batch_slice, self.mixup is not None)
+            indices = self.sampler.take(order, batch_slice, mixes)
             images = images.to(self.device, non_blocking=True)
-            images = self.transform(images, None if bits is None else bits[indices])
-            yield _make_batch(self, images, indices, epoch, batch_slice)
+            batch_bits = None if bits is None else self.sampler.take(bits, batch_slice, mixes)
+            images = self.transform(images, batch_bits)
+            yield _make_batch(self, images, indices, epoch, batch_slice, weights)
 
 
 Loader = ResidentLoader | StreamingLoader
 
 
-def _epoch_bits(
-    sampler: ShardedBatchSampler, transform: BatchTransform, epoch: int, device: torch.device
-) -> Tensor | None:
-    if sampler.seed is None or not transform.augment:
-        return None
-    return random_bits(sampler.seed, epoch, sampler.num_samples, device)
+def _draw_epoch(loader: Loader, epoch: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return (order, random bits in that order, class weights of each batch), on the device."""
+    sampler, order = loader.sampler, loader.sampler.order(epoch)
+    weights, order = sampler.batch_class_weights(order), order.to(loader.device)
+    augments = sampler.seed is not None and loader.transform.augment
+    return (
+        order,
+        sampler.bits(epoch, order) if augments else None,
+        None if weights is None else weights.to(loader.device),
+    )
 
 
 def _make_batch(
-    loader: Loader, images: Tensor, indices: Tensor, epoch: int, batch_slice: BatchSlice
+    loader: Loader,
+    images: Tensor,
+    indices: Tensor,
+    epoch: int,
+    batch_slice: BatchSlice,
+    class_weights: Tensor | None,
 ) -> Batch:
-    """Return the batch of images [n, C, H, W] and their indices, mixed by the loader's mixup."""
+    """Return the batch of images [n, C, H, W] and their indices, mixed by the loader's mixup.
+
+    `class_weights` are those of each batch of the epoch, float32 [num_batches, K].
+    """
     labels, sampler = loader.labels[indices], loader.sampler
     sizes = tuple(map(len, batch_slice.parts))
+    size, batch_number = batch_slice.global_batch_size, batch_slice.start // sampler.batch_size
+    weights = None if class_weights is None else class_weights[batch_number]
     if loader.mixup is None or sampler.seed is None:
-        return Batch(images, labels, indices, batch_slice.global_batch_size, part_sizes=sizes)
+        return Batch(images, labels, indices, size, part_sizes=sizes, class_weights=weights)
     height, width = images.shape[2:]
-    batch_number = batch_slice.start // sampler.batch_size
     mix = loader.mixup.draw(sampler.seed, epoch, batch_number, height, width)
     # Each part that is not empty starts with an extra image, the partner of the next one.
     num_images = [size + 1 for size in sizes if size] or [0]
@@ -144,7 +166,7 @@ def _make_batch(
         join_tensors([mix(part) for part in images.split(num_images)]),
         join_tensors([part[1:] for part in labels.split(num_images)]),
         join_tensors([part[1:] for part in indices.split(num_images)]),
-        batch_slice.global_batch_size,
+        size,
         join_tensors(
             [
                 mix.ratio * part[1:] + (1 - mix.ratio) * part[:-1]
@@ -152,6 +174,7 @@ def _make_batch(
             ]
         ),
         sizes,
+        weights,
     )
 
 
@@ -162,7 +185,7 @@ class _IndexSampler(torch.utils.data.Sampler):
     def __iter__(self) -> Iterator[Tensor]:
         order = self.sampler.order(self.epoch)
         for batch_slice in self.sampler.slices(self.first):
-            yield self.sampler.indices(order, batch_slice, self.mixes)
+            yield self.sampler.take(order, batch_slice, self.mixes)
 
 
 @dataclass(frozen=True)
@@ -222,6 +245,8 @@ def build_loaders(
         batch_size=config.batch_size,
         seed=config.seed,
         num_parts=config.grad_accum_steps,
+        balanced_sampling=config.balanced_sampling,
+        class_weights=config.class_weights,
     )
     normalize = BatchTransform(mean, std, (), device)
     size = eval_batch_size(device, config.image_size)
@@ -239,11 +264,14 @@ def build_loader(
     batch_size: int,
     seed: int | None,
     num_parts: int = 1,
+    balanced_sampling: bool = False,
+    class_weights: str = "none",
 ) -> Loader:
     """Return a loader over `split`, which is shuffled in training and in order if `seed` is None.
 
     Training batches are divided into `num_parts` parts for gradient accumulation. The kind "auto"
     is "resident" if the split is in memory and takes at most `options.memory` bytes.
+    `balanced_sampling` and `class_weights` are settings of `TrainConfig`.
 
     Raises `UserError` if a training batch has fewer samples than there are processes.
     """
@@ -253,7 +281,13 @@ def build_loader(
             f"--batch-size {batch_size} is smaller than the number of processes, {world_size}",
             "Increase it: it is the number of samples over all processes",
         )
-    sampler = ShardedBatchSampler(len(split.labels), batch_size, seed, rank, world_size, num_parts)
+    weights = None
+    if class_weights == "balanced":
+        weights = balanced_class_weights(split.labels, len(split.class_names))
+    sampler = ShardedBatchSampler(
+        len(split.labels), batch_size, seed, rank, world_size, num_parts,
+        split.labels, balanced_sampling, weights,
+    )  # fmt: skip
     kind = options.kind
     if kind == "auto":
         fits = isinstance(split.images, Tensor) and split.images.nbytes <= options.memory

@@ -48,6 +48,42 @@ def permutation(num_samples: int, seed: int, epoch: int) -> Tensor:
     return random_bits(seed, epoch, num_samples, "cpu", stream=1).argsort(stable=True)
 
 
+def balanced_permutation(labels: Tensor, seed: int, epoch: int) -> Tensor:
+    """Return an epoch of N samples in which the classes are equally frequent, int64 [N].
+
+    It is a function of (labels, seed, epoch) alone. Each class is drawn N // K times, K being the
+    number of classes that occur in `labels`, int64 [N]; N % K random classes are drawn once more.
+    The samples of a class are drawn in one random order after another, so that in an epoch no
+    sample is drawn more than once more often than another of its class.
+    """
+    num_samples = len(labels)
+    sizes = labels.bincount()
+    by_class = [
+        members for members in labels.argsort(stable=True).split(sizes.tolist()) if len(members)
+    ]
+    counts = torch.full((len(by_class),), num_samples // len(by_class))
+    counts[permutation(len(by_class), seed, epoch)[: num_samples % len(by_class)]] += 1
+    num_rounds = [-(-count // len(m)) for m, count in zip(by_class, counts.tolist(), strict=True)]
+    num_bits = [rounds * len(m) for m, rounds in zip(by_class, num_rounds, strict=True)]
+    bits = random_bits(seed, epoch, sum(num_bits), "cpu", stream=2).split(num_bits)
+    drawn = [
+        m[b.view(-1, len(m)).argsort(stable=True).flatten()[:count]]
+        for m, b, count in zip(by_class, bits, counts.tolist(), strict=True)
+    ]
+    return torch.cat(drawn)[permutation(num_samples, seed, epoch)]
+
+
+def balanced_class_weights(labels: Tensor, num_classes: int) -> Tensor:
+    """Return the weight N / (K n_k) of each class k in the loss, float64 [num_classes].
+
+    N is the number of `labels`, int64 [N], n_k that of class k, and K the number of classes that
+    occur: scikit-learn's `compute_class_weight("balanced")`. A class that does not occur gets 0.
+    """
+    sizes = labels.bincount(minlength=num_classes).double()
+    weights = len(labels) / (int((sizes > 0).sum()) * sizes)
+    return weights.masked_fill(sizes == 0, 0.0)
+
+
 def derive_seed(*numbers: int) -> int:
     """Return a seed from several numbers; 32 bits, as PyTorch's CPU generator ignores the rest."""
     return int.from_bytes(hashlib.blake2s(repr(numbers).encode(), digest_size=4).digest(), "big")
@@ -89,6 +125,9 @@ class ShardedBatchSampler:
     rank: int
     world_size: int
     num_parts: int = 1  # for gradient accumulation; at most the number of samples of a batch
+    labels: Tensor | None = None  # int64 [N]; the next two need them
+    balanced_sampling: bool = False  # whether classes are drawn equally often in training
+    class_weights: Tensor | None = None  # float64 [K], of the loss
 
     @property
     def num_batches(self) -> int:
@@ -99,7 +138,33 @@ class ShardedBatchSampler:
         """Return the indices of the split in the order of an epoch, int64 [N]."""
         if self.seed is None:
             return torch.arange(self.num_samples)
+        if self.balanced_sampling:
+            assert self.labels is not None
+            return balanced_permutation(self.labels, self.seed, epoch)
         return permutation(self.num_samples, self.seed, epoch)
+
+    def bits(self, epoch: int, order: Tensor) -> Tensor:
+        """Return the random bits that augment each sample of an epoch, int64 [N], in its order.
+
+        They belong to the sample or, with balanced sampling, to its position in the epoch, so that
+        a sample that is drawn twice is augmented in two ways.
+        """
+        assert self.seed is not None
+        bits = random_bits(self.seed, epoch, self.num_samples, order.device)
+        return bits if self.balanced_sampling else bits[order]
+
+    def batch_class_weights(self, order: Tensor) -> Tensor | None:
+        """Return the class weights of each batch of an epoch, float32 [num_batches, K], or None.
+
+        They are scaled so that the weights of the samples of a global batch have a mean of 1. Mixup
+        and cutmix keep this mean, as each sample gives away as much of its label as it receives.
+        """
+        if self.class_weights is None:
+            return None
+        assert self.labels is not None
+        weights = self.class_weights[self.labels[order]]
+        means = [batch.mean() for batch in weights.split(self.batch_size)]
+        return (self.class_weights / torch.stack(means)[:, None]).float()
 
     def slices(self, first: int = 0) -> Iterator[BatchSlice]:
         """Yield this process's part of each batch, starting at batch `first`."""
@@ -124,8 +189,8 @@ class ShardedBatchSampler:
         num_parts = max(1, min(self.num_parts, num_images))
         return num_parts * (-(-num_images // (num_parts * self.world_size)) + mixes)
 
-    def indices(self, order: Tensor, batch_slice: BatchSlice, mixes: bool) -> Tensor:
-        """Return the indices of a batch slice's samples, int64 [n].
+    def take(self, values: Tensor, batch_slice: BatchSlice, mixes: bool) -> Tensor:
+        """Return the values of a batch slice's samples, [n], from those of an epoch in its order.
 
         If they will be mixed, each part that is not empty starts with an extra sample, the partner
         of its first: the preceding sample of the global batch or, for the first sample of the
@@ -139,9 +204,9 @@ class ShardedBatchSampler:
                     if part.start > batch_slice.start
                     else batch_slice.start + batch_slice.global_batch_size - 1
                 )
-                pieces.append(order[before : before + 1])
-            pieces.append(order[part.start : part.stop])
-        return join_tensors(pieces) if pieces else order[:0]
+                pieces.append(values[before : before + 1])
+            pieces.append(values[part.start : part.stop])
+        return join_tensors(pieces) if pieces else values[:0]
 
 
 def join_tensors(pieces: list[Tensor]) -> Tensor:

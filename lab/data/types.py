@@ -103,3 +103,5 @@ class Batch:
     targets: Tensor | None = None  # float32 [n, K], soft targets of mixed images
     # Number of samples of each part for gradient accumulation, which may be 0. Empty: not divided.
     part_sizes: tuple[int, ...] = ()
+    # float32 [K]: weights of the classes in the loss, with a mean of 1 over the global batch.
+    class_weights: Tensor | None = None

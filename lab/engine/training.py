@@ -36,8 +36,9 @@ class TrainMetrics:
     """Metrics of one epoch of training, means over the samples of all processes.
 
     The loss includes label smoothing, augmentation and dropout, and leaves out auxiliary
-    classifiers. For images mixed by mixup or cutmix, the correct class is the one with the larger
-    target. Loss and accuracy are None if every step was skipped.
+    classifiers. With class weights, it is the mean of the weighted means of the batches. For images
+    mixed by mixup or cutmix, the correct class is the one with the larger target. Loss and accuracy
+    are None if every step was skipped.
     """
 
     loss: float | None
@@ -125,14 +126,13 @@ class TrainStep:
         """Run one optimizer step; see `run`."""
         if self.graph_runner is None:
             return self.run(batch)
-        if batch.targets is None:
-            return self.graph_runner(batch.images, batch.labels)
-        return self.graph_runner(batch.images, batch.labels, batch.targets)
+        return self.graph_runner(batch.images, batch.labels, batch.targets, batch.class_weights)
 
     def _run_on_tensors(
-        self, images: Tensor, labels: Tensor, targets: Tensor | None = None
+        self, images: Tensor, labels: Tensor, targets: Tensor | None, weights: Tensor | None
     ) -> Tensor:
-        totals = self.run(Batch(images, labels, labels, len(labels), targets))
+        batch = Batch(images, labels, labels, len(labels), targets, class_weights=weights)
+        totals = self.run(batch)
         assert totals is not None  # steps that may be skipped are not captured
         return totals
 
@@ -144,7 +144,8 @@ class TrainStep:
         Auxiliary classifiers add to the loss that is minimized, not to the loss that is returned.
 
         Each process weights its samples by 1 / global batch size, and the average over processes in
-        DistributedDataParallel is undone by multiplying with their number.
+        DistributedDataParallel is undone by multiplying with their number. Class weights have a
+        mean of 1 over the global batch, so that the loss is the weighted mean.
         """
         accelerator, config, model = self.accelerator, self.config, self.model
         scale = accelerator.num_processes / batch.global_batch_size
@@ -160,11 +161,12 @@ class TrainStep:
             with nullcontext() if is_last else accelerator.no_sync(self.wrapped_model):
                 outputs = self.wrapped_model(images)
                 logits, *auxiliary_logits = outputs if isinstance(outputs, tuple) else (outputs,)
-                loss = self._loss_sum(logits, targets)
+                loss = self._loss_sum(logits, targets, batch.class_weights)
                 total_loss = loss
                 for other_logits in auxiliary_logits:
                     weight = cast(float, model.auxiliary_weight)
-                    total_loss = total_loss + weight * self._loss_sum(other_logits, targets)
+                    other_loss = self._loss_sum(other_logits, targets, batch.class_weights)
+                    total_loss = total_loss + weight * other_loss
                 accelerator.backward(total_loss * scale)
             classes = targets.argmax(1) if targets.is_floating_point() else targets
             num_correct = (logits.argmax(1) == classes).sum()
@@ -185,10 +187,16 @@ class TrainStep:
         self.optimizer.zero_grad()
         return totals
 
-    def _loss_sum(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Return the sum of the cross-entropies; targets are int64 [n], or soft, float32 [n, K]."""
+    def _loss_sum(self, logits: Tensor, targets: Tensor, class_weights: Tensor | None) -> Tensor:
+        """Return the sum of the cross-entropies; targets are int64 [n], or soft, float32 [n, K].
+
+        Each term of a cross-entropy has the weight of its class, also those of label smoothing and
+        of the two labels of a mixed image.
+        """
         smoothing = self.config.label_smoothing
-        return F.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing)
+        return F.cross_entropy(
+            logits, targets, class_weights, reduction="sum", label_smoothing=smoothing
+        )
 
     def _undo(self, buffers: list[Tensor]) -> None:
         """Discard the gradients, and restore the BatchNorm buffers from before the step."""

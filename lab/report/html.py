@@ -128,6 +128,7 @@ def _run_context(run: RunResult) -> dict[str, Any]:
         "title": f"{config['model']} on {dataset_title(config['dataset'])}",
         "path": str(run.path),
         "report": report,
+        "warnings": report.get("warnings", []),
         "bias_note": selection_bias_note("test", report["selection_split"]),
         "history": run.history,
         "time": console.duration(run.seconds),

@@ -13,7 +13,7 @@ from torch import Tensor
 from lab.checkpoint.atomic_io import write_atomically
 from lab.checkpoint.run_dir import IMAGES, RunDir
 from lab.data import Splits
-from lab.data.sampler import ShardedBatchSampler, random_bits
+from lab.data.sampler import ShardedBatchSampler
 from lab.data.transforms import BatchTransform
 from lab.data.types import Images
 
@@ -64,12 +64,16 @@ def first_batch(config: TrainConfig, splits: Splits) -> tuple[Tensor, Tensor]:
     transform = BatchTransform(
         splits.mean, splits.std, config.augmentations, "cpu", config.mixup_alpha
     )
-    sampler = ShardedBatchSampler(num_samples, config.batch_size, config.seed, rank=0, world_size=1)
+    sampler = ShardedBatchSampler(
+        num_samples, config.batch_size, config.seed, rank=0, world_size=1,
+        labels=splits.train.labels, balanced_sampling=config.balanced_sampling,
+    )  # fmt: skip
     batch = next(sampler.slices())
     batch = replace(batch, parts=(batch.parts[0][:MAX_BATCH],))
     mixup = transform.mixup
-    index = sampler.indices(sampler.order(1), batch, mixup is not None)
-    bits = random_bits(config.seed, 1, num_samples, "cpu")[index]
+    order = sampler.order(1)
+    index = sampler.take(order, batch, mixup is not None)
+    bits = sampler.take(sampler.bits(1, order), batch, mixup is not None)
     images = transform(splits.train.images[index], bits)
     if mixup is not None:
         images, index = mixup.draw(config.seed, 1, 0, *images.shape[2:])(images), index[1:]

@@ -42,6 +42,8 @@ def write_results(
         "best_epoch": best_epoch,
         "selection_split": splits.selection_split,
     }
+    if warnings := splits.balance_warnings():
+        report["warnings"] = warnings
     with raise_on_all_ranks(accelerator):
         run.write_predictions(predictions.csv(splits.test.files()))
         run.write_report(report)

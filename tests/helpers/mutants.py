@@ -106,10 +106,10 @@ MUTANTS = (
     ),
     Mutant(
         "P2: augmentation depends only on (seed, epoch, sample)",
-        "augmentation depends on the position in the batch",
-        "lab/data/loaders.py",
-        "self.read(indices, bits[indices])",
-        "self.read(indices, bits[: len(indices)])",
+        "augmentation depends on the position in the epoch",
+        "lab/data/sampler.py",
+        "return bits if self.balanced_sampling else bits[order]",
+        "return bits",
         "unit/test_loaders.py::test_p2_a_sample_is_augmented_alike_whatever_the_batch_size",
     ),
     Mutant(
