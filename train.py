@@ -23,7 +23,7 @@ from functools import partial
 from lab import console
 from lab.checkpoint.run_dir import RunDir
 from lab.config.cli import parse_arguments, print_config
-from lab.config.recipes import resolve
+from lab.config.recipes import resolve, resolve_epochs
 from lab.config.schema import TrainConfig
 from lab.data import check_dataset
 from lab.errors import run_script
@@ -69,7 +69,12 @@ def train(run, config, checkpoint, start_time, download):
     import torch
 
     from lab.checkpoint.atomic_io import AsyncWriter
-    from lab.checkpoint.init_weights import freeze, load_init_weights, warn_of_few_steps
+    from lab.checkpoint.init_weights import (
+        freeze,
+        initial_normalization,
+        load_init_weights,
+        warn_of_few_steps,
+    )
     from lab.checkpoint.interrupt import InterruptHandler
     from lab.checkpoint.manager import CheckpointManager, check_room, restore
     from lab.checkpoint.train_state import TrainState
@@ -79,6 +84,7 @@ def train(run, config, checkpoint, start_time, download):
     from lab.distributed import build_accelerator, check_same_data, describe, raise_on_all_ranks
     from lab.engine.ema import ModelEma
     from lab.engine.evaluation import predict_all
+    from lab.engine.linear_probe import fit_classifier
     from lab.engine.metrics import is_better
     from lab.engine.optimizer import build_optimizer
     from lab.engine.training import (
@@ -110,12 +116,23 @@ def train(run, config, checkpoint, start_time, download):
     options = LoaderOptions.create(accelerator, config.loader, config.workers, config.cuda_graphs)
     data_config = DataConfig.of(config)
     with raise_on_all_ranks(accelerator), console.status(f"reading {config.dataset}"):
-        splits = load_splits(data_config, options.memory, torch.get_num_threads(), download)
+        normalization = initial_normalization(config)
+        if checkpoint:
+            normalization = checkpoint.metadata["normalization"]
+        splits = load_splits(
+            data_config,
+            options.memory,
+            torch.get_num_threads(),
+            download,
+            config.sample_augmentations,
+            normalization,
+        )
     check_same_data(accelerator, splits.fingerprints, partial(list_samples, data_config))
     if checkpoint:
         checkpoint.check_same_splits(splits)
     train_loader, val_loader, test_loader = build_loaders(splits, config, options)
     num_steps = train_loader.sampler.num_batches  # of an epoch
+    config = resolve_epochs(config, num_steps)
 
     # Model and optimizer
     metadata = run_metadata(config, splits, accelerator.mixed_precision)
@@ -127,6 +144,8 @@ def train(run, config, checkpoint, start_time, download):
             warn_of_few_steps(config, num_steps)
         freeze(model, metadata["model"], config.freeze)
         model = configure_model(model, config, accelerator.device)
+    if config.linear_probe and not checkpoint:
+        fit_classifier(accelerator, model, metadata["model"], splits, config, options)
     ema = ModelEma(model, config.ema_decay) if config.ema_decay else None
     optimizer = build_optimizer(model, config, can_capture_steps(accelerator, config))
     wrapped_model = accelerator.prepare(model)

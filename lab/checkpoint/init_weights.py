@@ -11,6 +11,7 @@ from lab.errors import UserError
 from lab.models import classifier_param_names, find_model
 
 FEW_STEPS = 300
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def load_init_weights(model: nn.Module, architecture: dict[str, Any], config: TrainConfig) -> None:
@@ -30,6 +31,16 @@ def load_init_weights(model: nn.Module, architecture: dict[str, Any], config: Tr
         new_params = _load_file(model, architecture, config.init_checkpoint)
         head = f"new head: {', '.join(new_params)}" if new_params else "its head too"
         console.info(f"weights of {config.init_checkpoint}; {head}")
+
+
+def initial_normalization(config: TrainConfig) -> tuple[Any, Any] | None:
+    """Return the mean and standard deviation of the images that initial weights were trained on."""
+    if config.pretrained:
+        return IMAGENET_MEAN, IMAGENET_STD
+    if config.init_checkpoint:
+        metadata = weights.read_metadata(weights.find_weights(config.init_checkpoint))
+        return metadata["mean"], metadata["std"]
+    return None
 
 
 def warn_of_few_steps(config: TrainConfig, steps_per_epoch: int) -> None:

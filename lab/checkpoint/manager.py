@@ -190,6 +190,7 @@ class CheckpointManager:
             train_step,
         )
         self.fingerprints, self.num_samples = splits.fingerprints, len(splits.train.labels)
+        self.normalization = [splits.mean, splits.std]
         self.saved_step = saved_step
         self.stop_reason: StopReason | None = None
 
@@ -257,6 +258,7 @@ class CheckpointManager:
             "best": dict(best),
             "config": asdict(config),
             "fingerprints": self.fingerprints,
+            "normalization": self.normalization,
             "precision": accelerator.mixed_precision,
             "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
             "world_size": accelerator.num_processes,

@@ -60,6 +60,7 @@ METADATA_TYPES = {
     "best": dict,
     "config": dict,
     "fingerprints": dict,
+    "normalization": list,  # mean and standard deviation of each channel
     "precision": str,
 }
 TRAIN_STATE_TYPES = {

@@ -326,6 +326,11 @@ class TrainConfig:
                 raise UserError("--freeze would freeze random weights", hint)
             if self.linear_probe:
                 raise UserError("--linear-probe needs pretrained weights", hint)
+        if self.loader == "resident" and self.sample_augmentations:
+            raise UserError(
+                f"--augment {self.sample_augmentations[0]} needs worker processes",
+                "Leave out --loader resident",
+            )
         if self.resume == "auto" and not self.name:
             raise UserError("--resume auto needs the --name of a run", "Add --name")
         if self.resume not in ("", "auto") and self.name:

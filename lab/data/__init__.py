@@ -8,8 +8,8 @@ from __future__ import annotations
 import importlib
 import math
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from lab import console
@@ -163,23 +163,36 @@ class Splits:
             return kind
         from torch import Tensor
 
+        from lab.data.decode import AugmentedImages
+
         images = {id(s.images): s.images for s in (self.train, self.val, self.test)}.values()
-        decoded = all(isinstance(tensor, Tensor) for tensor in images)
-        fits = sum(math.prod(tensor.shape) for tensor in images) <= memory
+        held = [i for i in images if not isinstance(i, AugmentedImages)]  # these are streamed
+        decoded = all(isinstance(tensor, Tensor) for tensor in held)
+        fits = sum(math.prod(tensor.shape) for tensor in held) <= memory
         return "resident" if decoded and fits else "streaming"
 
 
 def load_splits(
-    config: DataConfig, memory: float, num_workers: int, download: bool = True
+    config: DataConfig,
+    memory: float,
+    num_workers: int,
+    download: bool = True,
+    augment: Sequence[str] = (),
+    normalization: tuple[Numbers, Numbers] | None = None,
 ) -> Splits:
-    """Return the splits of a dataset, which depend on `config` alone.
+    """Return the splits of a dataset, whose samples depend on `config` alone.
 
     Images are decoded by `num_workers` processes, and resized, if all splits take at most `memory`
-    bytes in total; otherwise the loader does that. Raises `UserError` if files are missing and may
-    not be downloaded, are damaged or too few.
+    bytes in total; otherwise the loader does that. With `augment`, the names of augmentations of
+    single samples, the training images are `AugmentedImages` instead. `normalization` is the mean
+    and the standard deviation of pretrained weights, which are used if the dataset has as many
+    channels. Raises `UserError` if files are missing and may not be downloaded, are damaged or too
+    few.
     """
+    from lab.data.decode import AugmentedImages
     from lab.data.fingerprint import fingerprint
     from lab.data.splits import channel_statistics
+    from lab.data.transforms import SampleTransform
 
     splits = _split(read_dataset(config, download), config)
     if len(splits["train"].class_names) < 2:
@@ -190,12 +203,18 @@ def load_splits(
     _check_classes(splits, config)
     if config.skip_unreadable:
         splits = _skip_unreadable(splits, config, num_workers)
-    sized = _resize_and_decode(splits, config, memory, num_workers)
+    sized = _resize_and_decode(splits, config, memory, num_workers, lazy_train=bool(augment))
     spec = find_dataset(config.dataset)
     mean, std = spec.mean, spec.std
+    if normalization and len(normalization[0]) == sized["train"].images.shape[1]:
+        mean, std = map(tuple, normalization)
     if mean is None or std is None:
         counts = _cached_histogram(splits, sized["train"], num_workers)
         mean, std = channel_statistics(sized["train"].images, counts)
+    if augment:
+        transform = SampleTransform(augment, config.image_size, mean)
+        images: Any = AugmentedImages(splits["train"].images, sized["train"].images, transform)
+        sized["train"] = replace(sized["train"], images=images)
     selection_split = "validation" if "val" in sized else "test"
     val = sized.get("val", sized["test"])
     fingerprints = {name: fingerprint(split) for name, split in splits.items()}
@@ -396,8 +415,11 @@ def _resize_and_decode(
     memory: float,
     num_workers: int,
     use_cache: bool | None = None,
+    lazy_train: bool = False,
 ) -> dict[str, Split]:
     """Return the splits at the image size, and in memory if all of them fit into `memory` bytes.
+
+    With `lazy_train`, the training split stays as it is.
 
     `use_cache` is whether to cache decoded images; None: if there are enough of them.
     """
@@ -410,11 +432,16 @@ def _resize_and_decode(
                 f"the {TITLES.get(name, name)} split is empty",
                 "Add images, or change --test-fraction or --val-fraction",
             )
-    sized = {name: resize(split, config.image_size, config.fit, config.crop_pct) for name, split in splits.items()}
-    if sum(math.prod(split.images.shape) for split in sized.values()) > memory:
-        return sized
-    use_cache = _is_worth_caching(sized) if use_cache is None else use_cache
+    sized = {
+        name: resize(split, config.image_size, config.fit, config.crop_pct)
+        for name, split in splits.items()
+    }
     decoded: dict[str, Split] = {}
+    if lazy_train:
+        decoded["train"] = sized.pop("train")
+    if sum(math.prod(split.images.shape) for split in sized.values()) > memory:
+        return decoded | sized
+    use_cache = _is_worth_caching(sized) if use_cache is None else use_cache
     reasons: dict[str, str] = {}
     for name, split in sized.items():
         try:

@@ -124,9 +124,7 @@ def read_manifest(path: Path, config: DataConfig) -> RawSplits:
                     f"{path} lists files that do not exist or cannot be read: {name_some(missing)}",
                     "Paths are relative to the directory of the manifest",
                 )
-            images = FileImages(
-                tuple(paths), config.image_size, stats, config.fit, config.crop_pct
-            )
+            images = FileImages(tuple(paths), config.image_size, stats, config.fit, config.crop_pct)
             numbers = torch.tensor([class_labels[label] for label in labels.values()])
             splits[split] = Split(images, numbers, class_names, images.paths, str(root))
     return RawSplits(splits["train"], splits.get("val"), splits.get("test"))

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lab.config.schema import EVAL_BATCH_SIZE, TrainConfig
 from lab.cuda_graph import CUDAGraphRunner
+from lab.data.decode import AugmentedImages
 from lab.data.sampler import (
     BatchSlice,
     ShardedBatchSampler,
@@ -78,7 +79,8 @@ class StreamingLoader:
     """Loads batches that worker processes read and decode, for splits larger than the memory.
 
     The workers return uint8; images are augmented and normalized on the device as in the resident
-    loader, so that both loaders yield identical batches.
+    loader, so that both loaders yield identical batches. `AugmentedImages` are first augmented by
+    the workers, with seeds that do not depend on their number.
     """
 
     def __init__(
@@ -94,6 +96,8 @@ class StreamingLoader:
         self.labels = split.labels.to(device)
         self.mixup = transform.mixup if sampler.seed is not None else None
         self.index_sampler = _IndexSampler(sampler, self.mixup is not None)
+        self.augments = isinstance(split.images, AugmentedImages) and sampler.seed is not None
+        self.index_sampler.with_bits = self.augments
         num_values = math.prod(split.images.shape[1:])
         self.reader = BatchReader(
             split.images,
@@ -181,9 +185,12 @@ def _make_batch(
 class _IndexSampler(torch.utils.data.Sampler):
     def __init__(self, sampler: ShardedBatchSampler, mixes: bool):
         self.sampler, self.mixes, self.epoch, self.first = sampler, mixes, 0, 0
+        self.with_bits = False  # whether to yield the random bits of each sample, too
 
     def __iter__(self) -> Iterator[Tensor]:
         order = self.sampler.order(self.epoch)
+        if self.with_bits:
+            order = torch.stack((order, self.sampler.bits(self.epoch, order)), 1)
         for batch_slice in self.sampler.slices(self.first):
             yield self.sampler.take(order, batch_slice, self.mixes)
 
@@ -289,6 +296,8 @@ def build_loader(
         split.labels, balanced_sampling, weights,
     )  # fmt: skip
     kind = options.kind
+    if isinstance(split.images, AugmentedImages) and seed is not None:
+        return StreamingLoader(split, sampler, transform, device, options.num_workers)
     if kind == "auto":
         fits = isinstance(split.images, Tensor) and split.images.nbytes <= options.memory
         kind = "resident" if fits else "streaming"

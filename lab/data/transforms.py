@@ -1,4 +1,7 @@
-"""Transforms of whole batches on their device: augmentation, mixup, cutmix and normalization.
+"""Transforms: of images for evaluation, of single samples in worker processes, and of batches.
+
+Batches are augmented and normalized on their device. `SampleTransform` is for augmentations that
+need the whole image at its own size, or are different operations for each sample.
 
 The augmentation of a sample depends on (seed, epoch, sample) alone (promise P2): 64 random bits per
 sample give five draws of 12 bits each, in integer arithmetic, with the same result on every device.
@@ -23,6 +26,7 @@ from torch import Tensor
 CROP_PADDING = 4  # pixels at 32; scaled with the image
 CUTOUT_FRACTION = 0.25  # side of the hole / side of the image (8 of 32 pixels)
 DRAW_BITS = 12
+CROP_AREA = (0.35, 1.0)  # of resized-crop, as fractions of the image's
 
 
 def draw(bits: Tensor, k: int, high: int) -> Tensor:
@@ -93,6 +97,36 @@ def to_grayscale(images: Tensor) -> Tensor:
     from torchvision.transforms.v2 import functional as TF
 
     return TF.rgb_to_grayscale(images.float()).round().byte()
+
+
+class SampleTransform:
+    """Augments single images by torchvision's transforms, as `names` of the schema say.
+
+    `fill` is the color of erased rectangles, one value from 0 to 1 for each channel.
+    """
+
+    def __init__(self, names: Sequence[str], size: int, fill: Sequence[float]):
+        from torchvision.transforms import v2
+
+        self.size, self.crops = size, "resized-crop" in names
+        erased = [round(255 * value) for value in fill]
+        transforms = {
+            "resized-crop": v2.RandomResizedCrop(size, scale=CROP_AREA, antialias=True),
+            "trivialaugment": v2.TrivialAugmentWide(interpolation=v2.InterpolationMode.BILINEAR),
+            "randaugment": v2.RandAugment(interpolation=v2.InterpolationMode.BILINEAR),
+            "erasing": v2.RandomErasing(p=0.25, value=erased),
+        }
+        self.transforms = [transforms[name] for name in transforms if name in names]
+
+    def __call__(self, image: Tensor, seed: int) -> Tensor:
+        """Return a uint8 image [C, H, W] as [C, size, size], a function of the image and `seed`."""
+        if not self.crops:
+            image = square(image, self.size)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed % 2**32)
+            for transform in self.transforms:
+                image = transform(image)
+        return image
 
 
 AUGMENTATIONS = {"crop": crop, "flip": flip, "cutout": cutout}

@@ -1,13 +1,22 @@
 """A linear probe: logistic regression on the features of a pretrained model."""
 
+from contextlib import closing
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import broadcast
 from torch import Tensor, nn
 
-from lab.data.loaders import Loader
+from lab import console
+from lab.config.schema import TrainConfig
+from lab.data import Splits
+from lab.data.loaders import Loader, LoaderOptions, build_loader, eval_batch_size
+from lab.data.splits import subsample
+from lab.data.transforms import BatchTransform
 from lab.distributed import no_cudnn_benchmark
+from lab.models import classifier_param_names
 
 MAX_IMAGES = 10_000  # that the classifier is fitted on
 PENALTY = 1e-3  # of the squared weights, relative to the mean cross-entropy
@@ -22,15 +31,36 @@ def find_classifier(model: nn.Module, param_names: set[str]) -> nn.Linear | None
 
 @torch.no_grad()
 def fit_classifier(
-    accelerator: Accelerator, model: nn.Module, classifier: nn.Linear, loader: Loader
-) -> float:
-    """Fit `classifier`, the last layer of the model, to a split, and return its accuracy there.
+    accelerator: Accelerator,
+    model: nn.Module,
+    architecture: dict[str, Any],
+    splits: Splits,
+    config: TrainConfig,
+    options: LoaderOptions,
+) -> None:
+    """Fit the classifier of a pretrained model to the training split, and print its accuracy there.
 
-    The features are those of evaluation mode. "Head first" keeps fine-tuning from distorting the
-    features with the gradients of a random classifier (Kumar et al. 2022, "Fine-tuning can distort
-    pretrained features"). The result is the same on any number of processes.
+    "Head first" keeps fine-tuning from distorting the features by the gradients of a random
+    classifier (Kumar et al. 2022, "Fine-tuning can distort pretrained features"). Images are not
+    augmented; of more than `MAX_IMAGES`, a stratified sample is used. The result is the same on any
+    number of processes. `architecture` holds the arguments that `build_model` made the model of.
     """
-    features, labels = _features(accelerator, model, classifier, loader)
+    classifier = find_classifier(model, classifier_param_names(**architecture))
+    if classifier is None:
+        console.info(
+            f"--linear-probe has no effect: {config.model} has no single linear classifier"
+        )
+        return
+    device = accelerator.device
+    loader = build_loader(
+        subsample(splits.train, MAX_IMAGES, config.split_seed),
+        BatchTransform(splits.mean, splits.std, (), device),
+        options,
+        batch_size=eval_batch_size(device, config.image_size),
+        seed=None,
+    )
+    with closing(loader), console.status("computing the features of the training images"):
+        features, labels = _features(accelerator, model, classifier, loader)
     mean, std = features.mean(0), features.std(0).clamp(min=1e-3)
     weight, bias = fit_logistic_regression((features - mean) / std, labels, len(classifier.weight))
     weight = weight / std
@@ -40,13 +70,14 @@ def fit_classifier(
         broadcast(classifier.weight.data)
         broadcast(classifier.bias.data)
     logits = F.linear(features, classifier.weight, classifier.bias)
-    return (logits.argmax(1) == labels).double().mean().item()
+    accuracy = (logits.argmax(1) == labels).double().mean().item()
+    console.info(f"linear probe: accuracy {accuracy:.4f} on {len(labels):,} training images")
 
 
 def _features(
     accelerator: Accelerator, model: nn.Module, classifier: nn.Linear, loader: Loader
 ) -> tuple[Tensor, Tensor]:
-    """Return the inputs of the classifier, float32 [N, D], and the labels, int64 [N], of a split."""
+    """Return the inputs of the classifier, float32 [N, D], and the labels int64 [N] of a split."""
     inputs: list[Tensor] = []
     hook = classifier.register_forward_pre_hook(lambda _, args: inputs.append(args[0].float()))
     # The last column holds the labels.

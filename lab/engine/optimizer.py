@@ -18,19 +18,17 @@ def build_optimizer(
     `capturable` the learning rates are tensors on the model's device, so that steps can be captured
     as CUDA graphs.
     """
+    device = next(model.parameters()).device
     groups: list[dict[str, Any]] = []
     for scale, parameters in layer_scales(model, config.layer_decay).items():
         for decays in (True, False):
             members = [p for p in parameters if (config.decay_biases or p.ndim > 1) is decays]
-            weight_decay = config.weight_decay if decays else 0.0
             if members:
-                group = {"params": members, "weight_decay": weight_decay, "lr_scale": scale}
+                lr = torch.tensor(scale * config.lr, device=device) if capturable else config.lr
+                weight_decay = config.weight_decay if decays else 0.0
+                group = dict(params=members, weight_decay=weight_decay, lr=lr, lr_scale=scale)
                 groups.append(group)
     # Fused: one kernel for all parameters instead of several for each.
-    device = next(model.parameters()).device
-    for group in groups:
-        lr = config.lr * group["lr_scale"]
-        group["lr"] = torch.tensor(lr, device=device) if capturable else lr
     settings: dict[str, Any] = {"fused": True}
     adam: dict[str, Any] = {"betas": (config.momentum, 0.999), "capturable": capturable}
     if config.optimizer == "adamw":

@@ -18,8 +18,7 @@ from lab import export as exporting
 from lab.checkpoint import weights
 from lab.data import DataConfig, load_split
 from lab.data.decode import decode
-from lab.data.transforms import square, to_grayscale
-from lab.data.transforms import BatchTransform
+from lab.data.transforms import BatchTransform, square, to_grayscale
 from lab.models import build_model
 
 MISSING = "the extra `onnx` is not installed"

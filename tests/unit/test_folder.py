@@ -15,8 +15,8 @@ from PIL import Image
 
 from lab.data import DataConfig, load_splits
 from lab.data.decode import decode
-from lab.data.transforms import square
 from lab.data.image_folder import read_folder
+from lab.data.transforms import square
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 
