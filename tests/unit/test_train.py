@@ -246,7 +246,9 @@ def test_average_accumulation_and_clipping_go_together(tmp_path):
 
 
 @pytest.mark.parametrize(("monitor", "best"), [("macro_f1", 1), ("loss", 2), ("accuracy", 3)])
-def test_p6_the_epoch_kept_is_the_best_by_the_number_chosen(tmp_path, monkeypatch, monitor, best):
+def test_p6_the_epoch_kept_is_the_best_by_the_number_chosen(
+    tmp_path, monkeypatch, capsys, monitor, best
+):
     numbers = {"macro_f1": [0.3, 0.2, 0.1], "loss": [3.0, 1.0, 2.0], "accuracy": [0.1, 0.2, 0.3]}
     epochs = zip(*numbers.values(), strict=True)
 
@@ -266,6 +268,11 @@ def test_p6_the_epoch_kept_is_the_best_by_the_number_chosen(tmp_path, monkeypatc
     folder = run(tmp_path, "--monitor", monitor, *words)
     monkeypatch.undo()
     rows, report = read_lines(folder / "history.jsonl"), read_json(folder / "report.json")
+    [warning] = report.pop("warnings")  # 64 images of 10 classes
+    assert warning.startswith(
+        "there are fewer than 10 training images of classes 0, 1, 2, 3, 4 and"
+    )
+    assert f"warning: {warning}" in capsys.readouterr().err.splitlines()
     assert [row[f"val_{monitor}"] for row in rows] == numbers[monitor]
     assert report["best_epoch"] == best
     # The report is of that epoch's weights, not of the last's.
