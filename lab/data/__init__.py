@@ -213,7 +213,8 @@ def load_splits(
         mean, std = channel_statistics(sized["train"].images, counts)
     if augment:
         transform = SampleTransform(augment, config.image_size, mean)
-        images: Any = AugmentedImages(splits["train"].images, sized["train"].images, transform)
+        images: Any = splits["train"].images
+        images = AugmentedImages(images, sized["train"].images, transform)
         sized["train"] = replace(sized["train"], images=images)
     selection_split = "validation" if "val" in sized else "test"
     val = sized.get("val", sized["test"])

@@ -50,11 +50,12 @@ def large_digits():
 
 
 @gpu
-@pytest.mark.parametrize("settings", VARIANTS, ids=["sgd", "unusual", "adamw"])
+@pytest.mark.parametrize("settings", VARIANTS, ids=["sgd", "unusual", "adamw", "weights"])
 @pytest.mark.parametrize(("model", "precision"), [("lenet5", "no"), ("alexnet", "bf16")])
 def test_a_step_never_waits_for_the_gpu(model, precision, settings):
     cuda = place("cuda", precision)
-    loader = make_loader(cuda, model, num_samples=65)
+    class_weights = settings.get("class_weights", "none")
+    loader = make_loader(cuda, model, num_samples=65, class_weights=class_weights)
     train_step = make_train_step(cuda, model, batch_size=8, **settings)
     train(train_step, loader)  # cuDNN selects kernels
 
@@ -147,7 +148,10 @@ def test_an_epoch_leaves_no_memory_behind():
 def test_p2_replayed_steps_are_the_same_as_single_kernels(augment, settings):
     cuda, curves, ends = place("cuda"), [], []
     for graphs in ("never", "auto"):
-        loader = make_loader(cuda, "alexnet", 37, augment=augment, graphs=graphs == "auto")
+        loader = make_loader(
+            cuda, "alexnet", 37, augment=augment, graphs=graphs == "auto",
+            class_weights=settings.get("class_weights", "none"),
+        )  # fmt: skip
         train_step = make_train_step(cuda, "alexnet", cuda_graphs=graphs, log_every=1, **settings)
         rows = []
         train(train_step, loader, epochs=4, on_log=rows.append)

@@ -47,10 +47,11 @@ QUICK = {
     "plain": "",
     "streaming": "--loader streaming",
     # A last batch of one sample: every process but one has none.
-    "empty-shards": "--max-train-samples 62 --epochs 10",
-    "accumulate-empty": "--max-train-samples 62 --epochs 10 --grad-accum-steps 3",
+    "empty-shards": "--max-train-samples 62 --epochs 10 --balanced-sampling",
+    "accumulate-empty": "--max-train-samples 62 --epochs 10 --balanced-sampling "
+    "--grad-accum-steps 3",
     "options": "--optimizer nesterov --schedule cosine --warmup-epochs 0.5 --max-grad-norm 0.5 "
-    "--ema-decay 0.9 --label-smoothing 0.1",
+    "--ema-decay 0.9 --label-smoothing 0.1 --class-weights balanced",
     "folder-mixed": "--dataset IMAGES --epochs 1 --augment crop,flip,mixup,cutmix "
     "--max-steps 8 --loader resident",
     "folder-mixed-streaming": "--dataset IMAGES --epochs 1 --max-steps 8 --workers 2 "

@@ -7,7 +7,7 @@ from accelerate.state import AcceleratorState
 from lab.checkpoint.train_state import TrainState
 from lab.config.schema import TrainConfig
 from lab.data.loaders import ResidentLoader
-from lab.data.sampler import ShardedBatchSampler
+from lab.data.sampler import ShardedBatchSampler, balanced_class_weights
 from lab.data.transforms import BatchTransform
 from lab.data.types import Split
 from lab.distributed import build_accelerator
@@ -23,6 +23,7 @@ VARIANTS = [
     {},
     UNUSUAL,
     {"optimizer": "adamw", "lr": 1e-3},
+    {"class_weights": "balanced"},
 ]
 
 
@@ -57,8 +58,9 @@ def make_train_step(accelerator, model="lenet5", **settings):
 
 
 def make_loader(
-    accelerator, model="lenet5", num_samples=33, batch_size=8, seed=0, augment=CROPS, graphs=False
-):
+    accelerator, model="lenet5", num_samples=33, batch_size=8, seed=0, augment=CROPS, graphs=False,
+    class_weights="none",
+):  # fmt: skip
     in_chans, size = SIZES[model]
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(
@@ -67,7 +69,10 @@ def make_loader(
     split = Split(images, torch.arange(num_samples) % 10, tuple("0123456789"))
     augment = augment if seed is not None else ()
     transform = BatchTransform((0.5,) * in_chans, (0.5,) * in_chans, augment, accelerator.device)
-    sampler = ShardedBatchSampler(num_samples, batch_size, seed, 0, 1)
+    weights = balanced_class_weights(split.labels, 10) if class_weights == "balanced" else None
+    sampler = ShardedBatchSampler(
+        num_samples, batch_size, seed, 0, 1, labels=split.labels, class_weights=weights
+    )
     return ResidentLoader(split, sampler, transform, accelerator.device, graphs)
 
 

@@ -90,13 +90,19 @@ def test_p2_a_sample_that_is_drawn_again_is_augmented_differently():
 
 
 def test_class_weights_are_those_of_scikit_learn():
-    from sklearn.utils.class_weight import compute_class_weight
+    """N / (K n_k), for the K = 4 classes that occur."""
+    expected = [34 / (4 * n) if n else 0 for n in SIZES]
+    assert balanced_class_weights(LABELS, 5).tolist() == pytest.approx(expected)
 
-    weights = balanced_class_weights(LABELS, 5)
-    present = LABELS.unique().numpy()
-    expected = compute_class_weight("balanced", classes=present, y=LABELS.numpy())
-    assert weights[present].tolist() == pytest.approx(expected.tolist())
-    assert weights[2] == 0
+
+class TwoHeads(nn.Sequential):
+    """Logits, and in training the same ones as those of an auxiliary classifier."""
+
+    auxiliary_weight = 0.3
+
+    def forward(self, images):
+        logits = super().forward(images)
+        return (logits, logits) if self.training else logits
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +121,7 @@ def test_p2_the_loss_is_the_weighted_mean_over_the_global_batch(
     weights = balanced_class_weights(LABELS, 5).float()
     whole = list(make_loader(**settings).batches(1))
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 5))
+    model = TwoHeads(nn.Flatten(), nn.Linear(64, 5))
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     gradients, losses = torch.zeros(len(whole), 5 * 64), torch.zeros(len(whole))
     for rank in range(world_size):
@@ -127,6 +133,7 @@ def test_p2_the_loss_is_the_weighted_mean_over_the_global_batch(
             losses[i] += train_step.run(batch)[0] / batch.global_batch_size
             gradients[i] += (state["1.weight"] - model[1].weight.detach()).flatten() / world_size
     model.load_state_dict(state)
+    model.eval()
     for i, batch in enumerate(whole):
         targets = batch.labels if batch.targets is None else batch.targets
         logits = model(batch.images)
@@ -141,8 +148,22 @@ def test_p2_the_loss_is_the_weighted_mean_over_the_global_batch(
             )
         [gradient] = torch.autograd.grad(loss, [model[1].weight])
         assert losses[i].item() == pytest.approx(loss.item(), rel=1e-5)
-        assert torch.allclose(gradients[i], gradient.flatten(), rtol=1e-4, atol=1e-6)
+        assert torch.allclose(gradients[i], 1.3 * gradient.flatten(), rtol=1e-4, atol=1e-6)
         assert gradient.norm() > 0.01
+
+
+@pytest.mark.parametrize("mixes", [(), ("mixup",)])
+def test_a_captured_step_takes_the_class_weights_of_its_batch(accelerator, mixes):
+    steps = []
+    for captured in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(64, 5))
+        train_step = prepare(accelerator, model, TrainConfig(**SETTINGS))
+        if captured:
+            train_step.graph_runner = train_step._run_on_tensors
+        batches = make_loader(augment=mixes, class_weights="balanced").batches(1)
+        steps.append([train_step(batch).tolist() for batch in batches])
+    assert steps[0] == steps[1]
 
 
 def test_p7_both_corrections_are_refused():

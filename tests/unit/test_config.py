@@ -209,6 +209,12 @@ def test_image_size_zero_is_the_default_of_the_model(overrides, expected):
     assert resolve({"model": "lenet5"} | overrides).image_size == expected
 
 
+def test_the_best_epoch_of_a_folder_is_selected_by_macro_f1():
+    assert resolve({"dataset": "folder"}).monitor == "macro_f1"
+    assert resolve({"dataset": "folder", "model": "alexnet"}).monitor == "macro_f1"
+    assert resolve({"dataset": "cifar10"}).monitor == "accuracy"
+
+
 PUBLISHED = {
     "val_fraction": 0.0,  # the notebooks selected on the test split
     "max_train_samples": 0,

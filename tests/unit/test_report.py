@@ -159,6 +159,15 @@ def test_p6_the_page_says_on_which_split_the_epoch_was_selected(hostile, tmp_pat
     assert "<strong>Note:</strong>" not in (hostile / "report.html").read_text()
 
 
+def test_the_page_has_the_warnings_of_the_report(hostile, tmp_path):
+    path = shutil.copytree(hostile, tmp_path / "run")
+    report = json.loads((path / "report.json").read_text()) | {"warnings": ["<i>few</i> images"]}
+    (path / "report.json").write_text(json.dumps(report))
+    expected = "<strong>Warning:</strong> &lt;i&gt;few&lt;/i&gt; images."
+    assert expected in html_module.write(path).read_text()
+    assert "<strong>Warning:</strong>" not in (hostile / "report.html").read_text()
+
+
 def test_a_page_of_a_thousand_classes_lists_confusions_instead_of_the_matrix(tmp_path):
     path = make_run(tmp_path / "run", [str(k) for k in range(1000)], num_test=2000)
     text = html_module.write(path).read_text()
@@ -179,12 +188,18 @@ def test_p2_the_saved_batch_is_what_the_model_sees():
     assert torch.equal(images, expected)
 
 
-@pytest.mark.parametrize("mixes", ["flip,mixup", "cutmix"])
-def test_p2_a_mixed_batch_equals_that_of_the_loader(mixes):
+@pytest.mark.parametrize(
+    ("mixes", "balanced"), [("flip,mixup", False), ("cutmix", False), ("crop,mixup", True)]
+)
+def test_p2_a_mixed_batch_equals_that_of_the_loader(mixes, balanced):
     settings = {"dataset": "digits", "augment": mixes, "batch_size": 70}
+    settings["balanced_sampling"] = balanced
     config, data = recipes.resolve(settings), splits("ab", num_test=2)
     transform = BatchTransform(data.mean, data.std, config.augmentations, "cpu", config.mixup_alpha)
-    sampler = ShardedBatchSampler(len(data.train.labels), 70, config.seed, rank=0, world_size=1)
+    sampler = ShardedBatchSampler(
+        len(data.train.labels), 70, config.seed, rank=0, world_size=1, labels=data.train.labels,
+        balanced_sampling=balanced,
+    )  # fmt: skip
     loader = ResidentLoader(data.train, sampler, transform, torch.device("cpu"))
     batch = next(iter(loader.batches(1)))
     assert batch.targets is not None

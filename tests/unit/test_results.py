@@ -159,6 +159,8 @@ def recipe_settings(run: Path) -> tuple[dict, dict]:
     given = {name: config[name] for name in ("model", "dataset", "data_dir", "recipe", "epochs")}
     if config["dataset"] == "digits":
         del given["data_dir"]
+    if config["dataset"] == "folder":
+        given["monitor"] = "accuracy"  # results/README.md: then the default
     command = next(line for line in [*log.splitlines(), ""] if "train.py" in line or not line)
     for name in names & config.keys():
         if f"--{name.replace('_', '-')} " in command:

@@ -246,7 +246,9 @@ def test_average_accumulation_and_clipping_go_together(tmp_path):
 
 
 @pytest.mark.parametrize(("monitor", "best"), [("macro_f1", 1), ("loss", 2), ("accuracy", 3)])
-def test_p6_the_epoch_kept_is_the_best_by_the_number_chosen(tmp_path, monkeypatch, monitor, best):
+def test_p6_the_epoch_kept_is_the_best_by_the_number_chosen(
+    tmp_path, monkeypatch, capsys, monitor, best
+):
     numbers = {"macro_f1": [0.3, 0.2, 0.1], "loss": [3.0, 1.0, 2.0], "accuracy": [0.1, 0.2, 0.3]}
     epochs = zip(*numbers.values(), strict=True)
 
@@ -266,6 +268,11 @@ def test_p6_the_epoch_kept_is_the_best_by_the_number_chosen(tmp_path, monkeypatc
     folder = run(tmp_path, "--monitor", monitor, *words)
     monkeypatch.undo()
     rows, report = read_lines(folder / "history.jsonl"), read_json(folder / "report.json")
+    [warning] = report.pop("warnings")  # 64 images of 10 classes
+    assert warning.startswith(
+        "there are fewer than 10 training images of classes 0, 1, 2, 3, 4 and"
+    )
+    assert f"warning: {warning}" in capsys.readouterr().err.splitlines()
     assert [row[f"val_{monitor}"] for row in rows] == numbers[monitor]
     assert report["best_epoch"] == best
     # The report is of that epoch's weights, not of the last's.
@@ -356,6 +363,7 @@ def test_a_loss_that_is_not_finite_is_null_in_every_file(tmp_path, monkeypatch, 
 
 def test_p7_a_run_whose_steps_are_all_skipped_ends_in_an_error(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr("lab.engine.training.TrainStep.__call__", lambda *_: None)
+    monkeypatch.setattr("lab.data.MIN_CLASS_SIZE", 0)
     words = ["--on-nonfinite", "skip", "--max-steps", "4", "--max-train-samples", "64"]
     with pytest.raises(UserError, match="the loss of every epoch was not finite"):
         run(tmp_path, *words)
@@ -378,6 +386,7 @@ def test_alexnet_trains_on_color_images(tmp_path):
     assert read_json(folder / "config.json")["model"] == "alexnet"
     eval_model([str(folder)])  # dropout, which would make the two differ, is off
     report = read_json(folder / "report.json")
+    assert report.pop("warnings")  # eight images of a class
     assert read_json(folder / "evaluate-test" / "report.json") == report
 
 
