@@ -116,16 +116,15 @@ def train(run, config, checkpoint, start_time, download):
     options = LoaderOptions.create(accelerator, config.loader, config.workers, config.cuda_graphs)
     data_config = DataConfig.of(config)
     with raise_on_all_ranks(accelerator), console.status(f"reading {config.dataset}"):
-        normalization = initial_normalization(config)
-        if checkpoint:
-            normalization = checkpoint.metadata["normalization"]
+        # That of pretrained weights, whose file a resumed run no longer needs.
+        saved = checkpoint.metadata["normalization"] if checkpoint else None
         splits = load_splits(
             data_config,
             options.memory,
             torch.get_num_threads(),
             download,
             config.sample_augmentations,
-            normalization,
+            saved or initial_normalization(config),
         )
     check_same_data(accelerator, splits.fingerprints, partial(list_samples, data_config))
     if checkpoint:

@@ -19,6 +19,8 @@ from lab.config.schema import (
 )
 from lab.errors import UserError, suggestion
 
+IMAGES_MODEL = "torchvision:efficientnet_b0"  # of images of one's own, if no --model is given
+
 RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     # Exactly the settings of the two university notebooks, which select the best epoch on the
     # test split.
@@ -137,11 +139,16 @@ def resolve(overrides: dict[str, Any]) -> TrainConfig:
 
     Raises `UserError` for an unknown recipe or a value outside its bounds.
     """
-    model = overrides.get("model", TrainConfig.model)
+    dataset = overrides.get("dataset", "")
+    own_images = bool(dataset) and is_path(dataset)
+    model = overrides.get("model", IMAGES_MODEL if own_images else TrainConfig.model)
     default_dataset, image_size = model_defaults(model)
-    dataset = overrides.get("dataset") or default_dataset
-    layer = "folder" if is_path(dataset) else dataset
-    name = overrides.get("recipe", TrainConfig.recipe)
+    dataset = dataset or default_dataset
+    layer = "folder" if own_images else dataset
+    starts_trained = overrides.get("init_checkpoint") or (
+        model.startswith("torchvision:") and overrides.get("pretrained", True)
+    )
+    name = overrides.get("recipe", "finetune" if own_images and starts_trained else "default")
     if name not in RECIPES:
         raise UserError(f"unknown recipe {name}", suggestion(name, RECIPES))
     settings: dict[str, Any] = {"image_size": image_size}
@@ -149,10 +156,12 @@ def resolve(overrides: dict[str, Any]) -> TrainConfig:
     for key in ("*", layer, family, model, f"{family}/{layer}", f"{model}/{layer}"):
         settings |= RECIPES[name].get(key, {})
     settings |= {k: v for k, v in overrides.items() if not (k == "image_size" and v == 0)}
+    if overrides.get("init_checkpoint") and "pretrained" not in overrides:
+        settings["pretrained"] = False
     epochs = settings.get("epochs", TrainConfig.epochs)
     if epochs and "warmup_epochs" not in overrides:  # fewer --epochs shorten the recipe's warmup
         settings["warmup_epochs"] = min(settings.get("warmup_epochs", 0.0), epochs / 5)
-    return TrainConfig(**(settings | {"model": model, "dataset": dataset}))
+    return TrainConfig(**(settings | {"model": model, "dataset": dataset, "recipe": name}))
 
 
 def resolve_epochs(config: TrainConfig, steps_per_epoch: int) -> TrainConfig:

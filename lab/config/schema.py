@@ -103,14 +103,16 @@ class TrainConfig:
 
     # fmt: off
     model: str = option("lenet5", TASK,
-        "model architecture: a name in lab/models/__init__.py, or torchvision:NAME")
+        "model architecture: a name in lab/models/__init__.py, or torchvision:NAME; for images of "
+        "your own, the default is torchvision:efficientnet_b0")
     dataset: str = option("", TASK,
         f"dataset: {', '.join(NAMED_DATASETS)}, a directory of images, or a manifest (.csv or "
         ".jsonl); default: the one that belongs to the model", metavar="NAME|PATH")
     data_dir: str = option("data", TASK,
         "directory of named datasets, which downloads go to", metavar="DIR")
     recipe: str = option("default", TASK,
-        "named set of hyperparameters to start from: default, notebook or smoke")
+        "named set of hyperparameters to start from: default, finetune, notebook or smoke; for "
+        "images of your own and pretrained weights, the default is finetune")
     image_size: int = option(0, TASK,
         "image height and width in pixels; 0: the model's default", low=0, high=4096)
     fit: str = option("crop", TASK,

@@ -73,7 +73,8 @@ def fetch(source: str) -> dict[str, Tensor]:
     except (OSError, RuntimeError, EOFError) as error:
         raise UserError(
             f"torchvision's ImageNet weights of {source} cannot be loaded ({error})",
-            f"Download {weights.url} elsewhere and put it into {cache}, or leave --pretrained out",
+            f"Download {weights.url} elsewhere and put it into {cache}, give other weights with "
+            "--init-checkpoint, or train from random ones with --no-pretrained",
         ) from error
     # DenseNet's weights have old parameter names, which torchvision's own loader converts, too.
     return {

@@ -56,6 +56,8 @@ QUICK = {
     "--max-steps 8 --loader resident",
     "folder-mixed-streaming": "--dataset IMAGES --epochs 1 --max-steps 8 --workers 2 "
     "--augment crop,flip,mixup,cutmix --loader streaming",
+    "sample-augmentation": "--dataset IMAGES --epochs 1 --max-steps 4 --workers 1 "
+    "--augment resized-crop,flip,trivialaugment,erasing",
     # With BatchNorm that is synchronized over gloo: --sync-bn needs GPUs.
     "batch-norm-uneven-parts": "--max-train-samples 65 --epochs 5 --grad-accum-steps 3",
     "dropout": DROPOUT + "--max-steps 3",

@@ -1,6 +1,8 @@
 """Fine-tuning: initial weights, a new head, a frozen backbone."""
 
+import csv
 import json
+import shutil
 import urllib.error
 from pathlib import Path
 
@@ -9,14 +11,19 @@ import torch
 from mistakes import matches
 from resuming import cut_off, resume, same_end, start
 from shapes import write_shapes
+from sklearn.linear_model import LogisticRegression
 from torchvision import models as torchvisions
 from trainers import place, prepare
 
+import evaluate
+import lab
 import train
 from lab.checkpoint import init_weights
 from lab.checkpoint import weights as weights_module
-from lab.config.recipes import resolve
+from lab.config.recipes import resolve, resolve_epochs
 from lab.data.types import Batch
+from lab.engine import linear_probe
+from lab.engine.linear_probe import fit_logistic_regression
 from lab.models import MODELS, build_model, pretrained
 
 NAME = "mobilenet_v3_small"
@@ -75,7 +82,8 @@ def test_p7_pretrained_without_a_network_is_one_line(fails, hub):
         message,
         f"torchvision's ImageNet weights of mobilenet_v3_small cannot be loaded (*). Download "
         f"https://download.pytorch.org/models/mobilenet_v3_small-047dcff4.pth elsewhere and put it "
-        f"into {hub}, or leave --pretrained out.",
+        f"into {hub}, give other weights with --init-checkpoint, or train from random ones with "
+        "--no-pretrained.",
     )
 
 
@@ -91,6 +99,8 @@ def test_p7_pretrained_is_for_networks_with_such_weights(fails):
         ("--model mobilenet_v2 --pretrained --init-checkpoint x", "--pretrained and "
          "--init-checkpoint both set the initial weights. Give only one of them."),
         ("--freeze backbone", "--freeze would freeze random weights. Add --pretrained or "
+         "--init-checkpoint."),
+        ("--linear-probe", "--linear-probe needs pretrained weights. Add --pretrained or "
          "--init-checkpoint."),
         ("--freeze all", "invalid --freeze 'all': expected one of none, backbone."),
     ],
@@ -290,3 +300,86 @@ def test_few_steps_from_random_weights_are_warned_of(capsys):
     assert told(99, model="lenet5") == words + "a smaller --batch-size or more --epochs.\n"
     assert told(99, model="mobilenet_v2").startswith(words + "--pretrained, a smaller --batch-size")
     assert told(100) == told(99, max_steps=9) == told(99, init_checkpoint="w") == ""
+
+
+# The recipe finetune
+
+
+@pytest.mark.parametrize(
+    ("settings", "model", "recipe"),
+    [
+        ({"dataset": "photos"}, "torchvision:efficientnet_b0", "finetune"),
+        ({"dataset": "photos", "pretrained": False}, "torchvision:efficientnet_b0", "default"),
+        ({"dataset": "photos", "model": "torchvision:resnet18"}, "torchvision:resnet18",
+         "finetune"),
+        ({"dataset": "photos", "model": "alexnet"}, "alexnet", "default"),
+        ({"dataset": "photos", "model": "alexnet", "init_checkpoint": "x"}, "alexnet", "finetune"),
+        ({"dataset": "photos", "recipe": "notebook"}, "torchvision:efficientnet_b0", "notebook"),
+        ({"dataset": "mnist"}, "lenet5", "default"),
+    ],
+)  # fmt: skip
+def test_images_of_ones_own_start_from_pretrained_weights(settings, model, recipe):
+    config = resolve(settings)
+    assert (config.model, config.recipe) == (model, recipe)
+    assert config.pretrained == (recipe == "finetune" and not config.init_checkpoint)
+    assert config.monitor == ("accuracy" if settings["dataset"] == "mnist" else "macro_f1") or (
+        recipe == "notebook"
+    )
+
+
+@pytest.mark.parametrize(("steps", "epochs"), [(1, 20), (50, 20), (100, 10), (200, 5), (9000, 5)])
+def test_few_images_get_more_epochs(steps, epochs):
+    config = resolve({"dataset": "photos", "warmup_epochs": 3.0})
+    assert resolve_epochs(config, steps).epochs == epochs
+    assert resolve_epochs(config, steps).warmup_epochs == min(3.0, epochs / 5)
+    config = resolve({"dataset": "photos", "epochs": 7})
+    assert resolve_epochs(config, steps) is config
+
+
+def test_logistic_regression_is_scikit_learns():
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(60, 7, generator=generator, dtype=torch.float64)
+    labels = (features @ torch.randn(7, 3, generator=generator, dtype=torch.float64)).argmax(1)
+    weight, bias = fit_logistic_regression(features, labels, 3)
+    # scikit-learn minimizes the sum of the losses.
+    reference = LogisticRegression(C=1 / (60 * linear_probe.PENALTY), tol=1e-10, max_iter=10**4)
+    reference.fit(features, labels)
+    expected = torch.tensor(reference.predict_proba(features))
+    assert torch.allclose((features @ weight.T + bias).softmax(1), expected, atol=1e-3)
+
+
+def test_p3_finetuning_your_own_images(hub, tmp_path, monkeypatch, capsys):
+    """One run of the recipe: its normalization, its probe, its resumption and its evaluation."""
+    source = imagenets("mobilenet_v3_small")
+    hub.mkdir(parents=True)
+    url = torchvisions.get_model_weights("mobilenet_v3_small").DEFAULT.url
+    torch.save(source.state_dict(), hub / Path(url).name)
+    words = ["--dataset", str(write_shapes(tmp_path / "shapes", 60)), "--epochs", "3"]
+    words += ["--model", "torchvision:mobilenet_v3_small", "--image-size", "40", "--threads", "1"]
+    words += ["--batch-size", "16", "--log-every", "1", "--workers", "2"]
+    words += ["--augment", "resized-crop,flip,trivialaugment,erasing,cutmix"]
+    whole = start(tmp_path, *words, name="whole").path
+    out = " ".join(capsys.readouterr().out.split())
+    assert "linear probe: accuracy" in out
+    config = json.loads((whole / "config.json").read_text())
+    assert (config["recipe"], config["pretrained"], config["crop_pct"]) == ("finetune", True, 0.875)
+    metadata = weights_module.read_metadata(whole / "best.safetensors")
+    assert metadata["mean"] == list(init_weights.IMAGENET_MEAN)
+    assert metadata["std"] == list(init_weights.IMAGENET_STD)
+    assert metadata["data"]["crop_pct"] == 0.875
+
+    cut_off(monkeypatch, 5, lambda: start(tmp_path, *words, "--checkpoint-every", "2", name="cut"))
+    shutil.rmtree(hub)
+    capsys.readouterr()
+    train.main(["--resume", str(tmp_path / "cut"), "--workers", "0"])
+    assert "linear probe" not in capsys.readouterr().out
+    same_end(tmp_path / "cut", whole)
+
+    evaluate.main([str(whole), "--threads", "1", "--quiet"])
+    assert (whole / "evaluate-test/predictions.csv").read_bytes() == (
+        whole / "predictions.csv"
+    ).read_bytes()
+    files = [line.split(",")[-1] for line in (whole / "predictions.csv").read_text().split()[1:]]
+    prediction = lab.predict([tmp_path / "shapes" / file for file in files], whole)
+    rows = list(csv.DictReader((whole / "predictions.csv").open()))
+    assert prediction.names == [row["prediction_name"] for row in rows]

@@ -1,17 +1,21 @@
 """P1 and P2: which samples are in which batch, on any number of processes, from either loader."""
 
 import math
+from contextlib import closing
+from functools import partial
 from itertools import pairwise
 
 import pytest
 import torch
 from torchvision.io import write_png
+from torchvision.transforms import v2
 
-from lab.data.decode import FileImages
+from lab.data.decode import AugmentedImages, FileImages
 from lab.data.loaders import LoaderOptions, ResidentLoader, StreamingLoader, build_loader
 from lab.data.sampler import ShardedBatchSampler, permutation, shard
-from lab.data.transforms import BatchTransform
+from lab.data.transforms import BatchTransform, SampleTransform, square
 from lab.data.types import Split
+from lab.errors import UserError
 
 WORLDS = [1, 2, 3, 4, 64, 1024]
 CPU = torch.device("cpu")
@@ -307,3 +311,80 @@ def test_p7_a_batch_smaller_than_the_world_is_refused_in_training_only(splits):
         built(splits[0], "auto", world_size=5)
     assert built(splits[0], "auto", world_size=4).sampler.world_size == 4
     assert built(splits[0], "auto", world_size=5, seed=None).sampler.world_size == 5
+
+
+# Augmentation of single samples
+
+SAMPLE_STEPS = ("resized-crop", "trivialaugment", "erasing")
+
+
+@pytest.mark.parametrize("names", [("resized-crop",), ("trivialaugment",), ("randaugment",),
+                                   ("erasing",), SAMPLE_STEPS])  # fmt: skip
+@pytest.mark.parametrize("in_chans", [1, 3])
+def test_p2_the_augmentation_of_a_sample_is_a_function_of_its_seed(names, in_chans):
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randint(256, (in_chans, 30, 50), dtype=torch.uint8, generator=generator)
+    transform = SampleTransform(names, 16, (0.5,) * in_chans)
+    state = torch.get_rng_state()
+    results = [transform(image, seed) for seed in range(-10, 10)]
+    assert all(r.shape == (in_chans, 16, 16) and r.dtype == torch.uint8 for r in results)
+    again = [transform(image, seed) for seed in reversed(range(-10, 10))][::-1]
+    assert all(map(torch.equal, results, again))
+    assert len({r.numpy().tobytes() for r in results}) > 2
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def augmented(split, images):
+    transform = SampleTransform(SAMPLE_STEPS, SIZE, (0.4, 0.5, 0.6))
+    return make_split(NUM_FILES, AugmentedImages(images, split.images, transform))
+
+
+@pytest.mark.parametrize("steps", [("flip",), ("flip", "cutmix")])
+def test_p2_augmented_samples_do_not_depend_on_workers_or_processes(splits, steps):
+    split, files = splits
+    make = partial(make_loader, kind="streaming", steps=steps)
+    whole = make(augmented(split, split.images))
+    expected = list(whole.batches(2))
+    with closing(make(augmented(split, files.images), workers=2)) as loader:
+        assert_same(loader.batches(2), expected)
+        assert_same(loader.batches(2, first=3), expected[3:])
+    assert not torch.equal(expected[0].images, next(whole.batches(1)).images)
+    shards = [list(make(augmented(split, files.images), world=(rank, 3)).batches(2))
+              for rank in range(3)]  # fmt: skip
+    for batch, *parts in zip(expected, *shards, strict=True):
+        assert torch.equal(batch.indices, torch.cat([part.indices for part in parts]))
+        assert torch.equal(batch.images, torch.cat([part.images for part in parts]))
+
+
+def test_p7_unreadable_images_of_a_batch_are_named_together(splits, tmp_path):
+    split, _ = splits
+    missing = FileImages(tuple(f"{tmp_path}/{i}.png" for i in range(NUM_FILES)), SIZE)
+    loader = make_loader(augmented(split, missing), "streaming", steps=())
+    with pytest.raises(UserError, match="cannot read 5 images"):
+        next(loader.batches(1))
+
+
+# Images as they are evaluated
+
+
+def test_evaluated_images_are_cropped_as_after_resizing():
+    image = torch.arange(0, 200, dtype=torch.float).expand(3, 100, 200).byte()  # a ramp
+    resized = v2.functional.resize(image, [64, 128], antialias=True)
+    expected = v2.functional.center_crop(resized, [56, 56])
+    found = square(image, 56, crop_pct=0.875)
+    assert (found.int() - expected.int()).abs().max() <= 1
+    assert torch.equal(square(image[:, :, 50:150], 56), square(image, 56))
+
+
+def test_images_are_padded_or_squashed():
+    image = torch.full((3, 20, 40), 200, dtype=torch.uint8)
+    padded = square(image, 10, fit="pad")
+    assert padded.shape == (3, 10, 10)
+    assert padded[0, :, 0].tolist() == [0] * 2 + [200] * 5 + [0] * 3
+    assert torch.equal(square(image.transpose(1, 2), 10, fit="pad"), padded.transpose(1, 2))
+    assert square(torch.zeros(3, 1, 5000, dtype=torch.uint8), 8, fit="pad").shape == (3, 8, 8)
+    ramp = torch.arange(40, dtype=torch.uint8).expand(3, 20, 40)
+    squashed = square(ramp, 20, fit="squash")
+    assert squashed.shape == (3, 20, 20)
+    assert squashed[0, 0, 0] <= 1
+    assert squashed[0, 0, -1] >= 38

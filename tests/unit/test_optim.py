@@ -14,7 +14,7 @@ from lab.config.schema import TrainConfig
 from lab.engine import muon
 from lab.engine.lr_schedule import learning_rate
 from lab.engine.muon import Muon, muon_parameters, zeropower_via_newtonschulz
-from lab.engine.optimizer import build_optimizer
+from lab.engine.optimizer import build_optimizer, layer_scales, set_learning_rate
 from lab.models import build_model
 
 
@@ -207,3 +207,26 @@ def test_optimizer_state_shapes_are_those_of_the_optimizer(name):
     optimizer.step()
     shapes = {p: {k: v.shape for k, v in state.items()} for p, state in optimizer.state.items()}
     assert shapes == optimizer_state_shapes(optimizer)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "nesterov"])
+def test_earlier_blocks_have_lower_learning_rates(optimizer):
+    model = build_model("torchvision:resnet18", num_classes=3, in_chans=3, image_size=32)
+    model.bn1.requires_grad_(False)
+    scales = layer_scales(model, 0.5)
+    assert list(scales) == [2.0**-i for i in (5, 4, 3, 2, 1, 0)]  # conv1, layer1 to layer4, fc
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    assert [names[p] for p in scales[1.0]] == ["fc.weight", "fc.bias"]
+    assert {names[p].split(".")[0] for p in scales[0.5]} == {"layer4"}
+    config = TrainConfig(optimizer=optimizer, lr=0.1, layer_decay=0.5)
+    built = build_optimizer(model, config)
+    set_learning_rate(built, 0.8)
+    rates = {p: group["lr"] for group in built.param_groups for p in group["params"]}
+    assert rates.keys() == {p for p in model.parameters() if p.requires_grad}
+    for scale, parameters in scales.items():
+        assert {rates[p] for p in parameters} == {0.8 * scale}
+    before = model.layer1[0].conv1.weight.clone(), model.fc.weight.clone()
+    model(torch.randn(4, 3, 32, 32)).logsumexp(1).sum().backward()
+    built.step()
+    assert not torch.equal(before[0], model.layer1[0].conv1.weight)
+    assert not torch.equal(before[1], model.fc.weight)
