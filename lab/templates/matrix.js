@@ -37,7 +37,6 @@
     for (const [k, probability] of top.length ? top : [[predicted, confidence]]) {
       const line = element("li", data.names[k]);
       line.title = data.names[k];
-      if (k === truth) line.className = "true";
       line.prepend(element("b", percent(probability)));
       classes.append(line);
     }
