@@ -2,6 +2,7 @@
 
   python predict.py runs/alexnet-folder IMAGE.jpg              the top three classes
   python predict.py best.safetensors IMAGES --csv classes.csv
+  python predict.py runs/alexnet-folder IMAGES --explain out   and where it looked (Grad-CAM)
   find . -name '*.png' | python predict.py best.safetensors - --json - --top-k 1
   accelerate launch --config_file accelerate_configs/multi_gpu.yaml predict.py WEIGHTS IMAGES
 
@@ -34,6 +35,9 @@ class PredictConfig:
         "write one JSON object per line to this file; - is standard output", metavar="FILE")
     csv: str = option("", REPORT,
         "write CSV to this file; - is standard output", metavar="FILE")
+    explain: str = option("", REPORT,
+        "write each image, with the regions that raised the score of its class in color (Grad-CAM),"
+        " to a PNG file in this directory; needs pip install -e '.[explain]'", metavar="DIR")
     tta: str = option("none", WEIGHTS,
         "test-time augmentation; flip: average the probabilities with those of the mirror image",
         choices=TTA)
@@ -75,6 +79,7 @@ def main(argv: list[str] | None = None) -> int:
     from lab.data.loaders import LoaderOptions
     from lab.distributed import build_accelerator, raise_on_all_ranks
     from lab.engine.training import to_device
+    from lab.report.explain import OverlayWriter
 
     files = {file: flag for flag, file in (("--json", config.json), ("--csv", config.csv)) if file}
     for file, flag in files.items():
@@ -95,6 +100,10 @@ def main(argv: list[str] | None = None) -> int:
         listed = inference.find_images(config.images) if accelerator.is_main_process else None
     paths, unreadable = broadcast_object_list([listed])[0]
     model = to_device(model, model_name, accelerator.device)
+    extra = {}
+    if config.explain:
+        with raise_on_all_ranks(accelerator):
+            extra["on_images"] = OverlayWriter(config.explain, paths, model, metadata)
     options = LoaderOptions.create(accelerator, "streaming", config.workers)
     with console.progress("images", -(-len(paths) // accelerator.num_processes)) as progress:
         predictions = inference.predict_files(
@@ -107,6 +116,7 @@ def main(argv: list[str] | None = None) -> int:
             top_k=config.top_k,
             tta=config.tta,
             on_batch=progress.update,
+            **extra,
         )
     predictions += unreadable
     errors = [p.error for p in predictions if p.error]
@@ -118,7 +128,7 @@ def main(argv: list[str] | None = None) -> int:
         if config.csv:
             inference.write_output(config.csv, inference.csv_rows(predictions, config.top_k))
         if "-" not in files:  # standard output has nothing but the predictions
-            for file in files:
+            for file in (*files, *filter(None, [config.explain])):
                 console.info(f"wrote {file}")
         if not (config.json or config.csv or config.quiet):
             console.predictions_table([(p.path, p.classes) for p in predictions if p.classes])

@@ -146,12 +146,14 @@ def predict_files(
     top_k: int,
     tta: str = "none",
     on_batch: Callable[[int, float], None] = lambda *_: None,
+    on_images: Callable[[list[int], Tensor, Tensor], None] = lambda *_: None,
 ) -> list[ImagePrediction]:
     """Return a prediction for each path, in their order, the same on every process.
 
     `metadata` belongs to the weights of `model`. `on_batch` is called with the number of images
-    this process has classified, and the number per second. A file that cannot be read has an error
-    in its prediction.
+    this process has classified, and the number per second; `on_images` with each batch: indices
+    into `paths`, images uint8 [n, C, size, size] and predicted classes int64 [n]. A file that
+    cannot be read has an error in its prediction.
     """
     names, device = metadata["class_names"], accelerator.device
     top_k = min(top_k, len(names))
@@ -176,10 +178,11 @@ def predict_files(
             errors += batch_errors
             num_done += len(indices) + len(batch_errors)
             if indices:
-                images = transform(images.to(device, non_blocking=True))
-                top = predict_logits(model, images, tta).softmax(1).topk(top_k)
+                inputs = transform(images.to(device, non_blocking=True))
+                top = predict_logits(model, inputs, tta).softmax(1).topk(top_k)
                 rows = torch.stack((top.values, top.indices.float()), 1)
                 table[torch.tensor(indices, device=device)] = rows
+                on_images(indices, images, top.indices[:, 0])
             on_batch(num_done, num_done / (time.perf_counter() - start))
     table = accelerator.reduce(table).cpu()
     error_by_index = dict(gather_object(errors) if accelerator.num_processes > 1 else errors)

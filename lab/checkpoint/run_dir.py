@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 CONFIG, HISTORY, STEPS = "config.json", "history.jsonl", "steps.jsonl"
 BEST, REPORT, PREDICTIONS = "best.safetensors", "report.json", "predictions.csv"
+PROBABILITIES = "predictions.safetensors"
 IMAGES, PLOTS, PAGE = "images.safetensors", "plots", "report.html"
 CARD, TRACKED = "README.md", "trackers.json"
 CHECKPOINTS, LOCK = "checkpoints", ".lock"

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 MAX_HEADING_LENGTH = 24  # characters of a run's name above a column
 MAX_NARROW_NAME_LENGTH = 11  # characters of a class name on a narrow screen
 MAX_MATRIX_CLASSES = 120  # with more classes, the page has no confusion matrix
+NUM_TOP = 3  # classes whose probabilities are listed beside a mistake
 NUM_CONFUSIONS = 20  # that are listed
 MAX_IMAGE_BYTES = 1_900_000  # of the text that embeds mistakes; a page stays below 3 MB
 MAX_PNG_SIDE = 32  # pixels; larger images are embedded as JPEG, at a quarter of the size
@@ -120,6 +121,7 @@ def _write_page(path: Path, template: str, context: dict[str, Any]) -> None:
 def _run_context(run: RunResult) -> dict[str, Any]:
     """Return the variables of the template report.html."""
     from lab.engine.metrics import selection_bias_note
+    from lab.report.mistakes import NUM_MOST_CONFIDENT
 
     config, report = run.config, run.report
     names, matrix = _names(run), report["confusion_matrix"]
@@ -149,6 +151,8 @@ def _run_context(run: RunResult) -> dict[str, Any]:
         "confusions": run.confusions(NUM_CONFUSIONS),
         "num_mistakes": report["num_samples"] - sum(row[i] for i, row in enumerate(matrix)),
         "num_images": len(mistakes),
+        "num_shown": min(NUM_MOST_CONFIDENT, len(mistakes)),
+        "explained": any(row[-1] for row in mistakes),
         "data": {
             "names": names,
             "totals": [sum(row) for row in matrix],
@@ -177,24 +181,33 @@ def settings(config: dict[str, Any]) -> list[tuple[str, Any, Any, bool]]:
     return rows
 
 
-def _mistakes(run: RunResult) -> list[tuple[int, int, str, float, str]]:
-    """Return (true class, predicted class, name, confidence, data URI) of the saved mistakes.
+def _mistakes(run: RunResult) -> list[tuple[int, int, str, float, str, list, str]]:
+    """Return the saved mistakes for the page.
 
-    Only as many as MAX_IMAGE_BYTES allows, in the order of `lab.report.mistakes.select_mistakes`.
+    Each is (true class, predicted class, name, confidence, data URI, the NUM_TOP most probable
+    classes with their probabilities, data URI of the image with its heat map or ""). Only as many
+    as MAX_IMAGE_BYTES allows, in the order of `lab.report.mistakes.select_mistakes`.
     """
     images = run.images()
     if images is None or run.predictions is None or run.confidence is None:
         return []
-    mistakes, num_bytes = [], 0
+    from lab.report.explain import overlay
+
+    mistakes, num_bytes, probabilities = [], 0, run.probabilities()
     columns = (images[name] for name in ("mistakes_labels", "mistakes_index", "mistakes"))
-    for label, index, image in zip(*columns, strict=True):
-        uri = _thumbnail(image)
+    for number, (label, index, image) in enumerate(zip(*columns, strict=True)):
+        uri, explained, top = _thumbnail(image), "", []
+        if number < len(images["heatmaps"]):
+            explained = _thumbnail(overlay(image, images["heatmaps"][number]))
+        if probabilities is not None:
+            row = probabilities[index]
+            top = [(int(k), round(float(row[k]), 4)) for k in (-row).argsort()[:NUM_TOP]]
         name = run.files[index] if run.files else f"#{index}"
-        num_bytes += len(uri) + len(name)
+        num_bytes += len(uri) + len(name) + len(explained)
         if num_bytes > MAX_IMAGE_BYTES:
             break
         prediction, confidence = int(run.predictions[index]), float(run.confidence[index])
-        mistakes.append((int(label), prediction, name, round(confidence, 4), uri))
+        mistakes.append((int(label), prediction, name, round(confidence, 4), uri, top, explained))
     return mistakes
 
 

@@ -16,6 +16,7 @@ from lab.data import Splits
 from lab.data.sampler import ShardedBatchSampler
 from lab.data.transforms import BatchTransform
 from lab.data.types import Images
+from lab.report.explain import GradCam
 
 if TYPE_CHECKING:
     from lab.config.schema import TrainConfig
@@ -26,17 +27,27 @@ MAX_SIDE = 64  # pixels; larger images are resized
 MAX_BATCH = 64  # images of the first training batch
 NUM_MOST_CONFIDENT = 24  # mistakes of any class that are saved first
 MAX_PER_CELL = 12  # further mistakes of one cell of the confusion matrix
+NUM_EXPLAINED = 36  # of the saved mistakes, the first
 MAX_MISTAKES = 1000
 MAX_MISTAKES_BYTES = 4 * 2**20
 
 
-def save_images(run: RunDir, config: TrainConfig, splits: Splits, predictions: Predictions) -> None:
+def save_images(
+    run: RunDir,
+    config: TrainConfig,
+    splits: Splits,
+    predictions: Predictions,
+    grad_cam: GradCam | None = None,
+) -> None:
     """Write images.safetensors on the main process.
 
     Its tensors are `batch`, uint8 [n, C, H, W], and `mistakes`, uint8 [m, C, H, W]. Each has the
     int64 tensors NAME_labels, the true classes, and NAME_index, the indices in the training or test
     split. They depend only on the settings and the predictions, so that a run that was resumed, or
     trained on several processes, has the same ones.
+
+    With `grad_cam`, the tensor `heatmaps`, uint8 [k, h, w], explains the predicted classes of the
+    first k mistakes.
     """
     if not run.is_main_process:
         return
@@ -50,6 +61,11 @@ def save_images(run: RunDir, config: TrainConfig, splits: Splits, predictions: P
         "mistakes_labels": splits.test.labels[mistakes],
         "mistakes_index": mistakes,
     }
+    explained = mistakes[:NUM_EXPLAINED]
+    if grad_cam is not None and len(explained):
+        tensors["heatmaps"] = grad_cam(
+            splits.test.images[explained], predictions.predictions[explained]
+        )
     content = safetensors.torch.save({name: t.contiguous() for name, t in tensors.items()})
     write_atomically(run.path / IMAGES, lambda path: path.write_bytes(content))
 

@@ -185,8 +185,8 @@ def _list_confusions(axes: Axes, run: RunResult, count: int) -> None:
     for line, (i, j, number, fraction) in enumerate(run.confusions(count)):
         y = 1 - (line + 1) / (count + 1)
         pair = f"{short(names[i])} → {short(names[j])}"
-        columns = ((0.12, f"{number:,}", "right"), (0.28, f"{100 * fraction:.1f} %", "right"),
-                   (0.32, pair, "left"))  # fmt: skip
+        columns = ((0.07, f"{number:,}", "right"), (0.23, f"{100 * fraction:.1f} %", "right"),
+                   (0.26, pair, "left"))  # fmt: skip
         for x, text, align in columns:
             axes.text(x, y, text, ha=align, va="center", parse_math=False)
 

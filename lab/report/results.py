@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 from lab import console
 from lab.distributed import raise_on_all_ranks
 from lab.engine.metrics import selection_bias_note
-from lab.report import html, mistakes, model_card, plots
+from lab.report import explain, html, mistakes, model_card, plots
 
 if TYPE_CHECKING:
+    import torch
     from accelerate import Accelerator
 
     from lab.checkpoint.run_dir import RunDir
@@ -55,17 +56,25 @@ def write_results(
         note=selection_bias_note("test", splits.selection_split),
     )
     if run.is_main_process:
-        draw(run, config, splits, predictions)
+        draw(run, config, splits, predictions, accelerator.device)
     with raise_on_all_ranks(accelerator):
         model_card.write(run)
     return report
 
 
-def draw(run: RunDir, config: TrainConfig, splits: Splits, predictions: Predictions) -> None:
+def draw(
+    run: RunDir,
+    config: TrainConfig,
+    splits: Splits,
+    predictions: Predictions,
+    device: torch.device,
+) -> None:
     """Write the images, the plots and the page of a finished run; if that fails, only warn."""
     try:
-        mistakes.save_images(run, config, splits, predictions)
-        if os.environ.get(DRAW_VARIABLE) != "0":
+        drawn = os.environ.get(DRAW_VARIABLE) != "0"
+        grad_cam = explain.load_grad_cam(run, device) if drawn else None
+        mistakes.save_images(run, config, splits, predictions, grad_cam)
+        if drawn:
             plots.draw(run.path)
             console.info(f"page: {html.write(run.path)}")
     except Exception as error:  # of the plots or the page: the run is complete without them

@@ -12,7 +12,15 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
-from lab.checkpoint.run_dir import CONFIG, HISTORY, IMAGES, PREDICTIONS, REPORT, STEPS
+from lab.checkpoint.run_dir import (
+    CONFIG,
+    HISTORY,
+    IMAGES,
+    PREDICTIONS,
+    PROBABILITIES,
+    REPORT,
+    STEPS,
+)
 from lab.config.schema import TrainConfig, dataset_title
 from lab.data.fingerprint import changed_splits
 from lab.errors import UserError
@@ -125,8 +133,11 @@ class RunResult:
     def images(self) -> dict[str, np.ndarray] | None:
         """Return the tensors that `lab.report.mistakes.save_images` saved, or None without them.
 
+        Without heat maps, `heatmaps` is empty.
+
         Raise `UserError` if their file is damaged.
         """
+        import numpy as np
         from safetensors import SafetensorError
         from safetensors.numpy import load_file
 
@@ -145,7 +156,28 @@ class RunResult:
                     raise ValueError(f"a label in {kind}_labels is not a class")
             if tensors["mistakes_index"].shape != tensors["mistakes_labels"].shape:
                 raise ValueError("the shape of mistakes_index is wrong")
+            heatmaps = tensors.setdefault("heatmaps", np.empty((0, 1, 1), np.uint8))
+            fits = heatmaps.ndim == 3 and heatmaps.dtype == "uint8" and min(heatmaps.shape[1:]) > 0
+            if not fits or len(heatmaps) > len(tensors["mistakes"]):
+                raise ValueError("heatmaps is not a tensor of heat maps of the mistakes")
         return tensors
+
+    def probabilities(self) -> np.ndarray | None:
+        """Return the probabilities of all classes, float32 [N, K], or None if no file has them.
+
+        Raise `UserError` if their file is damaged.
+        """
+        from safetensors import SafetensorError
+        from safetensors.numpy import load_file
+
+        path = self.path / PROBABILITIES
+        if not path.is_file():
+            return None
+        with _damage_as_user_error(path, SafetensorError):
+            table = load_file(path)["probabilities"]
+            if table.shape != (self.report["num_samples"], len(self.report["class_names"])):
+                raise ValueError("the shape of probabilities is wrong")
+        return table
 
 
 def read_run(path: Path) -> RunResult:
@@ -207,7 +239,7 @@ def _damage_as_user_error(file: Path, kind: type[Exception] = ValueError) -> Ite
         reason = error.strerror if isinstance(error, OSError) else str(error) or repr(error)
         run = shlex.quote(str(file.parent))
         hint = "Restore it from a backup: only training writes it"
-        if file.name in (REPORT, PREDICTIONS):
+        if file.name in (REPORT, PREDICTIONS, PROBABILITIES):
             hint = f"Write it again: evaluate.py {run} --output {run}"
         elif file.name in (IMAGES, STEPS):
             hint = "Delete it: it is optional"

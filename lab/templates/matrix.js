@@ -22,19 +22,45 @@
     return node;
   }
 
+  // A mistake: its image, the image with its heat map, its classes and their probabilities.
+  function card([truth, predicted, name, confidence, source, top, explained]) {
+    const item = document.createElement("li");
+    const pictures = document.createElement("div");
+    for (const [uri, alt] of [[source, `test sample ${name}`], [explained, "its Grad-CAM"]]) {
+      if (!uri) continue;
+      const image = new Image();
+      image.src = uri;
+      image.alt = alt;
+      pictures.append(image);
+    }
+    const classes = document.createElement("ol");
+    for (const [k, probability] of top.length ? top : [[predicted, confidence]]) {
+      const line = element("li", data.names[k]);
+      line.title = data.names[k];
+      line.prepend(element("b", percent(probability)));
+      classes.append(line);
+    }
+    const lines = [["true", truth], ["predicted", predicted]].map(([label, k]) => {
+      const line = element("p", `${label}: ${data.names[k]}`);
+      line.title = data.names[k];
+      return line;
+    });
+    item.append(pictures, ...lines, classes, element("small", name));
+    return item;
+  }
+
+  const mostConfident = document.getElementById("mistakes");
+  if (mostConfident) {
+    mostConfident.append(...data.mistakes.slice(0, mostConfident.dataset.count).map(card));
+  }
+
   function show(button) {
     const { truth, predicted, count, text } = describe(button);
     const mistakes = data.mistakes.filter((m) => m[0] === truth && m[1] === predicted);
     mistakes.sort((a, b) => b[3] - a[3]);
     const list = document.createElement("ul");
-    for (const [, , name, confidence, source] of mistakes) {
-      const item = document.createElement("li");
-      const image = new Image();
-      image.src = source;
-      image.alt = `test sample ${name}`;
-      item.append(image, name, document.createElement("br"), `confidence ${percent(confidence)}`);
-      list.append(item);
-    }
+    list.className = "cards";
+    list.append(...mistakes.map(card));
     const heading = element("h3", text);
     const summary = mistakes.length
       ? `${mistakes.length} of ${count} images, sorted by decreasing confidence.`

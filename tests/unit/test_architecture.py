@@ -33,6 +33,7 @@ OWNERS = {
     "matplotlib": ("lab.report",),
     "jinja2": ("lab.report",),
     "huggingface_hub": ("lab.report",),
+    "captum": ("lab.report.explain",),
 }
 NO_ACCELERATE = ("lab.data", "lab.models", "lab.engine.metrics")
 

@@ -19,8 +19,8 @@ from lab.data.loaders import ResidentLoader
 from lab.data.sampler import ShardedBatchSampler, random_bits
 from lab.data.transforms import AUGMENTATIONS, BatchTransform
 from lab.errors import UserError, run_script
+from lab.report import explain, mistakes, plots, results
 from lab.report import html as html_module
-from lab.report import mistakes, plots, results
 from lab.report.run_reader import read_run
 
 PLOTS = {"curves.png", "confusion_matrix.png", "per_class.png", "mistakes.png", "batch.png"}
@@ -117,7 +117,7 @@ def test_the_page_has_the_metrics_of_the_run(run, request):
     assert {(int(i), int(j)): int(n.replace(",", "")) for i, j, n in cells} == expected
     shown = embedded(path / "report.html")["mistakes"]
     assert len(shown) > 100
-    for label, prediction, name, confidence, _ in shown:
+    for label, prediction, name, confidence, *_ in shown:
         index = int(name.removeprefix("#"))
         assert (run.labels[index], run.predictions[index]) == (label, prediction)
         assert run.confidence[index] == pytest.approx(confidence, abs=1e-4)
@@ -333,6 +333,17 @@ def test_a_failure_to_draw_is_only_a_warning(tmp_path, capsys, monkeypatch):
     run, data = RunDir(make_run(tmp_path / "run")), splits("ab", num_test=9)
     monkeypatch.delenv("LAB_DRAW")
     monkeypatch.setattr(plots, "curves", lambda run: 1 / 0)
-    results.draw(run, recipes.resolve({}), data, predicted(data.test))
+    monkeypatch.setattr(results.explain, "load_grad_cam", lambda *_: None)  # it has no weights
+    results.draw(run, recipes.resolve({}), data, predicted(data.test), torch.device("cpu"))
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("warning: the plots or the page could not be written: ")
+
+
+def test_a_run_is_explained_if_captum_is_installed_and_the_model_has_a_map(finished, monkeypatch):
+    run, cpu = RunDir(finished), torch.device("cpu")
+    assert explain.load_grad_cam(run, cpu) is not None
+    assert "heatmaps" in load_file(finished / "images.safetensors")
+    monkeypatch.setattr(explain, "find_layer", lambda *_: None)
+    assert explain.load_grad_cam(run, cpu) is None
+    monkeypatch.setattr(explain, "find_spec", lambda name: None)
+    assert explain.load_grad_cam(run, cpu) is None
