@@ -154,10 +154,14 @@ def load_splits(
     bytes in total; otherwise the loader does that. Raises `UserError` if files are missing and may
     not be downloaded, are damaged or too few.
     """
+    from lab.data.checks import duplicate_warnings, identical_files
     from lab.data.fingerprint import fingerprint
     from lab.data.splits import channel_statistics
 
-    splits = _split(read_dataset(config, download), config)
+    raw = read_dataset(config, download)
+    splits = _split(raw, config)
+    for warning in duplicate_warnings(raw, identical_files(raw)):
+        console.warn(warning)
     if len(splits["train"].class_names) < 2:
         raise UserError(
             f"{config.dataset} has only one class, {splits['train'].class_names[0]}",
@@ -260,6 +264,7 @@ def _split(raw: RawSplits, config: DataConfig, whole: bool = False) -> dict[str,
 
     With `whole`, return one split "all" of all samples.
     """
+    from lab.data.checks import identical_files, originals
     from lab.data.splits import stratified_split, subsample
     from lab.data.types import join
 
@@ -267,10 +272,12 @@ def _split(raw: RawSplits, config: DataConfig, whole: bool = False) -> dict[str,
     if whole:
         return {"all": subsample(join([*raw.named().values()]), config.max_eval_samples, seed)}
     train, val, test = raw.train, raw.val, raw.test
+    if test is None or val is None:
+        same = originals(raw, identical_files(raw))
     if test is None:
-        train, test = stratified_split(train, config.test_fraction, seed)
+        train, test = stratified_split(train, config.test_fraction, seed, same)
     if val is None and config.val_fraction > 0 and len(train.labels):
-        train, val = stratified_split(train, config.val_fraction, seed)
+        train, val = stratified_split(train, config.val_fraction, seed, same)
     splits = {"train": subsample(train, config.max_train_samples, seed)}
     splits["test"] = subsample(test, config.max_eval_samples, seed)
     if val is not None:

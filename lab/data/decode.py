@@ -103,7 +103,7 @@ class FileImages(LazyImages):
                     raise UnreadableImages(reasons)
             reasons = {}
             batches = self._batches(torch.arange(len(self)), num_workers)
-            with _in_workers(self._decode_array, batches, num_workers) as results:
+            with in_workers(self._decode_array, batches, num_workers) as results:
                 for index, (decoded, unreadable) in zip(batches, results, strict=True):
                     images[index[0] : index[-1] + 1] = torch.from_numpy(decoded)
                     reasons |= unreadable
@@ -133,7 +133,7 @@ class FileImages(LazyImages):
                 for batch in batches:
                     total += histogram(decoded[batch])
                 return total.tolist()
-            with _in_workers(self._histogram_array, batches, num_workers) as results:
+            with in_workers(self._histogram_array, batches, num_workers) as results:
                 for counts, unreadable in results:
                     total += torch.from_numpy(counts)
                     reasons |= unreadable
@@ -153,7 +153,7 @@ class FileImages(LazyImages):
         def check() -> list[tuple[int, str]]:
             batches = self._batches(torch.arange(len(self)), num_workers)
             unreadable: dict[str, str] = {}
-            with _in_workers(self._reasons, batches, num_workers) as results:
+            with in_workers(self._reasons, batches, num_workers) as results:
                 for reasons in results:
                     unreadable |= reasons
             return self._by_position(unreadable)
@@ -210,7 +210,7 @@ class _FunctionDataset:
         return self.function(torch.tensor(index))
 
 
-def _in_workers(
+def in_workers(
     function: Callable[[Tensor], Any], batches: Sequence[Tensor], num_workers: int
 ) -> BatchReader:
     """Return a reader that yields `function(batch)` of each batch, computed by worker processes.
@@ -232,8 +232,13 @@ def decode(path: str, size: int) -> Tensor:
     Transparency is dropped, and the first image of an animation is used. Raises `UserError` if the
     file is damaged, not an image, or has more than `MAX_PIXELS`.
     """
+    return square(decode_original(path), size)
+
+
+def decode_original(path: str) -> Tensor:
+    """Return an image as uint8 [3, H, W] in its original size; otherwise as `decode`."""
     try:
-        image = _decode(_read(path))
+        return _decode(_read(path))
     except Exception as error:  # Pillow's decoders raise exceptions of many types
         reason = getattr(error, "strerror", None) or str(error)
         if isinstance(error, UnidentifiedImageError):
@@ -243,7 +248,6 @@ def decode(path: str, size: int) -> Tensor:
         raise UserError(
             f"cannot read the image {path} ({reason})", "Replace or delete the file"
         ) from error
-    return square(image, size)
 
 
 def _read(path: str) -> bytes:
