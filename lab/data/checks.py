@@ -207,7 +207,8 @@ def _sample_positions(labels: Tensor, readable: list[int], num_classes: int) -> 
     for i, label in zip(readable, labels[readable].tolist(), strict=True):
         members[label].append(i)
     count = max(1, min(MAX_SAMPLES, TOTAL_SAMPLES // num_classes))
-    return [m[:: -(-len(m) // count)] if m else [] for m in members]
+    return [[m[k * len(m) // count] for k in range(count)] if len(m) > count else m
+            for m in members]  # fmt: skip
 
 
 def class_size_warnings(class_names: Sequence[str], counts: Sequence[int]) -> list[str]:

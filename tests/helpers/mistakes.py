@@ -25,9 +25,9 @@ def matches(message: str, expected: str) -> bool:
 
 
 def make_picture(path: Path, **settings) -> Path:
-    """Write an image whose pixels depend on the names of the file and its directory."""
+    """Write an image whose pixels depend on the names of the file and its directories."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    seed = zlib.crc32("/".join(path.parts[-2:]).encode())
+    seed = zlib.crc32("/".join(path.parts[-3:]).encode())
     pixels = np.random.default_rng(seed).integers(0, 256, (40, 40, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(path, **settings)
     return path
