@@ -1,6 +1,6 @@
 """Classify images with saved weights, preprocessed as in evaluation.
 
-  python predict.py runs/alexnet-folder IMAGE.jpg              the top three classes
+  python predict.py runs/alexnet-IMAGES IMAGE.jpg              the top three classes
   python predict.py best.safetensors IMAGES --csv classes.csv
   python predict.py runs/alexnet-folder IMAGES --explain out   and where it looked (Grad-CAM)
   find . -name '*.png' | python predict.py best.safetensors - --json - --top-k 1

@@ -441,3 +441,28 @@ class EvalConfig:
             "skip_unreadable": self.skip_unreadable or (False if other_data else None),
         }
         return {name: value for name, value in overrides.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class CheckConfig:
+    """The settings of a check of image files."""
+
+    # fmt: off
+    dataset: str = option("", TASK,
+        "directory of images, or a manifest (.csv or .jsonl)", positional=True)
+    image_size: int = option(224, TASK,
+        "warn about images smaller than this number of pixels; 0: never", low=0, high=4096)
+    threads: int = option(0, MACHINE,
+        "number of processes that decode images; 0: CPU cores", low=0, high=1024)
+    output: str = option("check_data.html", OUTPUT,
+        "file of the page", metavar="FILE")
+    debug: bool = option(False, OUTPUT,
+        "print the traceback of an error")
+    # fmt: on
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if not is_path(self.dataset):
+            raise UserError(
+                f"{self.dataset} has no image files", "Give a directory of images, or a manifest"
+            )

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from lab.data.types import RawSplits, Split
 
 Numbers = tuple[float, ...]
-MAX_CLASS_RATIO = 10  # of the sizes of two classes, above which a warning is printed
-MIN_CLASS_SIZE = 10  # training images, below which a warning is printed
 TITLES = {"train": "training", "val": "validation", "test": "test"}  # of splits, in messages
 
 
@@ -135,23 +133,9 @@ class Splits:
 
     def balance_warnings(self) -> list[str]:
         """Return warnings about unbalanced and small classes of the training split."""
-        counts = zip(self.train.class_names, self.class_counts()["training"], strict=True)
-        sizes = {name: count for name, count in counts if count}  # `load_splits` warns of 0
-        largest, smallest = max(sizes, key=sizes.__getitem__), min(sizes, key=sizes.__getitem__)
-        warnings = []
-        if sizes[largest] > MAX_CLASS_RATIO * sizes[smallest]:
-            warnings.append(
-                f"the classes are unbalanced: {largest} has {sizes[largest]:,} training images, "
-                f"{smallest} has {sizes[smallest]:,} (docs/training.md explains --class-weights "
-                "and --balanced-sampling)"
-            )
-        if small := [name for name, count in sizes.items() if count < MIN_CLASS_SIZE]:
-            classes = f"class{'es' * (len(small) > 1)} {name_some(small)}"
-            warnings.append(
-                f"there are fewer than {MIN_CLASS_SIZE} training images of {classes}: mistakes are "
-                "likely, and the metrics uncertain"
-            )
-        return warnings
+        from lab.data.checks import class_size_warnings
+
+        return class_size_warnings(self.train.class_names, self.class_counts()["training"])
 
     def choose_loader(self, kind: str, memory: float) -> str:
         """Return the kind of loader to use: "resident" or "streaming".
@@ -189,12 +173,16 @@ def load_splits(
     channels. Raises `UserError` if files are missing and may not be downloaded, are damaged or too
     few.
     """
+    from lab.data.checks import duplicate_warnings, identical_files
     from lab.data.decode import AugmentedImages
     from lab.data.fingerprint import fingerprint
     from lab.data.splits import channel_statistics
     from lab.data.transforms import SampleTransform
 
-    splits = _split(read_dataset(config, download), config)
+    raw = read_dataset(config, download)
+    splits = _split(raw, config)
+    for warning in duplicate_warnings(raw, identical_files(raw)):
+        console.warn(warning)
     if len(splits["train"].class_names) < 2:
         raise UserError(
             f"{config.dataset} has only one class, {splits['train'].class_names[0]}",
@@ -304,6 +292,7 @@ def _split(raw: RawSplits, config: DataConfig, whole: bool = False) -> dict[str,
 
     With `whole`, return one split "all" of all samples.
     """
+    from lab.data.checks import identical_files, originals
     from lab.data.splits import stratified_split, subsample
     from lab.data.types import join
 
@@ -311,10 +300,12 @@ def _split(raw: RawSplits, config: DataConfig, whole: bool = False) -> dict[str,
     if whole:
         return {"all": subsample(join([*raw.named().values()]), config.max_eval_samples, seed)}
     train, val, test = raw.train, raw.val, raw.test
+    if test is None or val is None:
+        same = originals(raw, identical_files(raw))
     if test is None:
-        train, test = stratified_split(train, config.test_fraction, seed)
+        train, test = stratified_split(train, config.test_fraction, seed, same)
     if val is None and config.val_fraction > 0 and len(train.labels):
-        train, val = stratified_split(train, config.val_fraction, seed)
+        train, val = stratified_split(train, config.val_fraction, seed, same)
     splits = {"train": subsample(train, config.max_train_samples, seed)}
     splits["test"] = subsample(test, config.max_eval_samples, seed)
     if val is not None:

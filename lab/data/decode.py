@@ -106,7 +106,7 @@ class FileImages(LazyImages):
                     raise UnreadableImages(reasons)
             reasons = {}
             batches = self._batches(torch.arange(len(self)), num_workers)
-            with _in_workers(self._decode_array, batches, num_workers) as results:
+            with in_workers(self._decode_array, batches, num_workers) as results:
                 for index, (decoded, unreadable) in zip(batches, results, strict=True):
                     images[index[0] : index[-1] + 1] = torch.from_numpy(decoded)
                     reasons |= unreadable
@@ -136,7 +136,7 @@ class FileImages(LazyImages):
                 for batch in batches:
                     total += histogram(decoded[batch])
                 return total.tolist()
-            with _in_workers(self._histogram_array, batches, num_workers) as results:
+            with in_workers(self._histogram_array, batches, num_workers) as results:
                 for counts, unreadable in results:
                     total += torch.from_numpy(counts)
                     reasons |= unreadable
@@ -156,7 +156,7 @@ class FileImages(LazyImages):
         def check() -> list[tuple[int, str]]:
             batches = self._batches(torch.arange(len(self)), num_workers)
             unreadable: dict[str, str] = {}
-            with _in_workers(self._reasons, batches, num_workers) as results:
+            with in_workers(self._reasons, batches, num_workers) as results:
                 for reasons in results:
                     unreadable |= reasons
             return self._by_position(unreadable)
@@ -261,7 +261,7 @@ class _FunctionDataset:
         return self.function(torch.tensor(index))
 
 
-def _in_workers(
+def in_workers(
     function: Callable[[Tensor], Any], batches: Sequence[Tensor], num_workers: int
 ) -> BatchReader:
     """Return a reader that yields `function(batch)` of each batch, computed by worker processes.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -24,19 +24,31 @@ def stratified_sample(labels: Tensor, count: int, seed: int) -> Tensor:
     return _sample(labels, sizes, _shares(sizes, count), seed)
 
 
-def stratified_split(split: Split, fraction: float, seed: int) -> tuple[Split, Split]:
+def stratified_split(
+    split: Split, fraction: float, seed: int, originals: Mapping[str, str] | None = None
+) -> tuple[Split, Split]:
     """Return a split in two, (rest, part): `part` gets `fraction` of the samples of each class.
 
     Both keep the order, and have at least one sample of every class with two or more samples. The
-    only sample of a class stays in the rest.
+    only sample of a class stays in the rest. `originals` gives the same path to all files with the
+    same content: the samples are split as if only the first of these existed, and the others follow
+    it, so that adding a copy moves no other sample.
     """
-    sizes = torch.bincount(split.labels)
-    counts = _shares(sizes, max(1, round(len(split.labels) * fraction)))
+    num_samples = len(split.labels)
+    first = torch.arange(num_samples)  # the position of the first sample with the same content
+    if originals and split.paths is not None:
+        seen: dict[str, int] = {}
+        names = (originals.get(path, path) for path in split.paths)
+        first = torch.tensor([seen.setdefault(name, i) for i, name in enumerate(names)])
+    distinct = first.unique()
+    labels = split.labels[distinct]
+    sizes = torch.bincount(labels)
+    counts = _shares(sizes, max(1, round(len(distinct) * fraction)))
     counts = torch.minimum(counts.clamp(min=1), sizes - 1).clamp(min=0)
-    part = _sample(split.labels, sizes, counts, seed)
-    rest = torch.ones(len(split.labels), dtype=torch.bool)
-    rest[part] = False
-    return split.select(rest.nonzero().flatten()), split.select(part)
+    in_part = torch.zeros(num_samples, dtype=torch.bool)
+    in_part[distinct[_sample(labels, sizes, counts, seed)]] = True
+    in_part = in_part[first]
+    return split.select((~in_part).nonzero().flatten()), split.select(in_part.nonzero().flatten())
 
 
 def _shares(sizes: Tensor, count: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Write the HTML page of a run or of a comparison, which loads no other file and no URL."""
+"""Write the HTML page of a run, a comparison or a data check; it loads no other file or URL."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from lab.checkpoint.atomic_io import write_atomically
 from lab.checkpoint.run_dir import PAGE, PLOTS
 from lab.config.recipes import resolve
 from lab.config.schema import OUTPUT, TrainConfig, dataset_title
+from lab.data import TITLES
 from lab.errors import UserError
 from lab.report import compare, plots
 from lab.report.run_reader import RunResult, read_run
@@ -23,6 +24,7 @@ from lab.report.run_reader import RunResult, read_run
 if TYPE_CHECKING:
     import numpy as np
 
+    from lab.data.checks import DataCheck
 
 MAX_HEADING_LENGTH = 24  # characters of a run's name above a column
 MAX_NARROW_NAME_LENGTH = 11  # characters of a class name on a narrow screen
@@ -30,6 +32,7 @@ MAX_MATRIX_CLASSES = 120  # with more classes, the page has no confusion matrix
 NUM_TOP = 3  # classes whose probabilities are listed beside a mistake
 NUM_CONFUSIONS = 20  # that are listed
 MAX_IMAGE_BYTES = 1_900_000  # of the text that embeds mistakes; a page stays below 3 MB
+MAX_LISTED = 1000  # problems on the page of a data check
 MAX_PNG_SIDE = 32  # pixels; larger images are embedded as JPEG, at a quarter of the size
 ENVIRONMENT = {"device": "device", "device_name": "device name", "world_size": "processes",
                "precision": "precision", "threads": "CPU threads", "parameters": "parameters",
@@ -74,6 +77,23 @@ def write_comparison(
         "groups": [(_names(group[0]), list(map(_recalls, group))) for group in groups],
     }
     _write_page(directory / compare.COMPARISON_PAGE, "comparison.html", context)
+
+
+def write_check(path: Path, directory: str, found: DataCheck) -> None:
+    """Write the page of a data check, with samples of each class."""
+    counts = zip(*found.counts.values(), strict=True)
+    context = {
+        "directory": directory,
+        "found": found,
+        "classes": [*zip(found.class_names, counts, strict=True)],
+        "split_names": [TITLES[name] for name in found.counts],
+        "samples": [
+            (name, [(file, _thumbnail(image.numpy())) for file, image in samples])
+            for name, samples in zip(found.class_names, found.samples, strict=True)
+        ],
+        "max_listed": MAX_LISTED,
+    }
+    _write_page(path, "check.html", context)
 
 
 def _cell(name: str, value: Any) -> dict[str, Any]:

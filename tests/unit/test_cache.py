@@ -202,7 +202,9 @@ def test_a_folder_of_enough_images_is_decoded_once_whatever_its_splits_hold(
     """With streaming, the second start decodes none either: mean and std are cached."""
     for i, path in enumerate(files.paths * 3):
         (tmp_path / f"data/{'ab'[i % 2]}").mkdir(parents=True, exist_ok=True)
-        shutil.copy(path, tmp_path / f"data/{'ab'[i % 2]}/{i}.png")
+        copy = tmp_path / f"data/{'ab'[i % 2]}/{i}.png"
+        shutil.copy(path, copy)
+        copy.write_bytes(copy.read_bytes() + b"%d" % i)  # no file is the same as another
     config = DataConfig(str(tmp_path / "data"), "data", 10, 0.2, 0.2, 0, 0, 0)
     monkeypatch.setattr(cache, "MIN_IMAGES", 15)
     first = load_splits(config, memory, 1)

@@ -49,6 +49,7 @@ CHEAP = {
     "evaluate.py": ALONE,
     "predict.py": ALONE,
     "compare.py": [],
+    "check_data.py": ["--threads", "1"],
 }
 
 

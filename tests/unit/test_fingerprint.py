@@ -99,7 +99,7 @@ def test_a_fingerprint_of_images_in_memory_holds_their_pixels():
 def test_composed_and_decomposed_file_names_have_the_same_fingerprint(tmp_path):
     found = []
     for folder, name in (("composed", "caf\u00e9"), ("decomposed", "cafe\u0301")):
-        root = write_pictures(tmp_path / folder)
+        root = write_pictures(tmp_path / folder / "pictures")  # of the same pixels
         (root / "a/0.bmp").rename(root / f"a/{name}.bmp")
         (root / "b").rename(root / name)
         found.append(fingerprints(root))

@@ -35,7 +35,7 @@ def damage(splits, name: str, *positions: int) -> list[str]:
     split = getattr(splits, name)
     for i in positions:
         with open(split.paths[i], "wb") as file:
-            file.write(b"not an image")
+            file.write(f"not an image {name} {i}".encode())  # no duplicates of each other
     return [split.files()[i] for i in positions]
 
 
