@@ -180,7 +180,7 @@ def test_only_the_main_process_writes(tmp_path, splits):
     save_best(run, make_network(metadata), metadata, ROW)
     run.create({})
     run.write_report({})
-    run.write_predictions(b"index,label,prediction,confidence\n0,1,1,0.500000\n")
+    run.write_predictions(b"index,label,prediction,confidence\n0,1,1,0.500000\n", None)
     run.add_epoch({})
     run.add_steps([{}])
     assert list(tmp_path.iterdir()) == []

@@ -222,7 +222,7 @@ def test_large_images_are_resized_and_a_run_may_have_no_mistakes(tmp_path):
     run.write_report(
         {"split": "test", **perfect.report(), "best_epoch": 3, "selection_split": "test"}
     )
-    run.write_predictions(perfect.csv())
+    run.write_predictions(perfect.csv(), perfect.safetensors())
     mistakes.save_images(run, config, data, perfect)
     plots.draw(path)
     assert "Images of 0 of the 0 mistakes are included" in html_module.write(path).read_text()
