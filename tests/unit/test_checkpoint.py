@@ -166,6 +166,7 @@ def test_weights_in_any_memory_format_are_saved_alike(saved):
     run, model = saved
     first = run.best.read_bytes()
     metadata = weights.read_metadata(run.best)
+    assert metadata.pop("temperature") == 1  # the default of a file without
     weights.write_weights(run.best, weights.copy_of(model), metadata)
     plain = run.best.read_bytes()
     weights.write_weights(
