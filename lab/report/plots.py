@@ -244,8 +244,9 @@ def calibration(run: RunResult) -> Figure:
     counts, accuracy, mean = reliability_bins(confidence, correct)
     figure = new_figure(11, 4.5)
     reliability, selective = figure.subplots(1, 2)
-    used, middles = counts > 0, [(k + 0.5) / NUM_BINS for k in range(NUM_BINS)]
-    reliability.bar(middles, (counts / counts.sum()).tolist(), 0.9 / NUM_BINS, color="#dddddd", zorder=1,
+    used, fractions = counts > 0, (counts / counts.sum()).tolist()
+    middles = [(k + 0.5) / NUM_BINS for k in range(NUM_BINS)]
+    reliability.bar(middles, fractions, 0.9 / NUM_BINS, color="#dddddd", zorder=1,
                     label="fraction of the samples")  # fmt: skip
     reliability.plot((0, 1), (0, 1), color="#888888", ls="--", lw=1, label="perfectly calibrated")
     reliability.plot(mean[used], accuracy[used], color=BLUE, marker="o", ms=5, label="accuracy")
