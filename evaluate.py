@@ -2,7 +2,7 @@
 
   python evaluate.py runs/lenet5-mnist                   test split of the training dataset
   python evaluate.py best.safetensors --split val        another split, from the file alone
-  python evaluate.py best.safetensors --dataset folder --data-dir IMAGES --split all
+  python evaluate.py best.safetensors --dataset IMAGES --split all
   python evaluate.py runs/alexnet-cifar10 --tta flip     also with test-time augmentation
   python evaluate.py runs/lenet5-mnist --calibrate       fit the confidence on validation
   accelerate launch --config_file accelerate_configs/multi_gpu.yaml evaluate.py runs/lenet5-mnist
@@ -21,7 +21,7 @@ from functools import partial
 
 from lab import console
 from lab.config.cli import parse_arguments
-from lab.config.schema import EvalConfig
+from lab.config.schema import EvalConfig, dataset_title
 from lab.errors import UserError, name_some, run_script
 
 
@@ -122,10 +122,11 @@ def main(argv: list[str] | None = None) -> None:
             f"the data has no samples of {len(missing)} of the {len(split.class_names)} classes "
             f"({name_some(missing)}): macro-F1 leaves out those that are also never predicted"
         )
+    title = dataset_title(data.dataset)
     console.settings(
         f"{model_name} of {path}",
         {
-            "data": f"{config.split} of {data.dataset}: {len(split.labels):,} samples",
+            "data": f"{config.split} of {title}: {len(split.labels):,} samples",
             "device": console.device_summary(describe(accelerator)),
         },
     )
@@ -152,7 +153,7 @@ def main(argv: list[str] | None = None) -> None:
             "best_epoch": metadata["best_epoch"],
             "selection_split": metadata["selection_split"],
         }
-        title = f"{model_name} on {data.dataset}"
+        title = f"{model_name} on {dataset_title(data.dataset)}"
         if temperature != 1:
             report["temperature"] = temperature
         if tta != "none":

@@ -3,7 +3,7 @@
   python train.py                          LeNet-5 on MNIST
   python train.py --dataset digits         LeNet-5 on the bundled digits, without a download
   python train.py --model alexnet          AlexNet on CIFAR-10
-  python train.py --model alexnet --dataset folder --data-dir IMAGES
+  python train.py --dataset IMAGES         your images: a subdirectory of IMAGES for each class
   python train.py --model efficientnet_b0 --pretrained
   python train.py --resume runs/lenet5-mnist
   python train.py --config runs/lenet5-mnist/config.json --seed 1

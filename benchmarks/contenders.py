@@ -31,8 +31,8 @@ class Case:
     """A model and its dataset, as the notebooks train them."""
 
     model: str
-    dataset: str  # "mnist" or "folder"
-    data_dir: str
+    dataset: str  # "mnist", or a directory with train/CLASS and test/CLASS
+    data_dir: str  # of MNIST
 
     @property
     def config(self) -> TrainConfig:
@@ -57,7 +57,7 @@ class Case:
                 for train in (True, False)
             )
         augment = [T.RandomCrop(32, padding=4), T.RandomHorizontalFlip()]
-        root = Path(self.data_dir)
+        root = Path(self.dataset)
         return (
             datasets.ImageFolder(str(root / "train"), T.Compose(augment + plain)),
             datasets.ImageFolder(str(root / "test"), T.Compose(plain)),

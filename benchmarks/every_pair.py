@@ -72,8 +72,9 @@ def train_pair(model: str, dataset: str, folder: str, args: argparse.Namespace) 
     num_samples = args.steps * args.batch_size // EPOCHS
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as output:
-        words = ["--model", model, "--dataset", "folder" if dataset == "photographs" else dataset]
-        words += ["--data-dir", folder, "--output-dir", output, "--name", "run", "--log-every", "1"]
+        words = ["--model", model, "--dataset", folder if dataset == "photographs" else dataset]
+        words += ["--data-dir", folder] if dataset == "mnist" else []
+        words += ["--output-dir", output, "--name", "run", "--log-every", "1"]
         words += ["--recipe", args.recipe, "--max-steps", 0]
         words += ["--epochs", EPOCHS, "--batch-size", args.batch_size, "--threads", args.threads]
         words += [

@@ -31,7 +31,7 @@ def read_with_lab(root: str) -> int:
     from lab.data.image_folder import read_folder
     from lab.data.splits import in_memory
 
-    parts = read_folder(DataConfig("folder", root, 32, 0.1, 0.2, 0, 0, 0, 0))
+    parts = read_folder(DataConfig(root, "data", 32, 0.1, 0.2, 0, 0, 0, 0))
     return in_memory(parts.train, num_workers=2).images.shape[0]
 
 

@@ -42,7 +42,7 @@ def main() -> None:
     from lab.models import build_model
 
     # AdamW has the largest optimizer state: two moments for each parameter.
-    config = resolve({"model": "alexnet", "dataset": "folder", "optimizer": "adamw", "lr": 1e-3})
+    config = resolve({"model": "alexnet", "dataset": "images", "optimizer": "adamw", "lr": 1e-3})
     accelerator = build_accelerator(benefits_from_bf16=True)
     torch.manual_seed(0)
     model = build_model("alexnet", num_classes=10, in_chans=3, image_size=32)

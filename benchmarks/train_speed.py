@@ -172,13 +172,13 @@ def main() -> None:
             write_random_images(Path(directory), 50_000, 10_000)
         cases = {
             "LeNet-5, MNIST": ("lenet5", "mnist", args.mnist, 0),
-            "AlexNet, photographs": ("alexnet", "folder", args.photographs, args.alexnet_steps),
+            "AlexNet, photographs": ("alexnet", args.photographs, "data", args.alexnet_steps),
         }
         if args.quick:
             write_random_images(Path(directory), 300, 50)
-            cases = {"LeNet-5, random images": ("lenet5", "folder", directory, 2)}
+            cases = {"LeNet-5, random images": ("lenet5", directory, "data", 2)}
         for title, (model, dataset, data_dir, num_steps) in cases.items():
-            if not data_dir:
+            if not (dataset and data_dir):
                 continue
             print(title)
             contenders = {

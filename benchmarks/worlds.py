@@ -38,7 +38,7 @@ def run_one(hook: str) -> dict | None:
 
     comm_hook = "none" if hook == "off" else hook
     config = resolve(
-        {"model": "alexnet", "dataset": "folder", "recipe": "notebook", "comm_hook": comm_hook}
+        {"model": "alexnet", "dataset": "images", "recipe": "notebook", "comm_hook": comm_hook}
     )
     accelerator = build_accelerator(benefits_from_bf16=True, comm_hook=comm_hook)
     torch.manual_seed(0)

@@ -86,8 +86,8 @@ def run_summary(config: Any, splits: Any, device: Mapping[str, Any]) -> None:
         f"lr {config.lr:g} {config.schedule}, augment {config.augment}",
         "device": device_summary(device),
     }
-    settings(f"{config.model} on {config.dataset}", rows)
-    if config.dataset == "folder":
+    settings(f"{config.model} on {config.dataset_title}", rows)
+    if splits.train.paths is not None:
         class_counts(splits.train.class_names, splits.class_counts())
 
 

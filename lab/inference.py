@@ -27,7 +27,7 @@ from lab.checkpoint import weights as weights_module
 from lab.checkpoint.atomic_io import write_atomically
 from lab.config.schema import EVAL_BATCH_SIZE
 from lab.data.decode import decode, grey, pixels, square
-from lab.data.image_folder import SUFFIXES, pictures
+from lab.data.image_folder import SUFFIXES, list_images
 from lab.data.sampler import shard
 from lab.data.transforms import BatchTransform
 from lab.data.workers import BatchReader
@@ -80,7 +80,7 @@ def find_images(arguments: Sequence[str]) -> tuple[list[str], list[ImagePredicti
         if argument == "-":
             paths += filter(None, os.fsdecode(sys.stdin.buffer.read()).split("\n"))
         elif os.path.isdir(argument):
-            paths += sorted(pictures(Path(argument), ignored, on_error))
+            paths += sorted(list_images(Path(argument), ignored, on_error))
         elif _exists(argument):
             paths.append(argument)
         else:

@@ -36,7 +36,7 @@ def rows(photographs: str, data_dir: str, short: bool, epochs: int = 0) -> dict[
     all models for that many epochs, `short` those of 3 epochs on a part of the data.
     """
     name = "photographs" if photographs else "cifar10"
-    images = f"--dataset folder --data-dir {shlex.quote(photographs)}"
+    images = f"--dataset {shlex.quote(photographs)}"
     if not photographs:
         images = f"--dataset cifar10 --data-dir {shlex.quote(data_dir)}"
     digits = f"--dataset mnist --data-dir {shlex.quote(data_dir)}"

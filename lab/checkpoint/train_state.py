@@ -25,7 +25,7 @@ from torch import Tensor
 from lab.checkpoint.atomic_io import os_errors_as_user_errors, sync, to_json, write_atomically
 from lab.checkpoint.run_dir import RunDir
 from lab.checkpoint.weights import check_types
-from lab.config.schema import TIMEOUT_SECONDS, TrainConfig, flag
+from lab.config.schema import TIMEOUT_SECONDS, TrainConfig, flag, is_path
 from lab.data import Splits
 from lab.data.fingerprint import changed_splits
 from lab.errors import UserError
@@ -105,14 +105,17 @@ class Checkpoint:
     def config(self, overrides: Mapping[str, Any]) -> TrainConfig:
         """Return the run's settings with `overrides`. Raise `UserError` if one must not change."""
         stored = asdict(TrainConfig(**self.metadata["config"]))
+        changed = {}
         for name, value in overrides.items():
             is_default = name == "image_size" and value == 0  # the model's own image size
-            if name not in MUTABLE_ON_RESUME and value != stored[name] and not is_default:
+            moved = name == "dataset" and is_path(value) and is_path(stored[name])
+            if name in MUTABLE_ON_RESUME or moved:
+                changed[name] = value
+            elif value != stored[name] and not is_default:
                 raise UserError(
                     f"{flag(name)} {value} differs from the run's, which is {stored[name]}",
                     "Leave it out, or start a new run",
                 )
-        changed = {name: value for name, value in overrides.items() if name in MUTABLE_ON_RESUME}
         not_stored: dict[str, Any] = {  # the command line alone asks for an upload
             "output_dir": str(self.run.path.parent),
             "name": self.run.path.name,
@@ -158,7 +161,7 @@ class Checkpoint:
             raise UserError(
                 "the data differ from those that the run was trained on (files of these splits "
                 f"were added, removed, renamed or replaced: {', '.join(changed)})",
-                "Give --data-dir with the same files, or start a new run",
+                "Give the --dataset or --data-dir with the same files, or start a new run",
             )
 
 

@@ -21,7 +21,7 @@ from lab.checkpoint.atomic_io import AsyncWriter, to_json, write_atomically
 from lab.checkpoint.provenance import versions
 from lab.checkpoint.run_dir import BEST, RunDir
 from lab.config.schema import TrainConfig
-from lab.data import DataConfig, Splits, find_dataset
+from lab.data import DataConfig, Splits
 from lab.data.types import Split, normalized
 from lab.distributed import raise_on_all_ranks
 from lab.errors import UserError, name_some
@@ -194,7 +194,6 @@ def _check_metadata(metadata: dict[str, Any]) -> None:
     check_types(
         asdict(DataConfig(**data)), get_type_hints(DataConfig)
     )  # TypeError for other fields
-    find_dataset(data["dataset"])
     TrainConfig(mixed_precision=metadata["precision"], **data)  # UserError for invalid values
     names, mean, std = metadata["class_names"], metadata["mean"], metadata["std"]
     temperature = metadata.get("temperature", 1.0)
@@ -289,7 +288,7 @@ def align_classes(path: Path, metadata: Mapping[str, Any], split: Split) -> Spli
     if unknown:
         raise UserError(
             f"the data have classes that {path} was not trained on: {name_some(unknown)}",
-            "Give --dataset and --data-dir with classes that it was trained on",
+            "Give a --dataset with classes that it was trained on",
         )
     check_channels(path, metadata["model"]["in_chans"], split.images.shape[1])
     labels = torch.tensor([class_labels[name] for name in split.class_names])[split.labels]

@@ -134,7 +134,7 @@ def read_config(path: Path) -> dict[str, Any]:
             raise UserError(f"unknown setting {name} in {path}", hint)
         settings[name] = _typed(name, kinds[name], value, path)
     if settings.get("data_dir") == TrainConfig.data_dir:
-        del settings["data_dir"]  # a bundled dataset accepts no directory, but has the default
+        del settings["data_dir"]  # datasets that are not downloaded accept none, but a run has one
     return settings
 
 

@@ -1,14 +1,15 @@
 """RECIPES: named hyperparameters for each pair of model and dataset.
 
-A recipe has layers, which apply in this order: `*`, the dataset, the family of the model (its name
-up to the first `-`, `:` or `_`, such as `vit` or `torchvision`), the model, `family/dataset`,
-`model/dataset`. The settings file of --config and the command line override them.
+A recipe has layers, which apply in this order: `*`, the dataset (`folder` for a directory of images
+or a manifest), the family of the model (its name up to the first `-`, `:` or `_`, such as `vit` or
+`torchvision`), the model, `family/dataset`, `model/dataset`. The settings file of --config and the
+command line override them.
 """
 
 import re
 from typing import Any
 
-from lab.config.schema import TrainConfig
+from lab.config.schema import TrainConfig, is_path
 from lab.errors import UserError, suggestion
 
 RECIPES: dict[str, dict[str, dict[str, Any]]] = {
@@ -110,12 +111,13 @@ def resolve(overrides: dict[str, Any]) -> TrainConfig:
     model = overrides.get("model", TrainConfig.model)
     default_dataset, image_size = model_defaults(model)
     dataset = overrides.get("dataset") or default_dataset
+    layer = "folder" if is_path(dataset) else dataset
     name = overrides.get("recipe", TrainConfig.recipe)
     if name not in RECIPES:
         raise UserError(f"unknown recipe {name}", suggestion(name, RECIPES))
     settings: dict[str, Any] = {"image_size": image_size}
     family = re.split("[-:_]", model)[0]
-    for key in ("*", dataset, family, model, f"{family}/{dataset}", f"{model}/{dataset}"):
+    for key in ("*", layer, family, model, f"{family}/{layer}", f"{model}/{layer}"):
         settings |= RECIPES[name].get(key, {})
     settings |= {k: v for k, v in overrides.items() if not (k == "image_size" and v == 0)}
     if "warmup_epochs" not in overrides:  # fewer --epochs shorten the recipe's warmup

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -69,9 +70,25 @@ SCHEDULES = ("constant", "step", "cosine", "linear")
 OPTIMIZERS = ("sgd", "nesterov", "adamw", "muon")
 AUGMENTATIONS = ("crop", "flip", "cutout", "mixup", "cutmix")
 TTA = ("none", "flip")
+# The datasets that have a name; any other is the path of a directory of images or of a manifest.
+NAMED_DATASETS = ("mnist", "fashion-mnist", "cifar10", "cifar100", "digits")
 TRACKERS = ("tensorboard", "wandb")  # each an extra of pyproject.toml, too
 EVAL_BATCH_SIZE = 100
 TIMEOUT_SECONDS, MONTH = 600, 30 * 24 * 3600
+
+
+def is_path(dataset: str) -> bool:
+    """Return whether a dataset is a directory of images or a manifest, not a named dataset."""
+    return dataset not in NAMED_DATASETS
+
+
+def dataset_title(dataset: str) -> str:
+    """Return the name of a dataset to show: the last component of a path, without `.csv`."""
+    if not is_path(dataset):
+        return dataset
+    name = os.path.basename(os.path.abspath(dataset)) or "images"
+    return name.removesuffix(".csv").removesuffix(".jsonl")
+
 
 TASK, TRAINING = "model and data", "training"
 MACHINE, OUTPUT = "devices and processes", "runs and logging"
@@ -85,10 +102,10 @@ class TrainConfig:
     model: str = option("lenet5", TASK,
         "model architecture: a name in lab/models/__init__.py, or torchvision:NAME")
     dataset: str = option("", TASK,
-        "dataset: a name in lab/data/__init__.py; default: the one that belongs to the model")
+        f"dataset: {', '.join(NAMED_DATASETS)}, a directory of images, or a manifest (.csv or "
+        ".jsonl); default: the one that belongs to the model", metavar="NAME|PATH")
     data_dir: str = option("data", TASK,
-        "directory of the datasets, which downloads go to; for --dataset folder, the "
-        "directory of images", metavar="DIR")
+        "directory of named datasets, which downloads go to", metavar="DIR")
     recipe: str = option("default", TASK,
         "named set of hyperparameters to start from: default, notebook or smoke")
     image_size: int = option(0, TASK,
@@ -291,6 +308,11 @@ class TrainConfig:
             )
 
     @property
+    def dataset_title(self) -> str:
+        """Return the name of the dataset to show."""
+        return dataset_title(self.dataset)
+
+    @property
     def augmentations(self) -> tuple[str, ...]:
         """Return the names in `augment`, in order."""
         return split_list(self.augment)
@@ -310,9 +332,9 @@ class EvalConfig:
         "split to evaluate; all: every sample of the dataset",
         choices=("test", "val", "train", "all"))
     dataset: str | None = option(None, WEIGHTS,
-        "dataset; default: the training dataset")
+        "dataset, as for train.py; default: the training dataset", metavar="NAME|PATH")
     data_dir: str | None = option(None, WEIGHTS,
-        "directory of the dataset, which downloads go to; default: as in training, without a "
+        "directory of named datasets, which downloads go to; default: as in training, without a "
         "download", metavar="DIR")
     max_eval_samples: int | None = option(None, WEIGHTS,
         "maximum number of samples; 0: all; default: as in training", low=0, metavar="N")

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import importlib
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from lab import console
+from lab.config.schema import is_path
 from lab.errors import UserError, name_some, suggestion
 
 if TYPE_CHECKING:
@@ -31,7 +33,7 @@ class DatasetSpec:
     read: str  # "module:function" in this package; returns RawSplits
     mean: Numbers | None = None  # of each channel, for pixels from 0 to 1; None: measured
     std: Numbers | None = None
-    bundled: bool = False  # comes with lab, so that --data-dir is not read
+    uses_data_dir: bool = True
     downloads: bool = False  # `read` takes a second argument: whether it may download
 
 
@@ -52,24 +54,29 @@ DATASETS = {
         (0.2673, 0.2564, 0.2762),
         downloads=True,
     ),
-    "digits": DatasetSpec("digits:read_digits", bundled=True),
-    "folder": DatasetSpec("image_folder:read_folder"),
+    "digits": DatasetSpec("digits:read_digits", uses_data_dir=False),
 }
+# Any other `dataset` is a path.
+FOLDER = DatasetSpec("image_folder:read_folder", uses_data_dir=False)
 
 
-def find_dataset(name: str) -> DatasetSpec:
-    """Return the spec of a dataset. Raises `UserError` for an unknown name."""
-    if name not in DATASETS:
-        raise UserError(f"unknown dataset {name}", suggestion(name, DATASETS))
-    return DATASETS[name]
+def find_dataset(dataset: str) -> DatasetSpec:
+    """Return the spec of a dataset, which is a name or a path."""
+    return FOLDER if is_path(dataset) else DATASETS[dataset]
 
 
 def check_dataset(dataset: str, data_dir: str | None) -> None:
-    """Raise `UserError` if the dataset is unknown, or bundled although --data-dir is given."""
-    if find_dataset(dataset).bundled and data_dir is not None:
+    """Raise `UserError` if the dataset is unknown, or --data-dir is given and has no effect.
+
+    A path that contains a separator is not checked: only one process reports a missing directory.
+    """
+    if is_path(dataset) and not any(c in dataset for c in "/\\.") and not os.path.exists(dataset):
+        hint = suggestion(dataset, [*DATASETS, "a directory of images"])
+        raise UserError(f"unknown dataset {dataset}", hint)
+    if data_dir is not None and not find_dataset(dataset).uses_data_dir:
         raise UserError(
-            f"{dataset} is bundled with lab and reads nothing from --data-dir {data_dir}",
-            "Leave it out; for a directory of images, give --dataset folder",
+            f"{dataset} is not read from --data-dir {data_dir}",
+            "Leave it out; for a directory of images, give --dataset DIRECTORY",
         )
 
 
@@ -153,12 +160,12 @@ def load_splits(
     splits = _split(read_dataset(config, download), config)
     if len(splits["train"].class_names) < 2:
         raise UserError(
-            f"{config.data_dir} has only one class, {splits['train'].class_names[0]}",
-            "Add a directory of images for each class",
+            f"{config.dataset} has only one class, {splits['train'].class_names[0]}",
+            "Add images of the other classes",
         )
     _check_classes(splits, config)
     if config.skip_unreadable:
-        splits = _skip_unreadable(splits, num_workers)
+        splits = _skip_unreadable(splits, config, num_workers)
     sized = _resize_and_decode(splits, config, memory, num_workers)
     spec = find_dataset(config.dataset)
     mean, std = spec.mean, spec.std
@@ -196,7 +203,7 @@ def load_split(
     use_cache = _is_worth_caching(splits)
     selected = {name: splits[name]}
     if config.skip_unreadable:
-        selected = _skip_unreadable(selected, num_workers)
+        selected = _skip_unreadable(selected, config, num_workers)
     split = _resize_and_decode(selected, config, memory, num_workers, use_cache)[name]
     return split, fingerprint(selected[name])
 
@@ -210,7 +217,7 @@ def load_fingerprints(config: DataConfig, raw: RawSplits, num_workers: int = 1) 
 
     splits = _split(raw, config)
     if config.skip_unreadable:
-        splits = _skip_unreadable(splits, num_workers, warn=False)
+        splits = _skip_unreadable(splits, config, num_workers, warn=False)
     return {name: fingerprint(split) for name, split in splits.items()}
 
 
@@ -225,7 +232,7 @@ def list_samples(config: DataConfig, name: str | None = None, num_workers: int =
     splits = _split(raw, config, whole=name == "all")
     splits = splits if name is None else {name: splits[name]}
     if config.skip_unreadable:
-        splits = _skip_unreadable(splits, num_workers, warn=False)
+        splits = _skip_unreadable(splits, config, num_workers, warn=False)
         return Listing.of(splits, splits)
     return Listing.of(raw.named(), splits)
 
@@ -292,7 +299,7 @@ def _check_classes(splits: Mapping[str, Split], config: DataConfig) -> None:
 
 
 def _skip_unreadable(
-    splits: Mapping[str, Split], num_workers: int, warn: bool = True
+    splits: Mapping[str, Split], config: DataConfig, num_workers: int, warn: bool = True
 ) -> dict[str, Split]:
     """Return the splits without the images that cannot be decoded, and warn about these.
 
@@ -307,8 +314,8 @@ def _skip_unreadable(
     for name, split in splits.items():
         if not isinstance(split.images, FileImages):
             raise UserError(
-                "--skip-unreadable is for a directory of images",
-                "Leave it out, or give --dataset folder",
+                "--skip-unreadable is for a directory of images or a manifest",
+                f"Leave it out: {config.dataset} has no image files",
             )
         unreadable = split.images.unreadable(num_workers)
         skipped += [split.images.paths[i] for i in unreadable]

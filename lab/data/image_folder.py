@@ -1,19 +1,21 @@
-"""A directory of images as a dataset: CLASS/*, or {train,val,test}/CLASS/*."""
+"""Image files as a dataset: CLASS/*, {train,val,test}/CLASS/*, or a manifest that lists them."""
 
 from __future__ import annotations
 
+import csv
 import errno
+import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
 from lab.data.cache import stat_files
 from lab.data.decode import FileImages
 from lab.data.types import RawSplits, Split, normalized
-from lab.errors import UserError
+from lab.errors import UserError, name_some
 
 if TYPE_CHECKING:
     from lab.data import DataConfig
@@ -24,17 +26,21 @@ SPLIT_NAMES = {  # the names that a split's directory may have, case-insensitive
     "test": ("test", "testing"),
 }
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+MANIFEST_SUFFIXES = (".csv", ".jsonl")
+COLUMNS = ("file", "label", "split")  # of a manifest; `split` may be missing
 
 
 def read_folder(config: DataConfig) -> RawSplits:
-    """Return the splits in a directory with `train`, `val` and `test`, or one split of its classes.
+    """Return the splits of a manifest, or of a directory of classes or of splits with classes.
 
     The directories of splits may have any of the usual names (SPLIT_NAMES). Class names are the
     sorted directory names in Unicode's composed form (NFC), without names that begin with a dot.
     Raises `UserError` if a directory is missing, unreadable or ambiguous, if there are no classes
     or a class is empty, or if `val` or `test` has other classes than `train`.
     """
-    root = Path(config.data_dir)
+    root = Path(config.dataset)
+    if root.suffix.lower() in MANIFEST_SUFFIXES:
+        return read_manifest(root, config)
     split_dirs = _split_dirs(root)
     class_dirs = {name: _class_dirs(directory) for name, directory in split_dirs.items()}
     class_names = tuple(class_dirs["train"])
@@ -65,6 +71,87 @@ def read_folder(config: DataConfig) -> RawSplits:
     return RawSplits(**splits, warnings=tuple(warnings))
 
 
+def read_manifest(path: Path, config: DataConfig) -> RawSplits:
+    """Return the splits that a manifest lists, each in the order of its lines.
+
+    A manifest is a CSV file with a header, or a file with one JSON object per line. Its columns are
+    `file`, a path relative to the manifest's directory and inside it, `label`, the name of the
+    class, and possibly `split`, a name of SPLIT_NAMES. Class names are sorted. Raises `UserError`
+    if the manifest is invalid or lists a file that does not exist.
+    """
+    root = path.parent
+    names = {name: split for split, spellings in SPLIT_NAMES.items() for name in spellings}
+    listed: dict[str, dict[str, str]] = {split: {} for split in SPLIT_NAMES}  # file: label
+    lines: dict[str, int] = {}  # file: line
+    for line, row in _manifest_rows(path):
+        where = f"line {line} of {path}"
+        if unknown := sorted(set(row) - set(COLUMNS)):
+            raise UserError(
+                f"{where} has the unknown column {unknown[0]!r}", f"Use {', '.join(COLUMNS)} only"
+            )
+        for column in COLUMNS[: 3 if "split" in row else 2]:
+            if not isinstance(row.get(column), str) or not row[column].strip():
+                raise UserError(f"{where} has no {column}", "Add it, or delete the line")
+        file, split = os.path.normpath(row["file"]), row.get("split", "train").strip().lower()
+        if os.path.isabs(file) or file.split(os.sep)[0] == os.pardir:
+            raise UserError(
+                f"{where} names {row['file']}, which is not in the manifest's directory",
+                "Move the manifest to a directory that contains all files, and use relative paths",
+            )
+        if split not in names:
+            raise UserError(f"{where} has the split {row['split']!r}", "Use train, val or test")
+        if file in lines:
+            raise UserError(
+                f"{where} lists {row['file']} again, like line {lines[file]}", "Delete one of them"
+            )
+        lines[file] = line
+        listed[names[split]][file] = normalized(row["label"].strip())
+    if not listed["train"]:
+        raise UserError(f"{path} lists no training images", "Add some")
+    class_names = tuple(sorted(set(listed["train"].values())))
+    class_labels = {name: label for label, name in enumerate(class_names)}
+    splits = {}
+    for split, labels in listed.items():
+        if labels:
+            _check_same_classes(f"the {split} split of {path}", set(labels.values()), class_names)
+            paths = [str(root / file) for file in labels]
+            stats = stat_files(paths)
+            missing = [p for p, size in zip(paths, stats[:, 0].tolist(), strict=True) if size < 0]
+            if missing:
+                raise UserError(
+                    f"{path} lists files that do not exist or cannot be read: {name_some(missing)}",
+                    "Paths are relative to the directory of the manifest",
+                )
+            images = FileImages(tuple(paths), config.image_size, stats)
+            numbers = torch.tensor([class_labels[label] for label in labels.values()])
+            splits[split] = Split(images, numbers, class_names, images.paths, str(root))
+    return RawSplits(splits["train"], splits.get("val"), splits.get("test"))
+
+
+def _manifest_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the number and the columns of each line of a manifest. Raises `UserError`."""
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            if path.suffix.lower() == ".csv":
+                reader = csv.DictReader(file, restkey="beyond the header", strict=True)
+                for row in reader:
+                    yield reader.line_num, row
+                return
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    row = json.loads(line)
+                    if not isinstance(row, dict):
+                        raise ValueError(f"line {number} is not a JSON object")
+                    yield number, row
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror})", "Check the path") from error
+    except (ValueError, csv.Error, RecursionError) as error:
+        raise UserError(
+            f"{path} is not a valid manifest ({error})",
+            "Give a CSV file with a header, or one JSON object per line",
+        ) from error
+
+
 def _split_dirs(root: Path) -> dict[str, Path]:
     """Return the directory of each split; the root as "train" if it contains the classes.
 
@@ -93,7 +180,7 @@ def _split_dirs(root: Path) -> dict[str, Path]:
         )
     rest = [name for name in names if name not in present.values()]
     # Directories that cannot be read there, such as lost+found, are not part of the dataset.
-    with_images = (n for n in rest if any(pictures(root / n, on_error=lambda _: None)))
+    with_images = (n for n in rest if any(list_images(root / n, on_error=lambda _: None)))
     if (extra := next(with_images, None)) is not None:
         raise UserError(
             f"{root} has the directory {present['train']} and next to it {extra}, which contains "
@@ -116,16 +203,18 @@ def _class_dirs(root: Path) -> dict[str, list[Path]]:
     return dict(sorted(directories.items()))
 
 
-def _check_same_classes(root: Path, names: Iterable[str], class_names: Iterable[str]) -> None:
-    """Raise `UserError` if the classes in `root` are not those of the training split."""
+def _check_same_classes(
+    split: Path | str, names: Iterable[str], class_names: Iterable[str]
+) -> None:
+    """Raise `UserError` if the classes of a split are not those of the training split."""
     for problem, different in (
         ("has classes that the training split lacks", set(names) - set(class_names)),
         ("lacks classes of the training split", set(class_names) - set(names)),
     ):
         if different:
             raise UserError(
-                f"{root} {problem}: {', '.join(sorted(different))}",
-                "Every split needs the same class directories",
+                f"{split} {problem}: {', '.join(sorted(different))}",
+                "Every split needs images of the same classes",
             )
 
 
@@ -136,7 +225,7 @@ def _list_split(
     paths: list[str] = []
     labels: list[int] = []
     for label, directories in enumerate(class_dirs.values()):
-        class_paths = [p for directory in directories for p in pictures(directory, other_files)]
+        class_paths = [p for directory in directories for p in list_images(directory, other_files)]
         if not class_paths:
             raise UserError(
                 f"the class directory {directories[0]} contains no images",
@@ -147,7 +236,7 @@ def _list_split(
     return paths, labels
 
 
-def pictures(
+def list_images(
     root: Path,
     other_files: list[str] | None = None,
     on_error: Callable[[OSError], None] | None = None,
@@ -189,7 +278,7 @@ def _list_directory(directory: Path) -> tuple[list[str], list[str]]:
         if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
             raise UserError(
                 f"there is no directory {directory}",
-                "Set --data-dir to a directory with the images of each class in a subdirectory",
+                "Set --dataset to a directory with the images of each class in a subdirectory",
             ) from error
         _raise_unreadable(error)
     return sorted(subdirectories), sorted(files)

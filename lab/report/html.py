@@ -15,7 +15,7 @@ from lab import console
 from lab.checkpoint.atomic_io import write_atomically
 from lab.checkpoint.run_dir import PAGE, PLOTS
 from lab.config.recipes import resolve
-from lab.config.schema import OUTPUT, TrainConfig
+from lab.config.schema import OUTPUT, TrainConfig, dataset_title
 from lab.errors import UserError
 from lab.report import compare, plots
 from lab.report.run_reader import RunResult, read_run
@@ -125,7 +125,7 @@ def _run_context(run: RunResult) -> dict[str, Any]:
     names, matrix = _names(run), report["confusion_matrix"]
     mistakes = _mistakes(run)
     return {
-        "title": f"{config['model']} on {config['dataset']}",
+        "title": f"{config['model']} on {dataset_title(config['dataset'])}",
         "path": str(run.path),
         "report": report,
         "bias_note": selection_bias_note("test", report["selection_split"]),

@@ -13,7 +13,7 @@ from typing import Any
 from lab.checkpoint.atomic_io import write_atomically
 from lab.checkpoint.run_dir import BEST, CARD, PLOTS, RunDir
 from lab.config.recipes import resolve
-from lab.config.schema import TrainConfig, flag
+from lab.config.schema import TrainConfig, flag, is_path
 from lab.errors import UserError
 from lab.report.markdown import code, escaped, table
 from lab.report.run_reader import RunResult, read_run
@@ -69,8 +69,8 @@ def _metadata(title: str, config: TrainConfig, report: Mapping[str, Any]) -> str
     hub_dataset = HUB_DATASETS.get(config.dataset)
     measured: dict[str, Any] = {
         "task_type": "image-classification",
-        "dataset_type": hub_dataset or config.dataset,
-        "dataset_name": config.dataset,
+        "dataset_type": hub_dataset or config.dataset_title,
+        "dataset_name": config.dataset_title,
         "dataset_split": "test",
     }
     accuracy, macro_f1 = float(report["accuracy"]), float(report["macro_f1"])
@@ -98,7 +98,7 @@ def _metadata(title: str, config: TrainConfig, report: Mapping[str, Any]) -> str
 def _body(title: str, config: TrainConfig, run: RunResult) -> str:
     """Return the card below its metadata in Markdown."""
     settings, report = run.config, run.report
-    model, dataset = escaped(config.model), escaped(config.dataset)
+    model, dataset = escaped(config.model), escaped(config.dataset_title)
     names, matrix = report["class_names"], report["confusion_matrix"]
     num_samples = int(report["num_samples"])
     num_correct = sum(row[k] for k, row in enumerate(matrix))
@@ -192,7 +192,7 @@ def _origin(config: TrainConfig) -> str:
         text = "The weights were initialized from those of another run (WEIGHTS below)."
     if config.freeze != "none":
         text += " Only the classifier was trained."
-    folder = " (IMAGES is the directory of images)" if config.dataset == "folder" else ""
+    folder = " (IMAGES is the directory of images)" if is_path(config.dataset) else ""
     return f"{text} To train the model again{folder}:"
 
 
@@ -204,8 +204,8 @@ def command(config: TrainConfig) -> str:
     base = {name: getattr(config, name) for name in ("model", "dataset", "recipe", "epochs")}
     arguments = ["python", "train.py"]
     for name, value in base.items():
-        arguments += [flag(name), str(value)]
-    arguments += ["--data-dir", "IMAGES"] if config.dataset == "folder" else []
+        is_images = name == "dataset" and is_path(value)
+        arguments += [flag(name), "IMAGES" if is_images else str(value)]
     arguments += ["--init-checkpoint", "WEIGHTS"] if config.init_checkpoint else []
     recipe = asdict(resolve(base))
     for name, value in asdict(config).items():
@@ -226,9 +226,7 @@ def _limits(config: TrainConfig, report: Mapping[str, Any]) -> str:
         else f"Its confidence is not calibrated: the expected calibration error is {error:.4f} on "
         "the test split."
     )
-    data = (
-        "the directory it was trained on" if config.dataset == "folder" else escaped(config.dataset)
-    )
+    data = "the directory it was trained on" if is_path(config.dataset) else config.dataset
     return "\n".join(
         [
             f"- The model is for images like those of {data}. It was not evaluated on others.",

@@ -47,7 +47,7 @@ def write_results(
         run.write_report(report)
     console.report(
         report,
-        title=f"{config.model} on {config.dataset}",
+        title=f"{config.model} on {config.dataset_title}",
         files={"run": str(run.path)},
         command=f"python evaluate.py {shlex.quote(str(run.path))}",
         note=selection_bias_note("test", splits.selection_split),

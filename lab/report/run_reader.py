@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 from lab.checkpoint.run_dir import CONFIG, HISTORY, IMAGES, PREDICTIONS, REPORT, STEPS
-from lab.config.schema import TrainConfig
+from lab.config.schema import TrainConfig, dataset_title
 from lab.data.fingerprint import changed_splits
 from lab.errors import UserError
 
@@ -74,12 +74,8 @@ class RunResult:
 
     @property
     def dataset(self) -> str:
-        """The name of the dataset to show: `folder (pets)` for images in a directory `pets`."""
-        name = str(self.config["dataset"])
-        if name != "folder":
-            return name
-        data_dir = str(self.config.get("data_dir"))
-        return f"{name} ({Path(data_dir).name or data_dir})"
+        """The name of the dataset to show."""
+        return dataset_title(self.config["dataset"])
 
     @property
     def seconds(self) -> float:
@@ -91,7 +87,7 @@ class RunResult:
 
         def split(run: RunResult) -> tuple[Any, ...]:
             labels = None if run.labels is None else run.labels.tobytes()
-            return run.config["dataset"], run.config["split_seed"], labels
+            return run.dataset, run.config["split_seed"], labels
 
         recorded, current = (run.config.get("fingerprints", {}) for run in (self, other))
         return split(self) == split(other) and "test" not in changed_splits(recorded, current)

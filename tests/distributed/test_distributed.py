@@ -260,7 +260,7 @@ def test_p2_accumulation_changes_batch_norms_statistics(results, world_size):
 
 
 def test_p7_a_mistake_on_one_process_is_printed_once_and_ends_all(images, tmp_path):
-    options = [*SHORT, "--dataset", "folder", "--data-dir", images, "--output-dir", tmp_path]
+    options = [*SHORT, "--dataset", images, "--output-dir", tmp_path]
     command = python("tests/helpers/checks_failures.py", "missing-data", *options)
     ends = run_all([command] * 2, limit=60, envs=world_by_hand(2))
     assert [ended.code for ended in ends] == [2, 2]
@@ -309,7 +309,7 @@ def test_p7_a_damaged_image_read_by_one_process_is_named(tmp_path):
     write_shapes(root / "val", 110)  # a batch of 100 for process 0, one of 10 for process 1
     assert max((root / "val").glob("*/*")) == broken
     broken.write_bytes(b"not an image")
-    options = ["--dataset", "folder", "--data-dir", root, "--output-dir", tmp_path / "runs"]
+    options = ["--dataset", root, "--output-dir", tmp_path / "runs"]
     options += ["--loader", "streaming", "--workers", "1", "--max-eval-samples", "0"]
     ended = run(torchrun(2, "train.py", *SHORT, *options), limit=100)
     assert ended.code != 0

@@ -25,7 +25,7 @@ from lab.errors import UserError
 ONE = SimpleNamespace(num_processes=1, device=torch.device("cpu"))
 TWO = SimpleNamespace(num_processes=2, device=torch.device("cpu"))
 NAMES = ("SIGTERM", "SIGINT", "SIGUSR1")
-STREAMING = ["--dataset", "folder", "--recipe", "smoke", "--loader", "streaming", "--threads", "1"]
+STREAMING = ["--recipe", "smoke", "--loader", "streaming", "--threads", "1"]
 STREAMING += [
     "--workers",
     "2",
@@ -175,7 +175,7 @@ def _check_resumed(folder, step):
 @pytest.mark.parametrize("num_processes", [1, 2])
 def test_p3_sigterm_to_the_workers_too_saves_and_ends_with_143(images, tmp_path, num_processes):
     """torchrun, Slurm and Docker send it to every process; all stop after the same step."""
-    words = ["train.py", *STREAMING, "--data-dir", images, "--output-dir", tmp_path]
+    words = ["train.py", *STREAMING, "--dataset", images, "--output-dir", tmp_path]
     words += ["--name", "run", "--epochs", 4000, "--checkpoint-every", 1000000]
     with launch(python(*words) if num_processes == 1 else torchrun(2, *words)) as world:
         _train_a_while(world, tmp_path / "run")
@@ -203,7 +203,7 @@ def test_p7_a_run_that_fails_ends_the_workers_of_all_its_loaders(images, tmp_pat
         return original(*arguments)
 
     monkeypatch.setattr(TrainStep, "run", failing)
-    words = [*STREAMING, "--data-dir", str(images), "--output-dir", str(tmp_path), "--epochs", "2"]
+    words = [*STREAMING, "--dataset", str(images), "--output-dir", str(tmp_path), "--epochs", "2"]
     with pytest.raises(UserError, match="the step failed") as caught:
         train.main(words)
     assert multiprocessing.active_children() == []
@@ -213,7 +213,7 @@ def test_p7_a_run_that_fails_ends_the_workers_of_all_its_loaders(images, tmp_pat
 def test_p7_a_damaged_validation_image_ends_the_workers_of_all_loaders(images, tmp_path):
     shutil.copytree(images, tmp_path / "images")
     (tmp_path / "images/val/a/0.png").write_bytes(b"not an image")
-    words = [*STREAMING, "--data-dir", str(tmp_path / "images"), "--output-dir", str(tmp_path)]
+    words = [*STREAMING, "--dataset", str(tmp_path / "images"), "--output-dir", str(tmp_path)]
     with pytest.raises(UserError, match=r"cannot read .*0\.png") as caught:
         train.main(words)
     assert multiprocessing.active_children() == []

@@ -39,7 +39,7 @@ def trained(tmp_path_factory):
                 Image.fromarray(pixels).save(path)
             except OSError:
                 pytest.skip("the file system refuses such names")
-    start(folder, *SHORT, "--dataset", "folder", "--data-dir", f"{folder}/data")
+    start(folder, *SHORT, "--dataset", f"{folder}/data")
     return folder / "run", folder / "data"
 
 
@@ -126,6 +126,6 @@ def test_names_are_relative_to_the_data_directory(trained, tmp_path, monkeypatch
     monkeypatch.chdir(data)
     expected = (run_folder / "predictions.csv").read_bytes()
     for given in (".", "../data/", os.path.relpath(data)):
-        words = ["--data-dir", given, "--output", str(tmp_path / "e"), "--threads", "1", "--quiet"]
+        words = ["--dataset", given, "--output", str(tmp_path / "e"), "--threads", "1", "--quiet"]
         evaluate.main([str(run_folder), *words])
         assert (tmp_path / "e" / "predictions.csv").read_bytes() == expected

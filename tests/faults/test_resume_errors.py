@@ -101,7 +101,7 @@ def test_p7_other_data_are_refused(fails, copied):
     assert fails(train, "--resume", copied, "--epochs", 4) == (
         "the data differ from those that the run was trained on (files of these splits were added, "
         "removed, renamed or replaced: train, test). "
-        "Give --data-dir with the same files, or start a new run."
+        "Give the --dataset or --data-dir with the same files, or start a new run."
     )
 
 

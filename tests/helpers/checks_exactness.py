@@ -51,9 +51,9 @@ QUICK = {
     "accumulate-empty": "--max-train-samples 62 --epochs 10 --grad-accum-steps 3",
     "options": "--optimizer nesterov --schedule cosine --warmup-epochs 0.5 --max-grad-norm 0.5 "
     "--ema-decay 0.9 --label-smoothing 0.1",
-    "folder-mixed": "--dataset folder --epochs 1 --augment crop,flip,mixup,cutmix "
+    "folder-mixed": "--dataset IMAGES --epochs 1 --augment crop,flip,mixup,cutmix "
     "--max-steps 8 --loader resident",
-    "folder-mixed-streaming": "--dataset folder --epochs 1 --max-steps 8 --workers 2 "
+    "folder-mixed-streaming": "--dataset IMAGES --epochs 1 --max-steps 8 --workers 2 "
     "--augment crop,flip,mixup,cutmix --loader streaming",
     # With BatchNorm that is synchronized over gloo: --sync-bn needs GPUs.
     "batch-norm-uneven-parts": "--max-train-samples 65 --epochs 5 --grad-accum-steps 3",
@@ -66,8 +66,8 @@ SLOW = {
     "uneven-parts": "--max-train-samples 65 --epochs 10 --grad-accum-steps 3",
     "adamw": "--optimizer adamw --lr 0.001",
     "muon": "--optimizer muon --lr 0.001",
-    "folder": "--dataset folder --epochs 1 --max-steps 0 --loader resident",
-    "folder-streaming": "--dataset folder --epochs 1 --max-steps 0 --loader streaming --workers 2",
+    "folder": "--dataset IMAGES --epochs 1 --max-steps 0 --loader resident",
+    "folder-streaming": "--dataset IMAGES --epochs 1 --max-steps 0 --loader streaming --workers 2",
     "mixed": "--augment crop,cutout,mixup,cutmix --label-smoothing 0.1 --max-steps 30",
     "mixed-accumulate": "--augment crop,cutout,mixup,cutmix --label-smoothing 0.1 "
     "--max-steps 30 --grad-accum-steps 3",
@@ -97,7 +97,7 @@ def main() -> None:
 
 def evaluations(accelerator: Accelerator, images: Path) -> dict:
     """Return the results of predict_all for every split size, batch size and loader."""
-    files = read_folder(DataConfig("folder", str(images), 32, 0, 0, 0, 0, 0)).train
+    files = read_folder(DataConfig(str(images), "data", 32, 0, 0, 0, 0, 0)).train
     files = files.select(torch.randperm(1000, generator=torch.Generator().manual_seed(1)))
     decoded = in_memory(files, num_workers=1)
     transform = BatchTransform((0.5,) * 3, (0.25,) * 3, (), accelerator.device)
@@ -217,9 +217,8 @@ def trainings(cases: dict[str, str], output: Path, images: Path) -> dict[str, di
     training.train_one_epoch, training.configure_model = train_one_epoch, configure_model
     for name, options in cases.items():
         digests[name], masks[name] = [], []
+        options = options.replace("IMAGES", str(images))
         argv = [*COMMON.split(), *options.split(), "--output-dir", str(output), "--name", name]
-        if "--dataset folder" in options:
-            argv += ["--data-dir", str(images)]
         train.main(argv)
     return {"weights": digests, "masks": masks}
 

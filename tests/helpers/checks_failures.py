@@ -23,7 +23,7 @@ def main() -> None:
     if os.environ.get("RANK") != "1" or (fault == "killed-once" and restarted):
         fault = "none"
     if fault == "missing-data":
-        argv += ["--data-dir", "no-such-folder"]
+        argv += ["--dataset", "./no-such-folder"]
     run, taken = TrainStep.run, 0
 
     def counted(*arguments):

@@ -203,7 +203,7 @@ def test_a_folder_of_enough_images_is_decoded_once_whatever_its_splits_hold(
     for i, path in enumerate(files.paths * 3):
         (tmp_path / f"data/{'ab'[i % 2]}").mkdir(parents=True, exist_ok=True)
         shutil.copy(path, tmp_path / f"data/{'ab'[i % 2]}/{i}.png")
-    config = DataConfig("folder", str(tmp_path / "data"), 10, 0.2, 0.2, 0, 0, 0)
+    config = DataConfig(str(tmp_path / "data"), "data", 10, 0.2, 0.2, 0, 0, 0)
     monkeypatch.setattr(cache, "MIN_IMAGES", 15)
     first = load_splits(config, memory, 1)
     assert len(set(decoded)) == (15 if memory else 10)

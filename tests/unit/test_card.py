@@ -123,7 +123,7 @@ def test_escaped_markdown_shows_the_value():
         "--dataset digits --recipe smoke --max-train-samples 100 --epochs 7 --seed 3 --max-steps 0",
         "--model alexnet --recipe notebook --no-decay-biases --augment none --lr 0.002 --compile",
         "--model efficientnet_b0 --pretrained --freeze backbone --image-size 64 --warmup-epochs 2",
-        "--model torchvision:resnet18 --dataset folder --data-dir /home/me/cats --name x --quiet",
+        "--model torchvision:resnet18 --dataset /home/me/cats --name x --quiet",
         "--model vit_tiny --init-checkpoint /home/me/vit --tracker wandb --push-to-hub x",
     ],
 )
@@ -134,9 +134,10 @@ def test_the_command_of_a_card_gives_the_same_settings(arguments):
     python, script, *parsed = shlex.split(text)
     assert (python, script) == ("python", "train.py")
     again = resolve(parse_arguments(TrainConfig, parsed, **HELP))
-    omitted = set(model_card.OMITTED) - {"model", "dataset", "recipe"}
+    omitted = set(model_card.OMITTED) - {"model", "recipe"}
     for name in TrainConfig.__dataclass_fields__.keys() - omitted:
         assert getattr(again, name) == getattr(config, name), name
+    assert again.dataset == ("IMAGES" if "/" in config.dataset else config.dataset)
     assert bool(again.init_checkpoint) == bool(config.init_checkpoint)
 
 

@@ -107,10 +107,10 @@ def test_the_files_contain_the_table(trained, tmp_path, monkeypatch, capsys):
 def test_two_image_folders_are_two_datasets_with_their_own_classes(tmp_path):
     folders = {"a": ["cat", "dog|wolf"], "b": [f"class {k}" for k in range(100)]}
     for name, names in folders.items():
-        make_finished(tmp_path / name, names, dataset="folder", data_dir=f"data/images {name}/")
+        make_finished(tmp_path / name, names, dataset=f"data/images {name}/")
     runs = [read_run(tmp_path / name) for name in folders]
     rows = compare_module.rows(runs)
-    assert [row["dataset"] for row in rows] == ["folder (images a)", "folder (images b)"]
+    assert [row["dataset"] for row in rows] == ["images a", "images b"]
     compare_module.write(tmp_path, runs, rows)
     text = (tmp_path / "comparison.md").read_text()
     assert f"## {compare_module.RECALL_TITLE}\n" in text
@@ -177,7 +177,7 @@ def test_the_parameters_and_macs_of_a_model(model, in_chans, size, parameters, m
 
 def test_the_fingerprint_decides_whether_two_test_splits_are_the_same():
     def run(**config):
-        settings = {"dataset": "folder", "split_seed": 0, **config}
+        settings = {"dataset": "data/images", "split_seed": 0, **config}
         return RunResult(Path("run"), settings, {}, [], np.arange(3), None)
 
     old, current = ({"test": "0123456789abcdef"}, {"test": f"{FORMAT}-1"})

@@ -155,9 +155,9 @@ def test_every_recipe_resolves_for_every_pair():
 def test_recipes_have_known_keys_and_settings():
     families = {re.split("[-:_]", model)[0] for model in [*MODELS, "torchvision:x"]}
     models = {*MODELS, *families}
-    pairs = {f"{model}/{dataset}" for model in models for dataset in DATASETS}
+    pairs = {f"{model}/{dataset}" for model in models for dataset in ["folder", *DATASETS]}
     for layers in RECIPES.values():
-        assert layers.keys() <= {"*", *DATASETS} | models | pairs
+        assert layers.keys() <= {"*", "folder", *DATASETS} | models | pairs
         for settings in layers.values():
             for name, value in settings.items():
                 assert FIELDS[TrainConfig][name].metadata.get("from_recipe")

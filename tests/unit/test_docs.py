@@ -19,9 +19,9 @@ from safetensors.torch import save_file
 import evaluate
 import train
 from lab import data, models
-from lab.config import recipes
+from lab.config import recipes, schema
 from lab.config.cli import parse_arguments
-from lab.config.schema import TrainConfig
+from lab.config.schema import TrainConfig, is_path
 from lab.engine import metrics
 
 SCRIPTS = {path.name: path.stem for path in sorted(ROOT.glob("*.py"))}
@@ -88,9 +88,9 @@ def make_run(tmp_path_factory, finished):
                 make_picture(Path(name) / ("cat", "dog")[i % 2] / f"{i}.jpg")
         make_picture(Path("IMAGE.jpg"))
         Path("settings.yaml").write_text("model: lenet5\n")
-        words = ["--dataset", "folder", "--data-dir", "IMAGES", *CHEAP["train.py"]]
-        assert train.main([*words, "--name", "alexnet-folder"]).exit_code == 0
-        shutil.copy("runs/alexnet-folder/best.safetensors", "best.safetensors")
+        words = ["--dataset", "IMAGES", *CHEAP["train.py"]]
+        assert train.main([*words, "--name", "alexnet-IMAGES"]).exit_code == 0
+        shutil.copy("runs/alexnet-IMAGES/best.safetensors", "best.safetensors")
 
         def make(name: str) -> None:
             if not Path("runs", name).exists():
@@ -105,8 +105,8 @@ def run(script: str, words: list[str], config) -> None:
     if script == "train.py" and config.resume:
         extra = ["--max-steps", "13", *ALONE]
     elif script == "train.py":
-        extra += ["--name", config.name or f"{config.model}-{config.dataset}", "--overwrite"]
-        extra += [] if config.dataset == "folder" else ["--dataset", "digits"]
+        extra += ["--name", config.name or f"{config.model}-{config.dataset_title}", "--overwrite"]
+        extra += [] if is_path(config.dataset) else ["--dataset", "digits"]
     paths = {word: sorted(map(str, Path().glob(word))) for word in words if "*" in word}
     words = [path for word in words for path in paths.get(word, [word])]
     result = importlib.import_module(SCRIPTS[script]).main([*words, *extra])
@@ -272,6 +272,7 @@ def test_the_code_to_add_your_own_works(tmp_path, monkeypatch):
     ):
         [(name, entry)] = eval("{" + line + "}", vars(place)).items()
         monkeypatch.setitem(registry, name, entry)
+    monkeypatch.setattr(schema, "NAMED_DATASETS", (*schema.NAMED_DATASETS, "tensors"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     images = torch.randint(256, (40, 3, 16, 16), dtype=torch.uint8)

@@ -43,11 +43,14 @@ HELP = "See `python train.py --help`."
         ("--model alexnt", "there is no model alexnt. Did you mean alexnet or lenet5?"),
         ("--model resnet50", "there is no model resnet50. Did you mean torchvision:resnet50?"),
         ("--dataset minst", "unknown dataset minst. Did you mean mnist?"),
-        ("--dataset birds", f"unknown dataset birds. Known: {', '.join(DATASETS)}."),
+        (
+            "--dataset birds",
+            f"unknown dataset birds. Known: {', '.join(DATASETS)}, a directory of images.",
+        ),
         (
             "--data-dir pics",
-            "digits is bundled with lab and reads nothing from --data-dir pics. "
-            "Leave it out; for a directory of images, give --dataset folder.",
+            "digits is not read from --data-dir pics. "
+            "Leave it out; for a directory of images, give --dataset DIRECTORY.",
         ),
         ("--recipe x", f"unknown recipe x. Known: {', '.join(recipes.RECIPES)}."),
         ("--epoch 3", "unknown option --epoch. Did you mean --epochs?"),
@@ -126,13 +129,13 @@ HELP = "See `python train.py --help`."
             "runs/file is not the directory of a run. Give another --name.",
         ),
         (
-            "--dataset folder",
-            "there is no directory data. Set --data-dir to a directory with "
+            "--dataset ./data",
+            "there is no directory data. Set --dataset to a directory with "
             "the images of each class in a subdirectory.",
         ),
         (
-            "--dataset folder --data-dir file",
-            "there is no directory file. Set --data-dir to a directory with "
+            "--dataset file",
+            "there is no directory file. Set --dataset to a directory with "
             "the images of each class in a subdirectory.",
         ),
     ],

@@ -20,7 +20,8 @@ from mistakes import make_picture, matches
 
 import train
 from lab.config import recipes
-from lab.data import DataConfig, load_splits
+from lab.config.schema import TrainConfig
+from lab.data import DataConfig, load_splits, read_dataset
 from lab.data.decode import FileImages
 from lab.data.loaders import LoaderOptions, build_loader
 from lab.data.transforms import BatchTransform
@@ -38,7 +39,7 @@ AMBIGUOUS = (
     "a split or a class. Move bus elsewhere; if both are classes, move all class directories into "
     "a directory train."
 )
-TWO = "Add a directory of images for each class."
+TWO = "Add images of the other classes."
 
 
 @pytest.mark.parametrize(
@@ -64,12 +65,12 @@ TWO = "Add a directory of images for each class."
         (
             "train/a train/b val/a",
             "images/val lacks classes of the training split: b. "
-            "Every split needs the same class directories.",
+            "Every split needs images of the same classes.",
         ),
         (
             "train/a train/b test/a test/b test/c",
             "images/test has classes that the training split lacks: c. "
-            "Every split needs the same class directories.",
+            "Every split needs images of the same classes.",
         ),
         (
             "val/a val/b test/a test/b",
@@ -100,14 +101,57 @@ def test_p7_directories_of_images(fails, tmp_path, directories, message):
             (tmp_path / "images" / name).mkdir()
         else:
             make_picture(tmp_path / "images" / name / "0.png")
-    words = ("--dataset", "folder", "--data-dir", "images", "--quiet")
+    words = ("--dataset", "images", "--quiet")
     assert fails(train, *words) == message
+
+
+LISTED = "lists files that do not exist or cannot be read"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("m.csv", "file,label\na.png,x\nno.png,y\n", f"m.csv {LISTED}: no.png. Paths are "
+         "relative to the directory of the manifest."),
+        ("m.csv", "path,label\na.png,x\n", "line 2 of m.csv has the unknown column 'path'. "
+         "Use file, label, split only."),
+        ("m.csv", "file\na.png\n", "line 2 of m.csv has no label. Add it, or delete the line."),
+        ("m.csv", "file,label\na.png, \n", "line 2 of m.csv has no label. Add it, or delete the "
+         "line."),
+        ("m.csv", "file,label\n../a.png,x\n", "line 2 of m.csv names ../a.png, which is not in the "
+         "manifest's directory. Move the manifest to a directory that contains all files, and use "
+         "relative paths."),
+        ("m.csv", "file,label\na.png,x\n./a.png,y\n", "line 3 of m.csv lists ./a.png again, like "
+         "line 2. Delete one of them."),
+        ("m.csv", "file,label,split\na.png,x,dev\n", "line 2 of m.csv has the split 'dev'. Use "
+         "train, val or test."),
+        ("m.csv", "file,label,split\na.png,x,test\n", "m.csv lists no training images. Add some."),
+        ("m.csv", "file,label,split\na.png,x,\nb.png,y,test\n", "line 2 of m.csv has no split. "
+         "Add it, or delete the line."),
+        ("m.csv", "file,label,split\na.png,x,train\nb.png,y,test\n", "the test split of m.csv has "
+         "classes that the training split lacks: y. Every split needs images of the same classes."),
+        ("m.jsonl", '{"file": "a.png", "label": 1}\n', "line 1 of m.jsonl has no label. Add it, or "
+         "delete the line."),
+        ("m.jsonl", "[1]\n", "m.jsonl is not a valid manifest (line 1 is not a JSON object). Give "
+         "a CSV file with a header, or one JSON object per line."),
+        ("m.jsonl", None, "cannot read m.jsonl (No such file or directory). Check the path."),
+    ],
+)  # fmt: skip
+def test_p7_manifests(tmp_path, monkeypatch, name, content, message):
+    monkeypatch.chdir(tmp_path)
+    for image in ("a.png", "b.png"):
+        make_picture(tmp_path / image)
+    if content is not None:
+        Path(name).write_text(content)
+    with pytest.raises(UserError) as raised:
+        read_dataset(DataConfig.of(TrainConfig(dataset=name, image_size=32)))
+    assert str(raised.value) == message
 
 
 def test_p7_too_few_images(fails, tmp_path):
     for name in "ab":
         make_picture(tmp_path / "images" / name / "0.png")
-    words = ("--dataset", "folder", "--data-dir", "images", "--quiet")
+    words = ("--dataset", "images", "--quiet")
     assert fails(train, *words) == (
         "the test split is empty. Add images, or change --test-fraction or --val-fraction."
     )
@@ -126,7 +170,7 @@ def test_p7_an_unreadable_directory_is_named(fails, tmp_path, monkeypatch, refus
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", refuse)
-    assert fails(train, "--dataset", "folder", "--data-dir", "images", "--quiet") == (
+    assert fails(train, "--dataset", "images", "--quiet") == (
         f"cannot read the directory {refused} (Permission denied). Check its permissions."
     )
 
@@ -163,7 +207,7 @@ def test_p7_a_damaged_image_is_named(fails, tmp_path, loader, name, damage):
         for label in "ab":
             make_picture(tmp_path / f"images/{label}/{i}.png")
     damage(make_picture(tmp_path / "images/a" / name))
-    words = ("--dataset", "folder", "--data-dir", "images", "--quiet", "--epochs", 1)
+    words = ("--dataset", "images", "--quiet", "--epochs", 1)
     words += ("--loader", loader, "--workers", 0, "--test-fraction", 0.3, "--val-fraction", 0.3)
     # The streaming loader may only read it in an epoch, after the run directory was created and
     # the warning about few steps was printed.

@@ -62,17 +62,17 @@ def with_metadata(content: bytes, metadata: dict | None) -> bytes:
         ("w --dataset minst", "unknown dataset minst. Did you mean mnist?"),
         (
             "w --data-dir rgb",
-            "digits is bundled with lab and reads nothing from --data-dir rgb. "
-            "Leave it out; for a directory of images, give --dataset folder.",
+            "digits is not read from --data-dir rgb. "
+            "Leave it out; for a directory of images, give --dataset DIRECTORY.",
         ),
         (
-            "w --dataset folder --data-dir other",
+            "w --dataset other",
             "the data have classes that w was not trained on: "
             "a, b, c, d, e and 2 more. "
-            "Give --dataset and --data-dir with classes that it was trained on.",
+            "Give a --dataset with classes that it was trained on.",
         ),
         (
-            "w --dataset folder --data-dir rgb",
+            "w --dataset rgb",
             "w takes images with 1 channels, the data's have 3. Give data with that many channels.",
         ),
         ("w --output w", f"cannot write w (File exists). {NO_FOLDER}"),
@@ -190,7 +190,7 @@ def test_p7_another_kind_of_file_is_not_called_damaged(fails, tmp_path, trained,
         ({"model.image_size": 64}, "image_size contradicts the rest"),
         ({"model.code": "x"}, "model contradicts the rest"),
         ({"data": ...}, "data is missing"),
-        ({"data.dataset": "x"}, "unknown dataset x"),
+        ({"data.dataset": 5}, "dataset is not a value of type str"),
         ({"data.data_dir": 5}, "data_dir is not a value of type str"),
         ({"data.val_fraction": 5}, "invalid --val-fraction 5"),
         ({"data.max_eval_samples": "x"}, "max_eval_samples is not a value of type int"),

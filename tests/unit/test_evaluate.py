@@ -50,7 +50,7 @@ def trained(tmp_path_factory):
         "--max-eval-samples",
         "12",
     ]
-    start(folder, *words, "--dataset", "folder", "--data-dir", f"{folder}/data")
+    start(folder, *words, "--dataset", f"{folder}/data")
     return folder / "run", folder / "data"
 
 
@@ -78,14 +78,14 @@ def test_p6_the_data_are_compared_with_the_trainings_whatever_is_asked_for(
     """Copied elsewhere they are the same; with one file renamed they are not."""
     copy = Path(shutil.copytree(trained[1], tmp_path / "copy"))
     words = [trained[0], *words, "--output", tmp_path / "e"]
-    for data_dir in ([], ["--data-dir", copy]):
-        call(*words, *data_dir)
+    for dataset in ([], ["--dataset", copy]):
+        call(*words, *dataset)
         out, err = capsys.readouterr()
         assert note in out
         assert CHANGED not in err
     for path in copy.glob("*/*.png"):
         path.rename(path.with_name(f"x{path.name}"))
-    call(*words, "--data-dir", copy)
+    call(*words, "--dataset", copy)
     out, err = capsys.readouterr()
     assert "note: " not in out
     assert CHANGED in err
@@ -94,7 +94,7 @@ def test_p6_the_data_are_compared_with_the_trainings_whatever_is_asked_for(
 def test_p6_a_change_where_the_training_read_is_told(trained, tmp_path, capsys):
     copy = Path(shutil.copytree(trained[1], tmp_path / "copy"))
     metadata = weights.read_metadata(trained[0] / "best.safetensors")
-    metadata["data"]["data_dir"] = str(copy)
+    metadata["data"]["dataset"] = str(copy)
     model = build_model(**metadata["model"])
     weights.write_weights(tmp_path / "w", weights.copy_of(model), metadata)
     for path in copy.glob("*/*.png"):
@@ -108,7 +108,7 @@ def test_p1_data_with_some_of_the_classes_are_evaluated(trained, tmp_path, capsy
     """The labels are those of the weights, and macro-F1 is scikit-learn's."""
     for name in names:
         make_images(tmp_path / "new" / name, name, 25, seed=1)
-    words = ["--data-dir", tmp_path / "new", "--split", "all", "--output", tmp_path / "e"]
+    words = ["--dataset", tmp_path / "new", "--split", "all", "--output", tmp_path / "e"]
     call(trained[0], *words)
     report = json.loads((tmp_path / "e" / "report.json").read_text())
     with open(tmp_path / "e" / "predictions.csv", newline="") as file:
@@ -133,10 +133,10 @@ def test_p1_data_with_some_of_the_classes_are_evaluated(trained, tmp_path, capsy
 def test_p7_classes_that_the_weights_do_not_know_are_refused(fails, tmp_path, trained):
     make_images(tmp_path / "new" / "light", "light", 3, seed=1)
     make_images(tmp_path / "new" / "purple", "dark", 3, seed=1)
-    words = ("--data-dir", "new", "--split", "all", "--quiet")
+    words = ("--dataset", "new", "--split", "all", "--quiet")
     assert fails(evaluate, trained[0], *words) == (
         f"the data have classes that {trained[0]}/best.safetensors was not trained on: purple. "
-        "Give --dataset and --data-dir with classes that it was trained on."
+        "Give a --dataset with classes that it was trained on."
     )
 
 

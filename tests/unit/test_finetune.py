@@ -111,7 +111,7 @@ def test_a_downloaded_file_is_read_and_used(hub, tmp_path, capsys):
     url = torchvisions.get_model_weights("mobilenet_v3_small").DEFAULT.url
     torch.save(source.state_dict(), hub / Path(url).name)
     words = [w for w in SMALL if w != "--quiet"]
-    words += ["--dataset", "folder", "--data-dir", str(write_shapes(tmp_path / "shapes", 60))]
+    words += ["--dataset", str(write_shapes(tmp_path / "shapes", 60))]
     start(tmp_path, *words, "--pretrained", "--freeze", "backbone")
     told = " ".join(capsys.readouterr().out.split())
     number = len(source.state_dict())
@@ -210,7 +210,7 @@ def test_p7_init_from_another_network_says_how_it_differs(fails, tmp_path, train
     write_shapes(tmp_path / "shapes", 60)
     for words, message in {
         "--model mobilenet_v2": f"holds {NAME}, not mobilenet_v2. Give --model {NAME}.",
-        "--dataset folder --data-dir shapes": "takes images with 1 channels, the data's have 3. "
+        "--dataset shapes": "takes images with 1 channels, the data's have 3. "
         "Give data with that many channels.",
         "--image-size 32": "was trained on images of 16 pixels, not 32. Give --image-size 16.",
     }.items():

@@ -26,7 +26,7 @@ from lab.errors import UserError
 
 
 def config(root: Path) -> DataConfig:
-    return DataConfig("folder", str(root), 32, 0.1, 0.2, 0, 0, 0)
+    return DataConfig(str(root), "data", 32, 0.1, 0.2, 0, 0, 0)
 
 
 def write_pictures(root: Path, count: int = 6) -> Path:
@@ -213,21 +213,21 @@ def test_processes_that_differ_are_named(monkeypatch):
 def test_p7_processes_with_other_data_neither_train_nor_evaluate(tmp_path, capsys):
     mine = write_pictures(tmp_path / "mine", count=30)
     short = ["--recipe", "smoke", "--max-steps", "2", "--threads", "1"]
-    words = ["--dataset", "folder", "--data-dir", str(mine), *short, "--output-dir", str(tmp_path)]
-    train.main([*words, "--name", "run"])
+    words = [*short, "--output-dir", str(tmp_path)]
+    train.main([*words, "--dataset", str(mine), "--name", "run"])
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     for row in ("class training validation test", "a 21 3 6", "b 22 2 6"):
         assert lines.count(row.split()) == 1  # each folder run says what it has read
-    train.main([*words, "--name", "quiet", "--quiet"])
+    train.main([*words, "--dataset", str(mine), "--name", "quiet", "--quiet"])
     assert "training" not in capsys.readouterr().out
 
     theirs = Path(shutil.copytree(mine, tmp_path / "theirs"))
     (theirs / "a/7.bmp").rename(theirs / "b/x.bmp")
     run = tmp_path / "run"
     asked = ["--threads", "1", "--output", tmp_path / "evaluated"]
-    trainings = [python("train.py", *words, "--data-dir", root, "--name", "other")
+    trainings = [python("train.py", *words, "--dataset", root, "--name", "other")
                  for root in (mine, theirs)]  # fmt: skip
-    evaluations = [python("evaluate.py", run, "--data-dir", root, *asked)
+    evaluations = [python("evaluate.py", run, "--dataset", root, *asked)
                    for root in (mine, theirs)]  # fmt: skip
     envs = world_by_hand(2) + world_by_hand(2)
     ends = run_all(trainings + evaluations, limit=100, envs=envs)

@@ -1,6 +1,7 @@
 """Directories of images: which files are in which split, and how every format is decoded."""
 
 import errno
+import json
 import math
 import os
 import struct
@@ -34,7 +35,7 @@ def assert_close(found: torch.Tensor, expected: Image.Image) -> None:
 
 
 def config(root: Path, size: int = 32) -> DataConfig:
-    return DataConfig("folder", str(root), size, 0.1, 0.2, 0, 0, 0)
+    return DataConfig(str(root), "data", size, 0.1, 0.2, 0, 0, 0)
 
 
 def write(root: Path, *names: str) -> None:
@@ -48,6 +49,32 @@ def listed(root: Path, name: str = "train") -> list[tuple[str, str]]:
     split = getattr(read_folder(config(root)), name)
     paths = [str(Path(path).relative_to(root)) for path in split.images.paths]
     return [(split.class_names[i], p) for i, p in zip(split.labels.tolist(), paths, strict=True)]
+
+
+# Manifests
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+def test_a_manifest_lists_files_of_any_layout(tmp_path, suffix):
+    write(tmp_path, "x/0.png", "x/1.jpg", "2.png")
+    rows = [("x/1.jpg", "dog", "training"), ("x/0.png", "cat", "Train"), ("2.png", "dog", "test"),
+            ("./x/../3.png", "cat", "test")]  # fmt: skip
+    write(tmp_path, "3.png")
+    manifest = tmp_path / f"list.{suffix}"
+    if suffix == "csv":
+        lines = ["file,label,split", *map(",".join, rows)]
+        manifest.write_text("\ufeff" + "\n".join(lines), encoding="utf-8")
+    else:
+        keys = ("file", "label", "split")
+        manifest.write_text(
+            "\n".join(json.dumps(dict(zip(keys, row, strict=True))) for row in rows)
+        )
+    parts = read_folder(config(manifest))
+    assert parts.train.class_names == ("cat", "dog")
+    assert (parts.train.files(), parts.train.labels.tolist()) == (["x/1.jpg", "x/0.png"], [1, 0])
+    assert parts.val is None
+    assert (parts.test.files(), parts.test.labels.tolist()) == (["2.png", "3.png"], [1, 0])
+    assert_close(parts.test.images[torch.arange(2)][0], corners().resize((32, 32)))
 
 
 # Layouts

@@ -13,7 +13,7 @@ import pytest
 
 from lab.config import recipes
 from lab.config.cli import parse_arguments
-from lab.config.schema import TrainConfig
+from lab.config.schema import TrainConfig, is_path
 from lab.models.stats import model_stats
 from lab.report import compare, run_reader
 
@@ -40,8 +40,8 @@ def test_rows_are_settings_of_train(photographs, short, epochs):
             assert (config.epochs, config.max_train_samples) == (3, 5000)
         if epochs:
             assert (config.epochs, config.max_train_samples) == (epochs, 0)
-        if config.dataset == "folder":
-            assert config.data_dir == photographs
+        if is_path(config.dataset):
+            assert config.dataset == photographs
 
 
 @pytest.mark.slow

@@ -403,7 +403,7 @@ def test_all_of_the_data_is_every_sample_of_every_part(tmp_path):
 
     for path in ("train/a/0", "train/b/0", "train/b/1", "val/a/0", "val/b/0"):
         make_picture(tmp_path / f"{path}.png")
-    folder = config("folder", data_dir=str(tmp_path))
+    folder = config(str(tmp_path))
     for memory in (math.inf, 0):
         split, _ = load_split(folder, "all", memory, 1)
         assert split.files() == [
@@ -429,7 +429,7 @@ def test_a_split_without_images_of_a_class_causes_a_warning(tmp_path, capsys):
     for name, count in (("a", 1), ("b", 2), ("c", 9)):
         for i in range(count):
             make_picture(tmp_path / name / f"{i}.png")
-    folder = config("folder", data_dir=str(tmp_path))
+    folder = config(str(tmp_path))
     load_splits(folder, 0, 1)
     assert capsys.readouterr().err == (
         "warning: the test split has no image of class a: too few images\n"

@@ -372,8 +372,7 @@ def test_p7_a_run_whose_steps_are_all_skipped_ends_in_an_error(tmp_path, monkeyp
 
 
 def test_alexnet_trains_on_color_images(tmp_path):
-    words = ["--model", "alexnet", "--dataset", "folder"]
-    words += ["--data-dir", str(write_shapes(tmp_path / "shapes", 101))]
+    words = ["--model", "alexnet", "--dataset", str(write_shapes(tmp_path / "shapes", 101))]
     folder = run(tmp_path, *words, "--batch-size", "8", "--max-steps", "3", "--log-every", "1")
     assert all(math.isfinite(loss) for loss in losses(folder))
     assert len(losses(folder)) == 3

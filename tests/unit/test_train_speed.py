@@ -28,7 +28,7 @@ def benchmark(tmp_path_factory):
 
 def test_the_plain_loop_measures_and_trains_as_the_notebooks_loop_does(benchmark, monkeypatch):
     contenders, _, folder = benchmark
-    case = contenders.Case("lenet5", "folder", folder)
+    case = contenders.Case("lenet5", folder, "data")
     seen, logits = [], []
     build = contenders.Case.make_model
 
@@ -88,7 +88,7 @@ def test_the_plain_loop_has_labs_precision_and_memory_format(benchmark, monkeypa
         return models[-1]
 
     monkeypatch.setattr(contenders.Case, "make_model", make_model)
-    case = contenders.Case(model, "folder", folder)
+    case = contenders.Case(model, folder, "data")
     for name in ("resident", "resident-float32"):
         contenders.CONTENDERS[name](case)[0](1)
     with_channels_last = [

@@ -17,7 +17,7 @@ from lab.data import splits as splits_module
 from lab.data.decode import FileImages, UnreadableImages
 from lab.errors import UserError
 
-CONFIG = DataConfig("folder", "", 32, 0.25, 0.25, 0, 0, 0)
+CONFIG = DataConfig("", "data", 32, 0.25, 0.25, 0, 0, 0)
 KINDS = pytest.mark.parametrize("memory", [math.inf, 0], ids=["resident", "streaming"])
 
 
@@ -27,7 +27,7 @@ def images(tmp_path):
     paths = [
         make_picture(tmp_path / f"images/{label}/{i:02}.png") for label in "ab" for i in range(24)
     ]
-    return paths, replace(CONFIG, data_dir=str(tmp_path / "images"))
+    return paths, replace(CONFIG, dataset=str(tmp_path / "images"))
 
 
 def damage(splits, name: str, *positions: int) -> list[str]:
@@ -49,7 +49,7 @@ def test_one_error_names_all_of_every_split(images, workers):
     with pytest.raises(UserError) as caught:
         load_splits(config, math.inf, workers)
     assert caught.value.what.startswith("cannot read 5 images: ")
-    assert all(f"{config.data_dir}/{name}" in caught.value.what for name in damaged)
+    assert all(f"{config.dataset}/{name}" in caught.value.what for name in damaged)
     assert caught.value.hint == "Replace or delete these files, or give --skip-unreadable"
 
 
@@ -67,7 +67,7 @@ def assert_all_are_named(config, damaged):
     with pytest.raises(UserError) as caught:
         load_splits(config, 0, 2)
     assert caught.value.what.startswith(f"cannot read {len(damaged)} images: ")
-    assert all(f"{config.data_dir}/{name}" in caught.value.what for name in damaged)
+    assert all(f"{config.dataset}/{name}" in caught.value.what for name in damaged)
 
 
 def test_a_batch_names_all_of_its_images_that_cannot_be_read(images):
@@ -98,7 +98,7 @@ def test_skipped_images_are_left_out_of_their_splits_and_listed(
     left = load_splits(config, memory, 1)
     warning = capsys.readouterr().err
     assert warning.startswith("warning: left out 4 images that cannot be read: ")
-    assert all(f"{config.data_dir}/{name}" in warning for name in damaged)
+    assert all(f"{config.dataset}/{name}" in warning for name in damaged)
     for name in ("train", "val", "test"):
         before, after = getattr(whole, name), getattr(left, name)
         kept = [i for i, file in enumerate(before.files()) if file not in damaged]
@@ -154,7 +154,8 @@ def test_a_class_without_readable_training_images_is_an_error(images):
 
 def test_only_a_directory_of_images_has_any_to_skip(fails):
     assert fails(train, "--dataset", "digits", "--skip-unreadable", "--quiet") == (
-        "--skip-unreadable is for a directory of images. Leave it out, or give --dataset folder."
+        "--skip-unreadable is for a directory of images or a manifest. "
+        "Leave it out: digits has no image files."
     )
 
 
@@ -163,7 +164,7 @@ def test_weights_say_what_their_evaluation_skips(images, tmp_path, monkeypatch, 
     _, config = images
     splits = load_splits(config, math.inf, 1)
     [damaged] = damage(splits, "test", 2)
-    words = "--dataset folder --data-dir images --recipe smoke --quiet --threads 1 --epochs 1"
+    words = "--dataset images --recipe smoke --quiet --threads 1 --epochs 1"
     words += " --val-fraction 0.25 --test-fraction 0.25 --skip-unreadable --name x"
     assert train.main(words.split()).exit_code == 0
     assert len((tmp_path / "runs/x/predictions.csv").read_text().splitlines()) == 12
@@ -172,7 +173,7 @@ def test_weights_say_what_their_evaluation_skips(images, tmp_path, monkeypatch, 
     assert f"left out 1 image that cannot be read: images/{damaged}" in capfd.readouterr().err
     eval_model = tmp_path / "runs/x/evaluate-test/predictions.csv"
     assert eval_model.read_bytes() == (tmp_path / "runs/x/predictions.csv").read_bytes()
-    other = ("runs/x", "--quiet", "--threads", 1, "--data-dir", "images", "--split", "all")
+    other = ("runs/x", "--quiet", "--threads", 1, "--dataset", "images", "--split", "all")
     assert matches(
         fails(evaluate, *other),
         f"cannot read the image images/{damaged} (*). "
@@ -190,9 +191,9 @@ def test_another_dataset_does_not_inherit_the_option():
     trained = asdict(replace(CONFIG, skip_unreadable=True))
     for given, expected in (
         ({}, True),
-        ({"data_dir": "new"}, False),
+        ({"dataset": "new"}, False),
         ({"dataset": "digits"}, False),
-        ({"data_dir": "new", "skip_unreadable": True}, True),
+        ({"dataset": "new", "skip_unreadable": True}, True),
     ):
         config = EvalConfig(weights="x", **given)
         assert DataConfig(**trained | config.data_overrides()).skip_unreadable == expected
