@@ -33,7 +33,7 @@ def write_results(
 ) -> dict[str, Any]:
     """Write and print the results on the test split, and return the content of report.json.
 
-    The main process writes predictions.csv, report.json, the plots, the page and, last, the model
+    The main process writes the predictions, report.json, the plots, the page and, last, the model
     card, which marks the run as finished. Raise `UserError` on all processes if a file cannot be
     written; if plots or page fail, only warn.
     """
@@ -46,7 +46,7 @@ def write_results(
     if warnings := splits.balance_warnings():
         report["warnings"] = warnings
     with raise_on_all_ranks(accelerator):
-        run.write_predictions(predictions.csv(splits.test.files()))
+        run.write_predictions(predictions.csv(splits.test.files()), predictions.safetensors())
         run.write_report(report)
     console.report(
         report,
