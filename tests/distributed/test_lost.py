@@ -87,17 +87,6 @@ def test_p7_another_exception_keeps_its_traceback(monkeypatch, capsys, error):
     assert lines[-1].endswith(str(error))
 
 
-def test_p7_the_timeout_is_the_configured_one():
-    """Also ten minutes, which Accelerate takes for "not set", so that PyTorch waits for thirty."""
-    code = (
-        "import torch, lab.distributed as d; d.build_accelerator()\n"
-        "group = torch.distributed.group.WORLD._get_backend(torch.device('cpu'))\n"
-        "print(group.options._timeout)"
-    )
-    ended = run(python("-c", code), limit=60, env=world_by_hand(1)[0])
-    assert ended.stdout == "0:10:00\n", ended.stderr
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "message"),
@@ -137,8 +126,11 @@ def test_p7_restarts_that_may_fail_are_rejected_at_the_start():
     launcher = ("-m", "torch.distributed.run", "--standalone", "--max-restarts", 1)
     ended = run(python(*launcher, "--nproc-per-node", 1, "train.py", *SHORT), limit=60)
     assert ended.code != 0
-    assert all("Set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in error for error in ended.errors)
-    assert ended.errors
+    [error] = ended.errors
+    assert "Set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in error
+    # The launcher's own report at the end contains the error, too.
+    assert f"traceback : {error.removeprefix('error: ')}" in ended.stderr
+    assert "To enable traceback" not in ended.stderr
     assert "in run_script" not in ended.stderr
 
 
@@ -153,19 +145,3 @@ def rows(path: Path) -> list[dict]:
     times = ("train_seconds", "eval_seconds", "images_per_second")
     lines = path.read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if k not in times} for line in lines]
-
-
-@pytest.mark.slow
-def test_p3_a_restarted_world_ends_like_an_uninterrupted_one(tmp_path):
-    assert steps_taken(elastic("none", tmp_path / "whole")) == [20, 20]
-    ended = elastic("killed-once", tmp_path / "killed")
-    assert ended.stdout.count("fault at") == 1
-    # torchrun stopped the survivor before it printed that it had lost the connection.
-    assert ended.errors == []
-    first, second = steps_taken(ended)
-    assert first == second < 20
-    whole, killed = tmp_path / "whole" / "run", tmp_path / "killed" / "run"
-    for name in ("best.safetensors", "report.json", "predictions.csv"):
-        assert (killed / name).read_bytes() == (whole / name).read_bytes()
-    for name in ("history.jsonl", "steps.jsonl"):
-        assert rows(killed / name) == rows(whole / name)

@@ -30,6 +30,7 @@ from lab.report.compare import CompareConfig
 from predict import PredictConfig
 
 DIGITS = ("--dataset", "digits", "--recipe", "smoke", "--quiet")
+OWN = '{"versions": {"lab": "0"}}'  # the settings of a run
 HELP = "See `python train.py --help`."
 
 
@@ -90,7 +91,10 @@ HELP = "See `python train.py --help`."
             "--mixed-precision fp16: a CPU cannot train in fp16. "
             "Give --mixed-precision bf16 or no.",
         ),
-        ("--sync-bn", "--sync-bn needs GPUs. Leave it out on other devices."),
+        (
+            "--sync-bn --name own --overwrite",  # which replaces a run, but not after an error
+            "--sync-bn needs GPUs. Leave it out on other devices.",
+        ),
         (
             "--output-dir file",
             f"cannot write file/lenet5-digits (Not a directory). {NO_FOLDER}",
@@ -143,7 +147,11 @@ HELP = "See `python train.py --help`."
 def test_p7_train_refuses(fails, tmp_path, words, message):
     (tmp_path / "file").write_text("x")
     (tmp_path / "dangling").symlink_to("nowhere")
-    for name, config in (("taken", None), ("model", '{"architectures": ["Stranger"]}')):
+    for name, config in (
+        ("taken", None),
+        ("model", '{"architectures": ["Stranger"]}'),
+        ("own", OWN),
+    ):
         (tmp_path / "runs" / name).mkdir(parents=True)
         (tmp_path / "runs" / name / "precious.txt").write_text("x")
         if config:
