@@ -16,7 +16,7 @@ from worlds import python, run
 
 import train
 from export import ExportConfig
-from lab import distributed
+from lab import console, distributed
 from lab.checkpoint.atomic_io import format_bytes, os_errors_as_user_errors, write_atomically
 from lab.checkpoint.run_dir import RunDir
 from lab.config import recipes
@@ -213,6 +213,25 @@ def test_p7_a_mistake_of_one_process_is_raised_on_all(monkeypatch, own):
         with distributed.raise_on_all_ranks(SimpleNamespace(num_processes=2)):
             if own:
                 raise own
+
+
+@pytest.mark.parametrize("is_main", [False, True])
+def test_p7_the_main_process_alone_prints_an_error(monkeypatch, capsys, is_main):
+    world = SimpleNamespace(num_processes=2, is_main_process=is_main)
+    monkeypatch.setattr(distributed, "PartialState", lambda **_: world)
+    with monkeypatch.context() as patch:
+        patch.setenv("WORLD_SIZE", "2")
+        patch.setenv("MASTER_ADDR", "localhost")
+        distributed.init_distributed()
+
+    def fail():
+        raise UserError("what", "Hint")
+
+    try:
+        assert run_script(fail) == 2
+    finally:
+        console.configure(main_process=True)
+    assert capsys.readouterr().err == "error: what. Hint.\n" * is_main
 
 
 def test_p7_asking_for_too_much_memory_is_a_users_mistake(capsys):
