@@ -266,7 +266,7 @@ def test_p2_accumulation_changes_batch_norms_statistics(results, world_size):
 def test_p7_a_mistake_on_one_process_is_printed_once_and_ends_all(images, tmp_path):
     options = [*SHORT, "--dataset", images, "--output-dir", tmp_path]
     command = python("tests/helpers/checks_failures.py", "missing-data", *options)
-    ends = run_all([command] * 2, limit=60, envs=world_by_hand(2))
+    ends = run_all([command] * 2, limit=200, envs=world_by_hand(2))
     assert [ended.code for ended in ends] == [2, 2]
     errors = [line for ended in ends for line in ended.errors]
     assert len(errors) == 1, errors
@@ -278,11 +278,11 @@ def test_p7_a_mistake_on_one_process_is_printed_once_and_ends_all(images, tmp_pa
 
 def test_p7_a_crashed_process_ends_the_world(tmp_path):
     script = ("tests/helpers/checks_failures.py", "crash", *SHORT, "--output-dir", tmp_path)
-    ended = run(torchrun(2, *script), limit=100)
+    ended = run(torchrun(2, *script), limit=200)
     assert ended.code not in (0, None)
     assert ended.left_behind == []
     [line] = [line for line in ended.stdout.splitlines() if line.startswith("fault at ")]
-    assert ended.end - float(line.split()[-1]) < 15
+    assert ended.end - float(line.split()[-1]) < 60  # a collective waits for 600
     # Only the process at fault prints a traceback of lab, with the reason.
     assert ended.stderr.count("in run_script") == 1
     assert "RuntimeError: a fault on rank 1" in ended.stderr

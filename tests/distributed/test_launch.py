@@ -51,7 +51,7 @@ def check_same_run(run_dir: Path, expected: Path, world_size: int) -> None:
 def multi_cpu(tmp_path_factory) -> Path:
     """The directory of a run of `accelerate launch` on two processes."""
     folder = tmp_path_factory.mktemp("multi_cpu")
-    ended = run(accelerate("multi_cpu", "train.py", *options_for(folder)), limit=100)
+    ended = run(accelerate("multi_cpu", "train.py", *options_for(folder)), limit=200)
     assert ended.code == 0, ended.stderr
     assert ended.left_behind == []
     return folder / "run"
@@ -83,7 +83,7 @@ def test_p3_a_restarted_world_ends_like_an_uninterrupted_one(multi_cpu, tmp_path
 
 def test_two_runs_at_once_get_different_directories(tmp_path):
     options = [*OPTIONS, "--max-steps", "2", "--output-dir", str(tmp_path)]
-    for ended in run_all([python("train.py", *options)] * 2, limit=60):
+    for ended in run_all([python("train.py", *options)] * 2, limit=200):
         assert ended.code == 0, ended.stderr
     assert {path.name for path in tmp_path.iterdir()} == {"lenet5-digits", "lenet5-digits-2"}
     for path in tmp_path.iterdir():

@@ -10,6 +10,8 @@ from lab import errors
 from lab.errors import run_script
 
 SHORT = ("--recipe", "smoke", "--dataset", "digits", "--threads", 1, "--quiet", "--log-every", 1)
+TIMEOUT_SECONDS = 10  # longer than processes differ in their start on a loaded machine
+MAX_SECONDS = 60  # from the fault to the end of the others; a collective waits for 600
 GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/"
 RESUME = "train.py --resume auto continues from the last checkpoint."
 TIMEOUT_HINT = (
@@ -90,21 +92,24 @@ def test_p7_another_exception_keeps_its_traceback(monkeypatch, capsys, error):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "message"),
-    [("killed", "lost the connection to another process"), ("stopped", "timed out after 3 s")],
+    [
+        ("killed", "lost the connection to another process"),
+        ("stopped", f"timed out after {TIMEOUT_SECONDS} s"),
+    ],
 )
 def test_p7_the_remaining_process_prints_an_error_and_ends(tmp_path, fault, message):
-    options = [*SHORT, "--output-dir", tmp_path, "--timeout-seconds", 3]
+    options = [*SHORT, "--output-dir", tmp_path, "--timeout-seconds", TIMEOUT_SECONDS]
     command = python("tests/helpers/checks_failures.py", fault, *options)
     envs = world_by_hand(2)
     with start(command, envs[0]) as remaining, start(command, envs[1]) as faulty:
-        ended = remaining.wait(60)
+        ended = remaining.wait(200)
         [line] = [line for line in faulty.stdout.read_text().splitlines() if "fault at" in line]
     [error] = ended.errors
     assert error.startswith(f"error: process 0 {message}")
     assert "Traceback" not in ended.stderr
     assert ended.code == 2
     assert ended.left_behind == []
-    assert ended.end - float(line.split()[-1]) < 15
+    assert ended.end - float(line.split()[-1]) < MAX_SECONDS
 
 
 # torchrun restarts a world, which --resume auto then continues.
@@ -116,7 +121,7 @@ def elastic(fault: str, folder: Path) -> Ended:
     options += ["--resume", "auto", "--checkpoint-every", 2]
     script = ("tests/helpers/checks_failures.py", fault, *options)
     command = python(*launcher, "--nproc-per-node", 2, *script)
-    ended = run(command, limit=120, env={"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"})
+    ended = run(command, limit=200, env={"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"})
     assert ended.code == 0, ended.stderr
     assert ended.left_behind == []
     return ended
@@ -124,7 +129,7 @@ def elastic(fault: str, folder: Path) -> Ended:
 
 def test_p7_restarts_that_may_fail_are_rejected_at_the_start():
     launcher = ("-m", "torch.distributed.run", "--standalone", "--max-restarts", 1)
-    ended = run(python(*launcher, "--nproc-per-node", 1, "train.py", *SHORT), limit=60)
+    ended = run(python(*launcher, "--nproc-per-node", 1, "train.py", *SHORT), limit=200)
     assert ended.code != 0
     [error] = ended.errors
     assert "Set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in error

@@ -118,8 +118,11 @@ def test_p3_a_damaged_checkpoint_is_replaced_by_the_one_before(run, capfd, name,
     assert run_dir.RunDir(run).checkpoints[0].name == "step-00000015"
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("how", ["--resume run", "--resume auto --name run --output-dir ."])
+@pytest.mark.parametrize(
+    ("kind", "how"),
+    [(kind, "--resume run") for kind in KINDS]
+    + [("halved", "--resume auto --name run --output-dir .")],
+)
 def test_p7_no_complete_checkpoint_is_one_error(run, capfd, kind, how):
     for number, folder in enumerate(sorted((run / "checkpoints").glob("step-*"))):
         damage(folder / (train_state.METADATA_FILE, train_state.TENSORS_FILE)[number % 2], kind)

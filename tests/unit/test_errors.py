@@ -350,7 +350,7 @@ def test_p7_a_disk_that_fills_in_training_keeps_what_is_whole(fails, tmp_path):
 
 def test_p7_accelerate_s_cpu_flag_starts_one_process(tmp_path):
     launch = python("-m", "accelerate.commands.launch", "--cpu", "--num_processes", 2)
-    ended = run([*launch, "train.py", *DIGITS, "--output-dir", str(tmp_path)], limit=100)
+    ended = run([*launch, "train.py", *DIGITS, "--output-dir", str(tmp_path)], limit=200)
     assert ended.code != 0
     assert ended.errors == [
         "error: accelerate launch --cpu --num_processes 2 started one process. "
