@@ -157,6 +157,8 @@ def test_p7_train_refuses(fails, tmp_path, words, message):
         if config:
             (tmp_path / "runs" / name / "config.json").write_text(config)
     (tmp_path / "runs/file").write_text("x")
+    (tmp_path / "runs/own/checkpoints").mkdir()
+    (tmp_path / "runs/own/checkpoints/.lock").touch()
     assert fails(train, *DIGITS, *words.split()) == message
 
 
