@@ -29,9 +29,14 @@ EVALUATIONS += [f"{case}, flipped" for case in EVALUATIONS if case.startswith("1
 SHORT = ("--recipe", "smoke", "--dataset", "digits", "--threads", "1", "--quiet")
 
 
-def slow_unless_quick(names):
-    """Return a parameter for each training, marked slow if only the slow suite runs it."""
-    return [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in names]
+def worlds_of(names, smallest=1):
+    """Return a parameter (training, world size) for each world; the slow suite runs on two."""
+    return [
+        pytest.param(name, size, marks=[] if name in QUICK else pytest.mark.slow)
+        for name in names
+        for size in (WORLD_SIZES if name in QUICK else (1, 2))
+        if size >= smallest
+    ]
 
 
 def read_lines(path: Path) -> list[dict]:
@@ -40,8 +45,8 @@ def read_lines(path: Path) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory) -> Path:
-    """A directory of 1,000 images in class directories."""
-    return write_shapes(tmp_path_factory.mktemp("images"), 1000)
+    """A directory of 400 images in class directories."""
+    return write_shapes(tmp_path_factory.mktemp("images"), 400)
 
 
 class Results:
@@ -130,14 +135,23 @@ def test_p1_both_loaders_give_the_same_predictions(results):
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_p1_evaluate_repeats_the_report_of_training(results, world_size):
-    run_dir = results(world_size).folder / "plain"
-    for name in ("report.json", "predictions.csv"):
-        assert (run_dir / "evaluate-test" / name).read_bytes() == (run_dir / name).read_bytes()
+    """Also the file name of each image."""
+    for training in ("plain", "folder-mixed"):
+        path = results(world_size).folder / training
+        for name in ("report.json", "predictions.csv"):
+            assert (path / "evaluate-test" / name).read_bytes() == (path / name).read_bytes()
+    columns = (path / "predictions.csv").read_text().splitlines()[0]
+    assert columns == "index,label,prediction,confidence,label_name,prediction_name,file"
 
 
-@pytest.mark.parametrize("world_size", WORLD_SIZES[1:])
+def test_p7_the_timeout_is_the_configured_one(results):
+    """Also ten minutes, which Accelerate takes for "not set", so that PyTorch waits for thirty."""
+    assert {process["timeout"] for process in results(2).processes} == {"0:10:00"}
+
+
 @pytest.mark.parametrize(
-    "training", slow_unless_quick(n for n in TRAININGS if not n.startswith(("dropout", "hook")))
+    ("training", "world_size"),
+    worlds_of((n for n in TRAININGS if not n.startswith(("dropout", "hook"))), smallest=2),
 )
 def test_p2_the_loss_curve_is_the_same_for_any_world_size(results, training, world_size):
     single, world = results(1, training), results(world_size, training)
@@ -155,33 +169,24 @@ def test_p2_the_loss_curve_is_the_same_for_any_world_size(results, training, wor
     assert world.report(training)["confusion_matrix"] == single.report(training)["confusion_matrix"]
 
 
-@pytest.mark.parametrize("world_size", WORLD_SIZES)
-@pytest.mark.parametrize(
-    ("training", "same", "tolerance"),
-    [
-        ("accumulate-empty", "empty-shards", 1e-4),
-        ("streaming", "plain", 0),
-        ("folder-mixed-streaming", "folder-mixed", 0),
-        pytest.param("grad_accum_steps", "plain", 1e-4, marks=pytest.mark.slow),
-        pytest.param("folder-streaming", "folder", 0, marks=pytest.mark.slow),
-        pytest.param("mixed-accumulate", "mixed", 1e-4, marks=pytest.mark.slow),
-    ],
-)
-def test_p2_neither_accumulation_nor_the_loader_changes_the_curve(
-    results, world_size, training, same, tolerance
-):
+SAME = {
+    "accumulate-empty": ("empty-shards", 1e-4),
+    "streaming": ("plain", 0),
+    "folder-mixed-streaming": ("folder-mixed", 0),
+    "grad_accum_steps": ("plain", 1e-4),
+    "mixed-accumulate": ("mixed", 1e-4),
+}
+
+
+@pytest.mark.parametrize(("training", "world_size"), worlds_of(SAME))
+def test_p2_neither_accumulation_nor_the_loader_changes_the_curve(results, training, world_size):
+    same, tolerance = SAME[training]
     losses, expected = (results(world_size, name).losses(name) for name in (training, same))
     assert losses == pytest.approx(expected, rel=tolerance, abs=0)
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
-@pytest.mark.parametrize(
-    ("training", "same"),
-    [
-        ("plain", "streaming"),
-        pytest.param("folder-streaming", "folder", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize(("training", "same"), [("plain", "streaming")])
 def test_p1_p2_the_saved_images_are_the_same_for_any_world_size(
     results, training, same, world_size
 ):
@@ -206,8 +211,7 @@ def test_p2_the_compared_curves_cover_remainders_and_lower_the_loss(results):
     assert len(results(1).steps("empty-shards")) == 20
 
 
-@pytest.mark.parametrize("world_size", WORLD_SIZES)
-@pytest.mark.parametrize("training", slow_unless_quick(["plain", next(iter(SLOW))]))
+@pytest.mark.parametrize(("training", "world_size"), worlds_of(["plain", next(iter(SLOW))]))
 def test_p2_all_processes_have_the_same_weights(results, training, world_size):
     world = results(world_size, training)
     first, *others = (process["weights"] for process in world.processes)
@@ -249,7 +253,7 @@ def test_dropout_is_a_function_of_seed_step_and_rank(results):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world_size", WORLD_SIZES)
+@pytest.mark.parametrize("world_size", [1, 2])
 def test_p2_accumulation_changes_batch_norms_statistics(results, world_size):
     """Statistics are those of a part of the batch, synchronized or not, so the curve differs."""
     losses, expected = (
@@ -262,7 +266,7 @@ def test_p2_accumulation_changes_batch_norms_statistics(results, world_size):
 def test_p7_a_mistake_on_one_process_is_printed_once_and_ends_all(images, tmp_path):
     options = [*SHORT, "--dataset", images, "--output-dir", tmp_path]
     command = python("tests/helpers/checks_failures.py", "missing-data", *options)
-    ends = run_all([command] * 2, limit=60, envs=world_by_hand(2))
+    ends = run_all([command] * 2, limit=200, envs=world_by_hand(2))
     assert [ended.code for ended in ends] == [2, 2]
     errors = [line for ended in ends for line in ended.errors]
     assert len(errors) == 1, errors
@@ -272,48 +276,13 @@ def test_p7_a_mistake_on_one_process_is_printed_once_and_ends_all(images, tmp_pa
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("fault", ["crash", pytest.param("killed", marks=pytest.mark.slow)])
-def test_p7_a_lost_process_ends_the_world(tmp_path, fault):
-    script = ("tests/helpers/checks_failures.py", fault, *SHORT, "--output-dir", tmp_path)
-    ended = run(torchrun(2, *script), limit=100)
+def test_p7_a_crashed_process_ends_the_world(tmp_path):
+    script = ("tests/helpers/checks_failures.py", "crash", *SHORT, "--output-dir", tmp_path)
+    ended = run(torchrun(2, *script), limit=200)
     assert ended.code not in (0, None)
     assert ended.left_behind == []
     [line] = [line for line in ended.stdout.splitlines() if line.startswith("fault at ")]
-    assert ended.end - float(line.split()[-1]) < 15
+    assert ended.end - float(line.split()[-1]) < 60  # a collective waits for 600
     # Only the process at fault prints a traceback of lab, with the reason.
-    assert ended.stderr.count("in run_script") == (fault == "crash")
-    assert ("RuntimeError: a fault on rank 1" in ended.stderr) == (fault == "crash")
-
-
-def test_p7_sync_bn_without_gpus_is_one_error_and_touches_nothing(tmp_path):
-    options = [*SHORT, "--sync-bn", "--output-dir", tmp_path, "--name", "precious", "--overwrite"]
-    config = '{"versions": {"lab": "0"}}'  # --overwrite may replace this run, but an error may not
-    (tmp_path / "precious").mkdir()
-    (tmp_path / "precious" / "config.json").write_text(config)
-    ended = run(torchrun(2, "train.py", *options), limit=60)
-    assert ended.code != 0
-    [error] = ended.errors
-    assert "--sync-bn needs GPUs" in error
-    # The launcher's own report at the end contains the error, too.
-    assert f"traceback : {error.removeprefix('error: ')}" in ended.stderr
-    assert "To enable traceback" not in ended.stderr
-    assert "in run_script" not in ended.stderr
-    assert (tmp_path / "precious" / "config.json").read_text() == config
-
-
-@pytest.mark.slow
-def test_p7_a_damaged_image_read_by_one_process_is_named(tmp_path):
-    """A loader's worker reads it, in the evaluation after the first epoch."""
-    root, broken = tmp_path / "images", tmp_path / "images/val/class-9/0109.png"
-    write_shapes(root / "train", 30)
-    write_shapes(root / "val", 110)  # a batch of 100 for process 0, one of 10 for process 1
-    assert max((root / "val").glob("*/*")) == broken
-    broken.write_bytes(b"not an image")
-    options = ["--dataset", root, "--output-dir", tmp_path / "runs"]
-    options += ["--loader", "streaming", "--workers", "1", "--max-eval-samples", "0"]
-    ended = run(torchrun(2, "train.py", *SHORT, *options), limit=100)
-    assert ended.code != 0
-    [error] = ended.errors
-    assert str(broken) in error
-    assert "in run_script" not in ended.stderr
-    assert ended.left_behind == []
+    assert ended.stderr.count("in run_script") == 1
+    assert "RuntimeError: a fault on rank 1" in ended.stderr

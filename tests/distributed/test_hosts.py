@@ -14,8 +14,8 @@ from worlds import Ended, accelerate, python, run_all, start
 
 import train
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
-NUM_STEPS, TIMEOUT_SECONDS = 200, 3
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+NUM_STEPS, TIMEOUT_SECONDS = 200, 10
 OPTIONS = [
     *("--recipe", "smoke", "--dataset", "digits", "--threads", 1, "--quiet"),
     *("--epochs", 20, "--max-steps", NUM_STEPS, "--log-every", 1),
@@ -45,10 +45,10 @@ def launch(network: Network, folder: Path, cut_after_steps: int = 0) -> tuple[li
     steps = folder / "run" / "steps.jsonl"
     with start(commands[0]) as first, start(commands[1]) as second:
         if cut_after_steps:
-            first.until(lambda: steps.exists() and len(rows(steps)) >= cut_after_steps, limit=60)
+            first.until(lambda: steps.exists() and len(rows(steps)) >= cut_after_steps, limit=200)
             network.cut()
         cut_at = time.time()
-        return [world.wait(100) for world in (first, second)], cut_at
+        return [world.wait(200) for world in (first, second)], cut_at
 
 
 def check_resumed(ends: list[Ended], folder: Path, whole: Path) -> None:
@@ -94,7 +94,7 @@ def test_p3_p7_a_cut_link_ends_both_hosts_and_the_run_can_be_resumed(network, wh
         assert ended.code != 0
         [error] = ended.errors
         assert error.startswith(f"error: process {rank} timed out after {TIMEOUT_SECONDS} s")
-        assert ended.end - cut_at < TIMEOUT_SECONDS + 15
+        assert ended.end - cut_at < TIMEOUT_SECONDS + 60
         assert ended.left_behind == []
     folder = tmp_path / "run"
     assert 20 <= len(rows(folder / "steps.jsonl")) < NUM_STEPS

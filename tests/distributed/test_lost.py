@@ -10,6 +10,8 @@ from lab import errors
 from lab.errors import run_script
 
 SHORT = ("--recipe", "smoke", "--dataset", "digits", "--threads", 1, "--quiet", "--log-every", 1)
+TIMEOUT_SECONDS = 10  # longer than processes differ in their start on a loaded machine
+MAX_SECONDS = 60  # from the fault to the end of the others; a collective waits for 600
 GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/"
 RESUME = "train.py --resume auto continues from the last checkpoint."
 TIMEOUT_HINT = (
@@ -87,35 +89,27 @@ def test_p7_another_exception_keeps_its_traceback(monkeypatch, capsys, error):
     assert lines[-1].endswith(str(error))
 
 
-def test_p7_the_timeout_is_the_configured_one():
-    """Also ten minutes, which Accelerate takes for "not set", so that PyTorch waits for thirty."""
-    code = (
-        "import torch, lab.distributed as d; d.build_accelerator()\n"
-        "group = torch.distributed.group.WORLD._get_backend(torch.device('cpu'))\n"
-        "print(group.options._timeout)"
-    )
-    ended = run(python("-c", code), limit=60, env=world_by_hand(1)[0])
-    assert ended.stdout == "0:10:00\n", ended.stderr
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "message"),
-    [("killed", "lost the connection to another process"), ("stopped", "timed out after 3 s")],
+    [
+        ("killed", "lost the connection to another process"),
+        ("stopped", f"timed out after {TIMEOUT_SECONDS} s"),
+    ],
 )
 def test_p7_the_remaining_process_prints_an_error_and_ends(tmp_path, fault, message):
-    options = [*SHORT, "--output-dir", tmp_path, "--timeout-seconds", 3]
+    options = [*SHORT, "--output-dir", tmp_path, "--timeout-seconds", TIMEOUT_SECONDS]
     command = python("tests/helpers/checks_failures.py", fault, *options)
     envs = world_by_hand(2)
     with start(command, envs[0]) as remaining, start(command, envs[1]) as faulty:
-        ended = remaining.wait(60)
+        ended = remaining.wait(200)
         [line] = [line for line in faulty.stdout.read_text().splitlines() if "fault at" in line]
     [error] = ended.errors
     assert error.startswith(f"error: process 0 {message}")
     assert "Traceback" not in ended.stderr
     assert ended.code == 2
     assert ended.left_behind == []
-    assert ended.end - float(line.split()[-1]) < 15
+    assert ended.end - float(line.split()[-1]) < MAX_SECONDS
 
 
 # torchrun restarts a world, which --resume auto then continues.
@@ -127,7 +121,7 @@ def elastic(fault: str, folder: Path) -> Ended:
     options += ["--resume", "auto", "--checkpoint-every", 2]
     script = ("tests/helpers/checks_failures.py", fault, *options)
     command = python(*launcher, "--nproc-per-node", 2, *script)
-    ended = run(command, limit=120, env={"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"})
+    ended = run(command, limit=200, env={"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"})
     assert ended.code == 0, ended.stderr
     assert ended.left_behind == []
     return ended
@@ -135,10 +129,14 @@ def elastic(fault: str, folder: Path) -> Ended:
 
 def test_p7_restarts_that_may_fail_are_rejected_at_the_start():
     launcher = ("-m", "torch.distributed.run", "--standalone", "--max-restarts", 1)
-    ended = run(python(*launcher, "--nproc-per-node", 1, "train.py", *SHORT), limit=60)
+    ended = run(python(*launcher, "--nproc-per-node", 1, "train.py", *SHORT), limit=200)
     assert ended.code != 0
-    assert all("Set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in error for error in ended.errors)
-    assert ended.errors
+    first, *others = ended.errors  # of each start
+    assert set(others) <= {first}
+    assert "Set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in first
+    # The launcher's own report at the end contains the error, too.
+    assert f"traceback : {first.removeprefix('error: ')}" in ended.stderr
+    assert "To enable traceback" not in ended.stderr
     assert "in run_script" not in ended.stderr
 
 
@@ -153,19 +151,3 @@ def rows(path: Path) -> list[dict]:
     times = ("train_seconds", "eval_seconds", "images_per_second")
     lines = path.read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if k not in times} for line in lines]
-
-
-@pytest.mark.slow
-def test_p3_a_restarted_world_ends_like_an_uninterrupted_one(tmp_path):
-    assert steps_taken(elastic("none", tmp_path / "whole")) == [20, 20]
-    ended = elastic("killed-once", tmp_path / "killed")
-    assert ended.stdout.count("fault at") == 1
-    # torchrun stopped the survivor before it printed that it had lost the connection.
-    assert ended.errors == []
-    first, second = steps_taken(ended)
-    assert first == second < 20
-    whole, killed = tmp_path / "whole" / "run", tmp_path / "killed" / "run"
-    for name in ("best.safetensors", "report.json", "predictions.csv"):
-        assert (killed / name).read_bytes() == (whole / name).read_bytes()
-    for name in ("history.jsonl", "steps.jsonl"):
-        assert rows(killed / name) == rows(whole / name)

@@ -13,7 +13,8 @@ import pytest
 import torch
 from PIL import Image
 from resuming import LENET, read_lines, resume, same_end, start
-from worlds import python, run_all, torchrun
+from worlds import python, torchrun
+from worlds import run as launch_and_wait
 from worlds import start as launch
 
 import train
@@ -26,18 +27,8 @@ ONE = SimpleNamespace(num_processes=1, device=torch.device("cpu"))
 TWO = SimpleNamespace(num_processes=2, device=torch.device("cpu"))
 NAMES = ("SIGTERM", "SIGINT", "SIGUSR1")
 STREAMING = ["--recipe", "smoke", "--loader", "streaming", "--threads", "1"]
-STREAMING += [
-    "--workers",
-    "2",
-    "--max-train-samples",
-    "0",
-    "--max-steps",
-    "0",
-    "--batch-size",
-    "4",
-    "--log-every",
-    "1",
-]
+STREAMING += ["--workers", "2", "--max-train-samples", "0", "--max-steps", "0"]
+STREAMING += ["--batch-size", "4", "--log-every", "1"]
 LONG = [*LENET, "--epochs", "4000", "--checkpoint-every", "1000000", "--schedule", "constant"]
 
 
@@ -90,7 +81,7 @@ def test_p3_a_signal_to_one_process_stops_all_at_the_same_step(monkeypatch, reas
     assert InterruptHandler(TWO, 0, 0, 0).stop_reason(1) is reason
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("name", NAMES)
 def test_p3_a_signal_in_a_step_saves_before_the_run_ends(tmp_path, monkeypatch, name):
     number, steps, original = getattr(signal, name), itertools.count(1), TrainStep.run
 
@@ -105,48 +96,47 @@ def test_p3_a_signal_in_a_step_saves_before_the_run_ends(tmp_path, monkeypatch, 
         exit_code = start(tmp_path, *LENET).exit_code
     finally:
         signal.signal(number, before)
-    assert exit_code == {"SIGTERM": 143, "SIGINT": 130}[name]
+    assert exit_code == (130 if name == "SIGINT" else 143)
     assert max(p.name for p in (tmp_path / "run/checkpoints").glob("step-*")) == "step-00000006"
     assert not (tmp_path / "run/report.json").exists()
 
 
 TWICE = """
-import os, signal, sys, time, torch, types
+import os, signal, time, torch, types
 from lab.checkpoint import interrupt
-interrupt.REPEAT_SECONDS = float(sys.argv[1])
 one = types.SimpleNamespace(num_processes=1, device=torch.device("cpu"))
-with interrupt.InterruptHandler(one, 0, 0, 0) as interrupts:
-    for _ in range(2):
-        time.sleep(0.05)
-        os.kill(os.getpid(), signal.SIGINT)
-    print(interrupts.stop_reason(1).name)
+for repeat_seconds in (60, 0):
+    interrupt.REPEAT_SECONDS = repeat_seconds
+    with interrupt.InterruptHandler(one, 0, 0, 0) as interrupts:
+        for _ in range(2):
+            time.sleep(0.05)
+            os.kill(os.getpid(), signal.SIGINT)
+        print(interrupts.stop_reason(1).name, flush=True)
 """
 
 
 def test_a_second_ctrl_c_ends_at_once():
     """A signal that is sent both to the process and to its process group counts once."""
-    processes = [python("-c", TWICE, repeat_seconds) for repeat_seconds in (0, 60)]
-    ended = run_all(processes, limit=60)
-    assert [(e.code, e.stdout) for e in ended] == [(130, ""), (0, "SIGINT\n")]
+    ended = launch_and_wait(python("-c", TWICE), limit=200)
+    assert (ended.code, ended.stdout) == (130, "SIGINT\n")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130), ("SIGUSR1", 143)])
-def test_p3_a_signal_saves_a_checkpoint_to_resume_from(tmp_path, name, code):
+def test_p3_ctrl_c_saves_a_checkpoint_to_resume_from(tmp_path):
     """At a random moment of a step or an evaluation."""
     command = python("train.py", *LONG, "--output-dir", tmp_path, "--name", "run")
     with launch(command) as world:
         _train_a_while(world, tmp_path / "run")
-        world.process.send_signal(getattr(signal, name))
-        ended = world.wait(60)
-    assert ended.code == code, ended.stderr
+        world.process.send_signal(signal.SIGINT)
+        ended = world.wait(200)
+    assert ended.code == 130, ended.stderr
     step = _stopped_at(ended, tmp_path / "run")
     _check_resumed(tmp_path, step)
 
 
 def _train_a_while(world, path, steps=20):
     lines = path / "steps.jsonl"
-    world.until(lambda: lines.exists() and len(lines.read_bytes().splitlines()) > steps, limit=90)
+    world.until(lambda: lines.exists() and len(lines.read_bytes().splitlines()) > steps, limit=200)
 
 
 def _stopped_at(ended, path):
@@ -171,7 +161,7 @@ def _check_resumed(folder, step):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("num_processes", [1, 2])
 def test_p3_sigterm_to_the_workers_too_saves_and_ends_with_143(images, tmp_path, num_processes):
     """torchrun, Slurm and Docker send it to every process; all stop after the same step."""
@@ -183,7 +173,7 @@ def test_p3_sigterm_to_the_workers_too_saves_and_ends_with_143(images, tmp_path,
             os.killpg(world.process.pid, signal.SIGTERM)
         else:  # torchrun signals the process group of each of its processes
             world.process.send_signal(signal.SIGTERM)
-        ended = world.wait(60)
+        ended = world.wait(200)
     assert ended.code == (143 if num_processes == 1 else 1), ended.stderr
     assert ended.errors == []
     step = _stopped_at(ended, tmp_path / "run")

@@ -118,8 +118,11 @@ def test_p3_a_damaged_checkpoint_is_replaced_by_the_one_before(run, capfd, name,
     assert run_dir.RunDir(run).checkpoints[0].name == "step-00000015"
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("how", ["--resume run", "--resume auto --name run --output-dir ."])
+@pytest.mark.parametrize(
+    ("kind", "how"),
+    [(kind, "--resume run") for kind in KINDS]
+    + [("halved", "--resume auto --name run --output-dir .")],
+)
 def test_p7_no_complete_checkpoint_is_one_error(run, capfd, kind, how):
     for number, folder in enumerate(sorted((run / "checkpoints").glob("step-*"))):
         damage(folder / (train_state.METADATA_FILE, train_state.TENSORS_FILE)[number % 2], kind)
@@ -290,15 +293,15 @@ def test_p7_optimizer_state_of_another_architecture_is_one_error(run, capfd):
 
 @pytest.mark.slow
 def test_p7_randomly_changed_files_never_crash_the_readers(finished):
-    """2,000 files, in a process whose memory is limited to one GiB more than it starts with."""
-    command = [sys.executable, "tests/helpers/checks_fuzz.py", str(finished), "1000"]
+    """600 files, in a process whose memory is limited to one GiB more than it starts with."""
+    command = [sys.executable, "tests/helpers/checks_fuzz.py", str(finished), "300"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     ended = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=200
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr
     counts = json.loads(ended.stdout.splitlines()[-1])
-    assert counts["weights refused"] + counts["weights loaded"] == 1000
-    assert counts["checkpoints refused"] + counts["checkpoints loaded"] == 1000
-    assert min(counts["weights refused"], counts["checkpoints refused"]) > 500
+    assert counts["weights refused"] + counts["weights loaded"] == 300
+    assert counts["checkpoints refused"] + counts["checkpoints loaded"] == 300
+    assert min(counts["weights refused"], counts["checkpoints refused"]) > 150
     assert counts["MiB more"] < 1024

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from PIL import Image
 from resuming import start
-from worlds import run, torchrun
 
 import evaluate
 import predict
@@ -80,17 +79,6 @@ def test_each_row_names_its_file(trained, tmp_path, words, count):
         assert prediction["path"] == path
         assert prediction["class1"] == CLASSES[int(row["prediction"])]
         assert float(prediction["confidence1"]) == pytest.approx(float(row["confidence"]), abs=1e-5)
-
-
-@pytest.mark.slow
-def test_training_and_two_processes_write_the_same_bytes(trained, tmp_path):
-    run_folder, _ = trained
-    ended = run(torchrun(2, "evaluate.py", run_folder, "--output", tmp_path / "e"), limit=100)
-    assert ended.code == 0, ended.stderr
-    expected = (run_folder / "predictions.csv").read_bytes()
-    assert (tmp_path / "e" / "predictions.csv").read_bytes() == expected
-    columns = b"index,label,prediction,confidence,label_name,prediction_name,file\n"
-    assert expected.startswith(columns + b"0,0,")
 
 
 def test_page_and_plots_name_the_files_of_mistakes(trained, tmp_path, monkeypatch):

@@ -218,7 +218,7 @@ def test_p7_a_container_with_small_shared_memory_hangs_nothing():
     if not shutil.which("unshare") or subprocess.run([*unshare, mount], check=False).returncode:
         pytest.skip("needs user namespaces")
     command = python("-c", SMALL_SHARED_MEMORY)
-    ended = run([*unshare, f'{mount} && exec "$@"', "sh", *command], limit=60)
+    ended = run([*unshare, f'{mount} && exec "$@"', "sh", *command], limit=200)
     assert ended.code == 0, ended.stderr
     sizes, too_small, full = ended.stdout.splitlines()
     assert sizes == "8 4 8"

@@ -23,10 +23,8 @@ COMMON = """--recipe smoke --dataset digits --max-train-samples 25 --batch-size 
 FROZEN = "mobilenet_v3_small, frozen"
 TRAININGS = {
     "googlenet": "--model googlenet",
-    "densenet": "--model densenet",
     "mobilenet_v3_small": "--model mobilenet_v3_small",
     FROZEN: "--model mobilenet_v3_small --freeze backbone",
-    "vit_hybrid": "--model vit_hybrid",
 }
 
 

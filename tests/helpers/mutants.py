@@ -347,7 +347,7 @@ MUTANTS = (
         "lab/distributed.py",
         "console.configure(main_process=world.is_main_process,",
         "console.configure(main_process=True,",
-        "distributed/test_distributed.py::test_p7_a_mistake_on_one_process_is_printed_once_and_ends_all",
+        "unit/test_errors.py::test_p7_the_main_process_alone_prints_an_error[False]",
     ),
     Mutant(
         "P7: a mistake in one process is raised in all",

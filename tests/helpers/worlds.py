@@ -1,7 +1,7 @@
 """Start real processes for the tests, single or as a world, and leave none behind.
 
-    ended = run(torchrun(2, "train.py", "--dataset", "digits"), limit=60)
-    both = run_all([python("train.py"), python("train.py")], limit=60)  # at the same time
+    ended = run(torchrun(2, "train.py", "--dataset", "digits"), limit=200)
+    both = run_all([python("train.py"), python("train.py")], limit=200)  # at the same time
     with start(python("train.py")) as world:
         ...  # meanwhile
         ended = world.wait(60)
@@ -36,7 +36,7 @@ class Ended:
     stdout: str
     stderr: str
     end: float  # time.time()
-    left_behind: list[str]  # command lines of processes that outlived it by 10 s, now killed
+    left_behind: list[str]  # command lines of processes that outlived it by 30 s, now killed
 
     @property
     def errors(self) -> list[str]:
@@ -162,7 +162,7 @@ class World:
             ) from None
         end = time.time()
         # A loader's workers check every five seconds whether their parent still exists.
-        _, left = psutil.wait_procs(self._members(), timeout=10)
+        _, left = psutil.wait_procs(self._members(), timeout=30)
         lines = []
         for process in left:
             with contextlib.suppress(psutil.Error):

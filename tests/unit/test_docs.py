@@ -152,13 +152,6 @@ def test_a_command_runs_or_is_parsed(command, make_run, monkeypatch):
             run(script, words, config)
 
 
-def test_the_python_code_of_the_readme_runs(make_run):
-    [code] = blocks(ROOT / "README.md", "python")
-    variables: dict = {}
-    exec(code, variables)
-    assert len(variables["prediction"].names) == 20
-
-
 def check_other_program(program: str, words: list[str]) -> None:
     """Check a command that does not start Python."""
     if program == "make":

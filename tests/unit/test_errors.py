@@ -16,7 +16,7 @@ from worlds import python, run
 
 import train
 from export import ExportConfig
-from lab import distributed
+from lab import console, distributed
 from lab.checkpoint.atomic_io import format_bytes, os_errors_as_user_errors, write_atomically
 from lab.checkpoint.run_dir import RunDir
 from lab.config import recipes
@@ -30,6 +30,7 @@ from lab.report.compare import CompareConfig
 from predict import PredictConfig
 
 DIGITS = ("--dataset", "digits", "--recipe", "smoke", "--quiet")
+OWN = '{"versions": {"lab": "0"}}'  # the settings of a run
 HELP = "See `python train.py --help`."
 
 
@@ -90,7 +91,10 @@ HELP = "See `python train.py --help`."
             "--mixed-precision fp16: a CPU cannot train in fp16. "
             "Give --mixed-precision bf16 or no.",
         ),
-        ("--sync-bn", "--sync-bn needs GPUs. Leave it out on other devices."),
+        (
+            "--sync-bn --name own --overwrite",  # which replaces a run, but not after an error
+            "--sync-bn needs GPUs. Leave it out on other devices.",
+        ),
         (
             "--output-dir file",
             f"cannot write file/lenet5-digits (Not a directory). {NO_FOLDER}",
@@ -143,12 +147,18 @@ HELP = "See `python train.py --help`."
 def test_p7_train_refuses(fails, tmp_path, words, message):
     (tmp_path / "file").write_text("x")
     (tmp_path / "dangling").symlink_to("nowhere")
-    for name, config in (("taken", None), ("model", '{"architectures": ["Stranger"]}')):
+    for name, config in (
+        ("taken", None),
+        ("model", '{"architectures": ["Stranger"]}'),
+        ("own", OWN),
+    ):
         (tmp_path / "runs" / name).mkdir(parents=True)
         (tmp_path / "runs" / name / "precious.txt").write_text("x")
         if config:
             (tmp_path / "runs" / name / "config.json").write_text(config)
     (tmp_path / "runs/file").write_text("x")
+    (tmp_path / "runs/own/checkpoints").mkdir()
+    (tmp_path / "runs/own/checkpoints/.lock").touch()
     assert fails(train, *DIGITS, *words.split()) == message
 
 
@@ -205,6 +215,25 @@ def test_p7_a_mistake_of_one_process_is_raised_on_all(monkeypatch, own):
         with distributed.raise_on_all_ranks(SimpleNamespace(num_processes=2)):
             if own:
                 raise own
+
+
+@pytest.mark.parametrize("is_main", [False, True])
+def test_p7_the_main_process_alone_prints_an_error(monkeypatch, capsys, is_main):
+    world = SimpleNamespace(num_processes=2, is_main_process=is_main)
+    monkeypatch.setattr(distributed, "PartialState", lambda **_: world)
+    with monkeypatch.context() as patch:
+        patch.setenv("WORLD_SIZE", "2")
+        patch.setenv("MASTER_ADDR", "localhost")
+        distributed.init_distributed()
+
+    def fail():
+        raise UserError("what", "Hint")
+
+    try:
+        assert run_script(fail) == 2
+    finally:
+        console.configure(main_process=True)
+    assert capsys.readouterr().err == "error: what. Hint.\n" * is_main
 
 
 def test_p7_asking_for_too_much_memory_is_a_users_mistake(capsys):
@@ -323,7 +352,7 @@ def test_p7_a_disk_that_fills_in_training_keeps_what_is_whole(fails, tmp_path):
 
 def test_p7_accelerate_s_cpu_flag_starts_one_process(tmp_path):
     launch = python("-m", "accelerate.commands.launch", "--cpu", "--num_processes", 2)
-    ended = run([*launch, "train.py", *DIGITS, "--output-dir", str(tmp_path)], limit=100)
+    ended = run([*launch, "train.py", *DIGITS, "--output-dir", str(tmp_path)], limit=200)
     assert ended.code != 0
     assert ended.errors == [
         "error: accelerate launch --cpu --num_processes 2 started one process. "

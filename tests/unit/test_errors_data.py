@@ -245,18 +245,6 @@ def test_p7_a_worker_names_a_damaged_image(tmp_path):
 TRANSFORM = BatchTransform((0.5,), (0.5,), (), "cpu")
 
 
-def test_p7_a_batch_smaller_than_the_world():
-    config = recipes.resolve({"dataset": "digits"})
-    split = load_splits(DataConfig.of(config), math.inf, 1).train
-    options = LoaderOptions(0, 4, torch.device("cpu"), "resident", 0, math.inf)
-    with pytest.raises(UserError) as caught:
-        build_loader(split, TRANSFORM, options, batch_size=3, seed=0)
-    assert str(caught.value) == (
-        "--batch-size 3 is smaller than the number of processes, 4. "
-        "Increase it: it is the number of samples over all processes."
-    )
-
-
 # MNIST
 
 
@@ -320,11 +308,9 @@ def test_p7_no_network(fails, monkeypatch, dataset, name, problem, reason):
         raise problem
 
     monkeypatch.setattr(urllib.request, "urlopen", refuse)
-    start = time.monotonic()
     for made in ("data", "data/elsewhere"):  # an existing directory stays
         message = fails(train, "--dataset", dataset, "--quiet")
         Path(made).mkdir()
-    assert time.monotonic() - start < 5
     assert message == (
         f"{name} is not in data and could not be downloaded ({reason}). "
         "Check the network or set --data-dir; `--dataset digits` needs no download."

@@ -230,7 +230,7 @@ def test_p7_processes_with_other_data_neither_train_nor_evaluate(tmp_path, capsy
     evaluations = [python("evaluate.py", run, "--dataset", root, *asked)
                    for root in (mine, theirs)]  # fmt: skip
     envs = world_by_hand(2) + world_by_hand(2)
-    ends = run_all(trainings + evaluations, limit=100, envs=envs)
+    ends = run_all(trainings + evaluations, limit=200, envs=envs)
     assert [ended.code for ended in ends] == [2] * 4
     expected = [
         "error: process 1 has other data than process 0 (on process 1, a/7.bmp (class a) is "

@@ -17,7 +17,7 @@ from lab.data.transforms import BatchTransform, SampleTransform, square
 from lab.data.types import Split
 from lab.errors import UserError
 
-WORLDS = [1, 2, 3, 4, 64, 1024]
+WORLDS = [1, 2, 3, 64]
 CPU = torch.device("cpu")
 NAMES = ("a", "b")
 STEPS = ("crop", "flip", "cutout")
@@ -78,7 +78,7 @@ def global_batches(num_samples, batch_size, seed, world_size, num_parts=1):
 
 
 @pytest.mark.parametrize("world_size", WORLDS)
-@pytest.mark.parametrize("num_items", [0, 1, 2, 3, 5, 63, 64, 65, 1023, 1025, 1_281_167])
+@pytest.mark.parametrize("num_items", [0, 1, 2, 63, 64, 65, 1_281_167])
 def test_p1_shards_cover_all_once_and_differ_by_at_most_one(num_items, world_size):
     shards = [shard(num_items, rank, world_size) for rank in range(world_size)]
     assert (shards[0].start, shards[-1].stop) == (0, num_items)
@@ -171,8 +171,8 @@ def test_p1_evaluation_deals_out_whole_batches_and_counts_each_sample_once(
 
 @pytest.mark.parametrize("epoch", [1, 2])
 @pytest.mark.parametrize("seed", [3, None])
-@pytest.mark.parametrize("world", [(0, 1), (0, 3), (2, 3)])
-@pytest.mark.parametrize("batch_size", [1, 11, NUM_FILES - 1, NUM_FILES, NUM_FILES + 1])
+@pytest.mark.parametrize("world", [(0, 1), (2, 3)])
+@pytest.mark.parametrize("batch_size", [1, 11, NUM_FILES + 1])
 def test_p2_both_loaders_give_the_same_bits(splits, batch_size, world, seed, epoch):
     expected = list(
         make_loader(splits[0], batch_size=batch_size, seed=seed, world=world).batches(epoch)
@@ -307,7 +307,9 @@ def test_only_files_are_read_by_workers(splits):
 
 
 def test_p7_a_batch_smaller_than_the_world_is_refused_in_training_only(splits):
-    with pytest.raises(ValueError, match="--batch-size 4 is smaller"):
+    with pytest.raises(
+        ValueError, match="--batch-size 4 is smaller than the number of processes, 5"
+    ):
         built(splits[0], "auto", world_size=5)
     assert built(splits[0], "auto", world_size=4).sampler.world_size == 4
     assert built(splits[0], "auto", world_size=5, seed=None).sampler.world_size == 5

@@ -231,7 +231,7 @@ def test_p1_two_processes_answer_for_each_path_on_standard_input(trained, tmp_pa
     words += ["--explain", tmp_path / "overlays"]
     command = torchrun(2, "predict.py", trained[0], *words)
     script = f"exec {shlex.join(command)} < {shlex.quote(str(tmp_path / 'list'))}"
-    ended = run(["sh", "-c", script], limit=100)
+    ended = run(["sh", "-c", script], limit=200)
     assert [row["path"] for row in read_csv(tmp_path / "two.csv")] == [*paths, str(broken)]
     assert len([f for f in (tmp_path / "overlays").rglob("*.png") if f.is_file()]) == len(paths)
     assert (tmp_path / "two.csv").read_bytes() == (tmp_path / "one.csv").read_bytes()
