@@ -31,6 +31,7 @@ NOT_RUN = {
     "accelerate": "many processes, GPUs or machines; test_launch.py and test_hosts.py start some",
     "torchrun": "the same",
     "--pretrained": "downloads weights; test_finetune.py has a stand-in for them",
+    "efficientnet_lite0.safetensors": "is made of that package by benchmarks/pretrained.py",
     "--push-to-hub": "needs a login; test_hub.py has a stand-in for the server",
     "--print-config": "exits; test_config.py runs it",
 }
@@ -158,7 +159,7 @@ def check_other_program(program: str, words: list[str]) -> None:
         targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
         assert {word for word in words if "=" not in word} <= set(targets)
     elif program == "pip":  # downloads
-        assert words[:2] == ["install", "-e"]
+        assert words[0] == "install"
     elif program == "sbatch":  # test_slurm.py runs it
         assert (ROOT / words[0]).is_file()
     else:

@@ -5,6 +5,7 @@ import json
 import re
 import textwrap
 import zipfile
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -180,7 +181,8 @@ def test_other_networks(model, size):
     """googlenet has auxiliary classifiers, vit a token that is repeated for each image."""
     arguments = {"name": model, "num_classes": 3, "in_chans": 3, "image_size": size}
     metadata = {"model": arguments, "class_names": list("abc"), "mean": [0.4, 0.5, 0.6],
-            "std": [0.2, 0.3, 0.2], "temperature": 0.5, "best_epoch": 1}  # fmt: skip
+            "std": [0.2, 0.3, 0.2], "temperature": 0.5, "best_epoch": 1,
+            "data": asdict(DataConfig("digits", "", size, 0, 0, 0, 0, 0))}  # fmt: skip
     torch.manual_seed(0)
     built_model = build_model(**arguments).eval()
     for parameter in built_model.parameters():

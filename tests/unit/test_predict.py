@@ -44,7 +44,7 @@ def trained(tmp_path_factory):
             for i in range(count):
                 suffix = ("png", "jpg", "bmp")[i % 3]
                 picture(label, (i, label, count)).save(folder / split / name / f"{i:03}.{suffix}")
-    words = [*FEW, "--dataset", str(folder), "--max-eval-samples", "0"]
+    words = [*FEW, "--model", "lenet5", "--dataset", str(folder), "--max-eval-samples", "0"]
     start(folder, *words, "--val-fraction", "0.2")
     return folder / "run", folder / "test"
 

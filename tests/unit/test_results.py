@@ -133,6 +133,9 @@ HELD = {  # tables of numbers that are not written by a script, and what holds t
     "| directory | command |": "test_each_run_is_named_with_its_command",
     "| settings | validation accuracy | training accuracy | NAME |": "test_the_trials",
     "| settings | epochs | validation accuracy | in `trials/` | |": "test_the_trials",
+    "| option | accuracy | macro-F1 | recall of airplane (450) | cat (225) | deer (90) | frog (45) "
+    "| truck (18) |": "test_the_table_of_unbalanced_classes",
+    "| | formula | meaning |": "definitions, in docs/metrics.md",
     "| | |": "an option's values, in docs/training.md",
 }
 
@@ -159,7 +162,7 @@ def recipe_settings(run: Path) -> tuple[dict, dict]:
     given = {name: config[name] for name in ("model", "dataset", "data_dir", "recipe", "epochs")}
     if config["dataset"] == "digits":
         del given["data_dir"]
-    if config["dataset"] == "folder":
+    if is_path(config["dataset"]):
         given["monitor"] = "accuracy"  # results/README.md: then the default
     command = next(line for line in [*log.splitlines(), ""] if "train.py" in line or not line)
     for name in names & config.keys():
@@ -255,6 +258,17 @@ def trial(name: str, seen: set[str]) -> list[dict]:
     seen.add(name)
     lines = (ROOT / "results" / "trials" / f"{name}.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
+
+
+def test_the_table_of_unbalanced_classes():
+    log = (ROOT / "benchmarks/logs/class_balance.txt").read_text()
+    rows = re.findall(r"^([\w-]+) +[01] +([\d.]+) +([\d.]+) +\d+ +(.*)$", log, re.MULTILINE)
+    measured = [
+        [f"{float(x):.2f}" for x in (a, f1, *recalls.split())] for _, a, f1, recalls in rows
+    ]
+    table = (ROOT / "docs/training.md").read_text().partition("| option | accuracy | macro-F1")[2]
+    shown = [re.findall(r"(\d\.\d\d) and (\d\.\d\d)", line) for line in table.splitlines()[2:5]]
+    assert shown == [list(zip(*measured[i : i + 2], strict=True)) for i in (0, 2, 4)]
 
 
 # What README and other pages claim in sentences.
