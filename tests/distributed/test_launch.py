@@ -34,7 +34,10 @@ def check_same_run(run_dir: Path, expected: Path, world_size: int) -> None:
     """Check that the report is the same, and the losses within floating-point tolerance."""
     assert read_json(run_dir / "config.json")["world_size"] == world_size
     report, other = read_json(run_dir / "report.json"), read_json(expected / "report.json")
-    assert report.pop("loss") == pytest.approx(other.pop("loss"), rel=1e-4)
+    for key in ("loss", "calibration_error"):
+        assert report.pop(key) == pytest.approx(other.pop(key), rel=1e-4)
+    for row, other_row in zip(report.pop("coverage"), other.pop("coverage"), strict=True):
+        assert row == pytest.approx(other_row, rel=1e-4)
     assert report == other  # accuracy, F1, per class, confusion matrix, best epoch
     for name, keys in (("history.jsonl", ("train_loss", "val_loss")), ("steps.jsonl", ("loss",))):
         rows, others = (

@@ -26,7 +26,7 @@ from lab.errors import UserError
 ONE = SimpleNamespace(num_processes=1, device=torch.device("cpu"))
 TWO = SimpleNamespace(num_processes=2, device=torch.device("cpu"))
 NAMES = ("SIGTERM", "SIGINT", "SIGUSR1")
-STREAMING = ["--recipe", "smoke", "--loader", "streaming", "--threads", "1"]
+STREAMING = ["--model", "lenet5", "--recipe", "smoke", "--loader", "streaming", "--threads", "1"]
 STREAMING += ["--workers", "2", "--max-train-samples", "0", "--max-steps", "0"]
 STREAMING += ["--batch-size", "4", "--log-every", "1"]
 LONG = [*LENET, "--epochs", "4000", "--checkpoint-every", "1000000", "--schedule", "constant"]

@@ -39,7 +39,7 @@ class Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("settings", VARIANTS, ids=["sgd", "unusual", "adamw"])
+@pytest.mark.parametrize("settings", VARIANTS, ids=["sgd", "unusual", "adamw", "weights"])
 @pytest.mark.parametrize("model", SIZES)
 def test_a_step_reads_the_device_only_to_log(model, settings):
     cpu = place("cpu")

@@ -38,7 +38,7 @@ def trained(tmp_path_factory):
                 Image.fromarray(pixels).save(path)
             except OSError:
                 pytest.skip("the file system refuses such names")
-    start(folder, *SHORT, "--dataset", f"{folder}/data")
+    start(folder, *SHORT, "--model", "lenet5", "--dataset", f"{folder}/data")
     return folder / "run", folder / "data"
 
 
@@ -98,8 +98,8 @@ def test_page_and_plots_name_the_files_of_mistakes(trained, tmp_path, monkeypatc
         wrong = np.flatnonzero(found.labels != found.predictions)
         names = [found.files[i] if with_files else f"#{i}" for i in wrong]
         shown = html._mistakes(found)
-        assert sorted(name for _, _, name, _, _ in shown) == sorted(names) != []
-        for label, prediction, name, _, _ in shown:
+        assert sorted(name for _, _, name, *_ in shown) == sorted(names) != []
+        for label, prediction, name, *_ in shown:
             i = wrong[names.index(name)]
             assert (label, prediction) == (found.labels[i], found.predictions[i])
         ends = {name[-8:] for name in names if name.isprintable()}

@@ -52,11 +52,11 @@ QUICK = {
     "--grad-accum-steps 3",
     "options": "--optimizer nesterov --schedule cosine --warmup-epochs 0.5 --max-grad-norm 0.5 "
     "--ema-decay 0.9 --label-smoothing 0.1 --class-weights balanced",
-    "folder-mixed": "--dataset IMAGES --epochs 1 --augment crop,flip,mixup,cutmix "
+    "folder-mixed": "--model lenet5 --dataset IMAGES --epochs 1 --augment crop,flip,mixup,cutmix "
     "--max-steps 8 --loader resident",
-    "folder-mixed-streaming": "--dataset IMAGES --epochs 1 --max-steps 8 --workers 2 "
-    "--augment crop,flip,mixup,cutmix --loader streaming",
-    "sample-augmentation": "--dataset IMAGES --epochs 1 --max-steps 4 --workers 1 "
+    "folder-mixed-streaming": "--model lenet5 --dataset IMAGES --epochs 1 --max-steps 8 "
+    "--workers 2 --augment crop,flip,mixup,cutmix --loader streaming",
+    "sample-augmentation": "--model lenet5 --dataset IMAGES --epochs 1 --max-steps 4 --workers 1 "
     "--augment resized-crop,flip,trivialaugment,erasing",
     # With BatchNorm that is synchronized over gloo: --sync-bn needs GPUs.
     "batch-norm-uneven-parts": "--max-train-samples 65 --epochs 5 --grad-accum-steps 3",

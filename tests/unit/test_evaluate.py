@@ -50,7 +50,7 @@ def trained(tmp_path_factory):
         "--max-eval-samples",
         "12",
     ]
-    start(folder, *words, "--dataset", f"{folder}/data")
+    start(folder, *words, "--model", "lenet5", "--dataset", f"{folder}/data")
     return folder / "run", folder / "data"
 
 

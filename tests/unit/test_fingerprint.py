@@ -212,7 +212,7 @@ def test_processes_that_differ_are_named(monkeypatch):
 
 def test_p7_processes_with_other_data_neither_train_nor_evaluate(tmp_path, capsys):
     mine = write_pictures(tmp_path / "mine", count=30)
-    short = ["--recipe", "smoke", "--max-steps", "2", "--threads", "1"]
+    short = ["--model", "lenet5", "--recipe", "smoke", "--max-steps", "2", "--threads", "1"]
     words = [*short, "--output-dir", str(tmp_path)]
     train.main([*words, "--dataset", str(mine), "--name", "run"])
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]

@@ -164,7 +164,7 @@ def test_weights_say_what_their_evaluation_skips(images, tmp_path, monkeypatch, 
     _, config = images
     splits = load_splits(config, math.inf, 1)
     [damaged] = damage(splits, "test", 2)
-    words = "--dataset images --recipe smoke --quiet --threads 1 --epochs 1"
+    words = "--model lenet5 --dataset images --recipe smoke --quiet --threads 1 --epochs 1"
     words += " --val-fraction 0.25 --test-fraction 0.25 --skip-unreadable --name x"
     assert train.main(words.split()).exit_code == 0
     assert len((tmp_path / "runs/x/predictions.csv").read_text().splitlines()) == 12
