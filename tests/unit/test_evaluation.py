@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from sklearn.metrics import top_k_accuracy_score
 from torch import nn
 from trainers import FakeWorld, make_loader, place
 
@@ -52,3 +53,13 @@ def test_p1_every_process_evaluates_with_the_buffers_of_rank_0(accelerator, monk
     actual = predict_all(FakeWorld(accelerator, 2), own, loader)
     assert torch.equal(actual.losses, expected.losses)
     assert next(buffers, None) is None
+
+
+def test_p1_top5_accuracy_equals_scikit_learn(accelerator):
+    predictions = predict_all(accelerator, make_model(), make_loader(accelerator, seed=None))
+    report, labels = predictions.report(), predictions.labels
+    expected = [
+        top_k_accuracy_score(labels, predictions.logits, k=k, labels=range(10)) for k in (4, 5, 6)
+    ]
+    assert len(set(expected)) == 3
+    assert report["top5_accuracy"] == pytest.approx(expected[1], abs=1e-9)
