@@ -36,10 +36,13 @@ OTHER = {
     "label_smoothing": 0.1,
     "ema_decay": 0.9,
     "lr_gamma": 0.1,
+    "crop_pct": 0.5,
+    "layer_decay": 0.5,
 }
 HUB = {"push_to_hub": "name"}
 REQUIRED = {  # settings that others need
     "overwrite": {"name": "run"}, "freeze": {"pretrained": True}, "hub_images": HUB,
+    "linear_probe": {"pretrained": True},
     "hub_public": HUB,
 }  # fmt: skip
 
@@ -237,6 +240,12 @@ PUBLISHED = {
     "ema_decay": 0.0,
     "mixup_alpha": 1.0,
     "init": "default",
+    "pretrained": False,
+    "linear_probe": False,
+    "layer_decay": 1.0,
+    "patience": 0,
+    "fit": "crop",
+    "crop_pct": 1.0,
     "monitor": "accuracy",
     "seed": 42,
 }
@@ -318,7 +327,7 @@ def test_the_config_of_a_run_gives_its_training_settings(finished, capsys):
         ("a.yaml", "model:", "invalid model None in a.yaml: expected a text."),
         ("a.yaml", "augment: [crop]", "invalid augment ['crop'] in a.yaml: expected a "),
         ("a.yaml", "compile: 1", "invalid compile 1 in a.yaml: expected true or false."),
-        ("a.yaml", "epochs: 0", "invalid --epochs 0: expected at least 1."),
+        ("a.yaml", "epochs: -1", "invalid --epochs -1: expected at least 0."),
         ("a.yaml", "epochs", "a.yaml is not a list of settings. Write one `name: value` per line."),
         ("a.yaml", "a: [", "a.yaml is not valid YAML ("),
         ("a.yaml", "!!python/object/apply:os.system [ls]", "a.yaml is not valid YAML ("),

@@ -64,7 +64,7 @@ HELP = "See `python train.py --help`."
         ("--lr nan", "invalid --lr nan: expected a finite number."),
         ("--lr inf", "invalid --lr inf: expected a finite number."),
         ("--lr 0", "invalid --lr 0.0: expected more than 0."),
-        ("--epochs 0", "invalid --epochs 0: expected at least 1."),
+        ("--epochs -1", "invalid --epochs -1: expected at least 0."),
         ("--momentum 1", "invalid --momentum 1.0: expected at most 0.9999."),
         ("--threads 1025", "invalid --threads 1025: expected at most 1024."),
         ("--image-size 1000000", "invalid --image-size 1000000: expected at most 4096."),
@@ -76,7 +76,7 @@ HELP = "See `python train.py --help`."
         (
             "--augment crop,rotate",
             "invalid --augment 'crop,rotate': expected none or a comma-separated list of "
-            "crop, flip, cutout, mixup, cutmix.",
+            "crop, flip, cutout, mixup, cutmix, resized-crop, trivialaugment, randaugment, erasing.",
         ),
         ("--hub-images", "--hub-images needs --push-to-hub. Add --push-to-hub REPOSITORY."),
         ("--hub-public", "--hub-public needs --push-to-hub. Add --push-to-hub REPOSITORY."),
