@@ -4,9 +4,14 @@
   python evaluate.py best.safetensors --split val        another split, from the file alone
   python evaluate.py best.safetensors --dataset IMAGES --split all
   python evaluate.py runs/alexnet-cifar10 --tta flip     also with test-time augmentation
+  python evaluate.py runs/lenet5-mnist --calibrate       fit the confidence on validation
   accelerate launch --config_file accelerate_configs/multi_gpu.yaml evaluate.py runs/lenet5-mnist
 
-Writes report.json and predictions.csv. The results do not depend on the number of processes.
+Writes report.json, predictions.csv and predictions.safetensors, which holds the probabilities. The
+results do not depend on the number of processes.
+
+--calibrate stores a temperature in the weights (Guo et al. 2017), which this script, predict.py and
+export.py divide the logits by: confidence becomes comparable with accuracy, no prediction changes.
 """
 
 import sys
@@ -17,7 +22,7 @@ from functools import partial
 from lab import console
 from lab.config.cli import parse_arguments
 from lab.config.schema import EvalConfig, dataset_title
-from lab.errors import name_some, run_script
+from lab.errors import UserError, name_some, run_script
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -47,6 +52,7 @@ def main(argv: list[str] | None = None) -> None:
         describe,
         raise_on_all_ranks,
     )
+    from lab.engine.calibration import fit_temperature
     from lab.engine.evaluation import predict_all
     from lab.engine.metrics import selection_bias_note
     from lab.engine.training import to_device
@@ -54,6 +60,11 @@ def main(argv: list[str] | None = None) -> None:
     path = weights.find_weights(config.weights)
     metadata = weights.read_metadata(path)
     model_name = metadata["model"]["name"]
+    if config.calibrate and metadata["selection_split"] == "test":
+        raise UserError(
+            f"--calibrate needs a validation split, and {path} was trained without one",
+            "Train with --val-fraction 0.1",
+        )
     accelerator = build_accelerator(
         training=False,
         mixed_precision=config.mixed_precision,
@@ -120,9 +131,22 @@ def main(argv: list[str] | None = None) -> None:
         },
     )
     model = to_device(model, model_name, accelerator.device)
+    temperature = metadata["temperature"]
+    if config.calibrate:
+        with closing(loader):
+            uncalibrated = predict_all(accelerator, model, loader)
+        with raise_on_all_ranks(accelerator):
+            temperature = fit_temperature(uncalibrated.logits, uncalibrated.labels)
+            if is_main_process:
+                weights.write_temperature(path, temperature)
+        before = uncalibrated.report()
+        console.info(
+            f"temperature {temperature:.4f}, written to {path}; without it: loss "
+            f"{before['loss']:.4f}, calibration error {before['calibration_error']:.4f}"
+        )
     for tta, output in outputs.items():
         with closing(loader):
-            predictions = predict_all(accelerator, model, loader, tta)
+            predictions = predict_all(accelerator, model, loader, tta, temperature)
         report = {
             "split": config.split,
             **predictions.report(),
@@ -130,13 +154,15 @@ def main(argv: list[str] | None = None) -> None:
             "selection_split": metadata["selection_split"],
         }
         title = f"{model_name} on {dataset_title(data.dataset)}"
+        if temperature != 1:
+            report["temperature"] = temperature
         if tta != "none":
             report["tta"] = tta
             title += f", averaged over each image and its mirror image (--tta {tta})"
         with raise_on_all_ranks(
             accelerator
         ):  # the report last: if it exists, so do the predictions
-            output.write_predictions(predictions.csv(split.files()))
+            output.write_predictions(predictions.csv(split.files()), predictions.safetensors())
             output.write_report(report)
         if tta == "none":
             console.class_table(report)

@@ -2,6 +2,7 @@
 
   python predict.py runs/alexnet-folder IMAGE.jpg              the top three classes
   python predict.py best.safetensors IMAGES --csv classes.csv
+  python predict.py best.safetensors IMAGES --min-confidence 0.8
   find . -name '*.png' | python predict.py best.safetensors - --json - --top-k 1
   accelerate launch --config_file accelerate_configs/multi_gpu.yaml predict.py WEIGHTS IMAGES
 
@@ -30,6 +31,9 @@ class PredictConfig:
     images: tuple[str, ...] = option((), WEIGHTS,
         "image files, directories, or - for paths on standard input", positional=True, nargs="*")
     top_k: int = option(3, REPORT, "number of classes to output per image", low=1)
+    min_confidence: float = option(0.0, REPORT,
+        "mark an image as undecided if the confidence of its first class is lower; the coverage "
+        "table in report.html shows what a threshold costs", low=0.0, high=1.0)
     json: str = option("", REPORT,
         "write one JSON object per line to this file; - is standard output", metavar="FILE")
     csv: str = option("", REPORT,
@@ -114,14 +118,26 @@ def main(argv: list[str] | None = None) -> int:
         console.warn(error)
     if console.is_main_process():
         if config.json:
-            inference.write_output(config.json, inference.json_lines(predictions))
+            inference.write_output(
+                config.json, inference.json_lines(predictions, config.min_confidence)
+            )
         if config.csv:
-            inference.write_output(config.csv, inference.csv_rows(predictions, config.top_k))
+            rows = inference.csv_rows(predictions, config.top_k, config.min_confidence)
+            inference.write_output(config.csv, rows)
         if "-" not in files:  # standard output has nothing but the predictions
             for file in files:
                 console.info(f"wrote {file}")
+        undecided = [p for p in predictions if p.is_undecided(config.min_confidence)]
         if not (config.json or config.csv or config.quiet):
-            console.predictions_table([(p.path, p.classes) for p in predictions if p.classes])
+            console.predictions_table(
+                [(p.path, p.classes) for p in predictions if p.classes],
+                {p.path for p in undecided},
+            )
+        if config.min_confidence and "-" not in files:
+            console.info(
+                f"undecided: {len(undecided):,} of {len(predictions) - len(errors):,} images, with "
+                f"a confidence below {config.min_confidence:g}"
+            )
     accelerator.end_training()
     return 1 if errors else 0
 

@@ -213,12 +213,21 @@ def report(
     """
     if not is_main_process():
         return
-    forms = {"accuracy": ".4f", "macro_f1": ".4f", "loss": ".4f", "num_samples": ",d"}
-    names = {"macro_f1": "macro-F1", "num_samples": "samples"}
+    forms = {"accuracy": ".4f", "accuracy_interval": "", "macro_f1": ".4f",
+             "macro_f1_interval": "", "balanced_accuracy": ".4f", "top5_accuracy": ".4f",
+             "roc_auc": ".4f", "loss": ".4f", "calibration_error": ".4f", "temperature": ".4f",
+             "num_samples": ",d"}  # fmt: skip
+    names = {"accuracy_interval": "accuracy, 95 % interval", "macro_f1": "macro-F1",
+             "macro_f1_interval": "macro-F1, 95 % interval", "top5_accuracy": "top-5 accuracy",
+             "roc_auc": "ROC-AUC", "num_samples": "samples"}  # fmt: skip
+    values = {
+        key: "{:.4f} to {:.4f}".format(*value) if key.endswith("_interval") else value
+        for key, value in report.items()
+    }
     numbers = {
-        names.get(key, key.replace("_", " ")): _formatted(report[key], forms.get(key, ""))
+        names.get(key, key.replace("_", " ")): _formatted(values[key], forms.get(key, ""))
         for key in (*forms, "split", "best_epoch", "selection_split")
-        if report.get(key) is not None
+        if values.get(key) is not None
     }
     more = {**files, "reproduce": command} if command else files
     if out().is_terminal:
@@ -502,10 +511,12 @@ def runs_table(rows: Sequence[Mapping[str, str]]) -> None:
     )
 
 
-def predictions_table(rows: Sequence[tuple[str, Sequence[tuple[str, float]]]]) -> None:
+def predictions_table(
+    rows: Sequence[tuple[str, Sequence[tuple[str, float]]]], undecided: Collection[str] = ()
+) -> None:
     """Print the top classes of each image with their probabilities, as many as fit.
 
-    The path and the first class are always printed.
+    The path and the first class are always printed; a mark follows the path of those `undecided`.
     """
     if rows:
         ranks = range(1, len(rows[0][1]) + 1)
@@ -514,7 +525,10 @@ def predictions_table(rows: Sequence[tuple[str, Sequence[tuple[str, float]]]]) -
         print_table(
             ["image", *heads],
             [
-                [path, *(cell for name, value in classes for cell in (name, f"{value:.4f}"))]
+                [
+                    path + " (undecided)" * (path in undecided),
+                    *(cell for name, value in classes for cell in (name, f"{value:.4f}")),
+                ]
                 for path, classes in rows
             ],
             order=[(2 * k - 1, 2 * k) for k in ranks],

@@ -21,6 +21,7 @@ from lab.errors import UserError
 SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2"}
 EXTRA = ("onnx", "onnxscript", "onnxruntime")  # the extra `onnx` of pyproject.toml
 KEY = "lab"  # of the metadata in an ONNX file; torch.export: an extra file, lab.json
+DESCRIBED = ("class_names", "model", "mean", "std", "temperature", "best_epoch")  # of the metadata
 INPUT, LOGITS, PROBABILITIES = "images", "logits", "probabilities"
 MAX_ONNX_BYTES = 2**31 - 2**20  # protobuf's limit for one file, minus the size of the graph
 
@@ -31,7 +32,7 @@ TOLERANCE = {torch.float32: 1000 * 2**-23, torch.float16: 20 * 2**-10}
 
 
 class ExportedModel(nn.Module):
-    """A model that normalizes its input, optionally with a softmax."""
+    """A model that normalizes its input and calibrates its logits, optionally with a softmax."""
 
     scale: Tensor  # [C, 1, 1]
     shift: Tensor
@@ -44,11 +45,14 @@ class ExportedModel(nn.Module):
         self.register_buffer("scale", plain.scale)
         self.register_buffer("shift", plain.shift)
         self.model, self.dtype, self.softmax = model.to(dtype), dtype, softmax
+        self.temperature = metadata["temperature"]
 
     def forward(self, images: Tensor) -> Tensor:
         """Return float32 [n, K] for uint8 [n, C, H, W]. Normalization is always in float32."""
         scaled = images.float() * self.scale + self.shift
         logits = self.model(scaled.to(self.dtype)).float()
+        if self.temperature != 1:
+            logits = logits / self.temperature
         return logits.softmax(1) if self.softmax else logits
 
 
@@ -75,7 +79,7 @@ def describe(metadata: dict[str, Any], *, dynamic_batch: bool, half: bool, softm
             "shape": [batch, architecture["num_classes"]],
         },
         "arithmetic": "float16" if half else "float32",
-        **{name: metadata[name] for name in ("class_names", "model", "mean", "std", "best_epoch")},
+        **{name: metadata[name] for name in DESCRIBED},
         "metrics": metadata.get("metrics", {}),
         "weights_sha256": metadata.get("sha256", ""),
         "versions": versions(),
@@ -202,7 +206,7 @@ def largest_difference(
     model.eval()
     for number, n in enumerate(batch_sizes):
         images = synthetic_images(n, description["input"]["shape"][1:], seed=number)
-        expected = model(transform(images)).float()
+        expected = model(transform(images)).float() / description["temperature"]
         # A small difference of logits changes a probability by at most half as much.
         bound = max(bound, tolerance * max(1.0, expected.abs().max().item()))
         if description["output"]["name"] == PROBABILITIES:

@@ -54,6 +54,10 @@ class ImagePrediction:
     classes: tuple[tuple[str, float], ...]  # top-k class names and probabilities, descending
     error: str = ""
 
+    def is_undecided(self, min_confidence: float) -> bool:
+        """Return whether the confidence of the first class is below `min_confidence`."""
+        return bool(self.classes) and self.classes[0][1] < min_confidence
+
 
 def find_images(arguments: Sequence[str]) -> tuple[list[str], list[ImagePrediction]]:
     """Return the paths of the images to classify, and an entry for each unreadable directory.
@@ -168,7 +172,8 @@ def predict_files(
             num_done += len(indices) + len(batch_errors)
             if indices:
                 images = transform(images.to(device, non_blocking=True))
-                top = predict_logits(model, images, tta).softmax(1).topk(top_k)
+                logits = predict_logits(model, images, tta) / metadata["temperature"]
+                top = logits.softmax(1).topk(top_k)
                 rows = torch.stack((top.values, top.indices.float()), 1)
                 table[torch.tensor(indices, device=device)] = rows
             on_batch(num_done, num_done / (time.perf_counter() - start))
@@ -182,32 +187,42 @@ def predict_files(
     return predictions
 
 
-def json_lines(predictions: Sequence[ImagePrediction]) -> bytes:
+def json_lines(predictions: Sequence[ImagePrediction], min_confidence: float = 0.0) -> bytes:
     """Return one JSON object per line for each image, with its path and `classes` or `error`.
 
+    With `min_confidence`, `decided` is whether the confidence of the first class is as high.
     The text is UTF-8. A byte of a path that is not UTF-8 becomes the JSON escape `\\udcXX`, which
     Python reads back as the same path.
     """
     lines = []
     for p in predictions:
         classes = [{"class": name, "confidence": round(value, 6)} for name, value in p.classes]
-        result = {"error": p.error} if p.error else {"classes": classes}
+        result: dict[str, Any] = {"error": p.error} if p.error else {"classes": classes}
+        if min_confidence and not p.error:
+            result["decided"] = not p.is_undecided(min_confidence)
         lines.append(json.dumps({"path": p.path, **result}, ensure_ascii=False) + "\n")
     return "".join(lines).encode("utf-8", "backslashreplace")
 
 
-def csv_rows(predictions: Sequence[ImagePrediction], top_k: int) -> bytes:
+def csv_rows(
+    predictions: Sequence[ImagePrediction], top_k: int, min_confidence: float = 0.0
+) -> bytes:
     """Return one CSV row for each image: path, error, and the top-k classes with confidence.
 
+    With `min_confidence`, the last column, decided, is whether the first confidence is as high.
     The text is UTF-8, except that paths keep their bytes.
     """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     ranks = range(1, 1 + max([len(p.classes) for p in predictions], default=top_k))
-    writer.writerow(["path", "error", *(f"{n}{r}" for r in ranks for n in ("class", "confidence"))])
+    names = [f"{n}{r}" for r in ranks for n in ("class", "confidence")]
+    writer.writerow(["path", "error", *names, *(["decided"] if min_confidence else [])])
     for p in predictions:
         cells = [cell for name, value in p.classes for cell in (name, f"{value:.6f}")]
-        writer.writerow([p.path, p.error, *(cells or [""] * (2 * len(ranks)))])
+        cells = cells or [""] * len(names)
+        if min_confidence:
+            cells.append("" if p.error else "no" if p.is_undecided(min_confidence) else "yes")
+        writer.writerow([p.path, p.error, *cells])
     return text.getvalue().encode("utf-8", "surrogateescape")
 
 
@@ -237,8 +252,8 @@ def load_model(weights: File, device: str | torch.device = "auto") -> tuple[nn.M
     `weights` is the directory of a run or its best.safetensors. `device` "auto" is an accelerator
     if one is available. The model maps images float32 [n, C, size, size], normalized as
     `(pixels / 255 - mean) / std`, to logits float32 [n, K]. The metadata contain "class_names" (K),
-    "mean" and "std" (C, of pixels from 0 to 1), "model" with "image_size" in pixels, "metrics" and
-    more. Raises `UserError`.
+    "mean" and "std" (C, of pixels from 0 to 1), "model" with "image_size" in pixels, "metrics",
+    "temperature" (divide the logits by it; 1.0 without calibration) and more. Raises `UserError`.
     """
     path = weights_module.find_weights(os.fspath(weights))
     metadata = weights_module.read_metadata(path)
@@ -289,8 +304,8 @@ def predict(
             if batch.shape[1] > architecture["in_chans"]:
                 batch = grey(batch)
             batch = batch.expand(-1, architecture["in_chans"], -1, -1)
-            logits = model(transform(batch.to(device)))
-            probabilities.append(logits.float().softmax(1).cpu())
+            logits = model(transform(batch.to(device))).float() / metadata["temperature"]
+            probabilities.append(logits.softmax(1).cpu())
     model.train(was_training)
     for error in errors.values():
         console.warn(error)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
+from lab import console
 from lab.checkpoint.atomic_io import os_errors_as_user_errors, sync, to_json, write_atomically
 from lab.checkpoint.provenance import commit, versions
 from lab.config.schema import TrainConfig
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 CONFIG, HISTORY, STEPS = "config.json", "history.jsonl", "steps.jsonl"
 BEST, REPORT, PREDICTIONS = "best.safetensors", "report.json", "predictions.csv"
+PROBABILITIES = "predictions.safetensors"
 IMAGES, PLOTS, PAGE = "images.safetensors", "plots", "report.html"
 CARD, TRACKED = "README.md", "trackers.json"
 CHECKPOINTS, LOCK = "checkpoints", ".lock"
@@ -141,7 +143,7 @@ class RunDir:
         self._truncate(HISTORY, lambda row: row["epoch"] < epoch)
         self._truncate(STEPS, lambda row: row["step"] <= step)
         with os_errors_as_user_errors(self.path):
-            for name in (REPORT, PREDICTIONS, IMAGES, PAGE, CARD):
+            for name in (REPORT, PREDICTIONS, PROBABILITIES, IMAGES, PAGE, CARD):
                 (self.path / name).unlink(missing_ok=True)
             if (self.path / PLOTS).exists():
                 shutil.rmtree(self.path / PLOTS)
@@ -157,10 +159,22 @@ class RunDir:
         """Write report.json: the metrics of the test split, and how the weights were selected."""
         self._write_json(REPORT, report)
 
-    def write_predictions(self, content: bytes) -> None:
-        """Write predictions.csv, which `lab.engine.evaluation.Predictions.csv` formats."""
-        if self.is_main_process:
-            write_atomically(self.path / PREDICTIONS, lambda path: path.write_bytes(content))
+    def write_predictions(self, content: bytes, probabilities: bytes | None) -> None:
+        """Write predictions.csv and predictions.safetensors.
+
+        `lab.engine.evaluation.Predictions` formats both. `probabilities` are None if they are too
+        large; those of an earlier evaluation are deleted.
+        """
+        if not self.is_main_process:
+            return
+        write_atomically(self.path / PREDICTIONS, lambda path: path.write_bytes(content))
+        path = self.path / PROBABILITIES
+        if probabilities is not None:
+            write_atomically(path, lambda temporary: temporary.write_bytes(probabilities))
+            return
+        console.info(f"no {PROBABILITIES}: it would be larger than 200 MB")
+        with os_errors_as_user_errors(path):
+            path.unlink(missing_ok=True)
 
     def check_trained(self, accelerator: "Accelerator") -> None:
         """Raise `UserError` on all processes if every step was skipped or every epoch diverged."""

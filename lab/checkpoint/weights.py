@@ -119,6 +119,12 @@ def write_weights(path: Path, tensors: dict[str, Tensor], metadata: dict[str, An
     write_atomically(path, lambda temporary: temporary.write_bytes(content))
 
 
+def write_temperature(path: Path, temperature: float) -> None:
+    """Write a weights file again with `temperature` in its metadata, which divides its logits."""
+    tensors = read_tensors(path)
+    write_weights(path, tensors, read_metadata(path) | {"temperature": temperature})
+
+
 def checksum(tensors: Mapping[str, Tensor]) -> str:
     """Return the SHA-256 of the names, dtypes, shapes and bytes of CPU tensors, in hexadecimal."""
     digest = hashlib.sha256()
@@ -148,7 +154,10 @@ def find_weights(path: str) -> Path:
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """Return the metadata of a weights file. Raise `UserError` if they are damaged or missing."""
+    """Return the metadata of a weights file. Raise `UserError` if they are damaged or missing.
+
+    Without calibration, the key "temperature", by which logits are divided, is 1.0.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
@@ -170,6 +179,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{path} has format {metadata['format']}, not {FORMAT}", "Use a newer version of lab"
         )
+    metadata.setdefault("temperature", 1.0)
     # In Unicode form NFC, like the names of class directories.
     metadata["class_names"] = [normalized(name) for name in metadata["class_names"]]
     return metadata
@@ -186,6 +196,7 @@ def _check_metadata(metadata: dict[str, Any]) -> None:
     )  # TypeError for other fields
     TrainConfig(mixed_precision=metadata["precision"], **data)  # UserError for invalid values
     names, mean, std = metadata["class_names"], metadata["mean"], metadata["std"]
+    temperature = metadata.get("temperature", 1.0)
     valid = {
         "model": architecture.keys() == MODEL_TYPES.keys(),
         "class_names": 0 < len(names) == architecture["num_classes"]
@@ -194,6 +205,7 @@ def _check_metadata(metadata: dict[str, Any]) -> None:
         "std": len(std) == len(mean) and all(math.isfinite(s) and s > 0 for s in std),
         "image_size": architecture["image_size"] == data["image_size"],
         "precision": metadata["precision"] in ("no", "bf16", "fp16"),
+        "temperature": type(temperature) in (int, float) and 0 < temperature < math.inf,
     }
     for name, is_valid in valid.items():
         if not is_valid:

@@ -344,6 +344,9 @@ class EvalConfig:
     tta: str = option("none", WEIGHTS,
         "test-time augmentation; flip: average with the mirror image, reported separately",
         choices=TTA)
+    calibrate: bool = option(False, WEIGHTS,
+        "fit a temperature for the confidence on the validation split, store it in the weights, "
+        "and evaluate that split")
     batch_size: int = option(0, MACHINE,
         "samples per forward pass, which does not change the results; 0: as in training", low=0)
     mixed_precision: str = option("auto", MACHINE,
@@ -361,7 +364,7 @@ class EvalConfig:
         "seconds that a process waits for the other processes before it stops",
         low=1, high=MONTH, metavar="N")
     output: str = option("", REPORT,
-        "directory of report.json and predictions.csv; default: evaluate-SPLIT beside the "
+        "directory of report.json and the predictions; default: evaluate-SPLIT beside the "
         "weights, or evaluate-SPLIT-N with --max-eval-samples N",
         metavar="DIR")
     quiet: bool = option(False, REPORT,
@@ -372,6 +375,13 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.calibrate and self.split in ("train", "all"):
+            raise UserError(
+                f"--calibrate fits on the validation split, not on --split {self.split}",
+                "Leave out --split",
+            )
+        if self.calibrate:
+            object.__setattr__(self, "split", "val")
 
     def part(self, trained: Mapping[str, Any]) -> str:
         """Return a name for what is evaluated: the split, and the number of samples if changed.

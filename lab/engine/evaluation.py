@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -14,7 +15,10 @@ from torch import Tensor, nn
 
 from lab.data.loaders import Loader
 from lab.distributed import no_cudnn_benchmark
-from lab.engine.metrics import report, scores
+from lab.engine.calibration import coverage_table, expected_calibration_error
+from lab.engine.metrics import report, roc_auc, scores
+
+MAX_LOGITS_BYTES = 200_000_000  # float32 [N, K]; larger ones are not gathered
 
 
 def predict_logits(model: nn.Module, images: Tensor, tta: str) -> Tensor:
@@ -39,6 +43,8 @@ class Predictions:
     predictions: Tensor  # int64 [N]
     confidence: Tensor  # float64 [N], softmax of the predicted class
     losses: Tensor  # float64 [N], cross-entropy
+    ranks: Tensor  # int64 [N], number of classes with a larger logit than the true class
+    logits: Tensor | None  # float32 [N, K]; None if they take more than MAX_LOGITS_BYTES
     class_names: tuple[str, ...]
 
     def csv(self, files: Sequence[str] | None = None) -> bytes:
@@ -64,23 +70,42 @@ class Predictions:
         writer.writerows(zip(*columns.values(), strict=True))
         return text.getvalue().encode("utf-8", "surrogateescape")
 
+    def safetensors(self) -> bytes | None:
+        """Return a safetensors file with the tensor `probabilities`, float32 [N, K], or None."""
+        if self.logits is None:
+            return None
+        return safetensors.torch.save({"probabilities": self.logits.softmax(1)})
+
     def scores(self) -> dict[str, float]:
         """Return loss, accuracy and macro-F1, without the tables that `report` builds."""
         return scores(self.labels, self.predictions, self.losses, len(self.class_names))
 
     def report(self) -> dict:
-        """Return the metrics of report.json; `lab.engine.metrics.report` lists them."""
-        return report(self.labels, self.predictions, self.losses, self.class_names)
+        """Return the metrics of report.json, which docs/metrics.md defines."""
+        metrics = report(self.labels, self.predictions, self.losses, self.class_names)
+        if len(self.class_names) > 5:
+            metrics["top5_accuracy"] = (self.ranks < 5).sum().item() / len(self.ranks)
+        if self.logits is not None:
+            metrics["roc_auc"] = roc_auc(self.labels, self.logits.softmax(1))
+        correct = self.predictions == self.labels
+        metrics["calibration_error"] = expected_calibration_error(self.confidence, correct)
+        metrics["coverage"] = coverage_table(self.confidence, correct)
+        return metrics
 
 
 @torch.no_grad()
 def predict_all(
-    accelerator: Accelerator, model: nn.Module, loader: Loader, tta: str = "none"
+    accelerator: Accelerator,
+    model: nn.Module,
+    loader: Loader,
+    tta: str = "none",
+    temperature: float = 1.0,
 ) -> Predictions:
     """Return the predictions for a whole split, gathered across processes by sample index.
 
     `model` has no DistributedDataParallel wrapper, whose forward would wait for the other processes
-    when they have different numbers of batches. For `tta` see `predict_logits`.
+    when they have different numbers of batches. For `tta` see `predict_logits`; the logits are
+    divided by `temperature`, which changes confidences and losses but no prediction.
 
     Raises `RuntimeError` on every process if a sample was not evaluated exactly once.
     """
@@ -90,17 +115,31 @@ def predict_all(
     model.eval()
     # Accelerate's gather_for_metrics guesses how many samples to drop: gather by index instead.
     # Row 0 counts the evaluations of each sample. float32 represents all of these values exactly.
-    table = torch.zeros(5, loader.sampler.num_samples, device=accelerator.device)
+    num_samples, num_classes = loader.sampler.num_samples, len(loader.class_names)
+    table = torch.zeros(6, num_samples, device=accelerator.device)
+    all_logits = None
+    if 4 * num_samples * num_classes <= MAX_LOGITS_BYTES:
+        all_logits = torch.zeros(num_samples, num_classes, device=accelerator.device)
     # Autocast around all batches converts the weights only once.
     with accelerator.autocast(), no_cudnn_benchmark():
         for batch in loader.batches():
-            logits = predict_logits(model, batch.images, tta)
+            logits = predict_logits(model, batch.images, tta) / temperature
             losses = F.cross_entropy(logits, batch.labels, reduction="none")
             confidence, predictions = logits.softmax(1).max(1)
-            columns = (torch.ones_like(losses), batch.labels, predictions, confidence, losses)
+            ranks = (logits > logits.gather(1, batch.labels[:, None])).sum(1)
+            columns = (
+                torch.ones_like(losses),
+                batch.labels,
+                predictions,
+                confidence,
+                losses,
+                ranks,
+            )
             table.index_add_(1, batch.indices, torch.stack([c.float() for c in columns]))
+            if all_logits is not None:
+                all_logits.index_add_(0, batch.indices, logits)
     table = accelerator.reduce(table).cpu()
-    counts, labels, predictions, confidence, losses = table
+    counts, labels, predictions, confidence, losses, ranks = table
     if not bool((counts == 1).all()):  # the reduced table is the same on all processes: all raise
         raise RuntimeError(
             f"not every sample was evaluated exactly once: of {len(counts)} samples, "
@@ -111,5 +150,7 @@ def predict_all(
         predictions.long(),
         confidence.double(),
         losses.double(),
+        ranks.long(),
+        None if all_logits is None else accelerator.reduce(all_logits).cpu(),
         loader.class_names,
     )

@@ -8,8 +8,12 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+NUM_RESAMPLES = 1000  # of the bootstrap
+MAX_HELD = 10_000_000  # numbers of it that are held at a time
 
 
 def check_classes(labels: Tensor, predictions: Tensor, num_classes: int) -> None:
@@ -74,16 +78,73 @@ def scores(
     }
 
 
+def intervals(labels: Tensor, predictions: Tensor, num_classes: int) -> dict[str, list[float]]:
+    """Return the 95 % intervals of accuracy and macro-F1, each as [low, high], by the bootstrap.
+
+    They are the 2.5 % and 97.5 % quantiles of the metrics of as many samples, drawn with
+    replacement (Efron, Tibshirani 1993, "An Introduction to the Bootstrap"). It is enough to draw
+    how often each cell of the confusion matrix occurs, which is fast.
+    """
+    cells, counts = (labels * num_classes + predictions).unique(return_counts=True)
+    label, prediction = cells // num_classes, cells % num_classes
+    correct = label == prediction
+    random, num_samples = np.random.default_rng(0), len(labels)
+    drawn: list[Tensor] = []
+    num_held = max(1, min(NUM_RESAMPLES, MAX_HELD // max(num_classes, len(cells))))
+    for start in range(0, NUM_RESAMPLES, num_held):
+        num = min(num_held, NUM_RESAMPLES - start)
+        draws = torch.from_numpy(random.multinomial(num_samples, counts / num_samples, num))
+        num_correct, totals = torch.zeros(2, num, num_classes, dtype=torch.int64)
+        num_correct.index_add_(1, label[correct], draws[:, correct])
+        totals.index_add_(1, label, draws).index_add_(1, prediction, draws)
+        f1 = 2 * num_correct.double() / totals.clamp(min=1)
+        macro_f1 = f1.sum(1) / (totals > 0).sum(1)
+        drawn.append(torch.stack((num_correct.sum(1).double() / num_samples, macro_f1)))
+    quantiles = torch.tensor((0.025, 0.975), dtype=torch.float64)
+    accuracy, f1 = torch.cat(drawn, 1).quantile(quantiles, 1).T.tolist()
+    return {"accuracy_interval": accuracy, "macro_f1_interval": f1}
+
+
+def roc_auc(labels: Tensor, probabilities: Tensor) -> float | None:
+    """Return the area under the ROC curve of each class against the others, as a macro average.
+
+    Labels are int64 [N], probabilities float [N, K]. It is the fraction of the pairs of a sample of
+    the class and one of another class in which the former has the higher probability; equal
+    ones count half. A class without such pairs is left out; if all are, or if a probability is not
+    finite, return None.
+    """
+    if not bool(probabilities.isfinite().all()):
+        return None
+    areas = []
+    columns = probabilities.T.contiguous().numpy()
+    for k, num_positive in enumerate(torch.bincount(labels).tolist()):
+        num_negative = len(labels) - num_positive
+        if num_positive and num_negative:
+            positive, ordered = columns[k, (labels == k).numpy()], np.sort(columns[k])
+            below, not_above = (
+                np.searchsorted(ordered, positive, side).sum() for side in ("left", "right")
+            )
+            # Without the pairs within the class: of each, one is below, or both are half above.
+            pairs = (int(below) + int(not_above) - num_positive**2) / 2
+            areas.append(pairs / (num_positive * num_negative))
+    return math.fsum(areas) / len(areas) if areas else None
+
+
 def report(
     labels: Tensor, predictions: Tensor, losses: Tensor, class_names: Sequence[str]
 ) -> dict[str, Any]:
-    """Return the metrics of report.json: `scores`, per-class metrics and the confusion matrix."""
+    """Return `scores`, balanced accuracy, `intervals`, per-class metrics and confusion matrix.
+
+    `lab.engine.evaluation.Predictions.report` adds the metrics that need probabilities.
+    """
     num_classes = len(class_names)
     classes = per_class(labels, predictions, num_classes)
     rows = zip(class_names, *(values.tolist() for values in classes.values()), strict=True)
     return {
         "num_samples": len(labels),
         **scores(labels, predictions, losses, num_classes),
+        "balanced_accuracy": classes["recall"][classes["support"] > 0].mean().item(),
+        **intervals(labels, predictions, num_classes),
         "per_class": [dict(zip(("class", *classes), row, strict=True)) for row in rows],
         "confusion_matrix": confusion_matrix(labels, predictions, num_classes).tolist(),
         "class_names": list(class_names),

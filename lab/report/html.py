@@ -132,6 +132,11 @@ def _run_context(run: RunResult) -> dict[str, Any]:
         "history": run.history,
         "time": console.duration(run.seconds),
         "curves": _data_uri(plots.png(lambda: plots.curves(run)), "png"),
+        "calibration": (
+            _data_uri(plots.png(lambda: plots.calibration(run)), "png")
+            if run.predictions is not None
+            else None
+        ),
         "plots": [f"{PLOTS}/{p.name}" for p in sorted((run.path / PLOTS).glob("*.png"))],
         "settings": settings(config),
         "recipe": config["recipe"],

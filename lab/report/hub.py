@@ -14,7 +14,7 @@ from lab.errors import UserError
 
 FILES = (BEST, CONFIG, REPORT, CARD)
 PLOTS_WITHOUT_IMAGES = tuple(
-    f"{PLOTS}/{name}.png" for name in ("curves", "confusion_matrix", "per_class")
+    f"{PLOTS}/{name}.png" for name in ("curves", "confusion_matrix", "per_class", "calibration")
 )
 
 

@@ -106,6 +106,10 @@ def _body(title: str, config: TrainConfig, run: RunResult) -> str:
         "-" if report[key] is None else f"{report[key]:.4f}"
         for key in ("accuracy", "macro_f1", "loss")
     ]
+    intervals = [
+        "{:.4f} to {:.4f}".format(*report[key]) if key in report else "-"
+        for key in ("accuracy_interval", "macro_f1_interval")
+    ]
     classes = (
         (
             escaped(row["class"]),
@@ -133,7 +137,10 @@ def _body(title: str, config: TrainConfig, run: RunResult) -> str:
         f"The model classifies {num_correct:,} of the {num_samples:,} samples of "
         + ("a subset of " if config.max_eval_samples else "")
         + "the test split correctly. Each sample is counted exactly once.",
-        table(("split", "accuracy", "macro-F1", "loss"), [("test", *metrics)]),
+        table(
+            ("split", "accuracy", "macro-F1", "loss"),
+            [("test", *metrics), ("95 % interval", *intervals, "-")],
+        ),
         _selection(config, report, len(run.history)),
         table(("class", "precision", "recall", "F1", "samples"), classes),
         f"![Confusion matrix of the test split]({CONFUSION_PLOT})"
@@ -154,7 +161,7 @@ def _body(title: str, config: TrainConfig, run: RunResult) -> str:
             "python",
         ),
         "## Intended use and limitations",
-        _limits(config, len(names)),
+        _limits(config, report),
     ]
     return "\n\n".join(filter(None, parts)) + "\n"
 
@@ -211,13 +218,20 @@ def command(config: TrainConfig) -> str:
     return shlex.join(arguments)
 
 
-def _limits(config: TrainConfig, num_classes: int) -> str:
+def _limits(config: TrainConfig, report: Mapping[str, Any]) -> str:
+    error = report.get("calibration_error")
+    calibration = (
+        "The calibration of its confidence was not measured."
+        if error is None
+        else f"Its confidence is not calibrated: the expected calibration error is {error:.4f} on "
+        "the test split."
+    )
     data = "the directory it was trained on" if is_path(config.dataset) else config.dataset
     return "\n".join(
         [
             f"- The model is for images like those of {data}. It was not evaluated on others.",
-            f"- It assigns one of its {num_classes} classes to every image, also to images of "
-            "something else. The calibration of its softmax was not measured.",
+            f"- It assigns one of its {len(report['class_names'])} classes to every image, also to "
+            f"images of something else. {calibration}",
             f"- These are the results of one run with seed {config.seed}; they vary between seeds.",
             "- Differences in performance between groups of people, places or cameras were not "
             "examined. Do not base decisions about people on this model.",

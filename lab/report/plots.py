@@ -54,6 +54,8 @@ def draw(path: Path) -> None:
         "confusion_matrix": partial(confusion_matrix, run),
         "per_class": partial(per_class, run),
     }
+    if run.predictions is not None:
+        figures["calibration"] = partial(calibration, run)
     if (images := run.images()) is not None and run.predictions is not None:
         figures["mistakes"] = partial(mistakes, run, images)
         figures["batch"] = partial(batch, run, images)
@@ -221,6 +223,45 @@ def per_class(run: RunResult) -> Figure:
     axes.set_title(_title(run, f"classes (samples){subset}"), parse_math=False)
     axes.axvline(run.report["macro_f1"], color="#888888", ls="--", lw=1, zorder=0, label="macro-F1")
     figure.legend(loc="outside lower center", ncols=4, fontsize=9)
+    return figure
+
+
+def calibration(run: RunResult) -> Figure:
+    """Plot the accuracy over the confidence, and over the coverage: a reliability diagram, and what
+    is gained by leaving the least confident predictions undecided.
+    """
+    import torch
+
+    from lab.engine.calibration import (
+        NUM_BINS,
+        coverage_curve,
+        expected_calibration_error,
+        reliability_bins,
+    )
+
+    confidence = torch.from_numpy(run.confidence)
+    correct = torch.from_numpy(run.predictions == run.labels)
+    counts, accuracy, mean = reliability_bins(confidence, correct)
+    figure = new_figure(11, 4.5)
+    reliability, selective = figure.subplots(1, 2)
+    used, fractions = counts > 0, (counts / counts.sum()).tolist()
+    middles = [(k + 0.5) / NUM_BINS for k in range(NUM_BINS)]
+    reliability.bar(middles, fractions, 0.9 / NUM_BINS, color="#dddddd", zorder=1,
+                    label="fraction of the samples")  # fmt: skip
+    reliability.plot((0, 1), (0, 1), color="#888888", ls="--", lw=1, label="perfectly calibrated")
+    reliability.plot(mean[used], accuracy[used], color=BLUE, marker="o", ms=5, label="accuracy")
+    error = expected_calibration_error(confidence, correct)
+    reliability.set(xlabel="confidence", xlim=(0, 1), ylim=(0, 1.02))
+    reliability.set_title(_title(run, f"calibration error {error:.4f}"), parse_math=False)
+    reliability.legend(fontsize=9, loc="upper left")
+    threshold, coverage, accuracy = coverage_curve(confidence, correct)
+    selective.plot(coverage, accuracy, color=BLUE, label="accuracy of the decided")
+    selective.plot(coverage, threshold, color=ORANGE, ls=":", label="smallest confidence")
+    selective.set(xlabel="coverage: fraction of the samples that are decided", xlim=(0, 1.005))
+    selective.set_title("the most confident predictions only")
+    selective.legend(fontsize=9, loc="lower left")
+    for axes in figure.axes:
+        axes.grid()
     return figure
 
 

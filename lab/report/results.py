@@ -32,7 +32,7 @@ def write_results(
 ) -> dict[str, Any]:
     """Write and print the results on the test split, and return the content of report.json.
 
-    The main process writes predictions.csv, report.json, the plots, the page and, last, the model
+    The main process writes the predictions, report.json, the plots, the page and, last, the model
     card, which marks the run as finished. Raise `UserError` on all processes if a file cannot be
     written; if plots or page fail, only warn.
     """
@@ -43,7 +43,7 @@ def write_results(
         "selection_split": splits.selection_split,
     }
     with raise_on_all_ranks(accelerator):
-        run.write_predictions(predictions.csv(splits.test.files()))
+        run.write_predictions(predictions.csv(splits.test.files()), predictions.safetensors())
         run.write_report(report)
     console.report(
         report,

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from lab.checkpoint.run_dir import RunDir
 from lab.config import recipes
@@ -40,8 +41,11 @@ def predicted(split: Split, right: float = 0.6) -> Predictions:
     size = len(split.labels)
     classes = torch.randint(0, num_classes, (size,), generator=random)
     classes = torch.where(torch.rand(size, generator=random) < right, split.labels, classes)
+    logits = torch.rand(size, num_classes, generator=random) + 3 * F.one_hot(classes, num_classes)
     confidence, losses = torch.rand(2, size, generator=random, dtype=torch.float64)
-    return Predictions(split.labels, classes, confidence, losses, split.class_names)
+    ranks = (classes != split.labels).long()
+    names = split.class_names
+    return Predictions(split.labels, classes, confidence, losses, ranks, logits, names)
 
 
 def make_run(
@@ -70,6 +74,6 @@ def make_run(
     run.write_report(
         {"split": "test", **predictions.report(), "best_epoch": 3, "selection_split": "validation"}
     )
-    run.write_predictions(predictions.csv())
+    run.write_predictions(predictions.csv(), predictions.safetensors())
     mistakes.save_images(run, config, data, predictions)
     return path

@@ -18,7 +18,8 @@ import psutil
 from worlds import World, python, start, torchrun
 
 SAME = (
-    "best.safetensors", "report.json", "predictions.csv", "steps.jsonl", "images.safetensors",
+    "best.safetensors", "report.json", "predictions.csv", "predictions.safetensors",
+    "steps.jsonl", "images.safetensors",
 )  # fmt: skip
 CLOCK = ("train_seconds", "eval_seconds", "images_per_second")
 MOMENTS = ("step", "save", "evaluation", "start-up", "best", "end")

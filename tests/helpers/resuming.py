@@ -8,7 +8,8 @@ import train
 from lab.checkpoint import manager
 
 SAME = (
-    "best.safetensors", "report.json", "predictions.csv", "steps.jsonl", "images.safetensors",
+    "best.safetensors", "report.json", "predictions.csv", "predictions.safetensors",
+    "steps.jsonl", "images.safetensors",
 )  # fmt: skip
 CLOCK = ("train_seconds", "eval_seconds", "images_per_second")
 SMALL = [

@@ -166,6 +166,7 @@ def test_weights_in_any_memory_format_are_saved_alike(saved):
     run, model = saved
     first = run.best.read_bytes()
     metadata = weights.read_metadata(run.best)
+    assert metadata.pop("temperature") == 1  # the default of a file without
     weights.write_weights(run.best, weights.copy_of(model), metadata)
     plain = run.best.read_bytes()
     weights.write_weights(
@@ -180,7 +181,7 @@ def test_only_the_main_process_writes(tmp_path, splits):
     save_best(run, make_network(metadata), metadata, ROW)
     run.create({})
     run.write_report({})
-    run.write_predictions(b"index,label,prediction,confidence\n0,1,1,0.500000\n")
+    run.write_predictions(b"index,label,prediction,confidence\n0,1,1,0.500000\n", None)
     run.add_epoch({})
     run.add_steps([{}])
     assert list(tmp_path.iterdir()) == []

@@ -282,7 +282,7 @@ def test_p7_weights_of_another_architecture(fails, tmp_path, trained, tensors, r
 def test_p7_no_report_is_printed_or_left_if_predictions_cannot_be_written(
     fails, tmp_path, trained, monkeypatch
 ):
-    def refuse(run, rows):
+    def refuse(run, rows, probabilities):
         raise UserError("the disk is full", "Free some")
 
     (tmp_path / "w").write_bytes(trained[1])

@@ -179,7 +179,7 @@ def test_other_networks(model, size):
     """googlenet has auxiliary classifiers, vit a token that is repeated for each image."""
     arguments = {"name": model, "num_classes": 3, "in_chans": 3, "image_size": size}
     metadata = {"model": arguments, "class_names": list("abc"), "mean": [0.4, 0.5, 0.6],
-            "std": [0.2, 0.3, 0.2], "best_epoch": 1}  # fmt: skip
+            "std": [0.2, 0.3, 0.2], "temperature": 0.5, "best_epoch": 1}  # fmt: skip
     torch.manual_seed(0)
     built_model = build_model(**arguments).eval()
     for parameter in built_model.parameters():
@@ -211,7 +211,7 @@ def test_a_file_that_computes_something_else_is_not_kept(fails, finished, monkey
 
 def test_an_output_that_is_no_number_is_infinitely_far_off():
     description = {"input": {"shape": [1, 1, 4, 4]}, "output": {"name": "logits"},
-             "arithmetic": "float32"}  # fmt: skip
+             "arithmetic": "float32", "temperature": 1.0}  # fmt: skip
     model = torch.nn.Flatten()
     plain = BatchTransform([0.0], [1.0], (), "cpu")
     wrong = [lambda x: model(plain(x)) * float("nan"), lambda x: model(plain(x))[:, :3]]

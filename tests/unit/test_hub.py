@@ -95,7 +95,8 @@ def server(monkeypatch, tmp_path):
 
 DIGITS = resolve({"push_to_hub": "digits"})
 UPLOADED = {"best.safetensors", "config.json", "report.json", "README.md"}
-WITHOUT_IMAGES = {f"plots/{name}.png" for name in ("curves", "confusion_matrix", "per_class")}
+NO_IMAGES = ("curves", "confusion_matrix", "per_class", "calibration")
+WITHOUT_IMAGES = {f"plots/{name}.png" for name in NO_IMAGES}
 SHOW_IMAGES = {f"plots/{name}.png" for name in ("mistakes", "batch")}
 
 

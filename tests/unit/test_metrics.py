@@ -2,15 +2,19 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from sklearn import metrics as reference
 
+from lab.engine import metrics
 from lab.engine.metrics import (
     confusion_matrix,
+    intervals,
     is_better,
     per_class,
     report,
+    roc_auc,
     scores,
     selection_bias_note,
 )
@@ -57,6 +61,10 @@ def test_p1_report_equals_scikit_learn(case):
     assert actual["accuracy"] == pytest.approx(accuracy, abs=1e-9)
     macro = reference.f1_score(labels, predictions, average="macro", zero_division=0)
     assert actual["macro_f1"] == pytest.approx(macro, abs=1e-9)
+    balanced = reference.recall_score(
+        labels, predictions, labels=labels.unique(), average="macro", zero_division=0
+    )
+    assert actual["balanced_accuracy"] == pytest.approx(balanced, abs=1e-9)
     matrix = reference.confusion_matrix(labels, predictions, labels=every)
     assert actual["confusion_matrix"] == matrix.tolist()
     columns = reference.precision_recall_fscore_support(
@@ -68,6 +76,52 @@ def test_p1_report_equals_scikit_learn(case):
     assert [row["class"] for row in actual["per_class"]] == names
     of_an_epoch = scores(labels, predictions, losses, num_classes)
     assert of_an_epoch == {key: actual[key] for key in ("loss", "accuracy", "macro_f1")}
+
+
+@pytest.mark.parametrize("decimals", [1, 7])  # 1: most probabilities are equal
+@pytest.mark.parametrize("num_classes", [2, 3, 10])
+def test_p1_roc_auc_equals_scikit_learn(num_classes, decimals):
+    labels, _ = drawn(101, num_classes, seed=num_classes)
+    noise = torch.Generator().manual_seed(1)
+    logits = torch.randn(101, num_classes, generator=noise) + torch.eye(num_classes)[labels]
+    probabilities = logits.softmax(1).round(decimals=decimals)
+    one_hot = torch.eye(num_classes)[labels]
+    expected = reference.roc_auc_score(one_hot, probabilities, average="macro")
+    assert 0.5 < expected < 0.99
+    assert roc_auc(labels, probabilities) == pytest.approx(expected, abs=1e-9)
+    # A class that does not occur is left out.
+    more = torch.cat((probabilities, torch.rand(101, 1, generator=noise)), 1)
+    assert roc_auc(labels, more) == pytest.approx(expected, abs=1e-9)
+
+
+def test_roc_auc_of_one_class_or_of_nan_does_not_exist():
+    assert roc_auc(torch.zeros(3).long(), torch.rand(3, 2)) is None
+    assert roc_auc(torch.tensor([0, 1]), torch.tensor([[math.nan, 1], [0, 1]])) is None
+
+
+def test_the_intervals_are_those_of_the_bootstrap():
+    """They are compared with scikit-learn's metrics of samples that are drawn one by one."""
+    labels, predictions = drawn(60, 4, seed=0, labels_from=(0, 0, 1, 2))
+    predictions = torch.where(torch.arange(60) % 3 > 0, labels, predictions)
+    random, values = np.random.default_rng(1), []
+    for _ in range(1000):
+        index = random.integers(60, size=60)
+        true, predicted = labels[index], predictions[index]
+        accuracy = (true == predicted).double().mean().item()
+        f1 = per_class(true, predicted, 4)["f1"][torch.cat((true, predicted)).unique()].mean()
+        values.append((accuracy, f1.item()))
+    expected = np.quantile(values, (0.025, 0.975), axis=0).T
+    found = intervals(labels, predictions, 4)
+    assert found["accuracy_interval"] == pytest.approx(expected[0], abs=0.02)
+    assert found["macro_f1_interval"] == pytest.approx(expected[1], abs=0.02)
+    assert intervals(labels, labels, 4)["macro_f1_interval"] == [1, 1]
+
+
+def test_the_intervals_do_not_depend_on_how_many_draws_are_held(monkeypatch):
+    labels, predictions = drawn(50, 3, seed=0)
+    whole = intervals(labels, predictions, 3)
+    monkeypatch.setattr(metrics, "MAX_HELD", 1000)
+    assert intervals(labels, predictions, 3) == whole
 
 
 @pytest.mark.parametrize("num_classes", [1, 2, 3, 99, 100, 1000])

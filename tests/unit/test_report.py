@@ -23,7 +23,8 @@ from lab.report import html as html_module
 from lab.report import mistakes, plots, results
 from lab.report.run_reader import read_run
 
-PLOTS = {"curves.png", "confusion_matrix.png", "per_class.png", "mistakes.png", "batch.png"}
+PLOTS = {"curves.png", "confusion_matrix.png", "per_class.png", "calibration.png", "mistakes.png",
+         "batch.png"}  # fmt: skip
 MAX_PAGE_BYTES = 3_000_000
 
 
@@ -108,8 +109,12 @@ def test_p4_hostile_names_stay_text(hostile):
 def test_the_page_has_the_metrics_of_the_run(run, request):
     path = request.getfixturevalue(run)
     run, text = read_run(path), (path / "report.html").read_text()
-    for key in ("accuracy", "macro_f1", "loss"):
+    for key in ("accuracy", "macro_f1", "balanced_accuracy", "calibration_error", "loss"):
         assert f"<dd>{run.report[key]:.4f}</dd>" in text
+    low, high = run.report["accuracy_interval"]
+    assert f"{low:.3f} to {high:.3f}" in text
+    for row in run.report["coverage"]:
+        assert f'<td class="n">{row["min_confidence"]:.4f}</td>' in text
     cells = re.findall(r'<button data-cell="(\d+),(\d+)">([\d,]+)</button>', text)
     matrix = run.report["confusion_matrix"]
     expected = {(i, j): n for i, row in enumerate(matrix) for j, n in enumerate(row) if n}
@@ -222,7 +227,7 @@ def test_large_images_are_resized_and_a_run_may_have_no_mistakes(tmp_path):
     run.write_report(
         {"split": "test", **perfect.report(), "best_epoch": 3, "selection_split": "test"}
     )
-    run.write_predictions(perfect.csv())
+    run.write_predictions(perfect.csv(), perfect.safetensors())
     mistakes.save_images(run, config, data, perfect)
     plots.draw(path)
     assert "Images of 0 of the 0 mistakes are included" in html_module.write(path).read_text()
@@ -296,7 +301,9 @@ def test_without_images_the_other_plots_are_drawn(hostile, tmp_path, capsys, nam
     plots.draw(path)
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("warning: no plots of images")
-    assert {p.name for p in (path / "plots").iterdir()} == PLOTS - {"mistakes.png", "batch.png"}
+    missing = {"mistakes.png", "batch.png"}
+    missing |= {"calibration.png"} if name == "predictions.csv" else set()
+    assert {p.name for p in (path / "plots").iterdir()} == PLOTS - missing
     assert embedded(html_module.write(path))["mistakes"] == []
 
 

@@ -23,15 +23,16 @@ from lab.errors import UserError
 
 RUN_FILES = {
     "config.json", "history.jsonl", "steps.jsonl", "best.safetensors", "report.json",
-    "predictions.csv", "images.safetensors", "README.md", "checkpoints",
+    "predictions.csv", "predictions.safetensors", "images.safetensors", "README.md", "checkpoints",
 }  # fmt: skip
 HISTORY = [
     "epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "val_macro_f1",
     "learning_rate", "skipped_steps", "train_seconds", "eval_seconds", "images_per_second",
 ]  # fmt: skip
 REPORT = {
-    "split", "num_samples", "loss", "accuracy", "macro_f1", "per_class", "confusion_matrix",
-    "class_names", "best_epoch", "selection_split",
+    "split", "num_samples", "loss", "accuracy", "macro_f1", "balanced_accuracy",
+    "accuracy_interval", "macro_f1_interval", "per_class", "confusion_matrix", "class_names",
+    "top5_accuracy", "roc_auc", "calibration_error", "coverage", "best_epoch", "selection_split",
 }  # fmt: skip
 
 
@@ -150,10 +151,11 @@ def test_p6_the_best_epoch_is_the_first_with_the_best_validation_number(trained)
 def test_p5_evaluate_repeats_the_report_to_the_last_digit(trained, tmp_path, given, loader):
     path = trained if given == "folder" else trained / "best.safetensors"
     eval_model([str(path), "--output", str(tmp_path / "e"), "--loader", loader])
-    assert {p.name for p in (tmp_path / "e").iterdir()} == {"report.json", "predictions.csv"}
+    files = ("report.json", "predictions.csv", "predictions.safetensors")
+    assert {p.name for p in (tmp_path / "e").iterdir()} == set(files)
     assert read_json(tmp_path / "e" / "report.json") == read_json(trained / "report.json")
-    predictions = (tmp_path / "e" / "predictions.csv").read_bytes()
-    assert predictions == (trained / "predictions.csv").read_bytes()
+    for name in files[1:]:
+        assert (tmp_path / "e" / name).read_bytes() == (trained / name).read_bytes()
 
 
 def test_p5_evaluate_on_validation_repeats_the_best_epochs_row(trained, tmp_path):

@@ -64,5 +64,5 @@ def test_with_output_the_report_is_next_to_that_directory(copied, tmp_path):
     evaluate.main([*argv, "--output", str(tmp_path / "e")])
     for name in ("e", "e-tta-flip"):
         files = {path.name for path in (tmp_path / name).iterdir()}
-        assert files == {"report.json", "predictions.csv"}
+        assert files == {"report.json", "predictions.csv", "predictions.safetensors"}
     assert not (copied / "evaluate-test").exists()

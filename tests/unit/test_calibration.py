@@ -1,0 +1,221 @@
+"""Calibration error, coverage, and the temperature: its fit, and that everything uses it."""
+
+import csv
+import json
+import math
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from sklearn.metrics import top_k_accuracy_score
+
+import evaluate
+import lab
+import predict
+from lab import export
+from lab.checkpoint import weights
+from lab.data import DataConfig, load_split
+from lab.engine import evaluation
+from lab.engine.calibration import (
+    coverage_table,
+    expected_calibration_error,
+    fit_temperature,
+    reliability_bins,
+)
+from lab.errors import UserError
+
+QUIET = ("--threads", "1", "--quiet")
+
+
+def test_the_calibration_error_is_the_mean_gap_of_the_bins():
+    confidence = torch.tensor([0.05, 0.6, 0.61, 1 / 15, 1.0, 1.0], dtype=torch.float64)
+    correct = torch.tensor([False, True, False, True, True, False])
+    counts, accuracy, mean = reliability_bins(confidence, correct)
+    assert counts.nonzero().flatten().tolist() == [0, 8, 9, 14]  # a bin contains its upper end
+    assert counts[[0, 8, 9, 14]].tolist() == [2, 1, 1, 2]
+    assert accuracy[[0, 8, 9, 14]].tolist() == [0.5, 1, 0, 0.5]
+    assert mean[14] == 1
+    gaps = 2 * abs(0.5 - (0.05 + 1 / 15) / 2) + 0.4 + 0.61 + 2 * 0.5
+    assert expected_calibration_error(confidence, correct) == pytest.approx(gaps / 6)
+    assert math.isnan(expected_calibration_error(confidence * math.nan, correct))
+
+
+def test_the_coverage_table_is_what_min_confidence_leaves():
+    noise = torch.Generator().manual_seed(0)
+    confidence = torch.rand(500, generator=noise).double().round(decimals=2)  # with equal ones
+    correct = torch.rand(500, generator=noise) < confidence
+    table = coverage_table(confidence, correct)
+    assert len(table) == 7
+    for row, wanted in zip(table, (1, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5), strict=True):
+        decided = confidence >= row["min_confidence"]
+        assert row["coverage"] == decided.double().mean()
+        assert wanted <= row["coverage"] < wanted + 0.03
+        assert row["accuracy"] == pytest.approx(correct[decided].double().mean().item())
+    equal = coverage_table(torch.full((3,), 0.5).double(), torch.tensor([True, True, False]))
+    assert [row["coverage"] for row in equal] == [1]
+
+
+@pytest.mark.parametrize("temperature", [0.2, 1.0, 3.0])
+def test_the_temperature_minimizes_the_loss(temperature):
+    noise = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(1000, 5, generator=noise)
+    labels = torch.multinomial(logits.softmax(1), 1, generator=noise).flatten()
+    logits *= temperature
+    fitted = fit_temperature(logits, labels)
+    assert fitted == pytest.approx(temperature, rel=0.1)
+    best, lower, higher = (
+        F.cross_entropy(logits.double() / (fitted * factor), labels) for factor in (1, 0.999, 1.001)
+    )
+    assert best < min(lower, higher)
+
+
+@pytest.mark.parametrize("kind", ["all correct", "all wrong", "not finite", "too large"])
+def test_p7_a_temperature_that_cannot_be_fitted_is_refused(kind):
+    logits, labels = torch.eye(3).repeat(4, 1), torch.arange(12) % 3
+    if kind == "all wrong":
+        labels = (labels + 1) % 3
+    elif kind == "not finite":
+        logits[0, 0] = math.nan
+    message = "no temperature fits these 12 samples|take more than 200 MB"
+    with pytest.raises(UserError, match=message):
+        fit_temperature(None if kind == "too large" else logits, labels)
+
+
+@pytest.fixture(scope="module")
+def calibrated(finished, tmp_path_factory):
+    """Return (a copy of a run, calibrated; its reports of the test split before and after)."""
+    path = shutil.copytree(finished, tmp_path_factory.mktemp("calibrated") / "run")
+    evaluate.main([str(path), *QUIET, "--calibrate"])
+    evaluate.main([str(path), *QUIET])
+    reports = (path / "report.json", path / "evaluate-test" / "report.json")
+    return path, *(json.loads(report.read_text()) for report in reports)
+
+
+def test_calibrate_changes_the_confidence_and_no_prediction(calibrated, finished):
+    path, before, after = calibrated
+    files = [folder / "best.safetensors" for folder in (finished, path)]
+    old, new = map(weights.read_metadata, files)
+    assert old["temperature"] == 1
+    assert new == old | {"temperature": after["temperature"]}
+    assert new["temperature"] != 1
+    for name, tensor in load_file(files[0]).items():
+        assert torch.equal(tensor, load_file(files[1])[name])
+    for key in ("accuracy", "macro_f1", "confusion_matrix", "top5_accuracy"):
+        assert after[key] == before[key], key
+    assert after["loss"] != before["loss"]
+    # On the split of the fit, the loss cannot increase.
+    validation = json.loads((path / "evaluate-val" / "report.json").read_text())
+    assert validation["split"] == "val"
+    rows = map(json.loads, (path / "history.jsonl").read_text().splitlines())
+    [best] = [row for row in rows if row["epoch"] == before["best_epoch"]]
+    assert validation["loss"] < best["val_loss"]
+    assert validation["accuracy"] == best["val_accuracy"]
+
+
+def test_the_probabilities_are_kept_and_give_the_report(calibrated):
+    path, _, report = calibrated
+    [probabilities] = load_file(path / "evaluate-test" / "predictions.safetensors").values()
+    assert (probabilities.shape, probabilities.dtype) == ((100, 10), torch.float32)
+    with open(path / "evaluate-test" / "predictions.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    labels = torch.tensor([int(row["label"]) for row in rows])
+    predictions = [int(row["prediction"]) for row in rows]
+    assert probabilities.argmax(1).tolist() == predictions
+    confidences = [float(row["confidence"]) for row in rows]
+    assert probabilities.max(1).values.tolist() == pytest.approx(confidences, abs=1e-6)
+    assert F.nll_loss(probabilities.log(), labels).item() == pytest.approx(report["loss"], abs=1e-5)
+    top5 = top_k_accuracy_score(labels, probabilities, k=5, labels=range(10))
+    assert report["top5_accuracy"] == pytest.approx(top5, abs=1e-9)
+    assert report["roc_auc"] > 0.5
+
+
+def test_predict_and_export_use_the_temperature(calibrated, tmp_path):
+    path, _, report = calibrated
+    model, metadata = lab.load_model(path, "cpu")
+    images = load_split(DataConfig(**metadata["data"]), "test", 1e9, 1)[0].images
+    expected = load_file(path / "evaluate-test" / "predictions.safetensors")["probabilities"]
+    found = lab.predict(images, (model, metadata)).probabilities
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    exported = export.ExportedModel(model, metadata, torch.float32, softmax=True).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(exported(images), expected, atol=1e-5, rtol=0)
+    assert (
+        export.describe(metadata, dynamic_batch=True, half=False, softmax=True)["temperature"]
+        == (report["temperature"])
+    )
+
+
+def test_min_confidence_marks_what_is_undecided(calibrated, tmp_path, capsys):
+    from PIL import Image
+
+    path = calibrated[0]
+    metadata = weights.read_metadata(path / "best.safetensors")
+    images = load_split(DataConfig(**metadata["data"]), "test", 1e9, 1)[0].images[:20, 0]
+    for i, image in enumerate(images):
+        Image.fromarray(image.numpy()).save(tmp_path / f"{i:02}.png")
+    (tmp_path / "broken.png").write_bytes(b"")
+    words = [str(path), str(tmp_path), "--threads", "1", "--workers", "0"]
+    files = ["--json", str(tmp_path / "json"), "--csv", str(tmp_path / "csv"), "--top-k", "1"]
+    predict.main([*words, *files])
+    rows = [json.loads(line) for line in (tmp_path / "json").read_text().splitlines()]
+    assert not any("decided" in row for row in rows)
+    confidences = [row["classes"][0]["confidence"] for row in rows if "classes" in row]
+    threshold = sorted(confidences)[7] + 1e-4
+    capsys.readouterr()
+    predict.main([*words, *files, "--min-confidence", str(threshold)])
+    rows = [json.loads(line) for line in (tmp_path / "json").read_text().splitlines()]
+    decided = [row["decided"] for row in rows if "classes" in row]
+    assert decided == [value >= threshold for value in confidences]
+    with open(tmp_path / "csv", newline="") as file:
+        cells = [row["decided"] for row in csv.DictReader(file)]
+    assert cells[:-1] == ["yes" if value else "no" for value in decided]
+    assert cells[-1] == ""  # of the file that cannot be read
+    undecided = decided.count(False)
+    assert f"undecided: {undecided} of 20 images" in capsys.readouterr().out
+    predict.main([*words, "--min-confidence", str(threshold)])
+    assert capsys.readouterr().out.count(" (undecided)") == undecided
+
+
+@pytest.mark.parametrize(
+    ("words", "metadata", "message"),
+    [
+        (
+            "",
+            {"selection_split": "test"},
+            "--calibrate needs a validation split, and w was trained without one. "
+            "Train with --val-fraction 0.1.",
+        ),
+        (
+            "--split train",
+            {},
+            "--calibrate fits on the validation split, not on --split train. Leave out --split.",
+        ),
+    ],
+)
+def test_p7_calibrate_refuses(fails, finished, tmp_path, words, metadata, message):
+    file = finished / "best.safetensors"
+    content = weights.read_metadata(file) | metadata
+    weights.write_weights(tmp_path / "w", weights.read_tensors(file), content)
+    assert fails(evaluate, "w", "--calibrate", "--quiet", *words.split()) == message
+
+
+@pytest.mark.parametrize("temperature", [0, -1.0, math.inf, "2", True, None])
+def test_p7_an_invalid_temperature_is_refused(finished, tmp_path, temperature):
+    file = finished / "best.safetensors"
+    metadata = weights.read_metadata(file) | {"temperature": temperature}
+    weights.write_weights(tmp_path / "w", weights.read_tensors(file), metadata)
+    with pytest.raises(UserError, match=r"invalid metadata \(temperature contradicts"):
+        weights.read_metadata(tmp_path / "w")
+
+
+def test_probabilities_that_are_too_large_are_not_kept(finished, tmp_path, monkeypatch, capsys):
+    (tmp_path / "predictions.safetensors").write_bytes(b"of an earlier evaluation")
+    monkeypatch.setattr(evaluation, "MAX_LOGITS_BYTES", 4 * 100 * 10 - 1)
+    evaluate.main([str(finished), "--threads", "1", "--output", str(tmp_path)])
+    assert "no predictions.safetensors: it would be larger than 200 MB" in capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} == {"report.json", "predictions.csv"}
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert "roc_auc" not in report
+    assert {"calibration_error", "coverage", "top5_accuracy"} <= report.keys()
