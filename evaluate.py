@@ -39,11 +39,9 @@ def main(argv: list[str] | None = None) -> None:
         DataConfig,
         check_dataset,
         list_samples,
-        load_fingerprints,
         load_split,
         read_dataset,
     )
-    from lab.data.fingerprint import changed_splits
     from lab.data.loaders import LoaderOptions, build_loader, eval_batch_size
     from lab.data.transforms import BatchTransform
     from lab.distributed import (
@@ -57,14 +55,19 @@ def main(argv: list[str] | None = None) -> None:
     from lab.engine.metrics import selection_bias_note
     from lab.engine.training import to_device
 
+    # Weights
     path = weights.find_weights(config.weights)
     metadata = weights.read_metadata(path)
-    model_name = metadata["model"]["name"]
-    if config.calibrate and metadata["selection_split"] == "test":
+    model_name, selection_split = metadata["model"]["name"], metadata["selection_split"]
+    if config.calibrate and selection_split == "test":
         raise UserError(
             f"--calibrate needs a validation split, and {path} was trained without one",
             "Train with --val-fraction 0.1",
         )
+    data = DataConfig(**metadata["data"] | config.data_overrides())
+    check_dataset(data.dataset, config.data_dir)
+
+    # Distributed setup
     accelerator = build_accelerator(
         training=False,
         mixed_precision=config.mixed_precision,
@@ -74,46 +77,106 @@ def main(argv: list[str] | None = None) -> None:
         quiet=config.quiet,
     )
     options = LoaderOptions.create(accelerator, config.loader, config.workers)
-    data = DataConfig(**metadata["data"] | config.data_overrides())
-    limits = {name: metadata["data"][name] for name in ("max_train_samples", "max_eval_samples")}
-    as_trained = replace(data, **limits)  # with the number of samples of the training
-    check_dataset(data.dataset, config.data_dir)
-    with raise_on_all_ranks(accelerator):
-        model = weights.load_model(path, metadata)
-        with console.status(f"reading {data.dataset}"):
-            # Download only to a directory that the user names, never to one in the metadata.
-            download = config.data_dir is not None
-            raw = read_dataset(data, download)
-            num_workers = torch.get_num_threads()
-            split, fingerprint = load_split(
-                data, config.split, options.memory, num_workers, raw=raw
-            )
-            current = {config.split: fingerprint}
-            if config.split == "all" or data != as_trained:
-                current = load_fingerprints(as_trained, raw, num_workers)
-            if config.split != "all":
-                current = {config.split: current[config.split]}
-            changed = bool(changed_splits(metadata["fingerprints"], current))
+
+    # Model and data
+    with raise_on_all_ranks(accelerator), console.status(f"reading {data.dataset}"):
+        model = to_device(weights.load_model(path, metadata), model_name, accelerator.device)
+        # Download only to a directory that the user names, never to one in the metadata.
+        raw = read_dataset(data, download=config.data_dir is not None)
+        num_threads = torch.get_num_threads()
+        split, fingerprint = load_split(data, config.split, options.memory, num_threads, raw=raw)
+        changed = has_changed(metadata, data, config.split, raw, fingerprint)
     check_same_data(
         accelerator, {config.split: fingerprint}, partial(list_samples, data, config.split)
     )
     with raise_on_all_ranks(accelerator):
         split = weights.align_classes(path, metadata, split)
-        transform = BatchTransform(metadata["mean"], metadata["std"], (), accelerator.device)
-        size = config.batch_size or eval_batch_size(
-            accelerator.device, metadata["model"]["image_size"]
-        )
-        loader = build_loader(split, transform, options, batch_size=size, seed=None)
-        is_main_process = accelerator.is_main_process
+        part = config.part(metadata["data"])
         outputs = {  # without test-time augmentation first
-            tta: run_dir.evaluation_dir(
-                path, config.part(metadata["data"]), config.output, is_main_process, tta
-            )
+            tta: run_dir.evaluation_dir(path, part, config.output, accelerator.is_main_process, tta)
             for tta in dict.fromkeys(("none", config.tta))
         }
+    transform = BatchTransform(metadata["mean"], metadata["std"], (), accelerator.device)
+    size = config.batch_size or eval_batch_size(accelerator.device, metadata["model"]["image_size"])
+    loader = build_loader(split, transform, options, batch_size=size, seed=None)
+    warn_of_other_data(split, config.split, changed)
+    rows = {
+        "data": f"{config.split} of {dataset_title(data.dataset)}: {len(split.labels):,} samples",
+        "device": console.device_summary(describe(accelerator)),
+    }
+    console.settings(f"{model_name} of {path}", rows)
+
+    # Calibration: all processes hold all logits, and so find the same temperature
+    temperature = metadata["temperature"]
+    if config.calibrate:
+        with closing(loader):
+            uncalibrated = predict_all(accelerator, model, loader)
+        temperature = fit_temperature(uncalibrated.logits, uncalibrated.labels)
+        before = uncalibrated.report()
+        console.info(
+            f"temperature {temperature:.4f} for {path}; without it: loss "
+            f"{before['loss']:.4f}, calibration error {before['calibration_error']:.4f}"
+        )
+
+    # Evaluation
+    for tta, output in outputs.items():
+        with closing(loader):
+            predictions = predict_all(accelerator, model, loader, tta, temperature)
+        title = f"{model_name} on {dataset_title(data.dataset)}"
+        report = {
+            "split": config.split,
+            **predictions.report(),
+            "best_epoch": metadata["best_epoch"],
+            "selection_split": selection_split,
+        }
+        if temperature != 1:
+            report["temperature"] = temperature
+        if tta != "none":
+            report["tta"] = tta
+            title += f", averaged over each image and its mirror image (--tta {tta})"
+        with raise_on_all_ranks(accelerator):
+            if config.calibrate and tta == "none" and accelerator.is_main_process:
+                weights.write_temperature(path, temperature)
+            output.write_predictions(predictions.csv(split.files()), predictions.safetensors())
+            output.write_report(report)  # last: if it exists, so do the predictions
+        if tta == "none":
+            console.class_table(report)
+            console.confusion_matrix(report)
+        console.report(
+            report,
+            title=title,
+            files={"weights": str(path), "report": str(output.path)},
+            note=selection_bias_note(config.split, None if changed else selection_split),
+        )
+    accelerator.end_training()
+
+
+def has_changed(metadata, data, split_name, raw, fingerprint):
+    """Return whether the evaluated split differs from that of the training: another dataset, too.
+
+    `data` is the `DataConfig` of the evaluation, `raw` the dataset that was read for it, and
+    `fingerprint` that of the evaluated split.
+    """
+    import torch
+
+    from lab.data import load_fingerprints
+    from lab.data.fingerprint import changed_splits
+
+    limits = {name: metadata["data"][name] for name in ("max_train_samples", "max_eval_samples")}
+    as_trained = replace(data, **limits)  # with the number of samples of the training
+    current = {split_name: fingerprint}
+    if split_name == "all" or data != as_trained:
+        current = load_fingerprints(as_trained, raw, torch.get_num_threads())
+    if split_name != "all":
+        current = {split_name: current[split_name]}
+    return bool(changed_splits(metadata["fingerprints"], current))
+
+
+def warn_of_other_data(split, split_name, changed):
+    """Warn of data that has changed since the training, and of classes without samples."""
     if changed:
         console.warn(
-            f"{'the data' if config.split == 'all' else f'the {config.split} split'} has changed "
+            f"{'the data' if split_name == 'all' else f'the {split_name} split'} has changed "
             "since the training (files added, removed, renamed or replaced), or is another "
             "dataset: it may contain training samples"
         )
@@ -122,60 +185,6 @@ def main(argv: list[str] | None = None) -> None:
             f"the data has no samples of {len(missing)} of the {len(split.class_names)} classes "
             f"({name_some(missing)}): macro-F1 leaves out those that are also never predicted"
         )
-    title = dataset_title(data.dataset)
-    console.settings(
-        f"{model_name} of {path}",
-        {
-            "data": f"{config.split} of {title}: {len(split.labels):,} samples",
-            "device": console.device_summary(describe(accelerator)),
-        },
-    )
-    model = to_device(model, model_name, accelerator.device)
-    temperature = metadata["temperature"]
-    if config.calibrate:
-        with closing(loader):
-            uncalibrated = predict_all(accelerator, model, loader)
-        with raise_on_all_ranks(accelerator):
-            temperature = fit_temperature(uncalibrated.logits, uncalibrated.labels)
-            if is_main_process:
-                weights.write_temperature(path, temperature)
-        before = uncalibrated.report()
-        console.info(
-            f"temperature {temperature:.4f}, written to {path}; without it: loss "
-            f"{before['loss']:.4f}, calibration error {before['calibration_error']:.4f}"
-        )
-    for tta, output in outputs.items():
-        with closing(loader):
-            predictions = predict_all(accelerator, model, loader, tta, temperature)
-        report = {
-            "split": config.split,
-            **predictions.report(),
-            "best_epoch": metadata["best_epoch"],
-            "selection_split": metadata["selection_split"],
-        }
-        title = f"{model_name} on {dataset_title(data.dataset)}"
-        if temperature != 1:
-            report["temperature"] = temperature
-        if tta != "none":
-            report["tta"] = tta
-            title += f", averaged over each image and its mirror image (--tta {tta})"
-        with raise_on_all_ranks(
-            accelerator
-        ):  # the report last: if it exists, so do the predictions
-            output.write_predictions(predictions.csv(split.files()), predictions.safetensors())
-            output.write_report(report)
-        if tta == "none":
-            console.class_table(report)
-            console.confusion_matrix(report)
-        console.report(
-            report,
-            title=title,
-            files={"weights": str(path), "report": str(output.path)},
-            note=selection_bias_note(
-                config.split, None if changed else metadata["selection_split"]
-            ),
-        )
-    accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> RunDir:
             check_packages(config, needed=world.is_main_process)
             hub.check_upload(config, needed=world.is_main_process)
         if checkpoint and checkpoint.is_finished(config):
-            console.info(f"{run.path} is finished; to train it further, raise --epochs")
+            console.info(f"{run.path} is finished; {checkpoint.how_to_train_further}")
         else:
             # A checkpoint may be somebody else's: nothing is downloaded to a directory it names.
             download = not checkpoint or "data_dir" in overrides

@@ -1,13 +1,13 @@
-"""What lab chooses by itself, measured: precision, layout, threads, torch.compile, memory.
+"""Measure the settings that lab selects: precision, memory format, threads, torch.compile, memory.
 
-  python benchmarks/choices.py               both networks, about four minutes on 2 CPU cores
+  python benchmarks/choices.py               both models, about four minutes on 2 CPU cores
   python benchmarks/choices.py --compile     with torch.compile too, which needs a C++ compiler
   python benchmarks/choices.py --parts muon  one part of it
 
-Whole training steps of 128 images that lie ready. All variants of a network are built once and
-timed in turn in one process; bfloat16 only where the device multiplies it. `auto` marks what
-`--mixed-precision auto` and `to_device` choose, which is also compiled. Then, in processes of their
-own: `auto`, which keeps freed memory, and without that. Last,
+Times whole training steps on a prepared batch of 128 images. All variants of a model are built once
+and timed in turn in one process, those in bfloat16 only if the device has native bfloat16. `auto`
+marks what `--mixed-precision auto` and `to_device` select; --compile compiles that variant. Then
+`auto` is timed in its own process, with and without keeping freed memory. The last part times
 Muon's iterations on the kernels of AlexNet in both precisions.
 """
 
@@ -70,12 +70,12 @@ def step_timer(
             torch.cuda.synchronize()
         return {"images_per_second": STEPS[model] * BATCH_SIZE / (time.perf_counter() - start)}
 
-    run()  # kernels chosen, code compiled
+    run()  # selects kernels and compiles code
     return run
 
 
 def muon_timer(bfloat16: bool, threads: int):
-    """A function that orthogonalises what Muon steps of AlexNet, and returns how often a second."""
+    """Return a function that orthogonalises AlexNet's Muon updates and returns updates/s."""
     import torch
 
     from lab.engine import muon
@@ -100,7 +100,7 @@ def muon_timer(bfloat16: bool, threads: int):
 
 
 def run_one(model: str, variant: str) -> dict:
-    """Images a second of what lab chooses, in this process, but for the `variant`."""
+    """Return the images per second of lab's settings, changed by `variant`, in this process."""
     from lab.distributed import choose_precision, keep_freed_memory, num_cores
     from lab.models import MODELS
 
@@ -113,11 +113,11 @@ def run_one(model: str, variant: str) -> dict:
     return run()
 
 
-def table(results: dict[str, list], chosen: str, field: str = "images_per_second") -> str:
-    """Speeds as Markdown, and their ratios to the `chosen` contender's."""
+def table(results: dict[str, list], selected: str, field: str = "images_per_second") -> str:
+    """Return the speeds as Markdown, and their ratios to the `selected` contender's."""
     lines = [f"\n| | {field.replace('_per_second', '/s')} | / auto |", "| --- | --- | --- |"]
     for name, rows in results.items():
-        against = spread(ratios(results, name, chosen, field))
+        against = spread(ratios(results, name, selected, field))
         speed = spread([row[field] for row in rows], ",.2f" if field.startswith("up") else ",.0f")
         lines.append(f"| {name} | {speed} | {against} |")
     return "\n".join(lines)
@@ -163,8 +163,8 @@ def main() -> None:
             contenders[", ".join(words)] = step_timer(model, *variant)
         print(model)
         results = in_turn(contenders, args.rounds, show="images_per_second")
-        chosen = next(name for name in results if name.endswith("(auto)"))
-        print(table(results, chosen))
+        selected = next(name for name in results if name.endswith("(auto)"))
+        print(table(results, selected))
         output[model] = results
         if device_type == "cpu":
             others = ["auto", "freed memory given back"]

@@ -28,7 +28,7 @@ Contender = tuple[Callable[[int | None], int], Callable[[], float | None]]
 
 @dataclass(frozen=True)
 class Case:
-    """A model and its dataset, as the notebooks train them."""
+    """Name a model and its dataset, as the notebooks train them."""
 
     model: str
     dataset: str  # "mnist", or a directory with train/CLASS and test/CLASS
@@ -339,7 +339,7 @@ def lightning(case: Case) -> Contender:
 
 
 def timm(case: Case) -> Contender:
-    """timm's loader, uint8 from the workers to its prefetcher, before a loop without `.item()`."""
+    """Return a loop without `.item()` over timm's loader, which prefetches uint8 from workers."""
     from timm.data import create_loader
 
     grey = case.dataset == "mnist"

@@ -95,9 +95,9 @@ def train_pair(model: str, dataset: str, folder: str, args: argparse.Namespace) 
         losses = [json.loads(line)["loss"] for line in steps]
         precision = json.loads((run / "config.json").read_text())["precision"]
     first, last = (sum(part) / len(part) for part in (losses[:ENDS], losses[-ENDS:]))
-    learnt = not outcome and math.isfinite(last) and last < first
+    learned = not outcome and math.isfinite(last) and last < first
     took = f"{precision}, {time.perf_counter() - start:.0f}"
-    if not learnt:
+    if not learned:
         took += f"{outcome}  LOSS DID NOT FALL"
     ends = (f"{first:.3f}", f"{last:.3f}")
     return COLUMNS.format(model, dataset, args.recipe, len(losses), args.batch_size, *ends, took)

@@ -1,9 +1,9 @@
-"""Compare the first decode of an image directory, and the second start, with ImageFolder.
+"""Compare lab's first and second start on an image directory with torchvision's ImageFolder.
 
   python benchmarks/folder.py DATA/cifar10-jpg/train
 
-Each contender reads all pictures once, as uint8 of 32 x 32, with 2 threads or 2 workers. In turn,
-each in a process of its own; about 40 s a round on 2 CPU cores for 50,000 small JPEG files.
+Each contender reads all images once, as uint8 of 32 x 32, with 2 threads or 2 workers. They run in
+turn, each in its own process; a round takes about 40 s on 2 CPU cores for 50,000 small JPEG files.
 """
 
 import argparse
@@ -15,38 +15,38 @@ from common import child, in_turn, ratios, spread, write_json
 
 
 def read_with_torchvision(root: str) -> int:
-    """torchvision's ImageFolder, read by a DataLoader with two workers."""
+    """Read torchvision's ImageFolder with a DataLoader and two workers; return the count."""
     from torch.utils.data import DataLoader
     from torchvision import datasets
     from torchvision.transforms import v2
 
-    pictures = datasets.ImageFolder(root, v2.Compose([v2.PILToTensor(), v2.Resize((32, 32))]))
-    loader = DataLoader(pictures, batch_size=128, num_workers=2)
+    dataset = datasets.ImageFolder(root, v2.Compose([v2.PILToTensor(), v2.Resize((32, 32))]))
+    loader = DataLoader(dataset, batch_size=128, num_workers=2)
     return sum(len(images) for images, _ in loader)
 
 
 def read_with_lab(root: str) -> int:
-    """This project's reader: from the cache, where LAB_CACHE has the pictures already."""
+    """Read the directory with lab, from the cache if LAB_CACHE contains it; return the count."""
     from lab.data import DataConfig
     from lab.data.image_folder import read_folder
     from lab.data.splits import in_memory
 
-    parts = read_folder(DataConfig(root, "data", 32, 0.1, 0.2, 0, 0, 0, 0))
-    return in_memory(parts.train, num_workers=2).images.shape[0]
+    raw_splits = read_folder(DataConfig(root, "data", 32, 0.1, 0.2, 0, 0, 0, 0))
+    return in_memory(raw_splits.train, num_workers=2).images.shape[0]
 
 
 READERS = {"torchvision": read_with_torchvision, "lab": read_with_lab}
 
 
 def run_one(reader: str, root: str) -> dict:
-    """Pictures read and seconds taken, imports apart."""
+    """Return the number of images read and the seconds without imports."""
     from torchvision import datasets, transforms  # noqa: F401
 
     from lab.data import decode  # noqa: F401
 
     start = time.perf_counter()
     count = READERS[reader](root)
-    return {"pictures": count, "seconds": time.perf_counter() - start}
+    return {"images": count, "seconds": time.perf_counter() - start}
 
 
 def main() -> None:

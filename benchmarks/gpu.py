@@ -1,13 +1,14 @@
-"""Training on one GPU, measured: ceilings, steps, input pipeline, whole epochs, synchronisations.
+"""Measure training on one GPU: ceilings, steps, input pipeline, epochs, synchronisations.
 
   python benchmarks/gpu.py                          random pixels, as many as MNIST and CIFAR-10
-  python benchmarks/gpu.py --data-dir DATA          the real ones, in DATA as train.py left them
-  python benchmarks/gpu.py --device cpu --quick     tries the script out, on tiny data: seconds
+  python benchmarks/gpu.py --data-dir DATA          the real images, in train.py's --data-dir
+  python benchmarks/gpu.py --device cpu --quick     test this script on tiny data, in seconds
 
-Under nine minutes on one GPU: what is left after --minutes is skipped, and said to be. A
-measurement that fails is recorded, and the others go on. The table comes last; everything is in the
-JSON file. To be met on one H100: LeNet-5's epoch in 0.5 s; AlexNet's 20 epochs, each evaluated, in
-15 s, and its steps at 40 % of the measured bfloat16 matrix rate.
+Takes less than nine minutes on one GPU: measurements that have not started after --minutes are
+skipped and listed as such. If a measurement fails, its error is recorded and the others continue. A
+table is printed at the end; the JSON file contains all figures. Targets for one H100: an epoch of
+LeNet-5 in 0.5 s, 20 epochs of AlexNet with evaluations in 15 s, and AlexNet's steps at 40 % of the
+measured bfloat16 matrix rate.
 """
 
 import argparse
@@ -34,7 +35,7 @@ from gpu_measures import (
     measure_step,
 )
 
-from lab.errors import UserError, run_script
+from lab.errors import UserError, run_script, suggestion
 
 COUNTS = {"mnist": (60_000, 10_000), "cifar10": (50_000, 10_000)}  # to train on, to test on
 PARTS = ("ceilings", "synchronisation", "epochs", "pipeline", "steps")
@@ -106,7 +107,7 @@ CHECKS = [
 
 
 def load(data_dir: str | None, quick: bool) -> dict[str, Any]:
-    """The two data sets as lab's `Splits` at 32 pixels; random where no folder is given."""
+    """Return both datasets as lab's `Splits` at 32 pixels, with random images if no `data_dir`."""
     import torch
 
     from lab.config.recipes import resolve
@@ -121,22 +122,22 @@ def load(data_dir: str | None, quick: bool) -> dict[str, Any]:
         labels = torch.randint(10, (count,), generator=generator)
         return Split(images, labels, tuple("0123456789"))
 
-    found = {}
+    splits = {}
     for model, name in (("lenet5", "mnist"), ("alexnet", "cifar10")):
         if data_dir:
             settings = {"model": model, "recipe": "notebook", "data_dir": data_dir}
             config = DataConfig.of(resolve(settings))
-            found[name] = load_splits(config, float("inf"), torch.get_num_threads())
+            splits[name] = load_splits(config, float("inf"), torch.get_num_threads())
             continue
         num_train, num_test = (10, 5) if quick else COUNTS[name]
         train, test = draw(name, num_train), draw(name, num_test)
         spec = SPECS[name]
-        found[name] = Splits(train, test, test, spec.mean, spec.std, "test", {})
-    return found
+        splits[name] = Splits(train, test, test, spec.mean, spec.std, "test", {})
+    return splits
 
 
 def attempt(rows: dict, name: str, deadline: float, measure: Callable[[], dict]) -> dict:
-    """What `measure` returns, kept in `rows`; or why there is nothing. The others can go on."""
+    """Store the result of `measure`, its error or that it was skipped in `rows`, and return it."""
     import torch
 
     start = time.monotonic()
@@ -156,7 +157,7 @@ def attempt(rows: dict, name: str, deadline: float, measure: Callable[[], dict])
 
 
 def run_all(bench: Bench, deadline: float) -> dict[str, dict]:
-    """All measurements, what the targets are about first."""
+    """Run all measurements, starting with those that have targets, and return their rows."""
     report: dict[str, dict] = {}
 
     def part(name: str, plan: dict[str, Callable[[], dict]]) -> dict[str, dict]:
@@ -191,13 +192,13 @@ def run_all(bench: Bench, deadline: float) -> dict[str, dict]:
 
 
 def is_plain(case: Case) -> bool:
-    """Whether a try of the script runs it: what differs on a GPU alone is left out."""
+    """Return whether --quick runs the case: not if it differs from another only on a GPU."""
     known = case.model in ("lenet5", "alexnet")
     return known and case.graphs and not case.compile and case.batch_size == 128
 
 
 def tiny(case: Case, device_type: str) -> Case:
-    """The case for a try: a small batch, and no bfloat16 where it would be emulated for minutes."""
+    """Return the case with a small batch, and without bfloat16 if the device emulates it."""
     from lab.distributed import has_native_bf16
 
     precision = case.precision if has_native_bf16(device_type) else "no"
@@ -205,7 +206,7 @@ def tiny(case: Case, device_type: str) -> Case:
 
 
 def table(report: dict[str, dict]) -> list[str]:
-    """The figures as lines of text."""
+    """Return the figures as lines of text."""
     lines = []
     for name, row in report["ceilings"].items():
         if "per_second" in row:
@@ -229,26 +230,30 @@ def table(report: dict[str, dict]) -> list[str]:
 
 
 def why(row: dict) -> str:
-    """Why there is no figure."""
+    """Return why a measurement has no figure."""
     return (row.get("error") or row.get("skipped") or "")[:100].replace("\n", " ")
 
 
 def cell(value: float | None, column: str) -> str:
-    """A figure of the table."""
+    """Return a figure as a cell of the table."""
     form = {"ms": ".3f", "utilisation": ".1%"}.get(column, ",.0f")
     return f"{'-' if value is None else format(value, form):>12}"
 
 
 def main() -> None:
-    """Measures and prints; raises `UserError`."""
+    """Measure, print the table and write the JSON file. Raises `UserError`."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data-dir", metavar="DIR", help="MNIST and CIFAR-10; else random pixels")
+    parser.add_argument(
+        "--data-dir", metavar="DIR", help="directory of MNIST and CIFAR-10; default: random pixels"
+    )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--quick", action="store_true", help="tiny data: are there errors?")
-    parser.add_argument("--parts", default=",".join(PARTS), metavar="LIST", help="[all of them]")
-    parser.add_argument("--minutes", type=float, default=8.0, help="begin nothing later than this")
+    parser.add_argument("--quick", action="store_true", help="test the script on tiny data")
+    parser.add_argument("--parts", default=",".join(PARTS), metavar="LIST", help="default: all")
+    parser.add_argument(
+        "--minutes", type=float, default=8.0, help="start no measurement after this"
+    )
     parser.add_argument("--json", metavar="FILE", default="gpu.json", help="all figures")
     args = parser.parse_args()
     deadline = time.monotonic() + 60 * args.minutes
@@ -257,10 +262,10 @@ def main() -> None:
     import torch
 
     if unknown := set(args.parts.split(",")) - set(PARTS):
-        raise UserError(f"no part is called {min(unknown)}", f"Choose from {', '.join(PARTS)}")
+        raise UserError(f"unknown part {min(unknown)}", suggestion(min(unknown), PARTS))
     if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("there is no CUDA GPU here", "Try --device cpu --quick")
-    pixels = f"from {args.data_dir}" if args.data_dir else "random: accuracies mean nothing"
+        raise UserError("there is no CUDA GPU", "Give --device cpu --quick to test the script")
+    pixels = f"from {args.data_dir}" if args.data_dir else "random, so accuracies are meaningless"
     print(f"pixels: {pixels}", flush=True)
     splits, parts = load(args.data_dir, args.quick), tuple(args.parts.split(","))
     bench = Bench(torch.device(args.device), splits, args.quick, parts=parts)

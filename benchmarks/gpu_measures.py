@@ -1,7 +1,7 @@
-"""What gpu.py measures: each function sets up one case, and returns its figures.
+"""The measurements of gpu.py: each function sets up one case and returns its figures.
 
-Times are in ms, between two events of the device; on a CPU, which only tries the code out, between
-two readings of the clock. The median of nine stretches of 30 calls each is given, and its spread.
+Times are in ms between two events of the device, or between two readings of the clock on a CPU,
+which only tests the script. Figures are medians over nine blocks of 30 calls, with their range.
 """
 
 import statistics
@@ -16,7 +16,7 @@ CHANNELS = {"mnist": 1, "cifar10": 3}
 
 @dataclass(frozen=True)
 class Case:
-    """One way to train; the other settings are those of the `notebook` recipe."""
+    """Describe how to train; the other settings are those of the `notebook` recipe."""
 
     name: str
     model: str
@@ -33,22 +33,22 @@ class Case:
 
 @dataclass(frozen=True)
 class Bench:
-    """What all measurements share."""
+    """Hold what all measurements share."""
 
     device: Any
-    splits: dict[str, Any]  # of lab.data, by data set
+    splits: dict[str, Any]  # lab.data.Splits by dataset
     quick: bool
-    parts: tuple[str, ...] = ()  # what is measured
-    matrix_rate: float = 0.0  # operations a second; 0: not known
+    parts: tuple[str, ...] = ()  # names of the parts to measure
+    matrix_rate: float = 0.0  # operations per second; 0: unknown
 
     @property
     def repeats(self) -> tuple[int, int]:
-        """Stretches that are timed, and calls in each."""
+        """Return the number of timed blocks, and of calls in each."""
         return (2, 1) if self.quick else (9, 30)
 
 
 def synchronise(device: Any) -> None:
-    """Returns when the device has done all that it was given."""
+    """Wait until the device has finished all its work."""
     import torch
 
     if device.type == "cuda":
@@ -56,20 +56,20 @@ def synchronise(device: Any) -> None:
 
 
 def time_calls(call: Callable[[], object], bench: Bench) -> list[float]:
-    """Milliseconds a call, one figure a stretch, between two events of the device."""
+    """Return the milliseconds per call for each block, between two events of the device."""
     import torch
 
-    stretches, calls = bench.repeats
+    num_blocks, calls = bench.repeats
     for _ in range(calls):
         call()
     if bench.device.type != "cuda":
         marks = [time.perf_counter()]
-        for _ in range(stretches):
+        for _ in range(num_blocks):
             for _ in range(calls):
                 call()
             marks.append(time.perf_counter())
         return [1e3 * (b - a) / calls for a, b in pairwise(marks)]
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(stretches + 1)]
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(num_blocks + 1)]
     events[0].record()
     for event in events[1:]:
         for _ in range(calls):
@@ -80,12 +80,12 @@ def time_calls(call: Callable[[], object], bench: Bench) -> list[float]:
 
 
 def timing(times: list[float]) -> dict[str, float]:
-    """The median of times in ms, and how far they spread."""
+    """Return the median, minimum and maximum of times in ms."""
     return {"ms": statistics.median(times), "ms_low": min(times), "ms_high": max(times)}
 
 
 def count_launches(call: Callable[[], object], bench: Bench) -> dict[str, int]:
-    """Of one call: what the GPU ran (kernels, copies, fills), and how often the host asked."""
+    """Return how many kernels, copies and fills the GPU runs in a call, and the host's launches."""
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
@@ -104,12 +104,12 @@ def count_launches(call: Callable[[], object], bench: Bench) -> dict[str, int]:
 
 
 def is_label(event: Any) -> bool:
-    """Whether it is the span of an annotation, such as the optimizer's step, not work."""
+    """Return whether a profiler event is an annotation, such as "Optimizer.step", and no work."""
     return getattr(event, "is_user_annotation", False) or event.name.startswith("Optimizer.")
 
 
 def measure_matrix_rate(bench: Bench, precision: str) -> dict[str, float]:
-    """Operations a second of a square matrix product of random numbers."""
+    """Measure the operations per second of a square matrix product of random numbers."""
     import torch
 
     size = 256 if bench.quick else 8192
@@ -120,7 +120,7 @@ def measure_matrix_rate(bench: Bench, precision: str) -> dict[str, float]:
 
 
 def measure_copy_rate(bench: Bench) -> dict[str, float]:
-    """Bytes a second, read and written, of a copy within the device's memory."""
+    """Measure the bytes per second, read and written, of a copy within the device's memory."""
     import torch
 
     size = 2**20 if bench.quick else 2**31
@@ -131,7 +131,7 @@ def measure_copy_rate(bench: Bench) -> dict[str, float]:
 
 
 def build(case: Case, bench: Bench) -> tuple[Any, Any, Any]:
-    """(trainer, training loader, test loader) of a case, put together as train.py does."""
+    """Return the training step, training loader and test loader of a case, built as in train.py."""
     import torch
     from common import prepare
 
@@ -149,13 +149,13 @@ def build(case: Case, bench: Bench) -> tuple[Any, Any, Any]:
     config = resolve(settings)
     accelerator = build_accelerator(mixed_precision=case.precision, quiet=True)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = case.tf32
-    place = LoaderOptions.create(accelerator, "resident", 0, config.cuda_graphs)
+    options = LoaderOptions.create(accelerator, "resident", 0, config.cuda_graphs)
     splits, device = bench.splits[dataset], accelerator.device
     augment = BatchTransform(splits.mean, splits.std, config.augmentations, device)
     plain = BatchTransform(splits.mean, splits.std, (), device)
-    loader = build_loader(splits.train, augment, place, batch_size=case.batch_size, seed=0)
+    loader = build_loader(splits.train, augment, options, batch_size=case.batch_size, seed=0)
     size = eval_batch_size(device, 32)
-    test = build_loader(splits.test, plain, place, batch_size=size, seed=None)
+    test = build_loader(splits.test, plain, options, batch_size=size, seed=None)
     torch.manual_seed(0)
     model = build_model(case.model, num_classes=10, in_chans=CHANNELS[dataset], image_size=32)
     train_step = prepare(accelerator, model, config)
@@ -167,13 +167,13 @@ def build(case: Case, bench: Bench) -> tuple[Any, Any, Any]:
 
 
 def full_batches(loader: Any, number: int) -> list[Any]:
-    """The first few batches of an epoch that are full."""
+    """Return the full batches among the first `number` of an epoch."""
     size = loader.sampler.batch_size
     return [b for b in islice(loader.batches(1), number) if len(b.labels) == size]
 
 
 def count_operations(case: Case, batch: Any) -> int:
-    """Floating-point operations of the products and convolutions of a step, forward and back."""
+    """Return the floating-point operations of a step's products and convolutions, both passes."""
     import torch
     import torch.nn.functional as F
     from torch.utils.flop_counter import FlopCounterMode
@@ -191,28 +191,28 @@ def count_operations(case: Case, batch: Any) -> int:
 
 
 def measure_step(case: Case, bench: Bench) -> dict[str, Any]:
-    """A training step on batches that lie ready: time, use of the matrix rate, launches, memory."""
+    """Measure a training step on prepared batches: time, utilisation, launches and memory."""
     import torch
 
     train_step, loader, _ = build(case, bench)
     batches = full_batches(loader, 8)
     operations = count_operations(case, batches[0])
     train_step.wrapped_model.train()
-    turn = cycle(batches)
+    endless = cycle(batches)
     if bench.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    row = timing(time_calls(lambda: train_step(next(turn)), bench))
+    row = timing(time_calls(lambda: train_step(next(endless)), bench))
     row["images_per_second"] = case.batch_size / row["ms"] * 1e3
     row["operations"] = operations
     if bench.matrix_rate:
         row["utilisation"] = operations / row["ms"] * 1e3 / bench.matrix_rate
     if bench.device.type == "cuda":
         row["peak_mb"] = torch.cuda.max_memory_allocated() / 2**20
-    return row | count_launches(lambda: train_step(next(turn)), bench)
+    return row | count_launches(lambda: train_step(next(endless)), bench)
 
 
 def measure_pipeline(case: Case, bench: Bench) -> dict[str, Any]:
-    """A batch cut, augmented and normalised, of a whole epoch's average."""
+    """Measure loading, augmenting and normalising a batch, averaged over an epoch."""
     _, loader, _ = build(case, bench)
     times = []
     for epoch in range(3):
@@ -228,18 +228,18 @@ def measure_pipeline(case: Case, bench: Bench) -> dict[str, Any]:
 
 
 def measure_epochs(case: Case, bench: Bench, num_epochs: int) -> dict[str, Any]:
-    """Seconds of each epoch of training and of its evaluation, from the first step on."""
+    """Measure the seconds of each epoch of training and of its evaluation."""
     from lab.checkpoint.train_state import TrainState
     from lab.engine.evaluation import predict_all
     from lab.engine.training import train_one_epoch
 
     train_step, loader, test = build(case, bench)
-    position, train_seconds, eval_seconds = TrainState(), [], []
+    state, train_seconds, eval_seconds = TrainState(), [], []
     begin = time.perf_counter()
     for _ in range(num_epochs):
-        trained = train_one_epoch(train_step, loader, position, lambda *_: None, lambda _: None)
+        trained = train_one_epoch(train_step, loader, state, lambda *_: None, lambda _: None)
         assert trained is not None
-        position = position.next_epoch()
+        state = state.next_epoch()
         start = time.perf_counter()
         accuracy = predict_all(train_step.accelerator, train_step.eval_model, test).scores()[
             "accuracy"
@@ -264,7 +264,7 @@ def measure_epochs(case: Case, bench: Bench, num_epochs: int) -> dict[str, Any]:
 
 
 def check_synchronisation(case: Case, bench: Bench) -> dict[str, Any]:
-    """The number of steps in which the host never waited for the device; else raises."""
+    """Raise if the host waits for the device during a step; return the number of steps checked."""
     import torch
 
     from lab.checkpoint.train_state import TrainState

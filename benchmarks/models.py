@@ -3,10 +3,10 @@
   python benchmarks/models.py                        all but the largest, about 20 minutes
   python benchmarks/models.py --models lenet5,alexnet --rounds 5 --threads 1
 
-Images of 32 pixels with 3 channels, 10 classes, in the precision and layout that lab chooses; the
-recipe's optimizer. Networks run in turn, each in a process of its own; of every figure the median
-over the rounds is given, with the smallest and the largest. Memory is what the process took at most
-beyond what it had after its imports: weights, gradients, optimizer and the activations of a batch.
+Uses images of 32 pixels with 3 channels, 10 classes, the recipe's optimizer, and the precision and
+memory format that lab selects. The models run in turn, each in its own process. Figures are medians
+over the rounds, with the minimum and maximum. Memory is the peak minus that after the imports:
+weights, gradients, optimizer state and the activations of a batch.
 """
 
 import argparse
@@ -98,7 +98,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--models", default=MODELS, help="a list with commas")
+    parser.add_argument("--models", default=MODELS, help="comma-separated list")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=0, help="0: as train.py")
     parser.add_argument("--json", metavar="FILE")

@@ -4,8 +4,8 @@
   python benchmarks/soak.py --kills 200 --seed 1
   python benchmarks/soak.py --minutes 60 --log soak.txt
 
-Each kill is a SIGKILL of train.py --resume auto, or of one of its two processes; it is then started
-again. The exit code is 1 if any file differs by a bit.
+Each kill is a SIGKILL of train.py --resume auto, or of one of its two processes; the run is then
+resumed. The exit code is 1 if any file differs.
 """
 
 import argparse
@@ -30,6 +30,7 @@ WIDTHS = "{:30} {:11} {:11} {:22} {:>5} {:10} {:>7} {:>5} {}"
 
 
 def main() -> int:
+    """Kill and resume runs; return 1 if a result differs, else 0."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=36, help="number of kills in total")
     parser.add_argument("--minutes", type=float, default=0, help="time limit")

@@ -47,7 +47,7 @@ def run_one(name: str, model: str, dataset: str, data_dir: str, num_steps: int |
     train, evaluate = CONTENDERS[name](Case(model, dataset, data_dir))
     train(1)
     first_step = time.perf_counter() - start
-    train(10)  # kernels chosen, workers started once, memory taken
+    train(10)  # selects kernels, starts workers and allocates memory
     start = time.perf_counter()
     num_images = train(num_steps)
     if torch.cuda.is_available():

@@ -1,10 +1,10 @@
-"""Two processes on two cores against one process with two threads: AlexNet, the same global batch.
+"""Compare two processes on two cores with one process of two threads: AlexNet, same global batch.
 
   python benchmarks/worlds.py
   python benchmarks/worlds.py --worlds "1 process,2 processes" --rounds 6
 
-Steps of 128 images that lie ready, in the precision and layout that lab chooses; in turn, each
-world started anew by torchrun. About a minute a round on 2 CPU cores.
+Times steps on a prepared batch of 128 images, in the precision and memory format that lab selects.
+The worlds run in turn, each started by torchrun. A round takes about a minute on 2 CPU cores.
 """
 
 import argparse
@@ -26,7 +26,7 @@ WORLDS = {  # number of processes, --comm-hook
 
 
 def run_one(hook: str) -> dict | None:
-    """Images a second of all processes together, on the main process."""
+    """Return the images per second of all processes on the main process, None on the others."""
     import torch
     from common import prepare
 

@@ -49,9 +49,11 @@ def report_png(run: Path, target: Path) -> None:
         browser = driver.chromium.launch(
             executable_path=shutil.which("chromium"), args=["--no-sandbox"]
         )
-        page = browser.new_page(viewport={"width": 1100, "height": 1377})
+        page = browser.new_page(viewport={"width": 1100, "height": 1463})
         page.goto((run / "report.html").resolve().as_uri())
         page.click(f"#matrix button[data-cell='{CELL}']")
+        page.mouse.move(0, 0)  # no cell is highlighted
+        page.evaluate("scrollTo(0, 0)")
         page.screenshot(path=target)
         browser.close()
 

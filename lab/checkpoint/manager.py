@@ -158,7 +158,7 @@ def _best_metrics(run: RunDir, metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class TrainStep(Protocol):
-    """What is saved in a checkpoint: attributes of `lab.engine.training.TrainStep`."""
+    """Name the attributes of `lab.engine.training.TrainStep` that a checkpoint stores."""
 
     accelerator: Any
     config: TrainConfig
@@ -182,7 +182,7 @@ class CheckpointManager:
         splits: Splits,
         saved_step: int,
     ):
-        """`saved_step` is the step of the newest checkpoint, 0 if there is none."""
+        """Prepare to write; `saved_step` is the step of the newest checkpoint, 0 without one."""
         self.run, self.writer, self.interrupts, self.train_step = (
             run,
             writer,

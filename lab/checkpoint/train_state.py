@@ -103,6 +103,11 @@ class Checkpoint:
     metadata: dict[str, Any]  # of state.json, updated by `lab.checkpoint.manager.latest_checkpoint`
     tensors: dict[str, Tensor]  # empty except on the process that read them
 
+    @property
+    def how_to_train_further(self) -> str:
+        """Say what the user can do to train the finished run further."""
+        return "to train it further, raise --epochs"
+
     def config(self, overrides: Mapping[str, Any]) -> TrainConfig:
         """Return the run's settings with `overrides`. Raise `UserError` if one must not change."""
         stored = asdict(TrainConfig(**self.metadata["config"]))
@@ -168,6 +173,11 @@ class Checkpoint:
 
 class FinishedRun(Checkpoint):
     """A finished run that has no checkpoint, and so cannot be trained further."""
+
+    @property
+    def how_to_train_further(self) -> str:
+        """Say that it is not possible."""
+        return "it has no checkpoint left, so it cannot be trained further"
 
     def is_finished(self, config: TrainConfig) -> bool:
         """Return whether `config` does not ask for more training."""

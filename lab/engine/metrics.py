@@ -172,9 +172,9 @@ def selection_bias_note(split: str, selection_split: str | None) -> str:
     is None for data from another source than the training data.
     """
     if selection_split == split == "test":
-        return "chosen on the test split (the notebooks' protocol): an optimistic number"
+        return "selected on the test split (the notebooks' protocol): an optimistic number"
     if selection_split == "validation" and split == "val":
-        return "the best epoch was chosen on this split: an optimistic number"
+        return "the best epoch was selected on this split: an optimistic number"
     if selection_split and split in ("train", "all"):
         return "these are samples that were trained on: an optimistic number"
     return ""

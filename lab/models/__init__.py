@@ -64,9 +64,9 @@ def find_model(name: str) -> ModelSpec:
         from torchvision import models  # takes seconds to import
 
         if name in models.list_models(module=models):
-            raise UserError(f"there is no model {name}", f"Did you mean {TORCHVISION}{name}?")
+            raise UserError(f"unknown model {name}", f"Did you mean {TORCHVISION}{name}?")
         hint = suggestion(name, [*MODELS, f"{TORCHVISION}NAME"])
-        raise UserError(f"there is no model {name}", hint)
+        raise UserError(f"unknown model {name}", hint)
     return MODELS[name]
 
 

@@ -168,7 +168,8 @@ def test_a_finished_run_without_checkpoints_says_that_it_is_finished(copied, cap
     capsys.readouterr()
     before = tree(copied)
     assert train.main(words).exit_code == 0
-    assert f"{copied} is finished" in capsys.readouterr().out
+    message = f"{copied} is finished; it has no checkpoint left, so it cannot be trained further"
+    assert message in capsys.readouterr().out
     assert tree(copied) == before
     with pytest.raises(UserError, match="contains no checkpoint to resume from"):
         train.main([*words, "--epochs", "9"])

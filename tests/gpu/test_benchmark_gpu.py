@@ -35,4 +35,5 @@ def test_the_gpu_benchmark_runs_through_on_tiny_data(tmp_path):
 def test_p7_the_gpu_benchmark_needs_a_gpu():
     found = benchmark()
     assert found.returncode == 2
-    assert found.stderr == "error: there is no CUDA GPU here. Try --device cpu --quick.\n"
+    message = "error: there is no CUDA GPU. Give --device cpu --quick to test the script.\n"
+    assert found.stderr == message

@@ -4,6 +4,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
+from benchmarks.common import prepare
 from lab.checkpoint.train_state import TrainState
 from lab.config.schema import TrainConfig
 from lab.data.loaders import ResidentLoader
@@ -11,9 +12,7 @@ from lab.data.sampler import ShardedBatchSampler, balanced_class_weights
 from lab.data.transforms import BatchTransform
 from lab.data.types import Split
 from lab.distributed import build_accelerator
-from lab.engine.ema import ModelEma
-from lab.engine.optimizer import build_optimizer
-from lab.engine.training import TrainStep, can_capture_steps, configure_model, train_one_epoch
+from lab.engine.training import train_one_epoch
 from lab.models import build_model
 
 SIZES = {"lenet5": (1, 28), "alexnet": (3, 8)}  # channels, image size in pixels
@@ -87,14 +86,3 @@ def train(train_step, loader, epochs=1, on_step=lambda *_: None, on_log=lambda _
 
 def weights(model):
     return torch.cat([p.detach().cpu().flatten() for p in model.parameters()])
-
-
-def prepare(accelerator, model, config):
-    """Return the training step of a model, built as train.py builds it."""
-    model = configure_model(model, config, accelerator.device)
-    ema = ModelEma(model, config.ema_decay) if config.ema_decay else None
-    optimizer = build_optimizer(model, config, can_capture_steps(accelerator, config))
-    wrapped_model = accelerator.prepare(model)
-    if accelerator.scaler:
-        optimizer = accelerator.prepare(optimizer)
-    return TrainStep(accelerator, config, model, wrapped_model, optimizer, ema)

@@ -30,7 +30,7 @@ LAUNCHER_PREFIXES = ("ACCELERATE_", "GROUP_", "LOCAL_", "MASTER_", "OMP_", "ROLE
 
 @dataclass(frozen=True)
 class Ended:
-    """How a launched command ended."""
+    """Hold the exit code and the output of a launched command."""
 
     code: int
     stdout: str
@@ -40,7 +40,7 @@ class Ended:
 
     @property
     def errors(self) -> list[str]:
-        """The lines with errors of the user."""
+        """Return the lines that report user errors."""
         return [line for line in self.stderr.splitlines() if line.startswith("error: ")]
 
 

@@ -249,10 +249,10 @@ def die(files):
     """Decode, and kill this process at the third image."""
     original = decode.decode
 
-    def killed(path, size):
+    def killed(path):
         if path == files.paths[2]:
             os.kill(os.getpid(), 9)
-        return original(path, size)
+        return original(path)
 
     decode.decode = killed
     files.decode_all(1)
@@ -280,10 +280,10 @@ def decode_slowly(files, results, count):
     """Put (number of decoded images, the result of `count`) into the queue `results`."""
     original, paths = decode.decode, []
 
-    def slow(path, size):
+    def slow(path):
         paths.append(path)
         time.sleep(0.2)
-        return original(path, size)
+        return original(path)
 
     decode.decode = slow
     total = count(files)

@@ -133,12 +133,12 @@ def test_plain_report_keeps_long_lines_whole(capsys):
 
 
 @pytest.mark.parametrize("mode", ["plain", "screen"])
-def test_p6_a_report_chosen_on_the_test_split_says_so(mode, capsys, request):
+def test_p6_a_report_selected_on_the_test_split_says_so(mode, capsys, request):
     file = request.getfixturevalue(mode)
     note = selection_bias_note("test", "test")
     console.report(REPORT | {"selection_split": "test"}, title="", files={}, note=note)
     out = file.getvalue() if file else capsys.readouterr().out
-    assert "chosen on the test split (the notebooks' protocol): an optimistic number" in " ".join(
+    assert "selected on the test split (the notebooks' protocol): an optimistic number" in " ".join(
         without_codes(out).split()
     )
 

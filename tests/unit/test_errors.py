@@ -39,10 +39,10 @@ HELP = "See `python train.py --help`."
     [
         (
             "--model vgg",
-            f"there is no model vgg. Known: {', '.join(MODELS)}, torchvision:NAME.",
+            f"unknown model vgg. Known: {', '.join(MODELS)}, torchvision:NAME.",
         ),
-        ("--model alexnt", "there is no model alexnt. Did you mean alexnet or lenet5?"),
-        ("--model resnet50", "there is no model resnet50. Did you mean torchvision:resnet50?"),
+        ("--model alexnt", "unknown model alexnt. Did you mean alexnet or lenet5?"),
+        ("--model resnet50", "unknown model resnet50. Did you mean torchvision:resnet50?"),
         ("--dataset minst", "unknown dataset minst. Did you mean mnist?"),
         (
             "--dataset birds",
@@ -76,7 +76,8 @@ HELP = "See `python train.py --help`."
         (
             "--augment crop,rotate",
             "invalid --augment 'crop,rotate': expected none or a comma-separated list of "
-            "crop, flip, cutout, mixup, cutmix, resized-crop, trivialaugment, randaugment, erasing.",
+            "crop, flip, cutout, mixup, cutmix, resized-crop, trivialaugment, randaugment, "
+            "erasing.",
         ),
         ("--hub-images", "--hub-images needs --push-to-hub. Add --push-to-hub REPOSITORY."),
         ("--hub-public", "--hub-public needs --push-to-hub. Add --push-to-hub REPOSITORY."),
@@ -193,7 +194,7 @@ def test_p7_a_traceback_comes_with_debug_alone(monkeypatch, capsys):
     assert run_script(train.main) == 2
     err = capsys.readouterr().err
     assert "Traceback (most recent call last)" in err
-    assert err.splitlines()[-1].startswith("error: there is no model x. Known:")
+    assert err.splitlines()[-1].startswith("error: unknown model x. Known:")
 
 
 def test_p7_an_error_survives_the_way_between_processes():

@@ -20,7 +20,7 @@ from lab.models import build_model
 
 CLASSES = ("dark", "grey", "light")
 CHANGED = "has changed since the training (files added, removed, renamed or replaced)"
-CHOSEN = "note: chosen on the test split"
+SELECTED = "note: selected on the test split"
 
 
 def make_images(folder: Path, name: str, count: int, seed: int) -> None:
@@ -35,7 +35,7 @@ def make_images(folder: Path, name: str, count: int, seed: int) -> None:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """(a run whose best epoch was chosen on the test split, the folder that it was trained on)."""
+    """Return a run whose best epoch was selected on the test split, and its dataset."""
     folder = tmp_path_factory.mktemp("trained")
     for name in CLASSES:
         make_images(folder / "data" / name, name, 30, seed=0)
@@ -61,9 +61,9 @@ def call(*words) -> None:
 @pytest.mark.parametrize(
     ("words", "note"),
     [
-        ([], CHOSEN),
-        (["--max-eval-samples", "0"], CHOSEN),
-        (["--max-eval-samples", "5"], CHOSEN),
+        ([], SELECTED),
+        (["--max-eval-samples", "0"], SELECTED),
+        (["--max-eval-samples", "5"], SELECTED),
         (["--split", "train"], "note: these are samples that were trained on"),
         (["--split", "all"], "note: these are samples that were trained on"),
         (

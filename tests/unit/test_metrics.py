@@ -200,9 +200,9 @@ def test_a_number_that_is_not_finite_is_never_better_than_a_finite_one(by, bad):
 @pytest.mark.parametrize(
     ("split", "selection_split", "text"),
     [
-        ("test", "test", "chosen on the test split"),
+        ("test", "test", "selected on the test split"),
         ("test", "validation", ""),
-        ("val", "validation", "chosen on this split"),
+        ("val", "validation", "selected on this split"),
         ("train", "validation", "trained on"),
         ("train", "test", "trained on"),
         ("all", "validation", "trained on"),

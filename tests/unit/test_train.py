@@ -286,7 +286,7 @@ def test_p6_the_notebook_recipe_says_that_it_chose_on_the_test_split(tmp_path, c
     folder = run(tmp_path, "--recipe", "notebook", "--epochs", "2", "--max-train-samples", "300")
     report, rows = read_json(folder / "report.json"), read_lines(folder / "history.jsonl")
     assert report["selection_split"] == "test"
-    assert "chosen on the test split" in capsys.readouterr().out
+    assert "selected on the test split" in capsys.readouterr().out
     best = rows[report["best_epoch"] - 1]
     assert (report["loss"], report["accuracy"]) == (best["val_loss"], best["val_accuracy"])
     with pytest.raises(ValueError, match="no validation split"):
