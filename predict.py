@@ -1,9 +1,9 @@
 """Classify images with saved weights, preprocessed as in evaluation.
 
-  python predict.py runs/alexnet-IMAGES IMAGE.jpg              the top three classes
+  python predict.py runs/mine IMAGE.jpg                the top three classes
   python predict.py best.safetensors IMAGES --csv classes.csv
   python predict.py best.safetensors IMAGES --min-confidence 0.8
-  python predict.py runs/alexnet-IMAGES IMAGES --explain out   and where it looked (Grad-CAM)
+  python predict.py runs/mine IMAGES --explain out     and where it looked (Grad-CAM)
   find . -name '*.png' | python predict.py best.safetensors - --json - --top-k 1
   accelerate launch --config_file accelerate_configs/multi_gpu.yaml predict.py WEIGHTS IMAGES
 

@@ -3,7 +3,7 @@
   python train.py                          LeNet-5 on MNIST
   python train.py --dataset digits         LeNet-5 on the bundled digits, without a download
   python train.py --model alexnet          AlexNet on CIFAR-10
-  python train.py --dataset IMAGES         your images: a subdirectory of IMAGES for each class
+  python train.py --dataset IMAGES         fine-tune on your images, IMAGES/CLASS/*.jpg
   python train.py --model efficientnet_b0 --pretrained
   python train.py --resume runs/lenet5-mnist
   python train.py --config runs/lenet5-mnist/config.json --seed 1
@@ -166,7 +166,7 @@ def train(run, config, checkpoint, start_time, download):
             check_room(train_step)
             run.create(settings)
         loggers = Loggers(run, settings | {"selection_split": splits.selection_split}, state.step)
-    console.run_summary(config, splits, describe(accelerator))
+    console.run_summary(config, splits, train_loader, describe(accelerator))
 
     def log_step(row):
         run.add_steps(row)

@@ -63,13 +63,13 @@ def settings(title: str, rows: Mapping[str, object]) -> None:
         print_line(_pairs(rows, indent="  "))
 
 
-def run_summary(config: Any, splits: Any, device: Mapping[str, Any]) -> None:
+def run_summary(config: Any, splits: Any, loader: Any, device: Mapping[str, Any]) -> None:
     """Print the data, hyperparameters and devices of a run, and the class counts of a folder.
 
     Warn, even if quiet, of unbalanced classes.
 
-    `config` is a `TrainConfig`, `splits` a `lab.data.Splits`, `device` the result of
-    `lab.distributed.describe`.
+    `config` is a `TrainConfig`, `splits` a `lab.data.Splits`, `loader` that of the training split,
+    `device` the result of `lab.distributed.describe`.
     """
     num_train, num_val, num_test = (
         f"{len(split.labels):,}" for split in (splits.train, splits.val, splits.test)
@@ -86,6 +86,7 @@ def run_summary(config: Any, splits: Any, device: Mapping[str, Any]) -> None:
         + (f", at most {config.max_steps} steps" if config.max_steps else "")
         + f", batch size {config.batch_size}, {config.optimizer}, "
         f"lr {config.lr:g} {config.schedule}, augment {config.augment}",
+        "loader": loader.description,
         "device": device_summary(device),
     }
     settings(f"{config.model} on {config.dataset_title}", rows)

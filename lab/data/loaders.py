@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 class ResidentLoader:
     """Loads batches from a split on the device, without workers or per-sample Python."""
 
+    description = "resident"
+
     def __init__(
         self,
         split: Split,
@@ -96,8 +98,9 @@ class StreamingLoader:
         self.labels = split.labels.to(device)
         self.mixup = transform.mixup if sampler.seed is not None else None
         self.index_sampler = _IndexSampler(sampler, self.mixup is not None)
-        self.augments = isinstance(split.images, AugmentedImages) and sampler.seed is not None
-        self.index_sampler.with_bits = self.augments
+        self.description = f"streaming, {num_workers} workers for each process"
+        augments = isinstance(split.images, AugmentedImages) and sampler.seed is not None
+        self.index_sampler.with_bits = augments
         num_values = math.prod(split.images.shape[1:])
         self.reader = BatchReader(
             split.images,

@@ -85,7 +85,9 @@ def _features(
     table = torch.zeros(shape, device=accelerator.device)
     was_training = model.training
     model.eval()
-    with accelerator.autocast(), no_cudnn_benchmark():
+    # A compiled model would not call the hook.
+    eager = torch.compiler.set_stance("force_eager")
+    with accelerator.autocast(), no_cudnn_benchmark(), eager:
         for batch in loader.batches():
             inputs.clear()
             model(batch.images)
