@@ -110,7 +110,7 @@ MUTANTS = (
         "lab/data/sampler.py",
         "return bits if self.balanced_sampling else bits[order]",
         "return bits",
-        "unit/test_loaders.py::test_p2_a_sample_is_augmented_alike_whatever_the_batch_size",
+        "unit/test_loaders.py::test_p2_the_random_bits_of_a_sample_are_its_own",
     ),
     Mutant(
         "P2: the loss curve is the same for any number of processes",

@@ -238,8 +238,11 @@ def test_a_few_steps_learn_a_few_digits_and_evaluate_repeats_the_report(tmp_path
     print(f"{name}: {losses[0]:.2f} -> {sum(losses[-3:]) / 3:.2f}")
     assert sum(losses[-3:]) / 3 < BOUNDS[name]
     evaluate.main([str(run), "--quiet", "--threads", "1"])
-    again = (run / "evaluate-test" / "report.json").read_bytes()
-    assert again == (run / "report.json").read_bytes()
+    again, report = (
+        json.loads((folder / "report.json").read_text()) for folder in (run / "evaluate-test", run)
+    )
+    assert report.pop("warnings")  # of the small classes of the training split
+    assert again == report
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from torchvision.transforms import v2
 
 from lab.data.decode import AugmentedImages, FileImages
 from lab.data.loaders import LoaderOptions, ResidentLoader, StreamingLoader, build_loader
-from lab.data.sampler import ShardedBatchSampler, permutation, shard
+from lab.data.sampler import ShardedBatchSampler, permutation, random_bits, shard
 from lab.data.transforms import BatchTransform, SampleTransform, square
 from lab.data.types import Split
 from lab.errors import UserError
@@ -313,6 +313,12 @@ def test_p7_a_batch_smaller_than_the_world_is_refused_in_training_only(splits):
         built(splits[0], "auto", world_size=5)
     assert built(splits[0], "auto", world_size=4).sampler.world_size == 4
     assert built(splits[0], "auto", world_size=5, seed=None).sampler.world_size == 5
+
+
+def test_p2_the_random_bits_of_a_sample_are_its_own():
+    sampler = ShardedBatchSampler(NUM_FILES, 5, 3, 0, 1)
+    order = sampler.order(2)
+    assert torch.equal(sampler.bits(2, order), random_bits(3, 2, NUM_FILES, "cpu")[order])
 
 
 # Augmentation of single samples
