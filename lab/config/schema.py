@@ -76,7 +76,7 @@ TTA = ("none", "flip")
 NAMED_DATASETS = ("mnist", "fashion-mnist", "cifar10", "cifar100", "digits")
 TRACKERS = ("tensorboard", "wandb")  # each an extra of pyproject.toml, too
 EVAL_BATCH_SIZE = 100
-AUTO_STEPS, MIN_AUTO_EPOCHS, MAX_AUTO_EPOCHS = 1000, 5, 20  # of --epochs 0
+AUTO_STEPS, MIN_AUTO_EPOCHS, MAX_AUTO_EPOCHS = 1000, 5, 10  # of --epochs 0
 TIMEOUT_SECONDS, MONTH = 600, 30 * 24 * 3600
 
 
@@ -214,8 +214,9 @@ class TrainConfig:
         "first fit the new classifier of pretrained weights by logistic regression on their "
         "features", from_recipe=True)
     freeze: str = option("none", TRAINING,
-        "parameters that are not trained; backbone: all but the classifier",
-        choices=("none", "backbone"))
+        "what pretrained weights keep; backbone: all parameters but the classifier's, batchnorm: "
+        "the statistics of BatchNorm layers, which a few small batches would change too much",
+        choices=("none", "backbone", "batchnorm"), from_recipe=True)
     monitor: str = option("accuracy", TRAINING,
         "metric that selects the best epoch",
         choices=("accuracy", "macro_f1", "loss"), from_recipe=True)

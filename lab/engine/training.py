@@ -115,9 +115,9 @@ class TrainStep:
         return self.model if self.ema is None else self.ema.module
 
     def set_training_mode(self) -> None:
-        """Set training mode; BatchNorm layers of a frozen backbone stay in evaluation mode."""
+        """Set training mode; with --freeze, BatchNorm layers stay in evaluation mode."""
         self.wrapped_model.train()
-        if self.config.freeze == "backbone":
+        if self.config.freeze != "none":
             for module in self.model.modules():
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
                     module.eval()

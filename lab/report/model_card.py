@@ -190,7 +190,7 @@ def _origin(config: TrainConfig) -> str:
         )
     elif config.init_checkpoint:
         text = "The weights were initialized from those of another run (WEIGHTS below)."
-    if config.freeze != "none":
+    if config.freeze == "backbone":
         text += " Only the classifier was trained."
     folder = " (IMAGES is the directory of images)" if is_path(config.dataset) else ""
     return f"{text} To train the model again{folder}:"
