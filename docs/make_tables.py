@@ -21,7 +21,6 @@ sys.path += [str(ROOT), str(ROOT / "benchmarks")]  # lab, installed or not; benc
 
 import choices  # noqa: E402
 import saving  # noqa: E402
-import train_speed  # noqa: E402
 from common import ratios, spread  # noqa: E402
 
 from lab.report.run_reader import RunResult, read_run  # noqa: E402
@@ -243,7 +242,6 @@ def speed() -> str:
          "as that"),
         ("evaluation against the notebook's", "the same as the first", "5",
          against(alexnet, "notebook", "eval_seconds")),
-        *parts_of_speed_up(),
         ("folder of 50,000 JPEG files, first decode, against ImageFolder",
          "`folder.py data/cifar10-jpg/train`", "2",
          spread(ratios(folder, "ImageFolder, 2 workers", "lab, first start", "seconds"))),
@@ -261,22 +259,6 @@ def speed() -> str:
          + of_one(xeon, "2 processes, no exchange") + ": not met"),
     ]  # fmt: skip
     return markdown(("what", "command", "target", "measured"), rows)
-
-
-def parts_of_speed_up() -> list[tuple[str, str, str, str]]:
-    """Return the rows that split lab's speed-up over the notebook; see train_speed.PARTS."""
-    command = "`train_speed.py --random --json logs/resident.json`"
-    cases = log("resident")["cases"] if (LOGS / "resident.json").exists() else {}
-    rows = []
-    for case in ("LeNet-5, MNIST", "AlexNet, photographs"):
-        for part, pair in train_speed.PARTS.items():
-            measured = "not measured"
-            if case in cases:
-                keys = ("train_seconds", "eval_seconds")
-                training, evaluation = (spread(ratios(cases[case], *pair, key)) for key in keys)
-                measured = f"training {training}, evaluation {evaluation}"
-            rows.append((f"{case}, speed-up from {part} ‡", command, "-", measured))
-    return rows
 
 
 def gpu_steps() -> str:
