@@ -241,6 +241,7 @@ PUBLISHED = {
     "mixup_alpha": 1.0,
     "init": "default",
     "pretrained": False,
+    "freeze": "none",
     "linear_probe": False,
     "layer_decay": 1.0,
     "patience": 0,

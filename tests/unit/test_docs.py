@@ -32,6 +32,7 @@ NOT_RUN = {
     "torchrun": "the same",
     "--pretrained": "downloads weights; test_finetune.py has a stand-in for them",
     "efficientnet_lite0.safetensors": "is made of that package by benchmarks/pretrained.py",
+    "--freeze": "the same",
     "--push-to-hub": "needs a login; test_hub.py has a stand-in for the server",
     "--print-config": "exits; test_config.py runs it",
 }
@@ -198,7 +199,7 @@ def test_options_of_the_training_page_are_valid(code, tmp_path, monkeypatch):
         Path(name).write_text("batch_size: 64\n")
     settings = parse_arguments(TrainConfig, with_value(code), prog="train.py", description="")
     settings.pop("print_config", None)
-    if settings.keys() & {"pretrained", "freeze"}:
+    if settings.keys() & {"pretrained", "freeze", "linear_probe"}:
         settings |= {"pretrained": True, "model": "efficientnet_b0"}
     recipes.resolve(settings)
 
@@ -208,7 +209,7 @@ def with_value(code: str) -> list[str]:
     words = code.split()
     defaults = {f.name: f.default for f in TrainConfig.__dataclass_fields__.values()}
     defaults |= {"config": "settings.yaml", "print_config": False}
-    default = defaults[words[0][2:].replace("-", "_")]
+    default = defaults[words[0][2:].replace("-", "_").removeprefix("no_")]
     needs_value = len(words) == 1 and not isinstance(default, bool)
     return [*words, str(default)] if needs_value else words
 
