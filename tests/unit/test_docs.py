@@ -32,7 +32,7 @@ NOT_RUN = {
     "torchrun": "the same",
     "--pretrained": "downloads weights; test_finetune.py has a stand-in for them",
     "efficientnet_lite0.safetensors": "is made of that package by benchmarks/pretrained.py",
-    "--freeze": "the same",
+    "--freeze": "needs pretrained weights, too",
     "--push-to-hub": "needs a login; test_hub.py has a stand-in for the server",
     "--print-config": "exits; test_config.py runs it",
 }
