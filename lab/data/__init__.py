@@ -28,7 +28,7 @@ TITLES = {"train": "training", "val": "validation", "test": "test"}  # of splits
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """How a dataset is read, and how its pixels are normalized."""
+    """Describe how a dataset is read, and how its pixels are normalized."""
 
     read: str  # "module:function" in this package; returns RawSplits
     mean: Numbers | None = None  # of each channel, for pixels from 0 to 1; None: measured
@@ -133,7 +133,7 @@ class Splits:
 
     def balance_warnings(self) -> list[str]:
         """Return warnings about unbalanced and small classes of the training split."""
-        from lab.data.checks import class_size_warnings
+        from lab.data.splits import class_size_warnings
 
         return class_size_warnings(self.train.class_names, self.class_counts()["training"])
 
@@ -147,7 +147,7 @@ class Splits:
             return kind
         from torch import Tensor
 
-        from lab.data.decode import AugmentedImages
+        from lab.data.splits import AugmentedImages
 
         images = {id(s.images): s.images for s in (self.train, self.val, self.test)}.values()
         held = [i for i in images if not isinstance(i, AugmentedImages)]  # these are streamed
@@ -173,16 +173,17 @@ def load_splits(
     channels. Raises `UserError` if files are missing and may not be downloaded, are damaged or too
     few.
     """
-    from lab.data.checks import duplicate_warnings, identical_files
-    from lab.data.decode import AugmentedImages
     from lab.data.fingerprint import fingerprint
-    from lab.data.splits import channel_statistics
+    from lab.data.splits import AugmentedImages, channel_statistics
     from lab.data.transforms import SampleTransform
 
     raw = read_dataset(config, download)
     splits = _split(raw, config)
-    for warning in duplicate_warnings(raw, identical_files(raw)):
-        console.warn(warning)
+    if raw.train.paths is not None:
+        from lab.data.checks import duplicate_warnings, identical_files  # imports torchvision
+
+        for warning in duplicate_warnings(raw, identical_files(raw)):
+            console.warn(warning)
     if len(splits["train"].class_names) < 2:
         raise UserError(
             f"{config.dataset} has only one class, {splits['train'].class_names[0]}",
@@ -200,7 +201,7 @@ def load_splits(
         counts = _cached_histogram(splits, sized["train"], num_workers)
         mean, std = channel_statistics(sized["train"].images, counts)
     if augment:
-        transform = SampleTransform(augment, config.image_size, mean)
+        transform = SampleTransform(augment, config.image_size, mean, config.fit)
         images: Any = splits["train"].images
         images = AugmentedImages(images, sized["train"].images, transform)
         sized["train"] = replace(sized["train"], images=images)
@@ -292,7 +293,6 @@ def _split(raw: RawSplits, config: DataConfig, whole: bool = False) -> dict[str,
 
     With `whole`, return one split "all" of all samples.
     """
-    from lab.data.checks import identical_files, originals
     from lab.data.splits import stratified_split, subsample
     from lab.data.types import join
 
@@ -300,7 +300,10 @@ def _split(raw: RawSplits, config: DataConfig, whole: bool = False) -> dict[str,
     if whole:
         return {"all": subsample(join([*raw.named().values()]), config.max_eval_samples, seed)}
     train, val, test = raw.train, raw.val, raw.test
-    if test is None or val is None:
+    same = None
+    if train.paths is not None and (test is None or val is None):
+        from lab.data.checks import identical_files, originals  # imports torchvision
+
         same = originals(raw, identical_files(raw))
     if test is None:
         train, test = stratified_split(train, config.test_fraction, seed, same)
@@ -411,9 +414,8 @@ def _resize_and_decode(
 ) -> dict[str, Split]:
     """Return the splits at the image size, and in memory if all of them fit into `memory` bytes.
 
-    With `lazy_train`, the training split stays as it is.
-
-    `use_cache` is whether to cache decoded images; None: if there are enough of them.
+    With `lazy_train`, the training split is left to the loader. `use_cache` is whether to cache
+    decoded images; None: if there are enough of them.
     """
     from lab.data.decode import UnreadableImages
     from lab.data.splits import in_memory, resize

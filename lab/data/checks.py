@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lab.data import cache
 from lab.data.decode import FORMATS, FileImages, decode, in_workers
+from lab.data.splits import class_size_warnings
 from lab.data.transforms import square
 from lab.data.types import RawSplits, join
 from lab.errors import UserError, name_some
@@ -25,8 +26,6 @@ from lab.errors import UserError, name_some
 TAIL_BYTES = 4096  # at the end of a file, where images of the same size in bytes differ
 NUM_READERS = 16  # threads that wait for the disk
 NUM_NAMED = 10  # the most files, or groups of duplicates, that a warning lists
-MIN_CLASS_SIZE = 10  # images of a class
-MAX_IMBALANCE = 10  # the largest class divided by the smallest
 SAMPLE_SIZE = 96  # pixels per side of the samples of each class
 MAX_SAMPLES, TOTAL_SAMPLES = 8, 500  # of a class, and of all classes with more than one
 ANIMATED = ("GIF", "WEBP", "PNG")  # the formats with animations
@@ -210,29 +209,6 @@ def _sample_positions(labels: Tensor, readable: list[int], num_classes: int) -> 
     count = max(1, min(MAX_SAMPLES, TOTAL_SAMPLES // num_classes))
     return [[m[k * len(m) // count] for k in range(count)] if len(m) > count else m
             for m in members]  # fmt: skip
-
-
-def class_size_warnings(class_names: Sequence[str], counts: Sequence[int]) -> list[str]:
-    """Return the warnings about very different and about small classes of the training split.
-
-    A class without images is left out: that is an error or a warning of its own.
-    """
-    sizes = {name: count for name, count in zip(class_names, counts, strict=True) if count}
-    largest, smallest = max(sizes, key=sizes.__getitem__), min(sizes, key=sizes.__getitem__)
-    warnings = []
-    if sizes[largest] > MAX_IMBALANCE * sizes[smallest]:
-        warnings.append(
-            f"the classes are unbalanced: {largest} has {sizes[largest]:,} training images, "
-            f"{smallest} has {sizes[smallest]:,} (docs/training.md explains --class-weights and "
-            "--balanced-sampling)"
-        )
-    if small := [name for name, count in sizes.items() if count < MIN_CLASS_SIZE]:
-        classes = f"class{'es' * (len(small) > 1)} {name_some(small)}"
-        warnings.append(
-            f"there are fewer than {MIN_CLASS_SIZE} training images of {classes}: mistakes are "
-            "likely, and the metrics uncertain"
-        )
-    return warnings
 
 
 def inspect(images: FileImages, num_workers: int) -> list[list[Any]]:

@@ -74,6 +74,22 @@ class FileImages(LazyImages):
             raise UnreadableImages(reasons)
         return images
 
+    def augment(self, index: Tensor, transform: SampleTransform) -> Tensor:
+        """Return images of their own size after `transform`, uint8 [n, 3, size, size].
+
+        `index` is int64 [n, 2], the position and the random bits of each image. Raises
+        `UnreadableImages` with all of them that cannot be decoded.
+        """
+        images, reasons = [], {}
+        for i, bits in index.tolist():
+            try:
+                images.append(transform(decode(self.paths[i]), bits))
+            except UserError as error:
+                reasons[self.paths[i]] = error.what
+        if reasons:
+            raise UnreadableImages(reasons)
+        return torch.stack(images)
+
     def select(self, index: Tensor) -> FileImages:
         stats = None if self.stats is None else self.stats[index]
         return replace(self, paths=tuple(self.paths[i] for i in index.tolist()), stats=stats)
@@ -203,52 +219,6 @@ class FileImages(LazyImages):
 
     def _reasons(self, index: Tensor) -> dict[str, str]:
         return self._decode(index)[1]
-
-
-@dataclass(frozen=True)
-class AugmentedImages:
-    """Images that are augmented at their own size when they are indexed, for training."""
-
-    images: FileImages | Tensor
-    eval_images: LazyImages | Tensor  # as they are evaluated
-    transform: SampleTransform
-
-    @property
-    def shape(self) -> Sequence[int]:
-        return self.eval_images.shape
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: Tensor) -> Tensor:
-        """Return images as uint8 [n, C, size, size]: augmented or, for an index [n], as evaluated.
-
-        To be augmented, `index` is int64 [n, 2], the position and the random bits of each sample.
-        Raises `UnreadableImages` with all of them that cannot be decoded.
-        """
-        if index.ndim == 1:
-            return self.eval_images[index]
-        augmented, reasons = [], {}
-        for i, bits in index.tolist():
-            if isinstance(self.images, Tensor):
-                augmented.append(self.transform(self.images[i], bits))
-                continue
-            path = self.images.paths[i]
-            try:
-                augmented.append(self.transform(decode(path), bits))
-            except UserError as error:
-                reasons[path] = error.what
-        if reasons:
-            raise UnreadableImages(reasons)
-        return torch.stack(augmented) if augmented else self.eval_images[index[:, 0]]
-
-    def select(self, index: Tensor) -> AugmentedImages:
-        images = self.images
-        images = images[index] if isinstance(images, Tensor) else images.select(index)
-        eval_images = self.eval_images
-        if isinstance(eval_images, Tensor):
-            return replace(self, images=images, eval_images=eval_images[index])
-        return replace(self, images=images, eval_images=eval_images.select(index))
 
 
 class _FunctionDataset:

@@ -17,13 +17,13 @@ from torch import Tensor
 
 from lab.config.schema import EVAL_BATCH_SIZE, TrainConfig
 from lab.cuda_graph import CUDAGraphRunner
-from lab.data.decode import AugmentedImages
 from lab.data.sampler import (
     BatchSlice,
     ShardedBatchSampler,
     balanced_class_weights,
     join_tensors,
 )
+from lab.data.splits import AugmentedImages
 from lab.data.transforms import BatchTransform
 from lab.data.types import Batch, Split
 from lab.data.workers import BatchReader

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lab.data.transforms import square
+from lab.data.transforms import SampleTransform, square
 from lab.data.types import Images, LazyImages, Split
+from lab.errors import name_some
 
+MIN_CLASS_SIZE = 10  # training images of a class, below which a warning is printed
+MAX_IMBALANCE = 10  # the largest class divided by the smallest, above which a warning is printed
 SAMPLE_SIZE = 10_000  # images; more would change mean and std by less than 0.001
 
 
@@ -152,6 +156,44 @@ def resize(split: Split, size: int, fit: str = "squash", crop_pct: float = 1.0) 
     return replace(split, images=ResizedImages(split.images, size, fit, crop_pct))
 
 
+@dataclass(frozen=True)
+class AugmentedImages:
+    """Images that are augmented at their own size when they are indexed, for training."""
+
+    images: Any  # uint8 [N, C, H, W], or `FileImages`
+    eval_images: Images  # as they are evaluated
+    transform: SampleTransform
+
+    @property
+    def shape(self) -> Sequence[int]:
+        return self.eval_images.shape
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: Tensor) -> Tensor:
+        """Return images as uint8 [n, C, size, size]: augmented or, for an index [n], as evaluated.
+
+        To be augmented, `index` is int64 [n, 2], the position and the random bits of each sample.
+        Raises `UnreadableImages` with all of them that cannot be decoded.
+        """
+        if index.ndim == 1:
+            return self.eval_images[index]
+        if not len(index):
+            return self.eval_images[index[:, 0]]
+        if not isinstance(self.images, Tensor):
+            return self.images.augment(index, self.transform)
+        return torch.stack([self.transform(self.images[i], bits) for i, bits in index.tolist()])
+
+    def select(self, index: Tensor) -> AugmentedImages:
+        images = self.images
+        images = images[index] if isinstance(images, Tensor) else images.select(index)
+        eval_images = self.eval_images
+        if isinstance(eval_images, Tensor):
+            return replace(self, images=images, eval_images=eval_images[index])
+        return replace(self, images=images, eval_images=eval_images.select(index))
+
+
 def sample_positions(num_images: int) -> Tensor:
     """Return the positions of the images that mean and std are computed from, int64 [n], sorted.
 
@@ -184,3 +226,26 @@ def channel_statistics(
     mean = share @ values
     std = (share @ values**2 - mean**2).clamp(min=1e-6).sqrt()
     return tuple(round(m, 4) for m in mean.tolist()), tuple(round(s, 4) for s in std.tolist())
+
+
+def class_size_warnings(class_names: Sequence[str], counts: Sequence[int]) -> list[str]:
+    """Return the warnings about very different and about small classes of the training split.
+
+    A class without images is left out: that is an error or a warning of its own.
+    """
+    sizes = {name: count for name, count in zip(class_names, counts, strict=True) if count}
+    largest, smallest = max(sizes, key=sizes.__getitem__), min(sizes, key=sizes.__getitem__)
+    warnings = []
+    if sizes[largest] > MAX_IMBALANCE * sizes[smallest]:
+        warnings.append(
+            f"the classes are unbalanced: {largest} has {sizes[largest]:,} training images, "
+            f"{smallest} has {sizes[smallest]:,} (docs/training.md explains --class-weights and "
+            "--balanced-sampling)"
+        )
+    if small := [name for name, count in sizes.items() if count < MIN_CLASS_SIZE]:
+        classes = f"class{'es' * (len(small) > 1)} {name_some(small)}"
+        warnings.append(
+            f"there are fewer than {MIN_CLASS_SIZE} training images of {classes}: mistakes are "
+            "likely, and the metrics uncertain"
+        )
+    return warnings

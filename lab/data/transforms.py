@@ -102,13 +102,14 @@ def to_grayscale(images: Tensor) -> Tensor:
 class SampleTransform:
     """Augments single images by torchvision's transforms, as `names` of the schema say.
 
-    `fill` is the color of erased rectangles, one value from 0 to 1 for each channel.
+    `fill` is the color of erased rectangles, one value from 0 to 1 for each channel. Without
+    resized-crop, images become square as `fit` says.
     """
 
-    def __init__(self, names: Sequence[str], size: int, fill: Sequence[float]):
+    def __init__(self, names: Sequence[str], size: int, fill: Sequence[float], fit: str = "crop"):
         from torchvision.transforms import v2
 
-        self.size, self.crops = size, "resized-crop" in names
+        self.size, self.fit, self.crops = size, fit, "resized-crop" in names
         erased = [round(255 * value) for value in fill]
         transforms = {
             "resized-crop": v2.RandomResizedCrop(size, scale=CROP_AREA, antialias=True),
@@ -121,7 +122,7 @@ class SampleTransform:
     def __call__(self, image: Tensor, seed: int) -> Tensor:
         """Return a uint8 image [C, H, W] as [C, size, size], a function of the image and `seed`."""
         if not self.crops:
-            image = square(image, self.size)
+            image = square(image, self.size, self.fit)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed % 2**32)
             for transform in self.transforms:

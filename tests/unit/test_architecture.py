@@ -95,6 +95,33 @@ def test_a_library_is_imported_by_its_owner_only(library):
     assert all(name.startswith(OWNERS[library]) for name in users)
 
 
+def imports_at_start(path):
+    """Return the dotted names that are imported when a module of this project is."""
+    names = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def test_training_starts_without_torchvision():
+    """Importing it takes a second or two; only models and datasets that need it do so."""
+    paths = {module_name(path): path for path in SOURCES}
+    reached, modules = set(), imported_modules("train")
+    while modules - reached:
+        name = (modules - reached).pop()
+        reached.add(name)
+        names = imports_at_start(paths[name])
+        assert not any(n.split(".")[0] in ("torchvision", "matplotlib", "captum") for n in names), (
+            name
+        )
+        found = {n if n in IMPORTS else n.rpartition(".")[0] for n in names}
+        modules |= found & IMPORTS.keys()
+    assert "lab.data.splits" in reached
+
+
 def test_models_data_and_metrics_do_not_import_accelerate():
     for name in (name for name in IMPORTS if name.startswith(NO_ACCELERATE)):
         assert not any(n.split(".")[0] == "accelerate" for n in IMPORTS[name]), name

@@ -55,7 +55,7 @@ def plain(monkeypatch):
 
 @pytest.fixture
 def screen(monkeypatch, plain):
-    """What a terminal 80 columns wide was sent."""
+    """Return the stream of a terminal that is 80 columns wide."""
     out = Console(
         file=io.StringIO(), force_terminal=True, width=80, color_system="truecolor", _environ={}
     )

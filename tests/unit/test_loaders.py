@@ -10,9 +10,10 @@ import torch
 from torchvision.io import write_png
 from torchvision.transforms import v2
 
-from lab.data.decode import AugmentedImages, FileImages
+from lab.data.decode import FileImages
 from lab.data.loaders import LoaderOptions, ResidentLoader, StreamingLoader, build_loader
 from lab.data.sampler import ShardedBatchSampler, permutation, random_bits, shard
+from lab.data.splits import AugmentedImages
 from lab.data.transforms import BatchTransform, SampleTransform, square
 from lab.data.types import Split
 from lab.errors import UserError
@@ -340,6 +341,12 @@ def test_p2_the_augmentation_of_a_sample_is_a_function_of_its_seed(names, in_cha
     assert all(map(torch.equal, results, again))
     assert len({r.numpy().tobytes() for r in results}) > 2
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_an_augmented_image_that_is_not_cropped_has_the_fit_of_evaluation():
+    image = torch.randint(1, 256, (3, 20, 40), dtype=torch.uint8)
+    for fit in ("crop", "pad", "squash"):
+        assert torch.equal(SampleTransform((), 10, (0.5,), fit)(image, 1), square(image, 10, fit))
 
 
 def augmented(split, images):

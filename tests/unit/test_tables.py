@@ -48,13 +48,13 @@ def terminal(monkeypatch):
 
 
 def whole(lines, text):
-    """Whether a text is among the lines, perhaps wrapped, once their spaces are left out."""
+    """Return whether a text is in the lines, which may wrap it, regardless of spaces."""
     letters = [re.escape(c) for c in re.sub(r"\s", "", text)]
     return re.search(r"\s*".join(letters), "\n".join(lines)) is not None
 
 
 def first_column(lines, width):
-    """What is in the first `width` characters of a table's lines below the rule."""
+    """Return the first `width` characters of a table's lines below the rule."""
     rule = next(k for k, line in enumerate(lines) if "\u2500" in line)
     return [line[:width] for line in lines[rule + 1 :]]
 

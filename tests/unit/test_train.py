@@ -365,7 +365,7 @@ def test_a_loss_that_is_not_finite_is_null_in_every_file(tmp_path, monkeypatch, 
 
 def test_p7_a_run_whose_steps_are_all_skipped_ends_in_an_error(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr("lab.engine.training.TrainStep.__call__", lambda *_: None)
-    monkeypatch.setattr("lab.data.checks.MIN_CLASS_SIZE", 0)
+    monkeypatch.setattr("lab.data.splits.MIN_CLASS_SIZE", 0)
     words = ["--on-nonfinite", "skip", "--max-steps", "4", "--max-train-samples", "64"]
     with pytest.raises(UserError, match="the loss of every epoch was not finite"):
         run(tmp_path, *words)
