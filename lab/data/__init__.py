@@ -417,7 +417,7 @@ def _resize_and_decode(
     With `lazy_train`, the training split is left to the loader. `use_cache` is whether to cache
     decoded images; None: if there are enough of them.
     """
-    from lab.data.decode import UnreadableImages
+    from lab.data.decode import FileImages, UnreadableImages
     from lab.data.splits import in_memory, resize
 
     for name, split in splits.items():
@@ -443,5 +443,7 @@ def _resize_and_decode(
         except UnreadableImages as error:  # one message names the files of all splits
             reasons |= error.reasons
     if reasons:
+        if lazy_train and isinstance(files := splits["train"].images, FileImages):
+            reasons |= {files.paths[i]: text for i, text in files.unreadable(num_workers).items()}
         raise UnreadableImages(reasons)
     return decoded

@@ -39,15 +39,16 @@ def damage(splits, name: str, *positions: int) -> list[str]:
     return [split.files()[i] for i in positions]
 
 
+@pytest.mark.parametrize("augment", [(), ("resized-crop",)])  # with it, training images are lazy
 @pytest.mark.parametrize("workers", [1, 2])
-def test_one_error_names_all_of_every_split(images, workers):
+def test_one_error_names_all_of_every_split(images, workers, augment):
     _, config = images
     splits = load_splits(config, math.inf, 1)
     damaged = (
         damage(splits, "train", 0, 5) + damage(splits, "val", 2) + damage(splits, "test", 1, 3)
     )
     with pytest.raises(UserError) as caught:
-        load_splits(config, math.inf, workers)
+        load_splits(config, math.inf, workers, augment=augment)
     assert caught.value.what.startswith("cannot read 5 images: ")
     assert all(f"{config.dataset}/{name}" in caught.value.what for name in damaged)
     assert caught.value.hint == "Replace or delete these files, or give --skip-unreadable"
