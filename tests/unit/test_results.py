@@ -274,6 +274,20 @@ def test_the_table_of_unbalanced_classes():
 # What README and other pages claim in sentences.
 
 
+def test_the_calibration_in_metrics_md_is_that_of_the_log():
+    log = (ROOT / "benchmarks/logs/calibration.txt").read_text()
+    trained, _, calibrated = (
+        re.search(r"loss: ([\d.]+)\ncalibration error: ([\d.]+)", run).groups()
+        for run in log.split("$ python")[1:]
+    )
+    (loss, error), (lower_loss, lower_error) = trained, calibrated
+    temperature = re.search(r"temperature: ([\d.]+)", log)[1]
+    expected = f"(temperature {float(temperature):.2f}): on the test split, the calibration error "
+    expected += f"falls from {float(error):.3f} to {float(lower_error):.3f} and the loss from "
+    expected += f"{float(loss):.3f} to {float(lower_loss):.3f}"
+    assert expected in " ".join((ROOT / "docs/metrics.md").read_text().split())
+
+
 def test_readmes_claims_are_those_of_the_logs():
     text = text_of("README.md")
     report = read(ROOT / "results/lenet5-digits-demo/report.json")
