@@ -55,6 +55,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lab import console
+from lab.checkpoint.atomic_io import write_atomically
 from lab.config.cli import parse_arguments
 from lab.config.schema import MACHINE, REPORT, WEIGHTS, check_fields, option
 from lab.errors import UserError, run_script
@@ -125,7 +126,7 @@ def main(argv: list[str] | None = None) -> None:
             "from those of the model; it is not written",
             "Leave out --half" if config.half else "Try the other --format",
         )
-    export.write(output, content)
+    write_atomically(output, content)
     console.print_line(f"largest difference from the model: {difference:.1e} (bound: {bound:.1e})")
     console.print_line(f"wrote {output}, {len(content) / 1e6:,.1f} MB")
 

@@ -27,8 +27,8 @@ def to_json(content: Any, **settings: Any) -> str:
     return json.dumps(finite(content), allow_nan=False, **settings)
 
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file, then rename it to `path`.
+def write_atomically(path: Path, content: bytes | str) -> None:
+    """Write a temporary file and rename it to `path`; text becomes UTF-8.
 
     After a power failure at any moment, `path` has either its old or its new content. Raise
     `UserError` if the file cannot be written.
@@ -36,7 +36,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with os_errors_as_user_errors(path):
         try:
-            write(temporary)
+            temporary.write_bytes(content.encode() if isinstance(content, str) else content)
             sync(temporary)
             os.replace(temporary, path)
             if os.name == "posix":  # the rename is durable once its directory is synced

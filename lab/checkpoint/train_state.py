@@ -103,10 +103,7 @@ class Checkpoint:
     metadata: dict[str, Any]  # of state.json, updated by `lab.checkpoint.manager.latest_checkpoint`
     tensors: dict[str, Tensor]  # empty except on the process that read them
 
-    @property
-    def how_to_train_further(self) -> str:
-        """Say what the user can do to train the finished run further."""
-        return "to train it further, raise --epochs"
+    how_to_train_further = "to train it further, raise --epochs"  # if it is finished
 
     def config(self, overrides: Mapping[str, Any]) -> TrainConfig:
         """Return the run's settings with `overrides`. Raise `UserError` if one must not change."""
@@ -174,10 +171,7 @@ class Checkpoint:
 class FinishedRun(Checkpoint):
     """A finished run that has no checkpoint, and so cannot be trained further."""
 
-    @property
-    def how_to_train_further(self) -> str:
-        """Say that it is not possible."""
-        return "it has no checkpoint left, so it cannot be trained further"
+    how_to_train_further = "it has no checkpoint left, so it cannot be trained further"
 
     def is_finished(self, config: TrainConfig) -> bool:
         """Return whether `config` does not ask for more training."""
@@ -263,8 +257,8 @@ def write_checkpoint(path: Path, tensors: dict[str, Tensor], metadata: dict[str,
     with os_errors_as_user_errors(path):
         try:
             temporary.mkdir()
-            write_atomically(temporary / TENSORS_FILE, lambda file: file.write_bytes(content))
-            write_atomically(temporary / METADATA_FILE, lambda file: file.write_text(text))
+            write_atomically(temporary / TENSORS_FILE, content)
+            write_atomically(temporary / METADATA_FILE, text)
             if path.exists():  # a damaged checkpoint, or one of steps that are repeated
                 shutil.rmtree(path)
             os.replace(temporary, path)

@@ -115,8 +115,7 @@ def write_weights(path: Path, tensors: dict[str, Tensor], metadata: dict[str, An
     metadata = {"format": FORMAT, **metadata, "sha256": checksum(tensors)}
     header = {KEY: to_json(metadata, sort_keys=True)}
     # In memory first: save_file's own errors do not say that the disk is full.
-    content = safetensors.torch.save(tensors, header)
-    write_atomically(path, lambda temporary: temporary.write_bytes(content))
+    write_atomically(path, safetensors.torch.save(tensors, header))
 
 
 def write_temperature(path: Path, temperature: float) -> None:
