@@ -96,21 +96,26 @@ def main(argv: list[str] | None = None) -> None:
     import torch
 
     from lab import export
-    from lab.checkpoint import weights as weights_module
+    from lab.checkpoint import weights
     from lab.data.transforms import BatchTransform
     from lab.distributed import default_threads
 
-    path = weights_module.find_weights(config.weights)
-    metadata = weights_module.read_metadata(path)
+    # Weights
+    path = weights.find_weights(config.weights)
+    metadata = weights.read_metadata(path)
     output = (
         Path(config.output) if config.output else path.with_suffix(export.SUFFIXES[config.format])
     )
     export.check_writable(output, path)
+
+    # Model
     torch.set_num_threads(config.threads or default_threads())
-    model = weights_module.load_model(path, metadata)
+    model = weights.load_model(path, metadata)
     description = export.describe(
         metadata, dynamic_batch=config.dynamic_batch, half=config.half, softmax=config.softmax
     )
+
+    # Export, and comparison with the model
     with console.status(f"exporting {metadata['model']['name']}"):
         content = export.pack(copy.deepcopy(model), metadata, config.format, description)
         difference, bound = export.largest_difference(
