@@ -1,4 +1,4 @@
-"""File writes that are atomic, in the background if wanted, and whose failures are user errors."""
+"""File writes that are atomic, in the background if wanted, with user errors; and JSON."""
 
 import errno
 import json
@@ -25,6 +25,15 @@ def to_json(content: Any, **settings: Any) -> str:
         return [finite(item) for item in value] if isinstance(value, list | tuple) else value
 
     return json.dumps(finite(content), allow_nan=False, **settings)
+
+
+def check_types(group: Any, types: Mapping[str, Any]) -> None:
+    """Raise ValueError unless `group`, read from JSON, is a dict that has values of these types."""
+    for name, kind in types.items():
+        if not isinstance(group, dict) or name not in group:
+            raise ValueError(f"{name} is missing")
+        if not isinstance(group[name], (int, float) if kind is float else kind):
+            raise ValueError(f"{name} is not a value of type {getattr(kind, '__name__', kind)}")
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:

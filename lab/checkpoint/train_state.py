@@ -22,9 +22,14 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from lab.checkpoint.atomic_io import os_errors_as_user_errors, sync, to_json, write_atomically
+from lab.checkpoint.atomic_io import (
+    check_types,
+    os_errors_as_user_errors,
+    sync,
+    to_json,
+    write_atomically,
+)
 from lab.checkpoint.run_dir import RunDir
-from lab.checkpoint.weights import check_types
 from lab.config.schema import TIMEOUT_SECONDS, TrainConfig, flag, is_path
 from lab.data import Splits
 from lab.data.fingerprint import changed_splits
