@@ -35,21 +35,10 @@ def main(argv: list[str] | None = None) -> None:
     import torch
 
     from lab.checkpoint import run_dir, weights
-    from lab.data import (
-        DataConfig,
-        check_dataset,
-        list_samples,
-        load_split,
-        read_dataset,
-    )
+    from lab.data import DataConfig, check_dataset, list_samples, load_split, read_dataset
     from lab.data.loaders import LoaderOptions, build_loader, eval_batch_size
     from lab.data.transforms import BatchTransform
-    from lab.distributed import (
-        build_accelerator,
-        check_same_data,
-        describe,
-        raise_on_all_ranks,
-    )
+    from lab.distributed import build_accelerator, check_same_data, describe, raise_on_all_ranks
     from lab.engine.calibration import fit_temperature
     from lab.engine.evaluation import predict_all
     from lab.engine.metrics import selection_bias_note
@@ -123,12 +112,8 @@ def main(argv: list[str] | None = None) -> None:
         with closing(loader):
             predictions = predict_all(accelerator, model, loader, tta, temperature)
         title = f"{model_name} on {dataset_title(data.dataset)}"
-        report = {
-            "split": config.split,
-            **predictions.report(),
-            "best_epoch": metadata["best_epoch"],
-            "selection_split": selection_split,
-        }
+        report = {"split": config.split, **predictions.report()}
+        report |= {"best_epoch": metadata["best_epoch"], "selection_split": selection_split}
         if temperature != 1:
             report["temperature"] = temperature
         if tta != "none":

@@ -55,6 +55,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lab import console
+from lab.checkpoint.atomic_io import write_atomically
 from lab.config.cli import parse_arguments
 from lab.config.schema import MACHINE, REPORT, WEIGHTS, check_fields, option
 from lab.errors import UserError, run_script
@@ -95,21 +96,26 @@ def main(argv: list[str] | None = None) -> None:
     import torch
 
     from lab import export
-    from lab.checkpoint import weights as weights_module
+    from lab.checkpoint import weights
     from lab.data.transforms import BatchTransform
     from lab.distributed import default_threads
 
-    path = weights_module.find_weights(config.weights)
-    metadata = weights_module.read_metadata(path)
+    # Weights
+    path = weights.find_weights(config.weights)
+    metadata = weights.read_metadata(path)
     output = (
         Path(config.output) if config.output else path.with_suffix(export.SUFFIXES[config.format])
     )
     export.check_writable(output, path)
+
+    # Model
     torch.set_num_threads(config.threads or default_threads())
-    model = weights_module.load_model(path, metadata)
+    model = weights.load_model(path, metadata)
     description = export.describe(
         metadata, dynamic_batch=config.dynamic_batch, half=config.half, softmax=config.softmax
     )
+
+    # Export, and comparison with the model
     with console.status(f"exporting {metadata['model']['name']}"):
         content = export.pack(copy.deepcopy(model), metadata, config.format, description)
         difference, bound = export.largest_difference(
@@ -125,7 +131,7 @@ def main(argv: list[str] | None = None) -> None:
             "from those of the model; it is not written",
             "Leave out --half" if config.half else "Try the other --format",
         )
-    export.write(output, content)
+    write_atomically(output, content)
     console.print_line(f"largest difference from the model: {difference:.1e} (bound: {bound:.1e})")
     console.print_line(f"wrote {output}, {len(content) / 1e6:,.1f} MB")
 

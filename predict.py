@@ -79,19 +79,21 @@ def main(argv: list[str] | None = None) -> int:
     from accelerate.utils import broadcast_object_list
 
     from lab import inference
-    from lab.checkpoint import weights as weights_module
+    from lab.checkpoint import weights
     from lab.data.loaders import LoaderOptions
     from lab.distributed import build_accelerator, raise_on_all_ranks
     from lab.engine.training import to_device
     from lab.report.explain import OverlayWriter
 
+    # Weights
     files = {file: flag for flag, file in (("--json", config.json), ("--csv", config.csv)) if file}
     for file, flag in files.items():
         if file != "-":
             check_output_file(flag, Path(file))
-    path = weights_module.find_weights(config.weights)
-    metadata = weights_module.read_metadata(path)
-    model_name = metadata["model"]["name"]
+    path = weights.find_weights(config.weights)
+    metadata = weights.read_metadata(path)
+
+    # Distributed setup
     accelerator = build_accelerator(
         training=False,
         trained_precision=metadata["precision"],
@@ -99,16 +101,20 @@ def main(argv: list[str] | None = None) -> int:
         quiet=config.quiet,
         cpu=config.device == "cpu",
     )
+
+    # Model and images
     with raise_on_all_ranks(accelerator):
-        model = weights_module.load_model(path, metadata)
+        model = weights.load_model(path, metadata)
         listed = inference.find_images(config.images) if accelerator.is_main_process else None
     paths, unreadable = broadcast_object_list([listed])[0]
-    model = to_device(model, model_name, accelerator.device)
+    model = to_device(model, metadata["model"]["name"], accelerator.device)
     extra = {}
     if config.explain:
         with raise_on_all_ranks(accelerator):
             extra["on_images"] = OverlayWriter(config.explain, paths, model, metadata)
     options = LoaderOptions.create(accelerator, "streaming", config.workers)
+
+    # Prediction
     with console.progress("images", -(-len(paths) // accelerator.num_processes)) as progress:
         predictions = inference.predict_files(
             accelerator,
@@ -122,11 +128,13 @@ def main(argv: list[str] | None = None) -> int:
             on_batch=progress.update,
             **extra,
         )
+
+    # Output
     predictions += unreadable
     errors = [p.error for p in predictions if p.error]
     for error in errors:
         console.warn(error)
-    if console.is_main_process():
+    if accelerator.is_main_process:
         if config.json:
             inference.write_output(
                 config.json, inference.json_lines(predictions, config.min_confidence)

@@ -426,24 +426,20 @@ def class_counts(class_names: Sequence[str], counts: Mapping[str, Sequence[int]]
     """
     if not chatty():
         return
-    table = number_table("class", *counts)
-    rows = list(zip(class_names, *counts.values(), strict=True))
-    hidden = rows[8:-8] if len(rows) > 20 else []
-    for row in rows[:8] if hidden else rows:
-        table.add_row(*_count_cells(*row))
-    if hidden:
-        columns = (values[8:-8] for values in counts.values())
-        ranges = [f"{min(column):,} to {max(column):,}" for column in columns]
-        table.add_row(literal(f"... {len(hidden):,} more"), *ranges)
-        for row in rows[-8:]:
-            table.add_row(*_count_cells(*row))
-    total = f"total ({len(rows):,} classes)"
-    table.add_row(*_count_cells(total, *map(sum, counts.values())), style="bold")
-    out().print(table)
-
-
-def _count_cells(name: str, *counts: int) -> list[Any]:
-    return [literal(name), *(f"{count:,}" for count in counts)]
+    columns = [[f"{count:,}" for count in values] for values in counts.values()]
+    rows = list(zip(class_names, *columns, strict=True))
+    if len(rows) > 20:
+        hidden = [values[8:-8] for values in counts.values()]
+        ranges = (f"{min(values):,} to {max(values):,}" for values in hidden)
+        rows[8:-8] = [(f"... {len(class_names) - 16:,} more", *ranges)]
+    total = f"total ({len(class_names):,} classes)"
+    rows.append((total, *(f"{sum(values):,}" for values in counts.values())))
+    print_table(
+        ("class", *counts),
+        rows,
+        order=[range(1, 1 + len(counts))],
+        styles=[""] * (len(rows) - 1) + ["bold"],
+    )
 
 
 def confusion_matrix(report: Mapping[str, Any]) -> None:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lab.checkpoint.atomic_io import check_output_file, write_atomically
+from lab.checkpoint.atomic_io import check_output_file
 from lab.checkpoint.provenance import versions
 from lab.data import DataConfig
 from lab.data.transforms import BatchTransform
@@ -233,11 +233,6 @@ def synthetic_images(num: int, shape: Sequence[int], seed: int) -> Tensor:
     images = smooth + 0.05 * torch.randn(num, *shape, generator=generator)
     images[0] = torch.rand(*shape, generator=generator)
     return (255 * images.clamp(0, 1)).round().to(torch.uint8)
-
-
-def write(path: Path, content: bytes) -> None:
-    """Write the file atomically."""
-    write_atomically(path, lambda temporary: temporary.write_bytes(content))
 
 
 def check_writable(output: Path, weights: Path) -> None:

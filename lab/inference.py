@@ -115,27 +115,33 @@ def eval_transform(metadata: Mapping[str, Any]) -> Callable[[Tensor], Tensor]:
 
 
 class _ImageDataset:
-    """Decoded images, indexed by a batch of indices into `paths`.
+    """Images as uint8 [C, size, size], indexed by a batch of indices into `items`.
 
-    An item is (uint8 [n, C, size, size], the n indices, [(index, error)] of unreadable files).
+    Each of `items` is a path, a Pillow image, or uint8 [C, H, W] with one or three channels. The
+    result is (uint8 [n, C, size, size], the n indices, [(index, error)] of unreadable files).
     """
 
-    def __init__(self, paths: Sequence[str], metadata: Mapping[str, Any]):
-        self.paths, self.square = paths, eval_transform(metadata)
+    def __init__(self, items: Sequence[Any] | Tensor, metadata: Mapping[str, Any]):
+        self.items, self.square = items, eval_transform(metadata)
         self.size, self.in_chans = metadata["model"]["image_size"], metadata["model"]["in_chans"]
 
-    def __getitem__(self, index: Tensor) -> tuple[Tensor, list[int], list[tuple[int, str]]]:
-        images, decoded, errors = [], [], []
+    def __getitem__(self, index: Tensor) -> tuple[Tensor, list[int], list[tuple[int, UserError]]]:
+        images, readable, errors = [], [], []
         for i in index.tolist():
+            item = self.items[i]
             try:
-                images.append(self.square(decode(self.paths[i])))
-                decoded.append(i)
+                if not isinstance(item, Tensor):
+                    item = decode(item) if isinstance(item, str) else pixels(item)
+                images.append(self.square(item))
+                readable.append(i)
             except UserError as error:
-                errors.append((i, error.what))
+                errors.append((i, error))
         if not images:
-            return torch.empty(0, self.in_chans, self.size, self.size).byte(), decoded, errors
+            return torch.empty(0, self.in_chans, self.size, self.size).byte(), readable, errors
         stacked = torch.stack(images)
-        return to_grayscale(stacked) if self.in_chans == 1 else stacked, decoded, errors
+        if stacked.shape[1] > self.in_chans:
+            stacked = to_grayscale(stacked)
+        return stacked.expand(-1, self.in_chans, -1, -1), readable, errors
 
 
 @torch.no_grad()
@@ -179,7 +185,7 @@ def predict_files(
     num_done, start = 0, time.perf_counter()
     with reader, accelerator.autocast():
         for images, indices, batch_errors in reader:
-            errors += batch_errors
+            errors += [(i, error.what) for i, error in batch_errors]
             num_done += len(indices) + len(batch_errors)
             if indices:
                 inputs = transform(images.to(device, non_blocking=True))
@@ -243,7 +249,7 @@ def write_output(target: str, content: bytes) -> None:
     if target == "-":
         sys.stdout.buffer.write(content)
     else:
-        write_atomically(Path(target), lambda path: path.write_bytes(content))
+        write_atomically(Path(target), content)
 
 
 @dataclass(frozen=True)
@@ -296,9 +302,9 @@ def predict(
     model, metadata = weights if isinstance(weights, tuple) else load_model(weights)
     if batch_size < 1:
         raise UserError(f"invalid batch_size {batch_size}", "Give at least 1")
-    architecture, names = metadata["model"], list(metadata["class_names"])
-    device = next(model.parameters()).device
+    names, device = list(metadata["class_names"]), next(model.parameters()).device
     items, explicit, errors = _list_images(images)
+    dataset = _ImageDataset(items, metadata)
     transform = BatchTransform(metadata["mean"], metadata["std"], (), device)
     precision = choose_precision(
         "auto", device.type, False, trained_precision=metadata["precision"]
@@ -307,20 +313,19 @@ def predict(
     was_training, probabilities = model.training, []
     model.eval()
     with torch.autocast(device.type, dtype, enabled=precision != "no"):
-        for start in range(0, len(items), batch_size):
-            batch = _decode_images(
-                items[start : start + batch_size], eval_transform(metadata), explicit, errors
-            )
-            if batch is None:
-                continue
-            if batch.shape[1] > architecture["in_chans"]:
-                batch = to_grayscale(batch)
-            batch = batch.expand(-1, architecture["in_chans"], -1, -1)
-            logits = model(transform(batch.to(device))).float() / metadata["temperature"]
-            probabilities.append(logits.softmax(1).cpu())
+        for index in torch.arange(len(items)).split(batch_size):
+            batch, _, unreadable = dataset[index]
+            for i, error in unreadable:
+                path = str(items[i])
+                if path in explicit:
+                    raise error
+                errors[path] = error.what
+            if len(batch):
+                logits = model(transform(batch.to(device))).float() / metadata["temperature"]
+                probabilities.append(logits.softmax(1).cpu())
     model.train(was_training)
-    for error in errors.values():
-        console.warn(error)
+    for message in errors.values():
+        console.warn(message)
     if not probabilities:
         raise UserError(
             f"none of the images can be read: {next(iter(errors.values()))}", GIVE_IMAGES
@@ -356,27 +361,3 @@ def _list_images(images: Images) -> tuple[Sequence[Any] | Tensor, set[str], dict
     if not tensor.numel():
         raise UserError("there are no images to classify", "Give at least one")
     return tensor, set(), {}
-
-
-def _decode_images(
-    items: Sequence[Any] | Tensor,
-    transform: Callable[[Tensor], Tensor],
-    explicit: set[str],
-    errors: dict[str, str],
-) -> Tensor | None:
-    """Return images as uint8 [n, C, size, size], or None if none of them can be read.
-
-    An unreadable file is left out and added to `errors`. Raises `UserError` if it is `explicit`.
-    """
-    if isinstance(items, Tensor):
-        return transform(items)
-    images = []
-    for item in items:
-        try:
-            image = decode(item) if isinstance(item, str) else pixels(item)
-            images.append(transform(image))
-        except UserError as error:
-            if item in explicit:
-                raise
-            errors[item] = error.what
-    return torch.stack(images) if images else None

@@ -113,7 +113,7 @@ class Loggers:
         except (OSError, ValueError, LookupError, TypeError):
             pass
         new = secrets.token_hex(4)
-        write_atomically(path, lambda file: file.write_text(json.dumps({"wandb_id": new}) + "\n"))
+        write_atomically(path, json.dumps({"wandb_id": new}) + "\n")
         return new
 
     def _close(self, name: str, step: int | None) -> None:

@@ -1,4 +1,4 @@
-"""File writes that are atomic, in the background if wanted, and whose failures are user errors."""
+"""File writes that are atomic, in the background if wanted, with user errors; and JSON."""
 
 import errno
 import json
@@ -27,8 +27,17 @@ def to_json(content: Any, **settings: Any) -> str:
     return json.dumps(finite(content), allow_nan=False, **settings)
 
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file, then rename it to `path`.
+def check_types(group: Any, types: Mapping[str, Any]) -> None:
+    """Raise ValueError unless `group`, read from JSON, is a dict that has values of these types."""
+    for name, kind in types.items():
+        if not isinstance(group, dict) or name not in group:
+            raise ValueError(f"{name} is missing")
+        if not isinstance(group[name], (int, float) if kind is float else kind):
+            raise ValueError(f"{name} is not a value of type {getattr(kind, '__name__', kind)}")
+
+
+def write_atomically(path: Path, content: bytes | str) -> None:
+    """Write a temporary file and rename it to `path`; text becomes UTF-8.
 
     After a power failure at any moment, `path` has either its old or its new content. Raise
     `UserError` if the file cannot be written.
@@ -36,7 +45,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with os_errors_as_user_errors(path):
         try:
-            write(temporary)
+            temporary.write_bytes(content.encode() if isinstance(content, str) else content)
             sync(temporary)
             os.replace(temporary, path)
             if os.name == "posix":  # the rename is durable once its directory is synced

@@ -17,7 +17,7 @@ from accelerate.utils import broadcast, broadcast_object_list
 from torch import Tensor, nn
 
 from lab import console
-from lab.checkpoint.atomic_io import AsyncWriter, check_free_space
+from lab.checkpoint.atomic_io import AsyncWriter, check_free_space, check_types
 from lab.checkpoint.interrupt import InterruptHandler, StopReason
 from lab.checkpoint.run_dir import CHECKPOINTS, CONFIG, RunDir, no_checkpoint, open_new
 from lab.checkpoint.train_state import (
@@ -31,7 +31,7 @@ from lab.checkpoint.train_state import (
     read_checkpoint,
     write_checkpoint,
 )
-from lab.checkpoint.weights import check_types, copy_of, read_metadata, read_tensors
+from lab.checkpoint.weights import copy_of, read_metadata, read_tensors
 from lab.config.schema import TrainConfig
 from lab.data import Splits
 from lab.distributed import raise_on_all_ranks

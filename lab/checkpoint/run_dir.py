@@ -167,10 +167,10 @@ class RunDir:
         """
         if not self.is_main_process:
             return
-        write_atomically(self.path / PREDICTIONS, lambda path: path.write_bytes(content))
+        write_atomically(self.path / PREDICTIONS, content)
         path = self.path / PROBABILITIES
         if probabilities is not None:
-            write_atomically(path, lambda temporary: temporary.write_bytes(probabilities))
+            write_atomically(path, probabilities)
             return
         console.info(f"no {PROBABILITIES}: it would be larger than 200 MB")
         with os_errors_as_user_errors(path):
@@ -198,13 +198,11 @@ class RunDir:
         self._append(STEPS, rows)
 
     def _write_config(self, settings: Mapping[str, Any]) -> None:
-        if self.is_main_process:
-            self._write_json(CONFIG, {**settings, "versions": versions(), "commit": commit()})
+        self._write_json(CONFIG, {**settings, "versions": versions(), "commit": commit()})
 
     def _write_json(self, name: str, content: Mapping[str, Any]) -> None:
         if self.is_main_process:
-            text = to_json(content, indent=1) + "\n"
-            write_atomically(self.path / name, lambda path: path.write_text(text))
+            write_atomically(self.path / name, to_json(content, indent=1) + "\n")
 
     def _truncate(self, name: str, keep: Callable[[dict], bool]) -> None:
         """Remove the lines of a file from the first that is incomplete or not to be kept."""
@@ -217,7 +215,7 @@ class RunDir:
                 except (ValueError, LookupError, TypeError):
                     break
                 lines.append(line)
-        write_atomically(path, lambda temporary: temporary.write_bytes(b"".join(lines)))
+        write_atomically(path, b"".join(lines))
 
     def _append(self, name: str, rows: Iterable[Any]) -> None:
         if self.is_main_process:

@@ -22,9 +22,14 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from lab.checkpoint.atomic_io import os_errors_as_user_errors, sync, to_json, write_atomically
+from lab.checkpoint.atomic_io import (
+    check_types,
+    os_errors_as_user_errors,
+    sync,
+    to_json,
+    write_atomically,
+)
 from lab.checkpoint.run_dir import RunDir
-from lab.checkpoint.weights import check_types
 from lab.config.schema import TIMEOUT_SECONDS, TrainConfig, flag, is_path
 from lab.data import Splits
 from lab.data.fingerprint import changed_splits
@@ -103,10 +108,7 @@ class Checkpoint:
     metadata: dict[str, Any]  # of state.json, updated by `lab.checkpoint.manager.latest_checkpoint`
     tensors: dict[str, Tensor]  # empty except on the process that read them
 
-    @property
-    def how_to_train_further(self) -> str:
-        """Say what the user can do to train the finished run further."""
-        return "to train it further, raise --epochs"
+    how_to_train_further = "to train it further, raise --epochs"  # if it is finished
 
     def config(self, overrides: Mapping[str, Any]) -> TrainConfig:
         """Return the run's settings with `overrides`. Raise `UserError` if one must not change."""
@@ -174,10 +176,7 @@ class Checkpoint:
 class FinishedRun(Checkpoint):
     """A finished run that has no checkpoint, and so cannot be trained further."""
 
-    @property
-    def how_to_train_further(self) -> str:
-        """Say that it is not possible."""
-        return "it has no checkpoint left, so it cannot be trained further"
+    how_to_train_further = "it has no checkpoint left, so it cannot be trained further"
 
     def is_finished(self, config: TrainConfig) -> bool:
         """Return whether `config` does not ask for more training."""
@@ -263,8 +262,8 @@ def write_checkpoint(path: Path, tensors: dict[str, Tensor], metadata: dict[str,
     with os_errors_as_user_errors(path):
         try:
             temporary.mkdir()
-            write_atomically(temporary / TENSORS_FILE, lambda file: file.write_bytes(content))
-            write_atomically(temporary / METADATA_FILE, lambda file: file.write_text(text))
+            write_atomically(temporary / TENSORS_FILE, content)
+            write_atomically(temporary / METADATA_FILE, text)
             if path.exists():  # a damaged checkpoint, or one of steps that are repeated
                 shutil.rmtree(path)
             os.replace(temporary, path)

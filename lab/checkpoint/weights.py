@@ -17,7 +17,7 @@ from accelerate.utils import broadcast
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from lab.checkpoint.atomic_io import AsyncWriter, to_json, write_atomically
+from lab.checkpoint.atomic_io import AsyncWriter, check_types, to_json, write_atomically
 from lab.checkpoint.provenance import versions
 from lab.checkpoint.run_dir import BEST, RunDir
 from lab.config.schema import TrainConfig
@@ -115,8 +115,7 @@ def write_weights(path: Path, tensors: dict[str, Tensor], metadata: dict[str, An
     metadata = {"format": FORMAT, **metadata, "sha256": checksum(tensors)}
     header = {KEY: to_json(metadata, sort_keys=True)}
     # In memory first: save_file's own errors do not say that the disk is full.
-    content = safetensors.torch.save(tensors, header)
-    write_atomically(path, lambda temporary: temporary.write_bytes(content))
+    write_atomically(path, safetensors.torch.save(tensors, header))
 
 
 def write_temperature(path: Path, temperature: float) -> None:
@@ -212,15 +211,6 @@ def _check_metadata(metadata: dict[str, Any]) -> None:
             raise ValueError(f"{name} contradicts the rest")
     # Every name can be written to a file: UTF-8, with the surrogates of `os.fsdecode`.
     "".join(names).encode("utf-8", "surrogateescape")
-
-
-def check_types(group: Any, types: Mapping[str, type]) -> None:
-    """Raise ValueError unless `group` is a dict that has values of these types."""
-    for name, kind in types.items():
-        if not isinstance(group, dict) or name not in group:
-            raise ValueError(f"{name} is missing")
-        if not isinstance(group[name], (int, float) if kind is float else kind):
-            raise ValueError(f"{name} is not a value of type {kind.__name__}")
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

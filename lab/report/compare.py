@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -160,25 +161,21 @@ def write(directory: Path, runs: Sequence[RunResult], rows: Sequence[dict[str, A
     cells = [list(rows[0]), *([text(name, row[name]) for name in row] for row in rows)]
     parts = ["# Comparison\n", _markdown(cells), INTERVAL_NOTE, f"## {RECALL_TITLE}\n"]
     parts += [_markdown(_recall_table(group)) for group in group_by_classes(runs)]
-    content = "\n".join(parts).encode("utf-8", "replace")  # directory names need not be UTF-8
-    write_atomically(directory / COMPARISON_TABLE, lambda path: path.write_bytes(content))
-
-    def write_csv(path: Path) -> None:
-        with open(path, "w", newline="", encoding="utf-8", errors="replace") as file:
-            names = list(rows[0])
-            after = names.index("vs. best") + 1
-            names[after:after] = ["low", "high"]
-            writer = csv.DictWriter(file, [*names, "class recalls"])
-            writer.writeheader()
-            for row in rows:
-                run = next(run for run in runs if str(run.path) == row["run"])
-                recalls = ";".join(f"{r['class']}={r['recall']}" for r in run.report["per_class"])
-                interval = zip(
-                    ("vs. best", "low", "high"), row["vs. best"] or ("",) * 3, strict=True
-                )
-                writer.writerow(row | dict(interval) | {"class recalls": recalls})
-
-    write_atomically(directory / COMPARISON_CSV, write_csv)
+    # Directory names need not be UTF-8.
+    content = "\n".join(parts).encode("utf-8", "replace")
+    write_atomically(directory / COMPARISON_TABLE, content)
+    file = io.StringIO()
+    names = list(rows[0])
+    after = names.index("vs. best") + 1
+    names[after:after] = ["low", "high"]
+    writer = csv.DictWriter(file, [*names, "class recalls"])
+    writer.writeheader()
+    for row in rows:
+        run = next(run for run in runs if str(run.path) == row["run"])
+        recalls = ";".join(f"{r['class']}={r['recall']}" for r in run.report["per_class"])
+        interval = zip(("vs. best", "low", "high"), row["vs. best"] or ("",) * 3, strict=True)
+        writer.writerow(row | dict(interval) | {"class recalls": recalls})
+    write_atomically(directory / COMPARISON_CSV, file.getvalue().encode("utf-8", "replace"))
 
 
 def _recall_table(runs: Sequence[RunResult]) -> list[list[str]]:

@@ -6,6 +6,7 @@ Localization". The package captum, the extra `explain`, computes it.
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -176,7 +177,9 @@ def _write_png(file: Path, pixels: np.ndarray) -> None:
     picture = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
     with os_errors_as_user_errors(file):
         file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, lambda path: picture.save(path, "PNG", pnginfo=text))
+    content = io.BytesIO()
+    picture.save(content, "PNG", pnginfo=text)
+    write_atomically(file, content.getvalue())
 
 
 def overlay_files(directory: str, paths: Sequence[str]) -> list[Path]:

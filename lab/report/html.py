@@ -134,8 +134,8 @@ def _write_page(path: Path, template: str, context: dict[str, Any]) -> None:
         lstrip_blocks=True,
     )  # fmt: skip
     text = environment.get_template(template).render(context)
-    content = text.encode("utf-8", "replace")  # directory names need not be UTF-8
-    write_atomically(path, lambda temporary: temporary.write_bytes(content))
+    # Directory names need not be UTF-8.
+    write_atomically(path, text.encode("utf-8", "replace"))
 
 
 def _run_context(run: RunResult) -> dict[str, Any]:

@@ -67,7 +67,7 @@ def save_images(
             splits.test.images[explained], predictions.predictions[explained]
         )
     content = safetensors.torch.save({name: t.contiguous() for name, t in tensors.items()})
-    write_atomically(run.path / IMAGES, lambda path: path.write_bytes(content))
+    write_atomically(run.path / IMAGES, content)
 
 
 def first_batch(config: TrainConfig, splits: Splits) -> tuple[Tensor, Tensor]:

@@ -45,8 +45,7 @@ def write(run: RunDir) -> None:
     Raise `UserError` if the run is unfinished or damaged, or the card cannot be written.
     """
     if run.is_main_process:
-        text = card(run.path)
-        write_atomically(run.path / CARD, lambda path: path.write_text(text, encoding="utf-8"))
+        write_atomically(run.path / CARD, card(run.path))
 
 
 def card(path: Path) -> str:

@@ -70,8 +70,7 @@ def draw(path: Path) -> None:
 
 def save(path: Path, figure: Callable[[], Figure]) -> None:
     """Write the figure that a function creates to a PNG file."""
-    content = png(figure)
-    write_atomically(path, lambda temporary: temporary.write_bytes(content))
+    write_atomically(path, png(figure))
 
 
 def png(figure: Callable[[], Figure]) -> bytes:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
+from lab.checkpoint.atomic_io import check_types
 from lab.checkpoint.run_dir import (
     CONFIG,
     HISTORY,
@@ -30,8 +31,7 @@ if TYPE_CHECKING:
 
 
 # The JSON keys that reports need, and their types.
-NUMBER = (int, float)
-NUMBER_OR_NULL = (int, float, type(None))  # null: not finite, or a mean over no samples
+FLOAT_OR_NULL = int | float | None  # null: not finite, or a mean over no samples
 CONFIG_KEYS = {
     "model": str,
     "dataset": str,
@@ -43,9 +43,9 @@ CONFIG_KEYS = {
     "precision": str,
 }
 REPORT_KEYS = {
-    "accuracy": NUMBER,
-    "macro_f1": NUMBER,
-    "loss": NUMBER_OR_NULL,
+    "accuracy": float,
+    "macro_f1": float,
+    "loss": FLOAT_OR_NULL,
     "num_samples": int,
     "best_epoch": int,
     "selection_split": str,
@@ -55,16 +55,16 @@ REPORT_KEYS = {
 }
 EPOCH_KEYS = {
     "epoch": int,
-    "train_loss": NUMBER_OR_NULL,
-    "train_accuracy": NUMBER_OR_NULL,
-    "val_loss": NUMBER_OR_NULL,
-    "val_accuracy": NUMBER,
-    "learning_rate": NUMBER,
-    "train_seconds": NUMBER,
-    "eval_seconds": NUMBER,
-    "images_per_second": NUMBER,
+    "train_loss": FLOAT_OR_NULL,
+    "train_accuracy": FLOAT_OR_NULL,
+    "val_loss": FLOAT_OR_NULL,
+    "val_accuracy": float,
+    "learning_rate": float,
+    "train_seconds": float,
+    "eval_seconds": float,
+    "images_per_second": float,
 }
-CLASS_KEYS = {"class": str, "precision": NUMBER, "recall": NUMBER, "f1": NUMBER, "support": int}
+CLASS_KEYS = {"class": str, "precision": float, "recall": float, "f1": float, "support": int}
 
 
 @dataclass(frozen=True)
@@ -105,9 +105,7 @@ class RunResult:
         types = get_type_hints(TrainConfig)
         known = {f.name: self.config[f.name] for f in fields(TrainConfig) if f.name in self.config}
         with _damage_as_user_error(self.path / CONFIG):
-            for name, value in known.items():
-                if not isinstance(value, NUMBER if types[name] is float else types[name]):
-                    raise ValueError(f"{name} is {value!r}")
+            check_types(known, {name: types[name] for name in known})
         return TrainConfig(**known)
 
     def steps(self) -> list[dict[str, Any]]:
@@ -117,7 +115,7 @@ class RunResult:
             lines = path.read_text().splitlines() if path.is_file() else []
             rows = [json.loads(line) for line in lines]
             for row in rows:
-                _check_types(row, {"step": int, "learning_rate": NUMBER})
+                check_types(row, {"step": int, "learning_rate": float})
         return rows
 
     def confusions(self, count: int) -> list[tuple[int, int, int, float]]:
@@ -196,20 +194,20 @@ def read_run(path: Path) -> RunResult:
         raise UserError(f"the run {path} is not finished", f"Finish it: train.py --resume {path}")
     with _damage_as_user_error(path / CONFIG) as file:
         config = json.loads(file.read_bytes())
-        _check_types(config, CONFIG_KEYS)
+        check_types(config, CONFIG_KEYS)
     with _damage_as_user_error(path / REPORT) as file:
         report = json.loads(file.read_bytes())
-        _check_types(report, REPORT_KEYS)
+        check_types(report, REPORT_KEYS)
         num_classes = len(report["class_names"])
         for row in report["per_class"]:
-            _check_types(row, CLASS_KEYS)
+            check_types(row, CLASS_KEYS)
         matrix = np.array(report["confusion_matrix"], dtype=np.int64)
         if len(report["per_class"]) != num_classes or matrix.shape != (num_classes,) * 2:
             raise ValueError("per_class or confusion_matrix does not match class_names")
     with _damage_as_user_error(path / HISTORY) as file:
         history = [json.loads(line) for line in file.read_text().splitlines()]
         for row in history or [None]:
-            _check_types(row, EPOCH_KEYS)
+            check_types(row, EPOCH_KEYS)
     labels = predictions = confidence = files = None
     if (path / PREDICTIONS).is_file():
         with _damage_as_user_error(path / PREDICTIONS) as file:
@@ -246,10 +244,3 @@ def _damage_as_user_error(file: Path, kind: type[Exception] = ValueError) -> Ite
         raise UserError(
             f"the run {file.parent} is damaged: {file.name} ({reason})", hint
         ) from error
-
-
-def _check_types(row: Any, types: dict[str, Any]) -> None:
-    """Raise `ValueError` if `row` is not a dict with these keys and types."""
-    for name, kind in types.items():
-        if not isinstance(row, dict) or not isinstance(row.get(name, ...), kind):
-            raise ValueError(f"no {name} in {str(row)[:40]}")

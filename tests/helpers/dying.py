@@ -60,7 +60,6 @@ class Fault:
 
         self.patch.setattr(os, "fsync", watched_fsync)
         self.patch.setattr(Path, "write_bytes", write)
-        self.patch.setattr(Path, "write_text", lambda path, text: write(path, text.encode()))
         Fault.current = self
         return self
 

@@ -157,8 +157,8 @@ MUTANTS = (
         "P3: a file is replaced atomically",
         "files are written in place",
         "lab/checkpoint/atomic_io.py",
-        "            write(temporary)\n            sync(temporary)\n            os.replace(temporary, path)\n",
-        "            write(path)\n            sync(path)\n",
+        "            sync(temporary)\n            os.replace(temporary, path)\n",
+        "            path.write_bytes(temporary.read_bytes())\n            sync(path)\n",
         "faults/test_faults.py::test_p3_best_weights_are_the_old_or_the_new[killed]",
     ),
     Mutant(
@@ -238,8 +238,8 @@ MUTANTS = (
         "P4: weights are written as safetensors",
         "weights are written with `torch.save`",
         "lab/checkpoint/weights.py",
-        "temporary.write_bytes(content)",
-        "torch.save(tensors, temporary)",
+        "write_atomically(path, safetensors.torch.save(tensors, header))",
+        "torch.save(tensors, path)",
         "unit/test_architecture.py::test_p4_no_pickle",
     ),
     Mutant(

@@ -221,7 +221,7 @@ def test_p3_content_is_on_disk_before_it_takes_the_name(tmp_path, monkeypatch):
 
     monkeypatch.setattr(run_dir.os, "fsync", lambda n: (calls.append("sync"), fsync(n)))
     monkeypatch.setattr(run_dir.os, "replace", watched_replace)
-    atomic_io.write_atomically(tmp_path / "x", lambda path: path.write_bytes(b"content"))
+    atomic_io.write_atomically(tmp_path / "x", b"content")
     assert calls == ["sync", "replace", "sync"]  # the second: of the folder
     assert (tmp_path / "x").read_bytes() == b"content"
 

@@ -317,7 +317,7 @@ def test_p7_a_file_that_cannot_be_replaced_stays_as_it_was(tmp_path):
     path = tmp_path / "best.safetensors"
     path.write_bytes(b"old")
     with largest_file(10), pytest.raises(UserError, match=r"^cannot write .* \(File too large\)"):
-        write_atomically(path, lambda temporary: temporary.write_bytes(b"new" * 10))
+        write_atomically(path, b"new" * 10)
     assert tree(tmp_path) == {"best.safetensors": b"old"}
 
 
