@@ -1,27 +1,40 @@
-"""Compare lab's first and second start on an image directory with torchvision's ImageFolder.
+"""Compare lab's reading of image files with torchvision's ImageFolder and with other loaders.
 
   python benchmarks/folder.py DATA/cifar10-jpg/train
+  python benchmarks/folder.py DATA/photos --training --num-images 10000
 
-Each contender reads all images once, as uint8 of 32 x 32, with 2 threads or 2 workers. They run in
-turn, each in its own process; a round takes about 40 s on 2 CPU cores for 50,000 small JPEG files.
+The first command reads all images once, as uint8 of 32 x 32: lab's first and second start. With
+--training, random photographs of the directory are cropped and written as JPEG files of --size
+pixels, and an epoch of batches for training at 224 pixels is read: random resized crop, flip and
+normalization. timm and Hugging Face datasets take part if they are installed; "decoding" reads and
+decodes the files without any transform. All contenders have two workers. They run in turn, each in
+its own process.
 """
 
 import argparse
 import json
+import random
+import shutil
 import tempfile
 import time
+from importlib.util import find_spec
+from pathlib import Path
 
 from common import child, in_turn, ratios, spread, write_json
 
+NUM_WORKERS = 2
+BATCH_SIZE = 64
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
 
 def read_with_torchvision(root: str) -> int:
-    """Read torchvision's ImageFolder with a DataLoader and two workers; return the count."""
+    """Read torchvision's ImageFolder with a DataLoader; return the number of images."""
     from torch.utils.data import DataLoader
     from torchvision import datasets
     from torchvision.transforms import v2
 
     dataset = datasets.ImageFolder(root, v2.Compose([v2.PILToTensor(), v2.Resize((32, 32))]))
-    loader = DataLoader(dataset, batch_size=128, num_workers=2)
+    loader = DataLoader(dataset, batch_size=128, num_workers=NUM_WORKERS)
     return sum(len(images) for images, _ in loader)
 
 
@@ -32,36 +45,190 @@ def read_with_lab(root: str) -> int:
     from lab.data.splits import in_memory
 
     raw_splits = read_folder(DataConfig(root, "data", 32, 0.1, 0.2, 0, 0, 0, 0))
-    return in_memory(raw_splits.train, num_workers=2).images.shape[0]
+    return in_memory(raw_splits.train, num_workers=NUM_WORKERS).images.shape[0]
 
 
-READERS = {"torchvision": read_with_torchvision, "lab": read_with_lab}
+def train_transform():
+    """Return the transform of lab's contenders: random resized crop, flip, normalization."""
+    import torch
+    from torchvision.transforms import v2
+
+    from lab.data.transforms import CROP_AREA
+
+    return v2.Compose(
+        [
+            v2.RandomResizedCrop(224, scale=CROP_AREA, antialias=True),
+            v2.RandomHorizontalFlip(),
+            v2.ToImage(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(MEAN, STD),
+        ]
+    )
+
+
+def train_with_torchvision(root: str) -> int:
+    """Read an epoch of torchvision's ImageFolder with a DataLoader; return the count."""
+    from torch.utils.data import DataLoader
+    from torchvision import datasets
+
+    dataset = datasets.ImageFolder(root, train_transform())
+    loader = DataLoader(dataset, BATCH_SIZE, shuffle=True, num_workers=NUM_WORKERS)
+    return sum(len(images) for images, _ in loader)
+
+
+def train_with_timm(root: str) -> int:
+    """Read an epoch of timm's dataset and loader; return the count."""
+    import torch
+    from timm.data import create_dataset, create_loader
+
+    from lab.data.transforms import CROP_AREA
+
+    loader = create_loader(
+        create_dataset("", root),
+        (3, 224, 224),
+        BATCH_SIZE,
+        is_training=True,
+        scale=CROP_AREA,
+        color_jitter=None,
+        interpolation="bilinear",
+        num_workers=NUM_WORKERS,
+        persistent_workers=False,
+        use_prefetcher=False,
+        device=torch.device("cpu"),
+    )
+    return sum(len(images) for images, _ in loader)
+
+
+def train_with_datasets(root: str) -> int:
+    """Read an epoch of Hugging Face datasets' imagefolder with a DataLoader; return the count."""
+    from datasets import load_dataset
+    from torch.utils.data import DataLoader
+
+    transform = train_transform()
+    dataset = load_dataset("imagefolder", data_dir=root, split="train")
+    dataset.set_transform(
+        lambda rows: {"image": [transform(image.convert("RGB")) for image in rows["image"]]}
+    )
+    loader = DataLoader(dataset, BATCH_SIZE, shuffle=True, num_workers=NUM_WORKERS)
+    return sum(len(batch["image"]) for batch in loader)
+
+
+def train_with_lab(root: str) -> int:
+    """Read an epoch of lab's training batches; return the count."""
+    from dataclasses import replace
+
+    import torch
+
+    from lab.config.recipes import resolve
+    from lab.data import DataConfig
+    from lab.data.image_folder import read_folder
+    from lab.data.loaders import LoaderOptions, build_loader
+    from lab.data.splits import AugmentedImages
+    from lab.data.transforms import BatchTransform, SampleTransform
+
+    config = resolve({"dataset": root, "image_size": 224})
+    split = read_folder(DataConfig.of(config)).train
+    transform = SampleTransform(("resized-crop",), 224, MEAN)
+    loader = build_loader(
+        replace(split, images=AugmentedImages(split.images, split.images, transform)),
+        BatchTransform(MEAN, STD, ("flip",), "cpu"),
+        LoaderOptions(0, 1, torch.device("cpu"), "streaming", NUM_WORKERS, 0.0),
+        batch_size=BATCH_SIZE,
+        seed=0,
+    )
+    count = sum(len(batch.images) for batch in loader.batches())
+    loader.close()
+    return count
+
+
+def decode_only(root: str) -> int:
+    """Read and decode all files, a process for each worker; return the count."""
+    from concurrent.futures import ProcessPoolExecutor
+
+    paths = [str(path) for path in Path(root).glob("*/*")]
+    with ProcessPoolExecutor(NUM_WORKERS) as pool:
+        return sum(pool.map(_decode, paths, chunksize=BATCH_SIZE))
+
+
+def _decode(path: str) -> int:
+    from lab.data.decode import decode
+
+    return int(decode(path).ndim == 3)
+
+
+READERS = {
+    "ImageFolder": read_with_torchvision,
+    "lab": read_with_lab,
+    "training: ImageFolder": train_with_torchvision,
+    "training: timm": train_with_timm,
+    "training: datasets": train_with_datasets,
+    "training: lab": train_with_lab,
+    "training: decoding": decode_only,
+}
+
+
+def write_photographs(source: Path, target: Path, num_images: int, width: int) -> None:
+    """Write `num_images` JPEG files of `width` x 3/4 `width` pixels, crops of random photographs.
+
+    Small crops are enlarged, so that the files have fewer details than a camera's.
+    """
+    from PIL import Image
+
+    rng = random.Random(0)
+    height = width * 3 // 4
+    paths = sorted(path for path in source.glob("*/*") if path.is_file())
+    (target / "class").mkdir()
+    for i in range(num_images):
+        with Image.open(rng.choice(paths)) as image:
+            scale = rng.uniform(0.6, 1) * min(image.width / 4, image.height / 3)
+            w, h = int(4 * scale), int(3 * scale)
+            left, top = rng.randint(0, image.width - w), rng.randint(0, image.height - h)
+            box = (left, top, left + w, top + h)
+            resized = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC, box)
+            resized.save(target / "class" / f"{i:05}.jpg", quality=90)
 
 
 def run_one(reader: str, root: str) -> dict:
     """Return the number of images read and the seconds without imports."""
+    import torch
     from torchvision import datasets, transforms  # noqa: F401
 
     from lab.data import decode  # noqa: F401
 
+    if "timm" in reader:
+        import timm.data  # noqa: F401
+    if "datasets" in reader:
+        import datasets  # noqa: F401
+    torch.set_num_threads(1)  # of the main process: the workers use both cores
     start = time.perf_counter()
     count = READERS[reader](root)
-    return {"images": count, "seconds": time.perf_counter() - start}
+    seconds = time.perf_counter() - start
+    return {"images": count, "seconds": seconds, "images_per_second": count / seconds}
 
 
-def main() -> None:
-    """Measure as the command line says."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("root", help="a directory of CLASS/images")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", metavar="FILE")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.one:
-        print(json.dumps(run_one(args.one, args.root)))
-        return
+def compare_training(args: argparse.Namespace) -> dict:
+    """Time all loaders on generated photographs, and print and return the results."""
+    installed = {"timm": find_spec("timm"), "datasets": find_spec("datasets")}
+    with tempfile.TemporaryDirectory() as directory:
+        write_photographs(Path(args.root), Path(directory), args.num_images, args.size)
+
+        def reader(name: str):
+            return lambda: child(__file__, directory, "--one", name, HF_HOME=f"{directory}-cache")
+
+        names = [name for name in READERS if name.startswith("training")]
+        contenders = {name: reader(name) for name in names if installed.get(name.split()[-1], True)}
+        results = in_turn(contenders, args.rounds, show="images_per_second")
+        shutil.rmtree(f"{directory}-cache", ignore_errors=True)
+    print("\n| | images/s | lab / this |\n| --- | --- | --- |")
+    for name, rows in results.items():
+        faster = spread(ratios(results, "training: lab", name, "images_per_second"))
+        speed = spread([row["images_per_second"] for row in rows], ",.0f")
+        print(f"| {name.removeprefix('training: ')} | {speed} | {faster} |")
+    return results
+
+
+def compare_reading(args: argparse.Namespace) -> dict:
+    """Time the first and the second start on a directory, and print and return the results."""
     with tempfile.TemporaryDirectory() as cache:
         child(__file__, args.root, "--one", "lab", LAB_CACHE=cache)  # also warms the page cache
 
@@ -70,7 +237,7 @@ def main() -> None:
                 return child(__file__, args.root, "--one", "lab", LAB_CACHE=empty)
 
         contenders = {
-            "ImageFolder, 2 workers": lambda: child(__file__, args.root, "--one", "torchvision"),
+            "ImageFolder": lambda: child(__file__, args.root, "--one", "ImageFolder"),
             "lab, first start": first,
             "lab, second start": lambda: child(
                 __file__, args.root, "--one", "lab", LAB_CACHE=cache
@@ -79,8 +246,28 @@ def main() -> None:
         results = in_turn(contenders, args.rounds, show="seconds")
     print("\n| | seconds | times faster than ImageFolder |\n| --- | --- | --- |")
     for name, rows in results.items():
-        faster = spread(ratios(results, "ImageFolder, 2 workers", name, "seconds"))
+        faster = spread(ratios(results, "ImageFolder", name, "seconds"))
         print(f"| {name} | {spread([row['seconds'] for row in rows])} | {faster} |")
+    return results
+
+
+def main() -> None:
+    """Measure as the command line says."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("root", help="a directory of CLASS/images")
+    parser.add_argument("--training", action="store_true", help="read batches for training")
+    parser.add_argument("--num-images", type=int, default=10_000, help="of --training")
+    parser.add_argument("--size", type=int, default=500, help="width of the files of --training")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        print(json.dumps(run_one(args.one, args.root)))
+        return
+    results = compare_training(args) if args.training else compare_reading(args)
     write_json(args.json, {"results": results})
 
 
