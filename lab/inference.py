@@ -170,25 +170,21 @@ def predict_files(
     transform = BatchTransform(metadata["mean"], metadata["std"], (), device)
     batches = torch.arange(len(paths)).split(batch_size)
     own = batches[shard(len(batches), accelerator.process_index, accelerator.num_processes)]
-    size = metadata["model"]["image_size"]
-    reader = BatchReader(
-        _ImageDataset(paths, metadata),
-        own,
-        num_workers if len(own) > 1 else 0,
-        batch_nbytes=min(batch_size, len(paths)) * 3 * size**2,
-        pin_memory=device.type == "cuda",
-    )
+    read = _ImageDataset(paths, metadata).__getitem__
     # float32 represents class indices exactly; the rows of unreadable files stay zero.
     table = torch.zeros(len(paths), 2, top_k, device=device)
     errors: list[tuple[int, str]] = []
     model.eval()
     num_done, start = 0, time.perf_counter()
-    with reader, accelerator.autocast():
-        for images, indices, batch_errors in reader:
+    with (
+        BatchReader(read, num_workers if len(own) > 1 else 0) as reader,
+        accelerator.autocast(),
+    ):
+        for images, indices, batch_errors in reader.read(own):
             errors += [(i, error.what) for i, error in batch_errors]
             num_done += len(indices) + len(batch_errors)
             if indices:
-                inputs = transform(images.to(device, non_blocking=True))
+                inputs = transform(images.to(device))
                 logits = predict_logits(model, inputs, tta) / metadata["temperature"]
                 top = logits.softmax(1).topk(top_k)
                 rows = torch.stack((top.values, top.indices.float()), 1)

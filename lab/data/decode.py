@@ -6,11 +6,11 @@ import io
 import os
 import stat
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
@@ -122,9 +122,9 @@ class FileImages(LazyImages):
                     raise UnreadableImages(reasons)
             reasons = {}
             batches = self._batches(torch.arange(len(self)), num_workers)
-            with in_workers(self._decode_array, batches, num_workers) as results:
+            with in_workers(self._decode, batches, num_workers) as results:
                 for index, (decoded, unreadable) in zip(batches, results, strict=True):
-                    images[index[0] : index[-1] + 1] = torch.from_numpy(decoded)
+                    images[index[0] : index[-1] + 1] = decoded
                     reasons |= unreadable
             if reasons:
                 if key:
@@ -152,9 +152,9 @@ class FileImages(LazyImages):
                 for batch in batches:
                     total += histogram(decoded[batch])
                 return total.tolist()
-            with in_workers(self._histogram_array, batches, num_workers) as results:
+            with in_workers(self._histogram, batches, num_workers) as results:
                 for counts, unreadable in results:
-                    total += torch.from_numpy(counts)
+                    total += counts
                     reasons |= unreadable
             if reasons:
                 raise UnreadableImages(reasons)
@@ -191,8 +191,8 @@ class FileImages(LazyImages):
         return [(i, reasons[path]) for i, path in enumerate(self.paths) if path in reasons]
 
     def _batches(self, index: Tensor, num_workers: int) -> Sequence[Tensor]:
-        # At most 2 MB each, as they are sent between processes, and enough batches for all workers.
-        num_images = min(2**21 // (3 * self.size**2), len(index) // (8 * max(1, num_workers)))
+        # At most 1/2 MB each, as shared memory may be small, and enough batches for all workers.
+        num_images = min(2**19 // (3 * self.size**2), len(index) // (8 * max(1, num_workers)))
         return index.split(max(1, num_images))
 
     def _decode(self, index: Tensor) -> tuple[Tensor, dict[str, str]]:
@@ -206,45 +206,25 @@ class FileImages(LazyImages):
                 reasons[self.paths[i]] = error.what
         return images, reasons
 
-    # Workers send NumPy arrays: PyTorch would send tensors through shared memory, which is small in
-    # containers.
-
-    def _decode_array(self, index: Tensor) -> tuple[np.ndarray, dict[str, str]]:
+    def _histogram(self, index: Tensor) -> tuple[Tensor, dict[str, str]]:
         images, reasons = self._decode(index)
-        return images.numpy(), reasons
-
-    def _histogram_array(self, index: Tensor) -> tuple[np.ndarray, dict[str, str]]:
-        images, reasons = self._decode(index)
-        return histogram(images).numpy(), reasons
+        return histogram(images), reasons
 
     def _reasons(self, index: Tensor) -> dict[str, str]:
         return self._decode(index)[1]
 
 
-class _FunctionDataset:
-    """A dataset whose batches are the results of a function of their indices."""
-
-    def __init__(self, function: Callable[[Tensor], Any]):
-        self.function = function
-
-    def __getitem__(self, index: list[int]) -> Any:
-        return self.function(torch.tensor(index))
-
-
+@contextmanager
 def in_workers(
     function: Callable[[Tensor], Any], batches: Sequence[Tensor], num_workers: int
-) -> BatchReader:
-    """Return a reader that yields `function(batch)` of each batch, computed by worker processes.
+) -> Iterator[Iterator[Any]]:
+    """Yield an iterator of `function(batch)` for each batch, computed by worker processes.
 
     Threads would wait for each other: decoding small images is mostly Python.
     """
-    return BatchReader(
-        _FunctionDataset(function),
-        [batch.tolist() for batch in batches],
-        min(num_workers, len(batches)) if num_workers > 1 else 0,
-        batch_nbytes=0,
-        options_without_workers="--threads 1",
-    )
+    num_workers = min(num_workers, len(batches)) if num_workers > 1 else 0
+    with BatchReader(function, num_workers, fallback="--threads 1") as reader:
+        yield reader.read(batches)
 
 
 def decode(path: str) -> Tensor:
@@ -275,51 +255,14 @@ def _read(path: str) -> bytes:
 
 def _decode(content: bytes) -> Tensor:
     """Return the image in a file's content as uint8 [3, H, W], in its EXIF orientation."""
-    header = _read_jpeg_header(content)
-    if header is not None:
-        num_pixels, exif = header
-        _check_size(num_pixels)
-        decoded = _decode_jpeg(content)
-        if decoded is not None:
-            return _orient(decoded, lambda: _parse_exif(exif)) if exif else decoded
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about metadata; they do not name the file
         # `open` reads only the header.
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-            _check_size(image.width * image.height)
-            return pixels(image)
-
-
-def _check_size(num_pixels: int) -> None:
-    if num_pixels > MAX_PIXELS:
-        raise Image.DecompressionBombError
-
-
-def _read_jpeg_header(content: bytes) -> tuple[int, bytes] | None:
-    """Return (number of pixels, EXIF data) of a JPEG; None for any other file.
-
-    They are read from its segments (ITU-T T.81, annex B). With Pillow, reading them would take
-    longer than decoding a small image.
-    """
-    num_pixels, exif, position = 0, b"", 2
-    while content.startswith(b"\xff\xd8\xff") and content[position : position + 1] == b"\xff":
-        marker = content[position + 1 : position + 2]
-        if marker == b"\xff":  # a fill byte
-            position += 1
-            continue
-        if marker == b"\xda":  # start of scan: the pixels follow
-            return num_pixels, exif
-        end = position + 2 + int.from_bytes(content[position + 2 : position + 4], "big")
-        segment = content[position + 4 : end]
-        if marker in START_OF_FRAME:
-            num_pixels = int.from_bytes(segment[1:3], "big") * int.from_bytes(segment[3:5], "big")
-        elif marker == b"\xe1" and segment.startswith(b"Exif\0\0"):
-            exif += segment[6:]
-        position = end
-    return None
-
-
-START_OF_FRAME = {bytes([n]) for n in range(0xC0, 0xD0)} - {b"\xc4", b"\xc8", b"\xcc"}
+            if image.width * image.height > MAX_PIXELS:
+                raise Image.DecompressionBombError
+            decoded = _decode_jpeg(content) if content.startswith(b"\xff\xd8\xff") else None
+            return pixels(image) if decoded is None else _orient(decoded, image)
 
 
 def _decode_jpeg(content: bytes) -> Tensor | None:
@@ -340,7 +283,7 @@ def pixels(image: Image.Image) -> Tensor:
     converted = image
     if image.mode.startswith("I"):  # 16 bits: scale it, because a conversion to RGB would clip it
         converted = image.convert("I").point(lambda v: v / 256, "L")
-    return _orient(F.pil_to_tensor(converted.convert("RGB")), image.getexif)
+    return _orient(F.pil_to_tensor(converted.convert("RGB")), image)
 
 
 # For each EXIF orientation: whether to swap height and width, and which dimensions to flip then.
@@ -355,21 +298,10 @@ ORIENTATIONS: Mapping[Any, tuple[bool, list[int]]] = {
 }
 
 
-def _parse_exif(data: bytes) -> Image.Exif:
-    exif = Image.Exif()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        exif.load(data)
-    return exif
-
-
-def _orient(pixels: Tensor, read_exif: Callable[[], Image.Exif]) -> Tensor:
-    """Return the image [3, H, W] in the orientation of its EXIF data, which Pillow parses.
-
-    torchvision's parser reads only the first APP1 segment of a JPEG, which may contain XMP data.
-    """
+def _orient(pixels: Tensor, image: Image.Image) -> Tensor:
+    """Return the pixels [3, H, W] in the orientation that the image's EXIF data give."""
     try:
-        orientation = read_exif().get(ExifTags.Base.Orientation)
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
     except Exception:  # damaged metadata; Pillow raises exceptions of many types
         return pixels
     if orientation not in ORIENTATIONS:

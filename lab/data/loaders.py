@@ -97,20 +97,9 @@ class StreamingLoader:
         self.class_names = split.class_names
         self.labels = split.labels.to(device)
         self.mixup = transform.mixup if sampler.seed is not None else None
-        self.index_sampler = _IndexSampler(sampler, self.mixup is not None)
         self.description = f"streaming, {num_workers} workers for each process"
-        augments = isinstance(split.images, AugmentedImages) and sampler.seed is not None
-        self.index_sampler.with_bits = augments
-        num_values = math.prod(split.images.shape[1:])
-        self.reader = BatchReader(
-            split.images,
-            self.index_sampler,
-            num_workers,
-            batch_nbytes=sampler.max_local_batch(self.mixup is not None) * num_values,
-            prefetch_factor=4,
-            persistent_workers=True,
-            pin_memory=device.type == "cuda",
-        )
+        self.augments = isinstance(split.images, AugmentedImages) and sampler.seed is not None
+        self.reader = BatchReader(split.images.__getitem__, num_workers)
 
     def close(self) -> None:
         """End the worker processes; the next epoch starts new ones."""
@@ -118,13 +107,16 @@ class StreamingLoader:
 
     def batches(self, epoch: int = 0, first: int = 0) -> Iterator[Batch]:
         """Yield this process's part of each batch of an epoch, starting at batch `first`."""
-        self.index_sampler.epoch, self.index_sampler.first = epoch, first
         order, bits, weights = _draw_epoch(self, epoch)
-        mixes = self.mixup is not None
-        for batch_slice, images in zip(self.sampler.slices(first), self.reader, strict=True):
-            if isinstance(images, UserError):  # no other process reads this image
-                raise UserError(images.what, images.hint, rank_local=True)
+        mixes, slices = self.mixup is not None, list(self.sampler.slices(first))
+        items = self.sampler.order(epoch)
+        if self.augments:  # workers need the random bits of each sample, too
+            items = torch.stack((items, self.sampler.bits(epoch, items)), 1)
+        batches = self.reader.read(self.sampler.take(items, s, mixes) for s in slices)
+        for batch_slice, images in zip(slices, batches, strict=True):
             indices = self.sampler.take(order, batch_slice, mixes)
+            if self.device.type == "cuda":  # a copy from pageable memory would wait for the GPU
+                images = images.pin_memory()
             images = images.to(self.device, non_blocking=True)
             batch_bits = None if bits is None else self.sampler.take(bits, batch_slice, mixes)
             images = self.transform(images, batch_bits)
@@ -183,19 +175,6 @@ def _make_batch(
         sizes,
         weights,
     )
-
-
-class _IndexSampler(torch.utils.data.Sampler):
-    def __init__(self, sampler: ShardedBatchSampler, mixes: bool):
-        self.sampler, self.mixes, self.epoch, self.first = sampler, mixes, 0, 0
-        self.with_bits = False  # whether to yield the random bits of each sample, too
-
-    def __iter__(self) -> Iterator[Tensor]:
-        order = self.sampler.order(self.epoch)
-        if self.with_bits:
-            order = torch.stack((order, self.sampler.bits(self.epoch, order)), 1)
-        for batch_slice in self.sampler.slices(self.first):
-            yield self.sampler.take(order, batch_slice, self.mixes)
 
 
 @dataclass(frozen=True)

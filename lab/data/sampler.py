@@ -181,14 +181,6 @@ class ShardedBatchSampler:
                 parts = tuple(p[shard(len(p), self.rank, self.world_size)] for p in whole_parts)
             yield BatchSlice(start, len(samples), parts)
 
-    def max_local_batch(self, mixes: bool) -> int:
-        """Return the largest number of images that this process reads for a batch."""
-        num_images = min(self.batch_size, self.num_samples)
-        if self.seed is None:
-            return num_images
-        num_parts = max(1, min(self.num_parts, num_images))
-        return num_parts * (-(-num_images // (num_parts * self.world_size)) + mixes)
-
     def take(self, values: Tensor, batch_slice: BatchSlice, mixes: bool) -> Tensor:
         """Return the values of a batch slice's samples, [n], from those of an epoch in its order.
 
