@@ -17,7 +17,6 @@ export.py divide the logits by: confidence becomes comparable with accuracy, no 
 import sys
 from contextlib import closing
 from dataclasses import replace
-from functools import partial
 
 from lab import console
 from lab.config.cli import parse_arguments
@@ -35,7 +34,7 @@ def main(argv: list[str] | None = None) -> None:
     import torch
 
     from lab.checkpoint import run_dir, weights
-    from lab.data import DataConfig, check_dataset, list_samples, load_split, read_dataset
+    from lab.data import DataConfig, check_dataset, load_split, read_dataset
     from lab.data.loaders import LoaderOptions, build_loader, eval_batch_size
     from lab.data.transforms import BatchTransform
     from lab.distributed import build_accelerator, check_same_data, describe, raise_on_all_ranks
@@ -75,9 +74,7 @@ def main(argv: list[str] | None = None) -> None:
         num_threads = torch.get_num_threads()
         split, fingerprint = load_split(data, config.split, options.memory, num_threads, raw=raw)
         changed = has_changed(metadata, data, config.split, raw, fingerprint)
-    check_same_data(
-        accelerator, {config.split: fingerprint}, partial(list_samples, data, config.split)
-    )
+    check_same_data(accelerator, {config.split: fingerprint})
     with raise_on_all_ranks(accelerator):
         split = weights.align_classes(path, metadata, split)
         part = config.part(metadata["data"])

@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> RunDir:
         print_config(config)  # and exit
 
     # Importing PyTorch takes seconds: --help and command-line mistakes are answered before.
-    from lab.checkpoint.manager import open_run, remove_checkpoints
+    from lab.checkpoint.manager import open_run
     from lab.distributed import init_distributed, raise_on_all_ranks
     from lab.loggers import check_packages
     from lab.report import hub
@@ -53,13 +53,12 @@ def main(argv: list[str] | None = None) -> RunDir:
             check_packages(config, needed=world.is_main_process)
             hub.check_upload(config, needed=world.is_main_process)
         if checkpoint and checkpoint.is_finished(config):
-            console.info(f"{run.path} is finished; {checkpoint.how_to_train_further}")
+            console.info(f"{run.path} is finished; to train it further, raise --epochs")
         else:
             # A checkpoint may be somebody else's: nothing is downloaded to a directory it names.
             download = not checkpoint or "data_dir" in overrides
             train(run, config, checkpoint, start_time, download)
         if not run.exit_code:
-            remove_checkpoints(run, config.final_checkpoints)
             hub.upload(run, config)
     return run
 
@@ -79,7 +78,7 @@ def train(run, config, checkpoint, start_time, download):
     from lab.checkpoint.manager import CheckpointManager, check_room, restore
     from lab.checkpoint.train_state import TrainState
     from lab.checkpoint.weights import BestWeights, run_metadata
-    from lab.data import DataConfig, list_samples, load_splits
+    from lab.data import DataConfig, load_splits
     from lab.data.loaders import LoaderOptions, build_loaders
     from lab.distributed import build_accelerator, check_same_data, describe, raise_on_all_ranks
     from lab.engine.ema import ModelEma
@@ -107,7 +106,6 @@ def train(run, config, checkpoint, start_time, download):
         cpu_bf16=find_model(config.model).cpu_bf16,
         threads=config.threads,
         deterministic=config.deterministic,
-        comm_hook=config.comm_hook,
         timeout_seconds=config.timeout_seconds,
         quiet=config.quiet,
     )
@@ -126,7 +124,7 @@ def train(run, config, checkpoint, start_time, download):
             config.sample_augmentations,
             saved or initial_normalization(config),
         )
-    check_same_data(accelerator, splits.fingerprints, partial(list_samples, data_config))
+    check_same_data(accelerator, splits.fingerprints)
     if checkpoint:
         checkpoint.check_same_splits(splits)
     train_loader, val_loader, test_loader = build_loaders(splits, config, options)

@@ -15,17 +15,15 @@ from functools import partial
 from common import child, in_turn, ratios, spread, write_json
 
 BATCH_SIZE, STEPS = 128, 10
-WARM_UP = 12  # lab's PowerSGD hook compresses from the tenth step on
-WORLDS = {  # number of processes, --comm-hook
+WARM_UP = 12
+WORLDS = {  # number of processes, how gradients are averaged
     "1 process": (1, "none"),
-    "2 processes": (2, "none"),  # gradients are averaged over gloo
-    "2 processes, bf16 hook": (2, "bf16"),
-    "2 processes, PowerSGD hook": (2, "powersgd"),
-    "2 processes, no all-reduce": (2, "off"),  # independent processes: the upper bound
+    "2 processes": (2, "gloo"),
+    "2 processes, no all-reduce": (2, "none"),  # independent processes: the upper bound
 }
 
 
-def run_one(hook: str) -> dict | None:
+def run_one(averaging: str) -> dict | None:
     """Return the images per second of all processes on the main process, None on the others."""
     import torch
     from common import prepare
@@ -36,11 +34,8 @@ def run_one(hook: str) -> dict | None:
     from lab.distributed import build_accelerator
     from lab.models import build_model
 
-    comm_hook = "none" if hook == "off" else hook
-    config = resolve(
-        {"model": "alexnet", "dataset": "images", "recipe": "notebook", "comm_hook": comm_hook}
-    )
-    accelerator = build_accelerator(benefits_from_bf16=True, comm_hook=comm_hook)
+    config = resolve({"model": "alexnet", "dataset": "images", "recipe": "notebook"})
+    accelerator = build_accelerator(benefits_from_bf16=True)
     torch.manual_seed(0)
     model = build_model("alexnet", num_classes=10, in_chans=3, image_size=32)
     train_step = prepare(accelerator, model, config)
@@ -48,7 +43,7 @@ def run_one(hook: str) -> dict | None:
     images = torch.randn(BATCH_SIZE, 3, 32, 32)[part].to(accelerator.device)
     labels = torch.randint(10, (BATCH_SIZE,))[part].to(accelerator.device)
     batch = Batch(images, labels, labels, BATCH_SIZE)
-    if hook == "off":
+    if averaging == "none":
         train_step.wrapped_model = train_step.model
     train_step.wrapped_model.train()
     for _ in range(WARM_UP):
@@ -79,9 +74,9 @@ def main() -> None:
         return
     launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
     contenders = {
-        name: partial(child, *launch, count, __file__, "--one", hook)
+        name: partial(child, *launch, count, __file__, "--one", averaging)
         for name in args.worlds
-        for count, hook in [WORLDS[name]]
+        for count, averaging in [WORLDS[name]]
     }
     results = in_turn(contenders, args.rounds, show="images_per_second")
     print("\n| | images/s | / 1 process |\n| --- | --- | --- |")

@@ -5,7 +5,7 @@ import multiprocessing
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import cache
@@ -17,10 +17,8 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import (
-    DDPCommunicationHookType,
     DistributedDataParallelKwargs,
     DistributedType,
-    broadcast_object_list,
     gather_object,
 )
 
@@ -63,52 +61,17 @@ def keep_freed_memory() -> None:
         mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
 
 
-def available_memory(root: Path = Path("/")) -> int:
-    """Return the bytes that can be allocated on this host, or in the container if it has less.
-
-    `root` is the directory that contains /proc and /sys.
-    """
-    return min([psutil.virtual_memory().available, *_left_in_cgroups(root)])
+# The limit of a container, of version 2 and 1 of control groups.
+MEMORY_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
-def _left_in_cgroups(root: Path) -> Iterator[int]:
-    """Yield the bytes left in each control group of this process, from the innermost outwards.
-
-    All of their limits apply. In a container the path is often that of the host, of which only the
-    outermost directory exists. (Linux, Documentation/admin-guide/cgroup-v2.rst and cgroup-v1.)
-    """
-    mount = root / "sys/fs/cgroup"
-    with suppress(OSError, ValueError):
-        for line in (root / "proc/self/cgroup").read_text().splitlines():
-            _, controllers, path = line.split(":", 2)
-            if not controllers:
-                mounts, files = [mount, mount / "unified"], ("max", "current", "inactive_file")
-            elif "memory" in controllers.split(","):
-                mounts = [mount / "memory"]
-                files = ("limit_in_bytes", "usage_in_bytes", "total_inactive_file")
-            else:
-                continue
-            inner = Path(path.lstrip("/"))
-            for directory in (base / part for base in mounts for part in (inner, *inner.parents)):
-                with suppress(OSError, ValueError):  # without a limit, the text is "max"
-                    limit, used = (
-                        int((directory / f"memory.{name}").read_text()) for name in files[:2]
-                    )
-                    yield max(0, limit - used + _reclaimable(directory, files[2]))
-
-
-def _reclaimable(directory: Path, name: str) -> int:
-    """Return the bytes of cached files that the kernel drops before a group's limit is reached."""
-    lines = (directory / "memory.stat").read_text().splitlines()
-    return next((int(value) for key, value in map(str.split, lines) if key == name), 0)
-
-
-COMM_HOOKS = {
-    "none": DDPCommunicationHookType.NO,
-    "fp16": DDPCommunicationHookType.FP16,
-    "bf16": DDPCommunicationHookType.BF16,
-    "powersgd": DDPCommunicationHookType.POWER_SGD,
-}
+def available_memory() -> int:
+    """Return the bytes that are available on this host, or the limit of the container if lower."""
+    memory = psutil.virtual_memory().available
+    for path in MEMORY_LIMITS:
+        with suppress(OSError, ValueError):  # without a limit, the text is "max"
+            memory = min(memory, int(Path(path).read_text()))
+    return memory
 
 
 def build_accelerator(
@@ -120,7 +83,6 @@ def build_accelerator(
     cpu_bf16: bool = True,
     threads: int = 0,
     deterministic: bool = False,
-    comm_hook: str = "none",
     timeout_seconds: int = 600,
     quiet: bool = False,
     cpu: bool = False,
@@ -138,14 +100,7 @@ def build_accelerator(
     accelerator = Accelerator(
         mixed_precision=precision,
         cpu=device_type == "cpu",
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(
-                gradient_as_bucket_view=True,
-                comm_hook=COMM_HOOKS[comm_hook],
-                # PyTorch's default, 1,000, would leave short runs uncompressed.
-                comm_state_option={"start_powerSGD_iter": 10} if comm_hook == "powersgd" else {},
-            ),
-        ],
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
     if accelerator.distributed_type == DistributedType.FSDP:
         raise UserError(
@@ -302,37 +257,20 @@ def raise_on_all_ranks(world: Accelerator | PartialState) -> Iterator[None]:
         raise mistake
 
 
-def check_same_data(
-    world: Accelerator | PartialState,
-    fingerprints: Mapping[str, str],
-    list_samples: Callable[[], Any],
-) -> None:
+def check_same_data(world: Accelerator | PartialState, fingerprints: Mapping[str, str]) -> None:
     """Raise `UserError` on every process if one has other data than the main process.
 
-    All processes must call it, with the fingerprints of their splits. If these differ,
-    `list_samples` returns a `lab.data.fingerprint.Listing`, from which the first difference is
-    found.
+    All processes must call it, with the fingerprints of their splits.
     """
     if world.num_processes == 1:
         return
     gathered = gather_object([dict(fingerprints)])
     ranks = [str(rank) for rank, values in enumerate(gathered) if values != gathered[0]]
-    if not ranks:
-        return
-    with raise_on_all_ranks(world):
-        listing = list_samples()
-    reference = broadcast_object_list([listing])[0]
-    differences = gather_object([reference.first_difference(listing)])
-    rank, difference = next(
-        ((rank, text) for rank, text in enumerate(differences) if text),
-        (ranks[0], "the splits differ, the files do not"),
-    )
-    names = name_some(ranks, 8)
-    raise UserError(
-        f"{f'process {names} has' if len(ranks) == 1 else f'processes {names} have'} other data "
-        f"than process 0 (on process {rank}, {difference})",
-        "Give every machine a copy of the same files",
-    )
+    if ranks:
+        raise UserError(
+            f"processes have other data than process 0: {name_some(ranks, 8)}",
+            "Give every machine a copy of the same files",
+        )
 
 
 def _flag(name: str) -> bool:

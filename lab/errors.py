@@ -1,7 +1,6 @@
 """User errors, and the exit of a script after an exception (promise P7)."""
 
 import difflib
-import json
 import os
 import re
 import signal
@@ -9,7 +8,6 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 
 from lab import console
 
@@ -61,7 +59,6 @@ def run_script(main: Callable[[], int | None]) -> int:
     except KeyboardInterrupt:
         console.error("interrupted")
         code = 130
-        _report_to_launcher("interrupted")
     except Exception as error:
         mistake, lost_peer = as_user_error(error), _lost_peer(error)
         if mistake and mistake.rank_local:
@@ -76,7 +73,6 @@ def run_script(main: Callable[[], int | None]) -> int:
             if mistake.rank_local:
                 console.configure(main_process=True)
             console.error(str(mistake))
-        _report_to_launcher(str(mistake) if mistake else f"{type(error).__name__}: {error}")
         code = 2 if mistake else 1
         # Release the frames: a loader in them would keep its worker processes, and so this one.
         error.__traceback__ = None
@@ -87,18 +83,6 @@ def run_script(main: Callable[[], int | None]) -> int:
         sys.stderr.flush()
         os._exit(code)
     return code
-
-
-def _report_to_launcher(message: str) -> None:
-    """Write the reason of a failure to the file that torchrun's own report reads.
-
-    `accelerate launch` of several processes uses torchrun. Without the file, its report says only
-    "To enable traceback see ...".
-    """
-    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        with suppress(OSError), open(path, "w", encoding="utf-8") as file:
-            extra = {"py_callstack": message, "timestamp": str(int(time.time()))}
-            json.dump({"message": {"message": message, "extraInfo": extra}}, file)
 
 
 def as_user_error(error: Exception) -> UserError | None:

@@ -61,7 +61,7 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("LAB_DRAW")
-        start(folder, *LENET, "--checkpoint-every", "3", "--final-checkpoints", "2")
+        start(folder, *LENET, "--checkpoint-every", "3")
     return folder / "run"
 
 

@@ -1,13 +1,12 @@
 """Start or resume a run, and write, restore and remove its checkpoints."""
 
-import json
 import math
 import os
 import shlex
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,13 +18,12 @@ from torch import Tensor, nn
 from lab import console
 from lab.checkpoint.atomic_io import AsyncWriter, check_free_space, check_types
 from lab.checkpoint.interrupt import InterruptHandler, StopReason
-from lab.checkpoint.run_dir import CHECKPOINTS, CONFIG, RunDir, no_checkpoint, open_new
+from lab.checkpoint.run_dir import CHECKPOINTS, RunDir, no_checkpoint, open_new
 from lab.checkpoint.train_state import (
     CHECKPOINT_FORMAT,
     TRAIN_STATE_TYPES,
     Checkpoint,
     CorruptCheckpointError,
-    FinishedRun,
     TrainState,
     optimizer_state_shapes,
     read_checkpoint,
@@ -61,8 +59,6 @@ def open_run(
         checkpoint = broadcast_checkpoint(checkpoint)
         if checkpoint:
             config = checkpoint.config(overrides)
-            if isinstance(checkpoint, FinishedRun) and not checkpoint.is_finished(config):
-                raise no_checkpoint(checkpoint.run)
             yield checkpoint.run, config, checkpoint
         else:
             yield run, config, None
@@ -79,7 +75,7 @@ def _lock_run(config: TrainConfig) -> tuple[RunDir, bool]:
     run = RunDir(path.parents[1] if path.parent.name == CHECKPOINTS else path)
     if not os.path.isdir(run.path):  # Path.is_dir raises for a name that is too long
         raise UserError(f"there is no run {run.path}", "Give --resume the directory of a run")
-    if not run.checkpoints and not run.is_finished:
+    if not run.checkpoints:
         raise no_checkpoint(run)
     run.lock()
     return run, True
@@ -90,23 +86,22 @@ def broadcast_checkpoint(checkpoint: Checkpoint | None) -> Checkpoint | None:
     content = None
     if checkpoint:
         paths = (str(checkpoint.run.path), str(checkpoint.path))
-        content = (type(checkpoint), checkpoint.metadata, *paths)
+        content = (checkpoint.metadata, *paths)
     content = broadcast_object_list([content])[0]
     if checkpoint or not content:
         return checkpoint
-    kind, metadata, run, path = content
-    return kind(RunDir(run, is_main_process=False), Path(path), metadata, {})
+    metadata, run, path = content
+    return Checkpoint(RunDir(run, is_main_process=False), Path(path), metadata, {})
 
 
 def latest_checkpoint(run: RunDir) -> Checkpoint:
     """Return the newest complete checkpoint of a run, and delete damaged and temporary ones.
 
     Its metadata get two more keys: "best", the metrics of the epoch in best.safetensors, and
-    "has_report". Return a `FinishedRun` if the run is finished and has no checkpoint. Raise
-    `UserError` if no checkpoint is complete.
+    "has_report". Raise `UserError` if no checkpoint is complete.
     """
     if not run.checkpoints:
-        return _finished_run(run)
+        raise no_checkpoint(run)
     damaged = []
     for path in run.checkpoints:
         try:
@@ -122,18 +117,6 @@ def latest_checkpoint(run: RunDir) -> Checkpoint:
             shutil.rmtree(leftover, ignore_errors=True)
         return Checkpoint(run, path, metadata, tensors)
     raise UserError(f"no checkpoint of {run.path} is complete", "Start a new run")
-
-
-def _finished_run(run: RunDir) -> FinishedRun:
-    """Return a finished run with the settings of its config.json."""
-    try:
-        settings = json.loads((run.path / CONFIG).read_bytes())
-        config = {field.name: settings[field.name] for field in fields(TrainConfig)}
-        TrainConfig(**config)
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise no_checkpoint(run) from error
-    metadata = {"config": config, "train_state": {"epoch": 1}}
-    return FinishedRun(run, run.path, metadata, {})
 
 
 def _best_metrics(run: RunDir, metadata: Mapping[str, Any]) -> dict[str, Any]:

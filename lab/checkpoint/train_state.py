@@ -90,8 +90,7 @@ MUTABLE_ON_RESUME = (
     "epochs", "max_steps", "patience", "max_hours", "on_nonfinite", "data_dir",
     "grad_accum_steps", "mixed_precision", "sync_bn", "deterministic", "compile", "cuda_graphs",
     "loader", "workers", "threads", "timeout_seconds", "checkpoint_every", "keep_checkpoints",
-    "final_checkpoints", "output_dir", "name", "resume", "log_every", "tracker", "push_to_hub",
-    "hub_images", "hub_public", "quiet", "debug",
+    "output_dir", "name", "resume", "log_every", "tracker", "push_to_hub", "quiet", "debug",
 )  # fmt: skip
 
 
@@ -107,8 +106,6 @@ class Checkpoint:
     path: Path  # of the checkpoint
     metadata: dict[str, Any]  # of state.json, updated by `lab.checkpoint.manager.latest_checkpoint`
     tensors: dict[str, Tensor]  # empty except on the process that read them
-
-    how_to_train_further = "to train it further, raise --epochs"  # if it is finished
 
     def config(self, overrides: Mapping[str, Any]) -> TrainConfig:
         """Return the run's settings with `overrides`. Raise `UserError` if one must not change."""
@@ -129,8 +126,6 @@ class Checkpoint:
             "name": self.run.path.name,
             "resume": "",
             "push_to_hub": overrides.get("push_to_hub", ""),
-            "hub_images": overrides.get("hub_images", False),
-            "hub_public": overrides.get("hub_public", False),
             "timeout_seconds": overrides.get("timeout_seconds", TIMEOUT_SECONDS),
         }
         config = TrainConfig(**stored | changed | not_stored)
@@ -171,17 +166,6 @@ class Checkpoint:
                 f"were added, removed, renamed or replaced: {', '.join(changed)})",
                 "Give the --dataset or --data-dir with the same files, or start a new run",
             )
-
-
-class FinishedRun(Checkpoint):
-    """A finished run that has no checkpoint, and so cannot be trained further."""
-
-    how_to_train_further = "it has no checkpoint left, so it cannot be trained further"
-
-    def is_finished(self, config: TrainConfig) -> bool:
-        """Return whether `config` does not ask for more training."""
-        names = ("epochs", "max_steps", "patience")
-        return all(getattr(config, name) == self.metadata["config"][name] for name in names)
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

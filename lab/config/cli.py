@@ -16,17 +16,11 @@ from lab.config.schema import MACHINE, InvalidSettingError, TrainConfig, flag
 from lab.errors import UserError, suggestion
 
 KINDS = {bool: "true or false", int: "an integer", float: "a number", str: "a text"}
-# Keys of a run's config.json that are no settings: they describe the run.
-RUN_FACTS = frozenset(
-    ("device", "device_name", "world_size", "precision", "parameters", "macs", "fingerprints",
-     "versions", "commit")
-)  # fmt: skip
 # Settings in a run's config.json that another run does not take over: they name the run, concern
 # its upload or its output on the terminal, or were measured ("threads").
 RUN_SETTINGS = frozenset(
-    ("name", "resume", "overwrite", "push_to_hub", "hub_images", "hub_public", "quiet", "debug",
-     "threads")
-)  # fmt: skip
+    ("name", "resume", "overwrite", "push_to_hub", "quiet", "debug", "threads")
+)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -105,7 +99,7 @@ def parse_arguments(config: type, argv: list[str] | None, *, prog: str, descript
 def read_config(path: Path) -> dict[str, Any]:
     """Return the training settings in a YAML file, or in a run's config.json, by name.
 
-    Keys that describe or name the run in a config.json are left out. Raises `UserError` for a file
+    Of a run's config.json, what describes or names the run is left out. Raises `UserError` for a file
     that cannot be read, an unknown key or a value of the wrong type.
     """
     is_json = path.suffix == ".json"
@@ -126,7 +120,8 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path} is not a list of settings", "Write one `name: value` per line")
     if is_json and "versions" in content:
-        content = {k: v for k, v in content.items() if k not in RUN_FACTS | RUN_SETTINGS}
+        names = TrainConfig.__dataclass_fields__.keys() - RUN_SETTINGS
+        content = {name: value for name, value in content.items() if name in names}
     settings, kinds = {}, _kinds(TrainConfig)
     for name, value in content.items():
         if name not in TrainConfig.__dataclass_fields__:

@@ -248,9 +248,6 @@ class TrainConfig:
         low=1, high=MONTH, metavar="N")
     sync_bn: bool = option(False, MACHINE,
         "synchronize BatchNorm statistics across processes (GPUs only)")
-    comm_hook: str = option("none", MACHINE,
-        "gradient compression between processes; all but none change the loss curve",
-        choices=("none", "fp16", "bf16", "powersgd"))
     deterministic: bool = option(False, MACHINE,
         "use deterministic algorithms only, even if they are slower")
     compile: bool = option(False, MACHINE,
@@ -273,9 +270,6 @@ class TrainConfig:
         low=0, metavar="N")
     keep_checkpoints: int = option(2, OUTPUT,
         "number of checkpoints to keep", low=1, metavar="K")
-    final_checkpoints: int = option(1, OUTPUT,
-        "number of checkpoints to keep when the run is finished, to train it further; 0: none",
-        low=0, metavar="K")
     output_dir: str = option("runs", OUTPUT,
         "parent directory of the runs", metavar="DIR")
     name: str = option("", OUTPUT,
@@ -292,10 +286,6 @@ class TrainConfig:
         "upload the finished run to this Hugging Face repository, which is created as private "
         "if it does not exist",
         metavar="NAME")
-    hub_images: bool = option(False, OUTPUT,
-        "also upload plots that show images of the dataset")
-    hub_public: bool = option(False, OUTPUT,
-        "allow the upload to an existing public repository")
     quiet: bool = option(False, OUTPUT,
         "print warnings and the result only")
     debug: bool = option(False, OUTPUT,
@@ -309,9 +299,6 @@ class TrainConfig:
                 f"--warmup-epochs {self.warmup_epochs:g} is not less than --epochs {self.epochs}",
                 "Give fewer warmup epochs, or the learning rate never reaches --lr",
             )
-        if (self.hub_images or self.hub_public) and not self.push_to_hub:
-            name = "--hub-images" if self.hub_images else "--hub-public"
-            raise UserError(f"{name} needs --push-to-hub", "Add --push-to-hub REPOSITORY")
         if self.class_weights != "none" and self.balanced_sampling:
             raise UserError(
                 "--class-weights and --balanced-sampling both compensate for unbalanced classes, "

@@ -19,7 +19,6 @@ from lab.errors import UserError, name_some, suggestion
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lab.data.fingerprint import Listing
     from lab.data.types import RawSplits, Split
 
 Numbers = tuple[float, ...]
@@ -254,38 +253,18 @@ def load_fingerprints(config: DataConfig, raw: RawSplits, num_workers: int = 1) 
     return {name: fingerprint(split) for name, split in splits.items()}
 
 
-def list_samples(config: DataConfig, name: str | None = None, num_workers: int = 1) -> Listing:
-    """Return the samples of the dataset, to be compared with those of another process.
-
-    `name` is the split in use; None: "train", "val" and "test" are.
-    """
-    from lab.data.fingerprint import Listing
-
-    raw = _read(config, download=False)
-    splits = _split(raw, config, whole=name == "all")
-    splits = splits if name is None else {name: splits[name]}
-    if config.skip_unreadable:
-        splits = _skip_unreadable(splits, config, num_workers, warn=False)
-        return Listing.of(splits, splits)
-    return Listing.of(raw.named(), splits)
-
-
 def read_dataset(config: DataConfig, download: bool = True) -> RawSplits:
     """Return the splits as the dataset comes, and print the warnings about its files.
 
     Raises `UserError` if the dataset is not in `data_dir` and may not be downloaded.
     """
-    raw = _read(config, download)
-    for warning in raw.warnings:
-        console.warn(warning)
-    return raw
-
-
-def _read(config: DataConfig, download: bool) -> RawSplits:
     spec = find_dataset(config.dataset)
     module, name = spec.read.split(":")
     read = getattr(importlib.import_module(f"lab.data.{module}"), name)
-    return read(config, download) if spec.downloads else read(config)
+    raw = read(config, download) if spec.downloads else read(config)
+    for warning in raw.warnings:
+        console.warn(warning)
+    return raw
 
 
 def _split(raw: RawSplits, config: DataConfig, whole: bool = False) -> dict[str, Split]:

@@ -6,7 +6,6 @@ import hashlib
 import os
 import unicodedata
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from lab.errors import UserError
@@ -34,8 +33,11 @@ def fingerprint(split: Split) -> str:
         names = unicodedata.normalize("NFC", "\0".join(files))
         digest.update(names.encode("utf-8", "surrogateescape"))
         digest.update(_little_endian(_file_sizes(split)))
-    for image_digest in _hash_sample(split).values():
-        digest.update(image_digest)
+    num_samples = len(split.labels)
+    num_hashed = min(num_samples, NUM_HASHED)  # evenly spaced
+    for position in (i * num_samples // num_hashed for i in range(num_hashed)):
+        image = hashlib.blake2b(_content(split, position), digest_size=8)
+        digest.update(image.digest())
     return f"{FORMAT}-{digest.hexdigest()}"
 
 
@@ -75,16 +77,6 @@ def _file_sizes(split: Split) -> np.ndarray:
     return stats[:, 0].numpy()
 
 
-def _hash_sample(split: Split) -> dict[int, bytes]:
-    """Return the digests of NUM_HASHED evenly spaced images, by position in the split."""
-    num_samples = len(split.labels)
-    num_hashed = min(num_samples, NUM_HASHED)
-    return {
-        position: hashlib.blake2b(_content(split, position), digest_size=8).digest()
-        for position in (i * num_samples // num_hashed for i in range(num_hashed))
-    }
-
-
 def _content(split: Split, position: int) -> bytes:
     """Return the beginning of an image's file, or the pixels of an image in memory."""
     if split.paths is None:
@@ -103,54 +95,3 @@ def _little_endian(array: np.ndarray) -> bytes:
 
 def _unreadable(path: str, reason: str | None) -> UserError:
     return UserError(f"cannot read the file {path} ({reason})", "Replace or delete the file")
-
-
-@dataclass(frozen=True)
-class Listing:
-    """The samples of a dataset, from which the difference between two copies can be found."""
-
-    samples: dict[str, tuple[str, int]]  # class and size in bytes, by name
-    digests: dict[str, bytes]  # of the images whose content is part of a fingerprint
-
-    @classmethod
-    def of(cls, raw: Mapping[str, Split], splits: Mapping[str, Split]) -> Listing:
-        """Return the samples of the `raw` splits, and the image digests of the `splits` in use.
-
-        Raises `UserError` if a file cannot be read.
-        """
-        samples: dict[str, tuple[str, int]] = {}
-        digests: dict[str, bytes] = {}
-        for split_name, split in raw.items():
-            names = _sample_names(split_name, split)
-            sizes = [0] * len(names) if split.paths is None else _file_sizes(split).tolist()
-            classes = [split.class_names[label] for label in split.labels.tolist()]
-            samples |= zip(names, zip(classes, sizes, strict=True), strict=True)
-        for split_name, split in splits.items():
-            names = _sample_names(split_name, split)
-            digests |= {names[i]: digest for i, digest in _hash_sample(split).items()}
-        return cls(samples, digests)
-
-    def first_difference(self, other: Listing) -> str:
-        """Return the first difference of `other` in words; empty if there is none."""
-        for name, (class_name, size) in self.samples.items():
-            if name not in other.samples:
-                return f"{name} (class {class_name}) is missing"
-            other_class, other_size = other.samples[name]
-            if other_class != class_name:
-                return f"{name} is of class {other_class}, not {class_name}"
-            if other_size != size:
-                return f"{name} has {other_size:,} bytes, not {size:,}"
-        for name, (class_name, _) in other.samples.items():
-            if name not in self.samples:
-                return f"{name} (class {class_name}) was added"
-        for name, digest in self.digests.items():
-            if other.digests.get(name) != digest:
-                return f"{name} has other contents"
-        return ""
-
-
-def _sample_names(split_name: str, split: Split) -> list[str]:
-    files = split.files()
-    if files is None:
-        return [f"image {i} of {split_name}" for i in range(len(split.labels))]
-    return unicodedata.normalize("NFC", "\0".join(files)).split("\0")

@@ -38,7 +38,6 @@ def finished(tmp_path_factory):
     """Return a run with checkpoints of steps 12, 13 and 14, in its second epoch."""
     folder = tmp_path_factory.mktemp("finished")
     words = ["--max-steps", "14", "--checkpoint-every", "1", "--keep-checkpoints", "3"]
-    words += ["--final-checkpoints", "3"]
     train.main([*WORDS, *words, "--output-dir", str(folder), "--name", "run"])
     paths = sorted((folder / "run/checkpoints").glob("step-*"))
     assert [path.name[-2:] for path in paths] == ["12", "13", "14"]

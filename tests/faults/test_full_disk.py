@@ -43,8 +43,7 @@ def fill(folder: Path) -> Path:
 def test_p3_a_run_continues_when_the_disk_is_full(small_disk, tmp_path, monkeypatch, capsys):
     words = ["--dataset", "digits", "--recipe", "smoke", "--name", "run", "--quiet"]
     words += ["--threads", "1", "--checkpoint-every", "4", "--log-every", "1"]
-    words += ["--final-checkpoints", "2", "--output-dir"]
-    train.main([*words, str(tmp_path)])
+    train.main([*words, "--output-dir", str(tmp_path)])
     write, calls = train_state.write_checkpoint, []
 
     def on_a_full_disk(folder, *content):

@@ -114,13 +114,11 @@ def test_checkpoints_are_named_by_their_step(finished):
 @pytest.mark.parametrize(
     ("words", "steps"),
     [
-        ("--keep-checkpoints 99", [12]),
-        ("--keep-checkpoints 99 --final-checkpoints 0", []),
-        ("--keep-checkpoints 99 --final-checkpoints 99", [12, 9, 8, 6, 4, 3]),
-        ("--keep-checkpoints 3 --final-checkpoints 99", [12, 9, 8]),
+        ("--keep-checkpoints 99", [12, 9, 8, 6, 4, 3]),
+        ("--keep-checkpoints 3", [12, 9, 8]),
     ],
 )
-def test_the_options_for_the_number_of_checkpoints(tmp_path, words, steps):
+def test_the_number_of_checkpoints(tmp_path, words, steps):
     start(tmp_path, *LENET, "--checkpoint-every", "3", *words.split())
     checkpoints = run_dir.RunDir(tmp_path / "run").checkpoints
     assert [int(p.name.removeprefix("step-")) for p in checkpoints] == steps
@@ -154,25 +152,6 @@ def test_a_finished_run_is_not_trained_evaluated_or_written_again(copied, capsys
     assert tree(copied) == before
     message = f"{copied} is finished; to train it further, raise --epochs"
     assert capsys.readouterr().out.splitlines() == [message]
-    resume(copied, "--final-checkpoints", "1")
-    assert [path.name for path in run_dir.RunDir(copied).checkpoints] == ["step-00000012"]
-
-
-@pytest.mark.parametrize("auto", [False, True])
-def test_a_finished_run_without_checkpoints_says_that_it_is_finished(copied, capsys, auto):
-    resume(copied, "--final-checkpoints", "0")
-    words = ["--resume", str(copied)]
-    if auto:
-        words = [word for word in LENET if word != "--quiet"]
-        words += ["--resume", "auto", "--name", copied.name, "--output-dir", str(copied.parent)]
-    capsys.readouterr()
-    before = tree(copied)
-    assert train.main(words).exit_code == 0
-    message = f"{copied} is finished; it has no checkpoint left, so it cannot be trained further"
-    assert message in capsys.readouterr().out
-    assert tree(copied) == before
-    with pytest.raises(UserError, match="contains no checkpoint to resume from"):
-        train.main([*words, "--epochs", "9"])
 
 
 def test_p7_a_run_that_skipped_its_steps_ends_in_an_error(tmp_path):

@@ -151,7 +151,7 @@ def test_a_full_disk_later_loses_only_that_checkpoint(tmp_path, monkeypatch, fin
         check_free_space(path, size)
 
     monkeypatch.setattr(manager, "check_free_space", full_once)
-    words = ["--checkpoint-every", "3", "--keep-checkpoints", "9", "--final-checkpoints", "9"]
+    words = ["--checkpoint-every", "3", "--keep-checkpoints", "9"]
     start(tmp_path, *LENET, *words)
     checkpoints = run_dir.RunDir(tmp_path / "run").checkpoints
     assert [int(p.name.removeprefix("step-")) for p in checkpoints] == [12, 9, 8, 6, 3]

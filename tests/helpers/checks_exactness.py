@@ -74,8 +74,6 @@ SLOW = {
     "mixed-empty": "--augment mixup,cutmix --max-train-samples 62 --epochs 5",
     "batch-norm": "--max-steps 30",
     "batch-norm-accumulate": "--max-steps 30 --grad-accum-steps 3",
-    "hook-bf16": "--comm-hook bf16",
-    "hook-powersgd": "--comm-hook powersgd",
 }
 SUITES = {"quick": QUICK, "slow": SLOW}
 TRAININGS = QUICK | SLOW

@@ -13,7 +13,7 @@ from mistakes import make_picture
 from PIL import Image
 
 import check_data
-from lab.data import DataConfig, checks, list_samples, load_split, load_splits
+from lab.data import DataConfig, checks, load_split, load_splits
 from lab.data.image_folder import read_folder
 from lab.data.splits import stratified_split
 from lab.data.types import Split
@@ -54,7 +54,6 @@ def test_a_split_never_separates_files_with_the_same_content(tmp_path):
     for i in range(30):
         assert after[f"a/copy-{i}.png"] == after[f"a/{i:02}.png"]
     assert after["b/link.png"] == after["b/00.png"]
-    assert set(list_samples(config, "test").samples) >= {f for f in after if after[f] == "test"}
     split, _ = load_split(config, "test", 0, 2)  # as evaluate.py reads it
     assert split.files() == [f for f in sorted(after) if after[f] == "test"]
 

@@ -79,8 +79,6 @@ HELP = "See `python train.py --help`."
             "crop, flip, cutout, mixup, cutmix, resized-crop, trivialaugment, randaugment, "
             "erasing.",
         ),
-        ("--hub-images", "--hub-images needs --push-to-hub. Add --push-to-hub REPOSITORY."),
-        ("--hub-public", "--hub-public needs --push-to-hub. Add --push-to-hub REPOSITORY."),
         ("--augment mixup --mixup-alpha 0", "invalid --mixup-alpha 0.0: expected more than 0."),
         ("--name=", "--name is empty. Give a value, or leave out the option."),
         ("--augment=", "--augment is empty. Give a value, or leave out the option."),

@@ -19,17 +19,6 @@ from lab.report import hub
 class Handler(BaseHTTPRequestHandler):
     """The part of the Hub's HTTP API that an upload uses."""
 
-    def do_GET(self):
-        server = self.server
-        if self.headers["Authorization"] != "Bearer hf_right":
-            return self.answer(401, {"error": "Invalid username or password."})
-        if self.path == "/api/whoami-v2":
-            return self.answer(200, {"name": "me", "type": "user", "orgs": []})
-        assert self.path == "/api/models/me/digits"
-        if server.private is None:
-            return self.answer(404, {"error": "Repository not found"}, code="RepoNotFound")
-        self.answer(200, {"id": "me/digits", "private": server.private})
-
     def do_POST(self):
         server = self.server
         body = self.rfile.read(int(self.headers["Content-Length"]))
@@ -73,12 +62,11 @@ class Handler(BaseHTTPRequestHandler):
 def server(monkeypatch, tmp_path):
     """Return a local Hub, with a valid token in the environment.
 
-    It records `created` repositories, `checked` cards and uploaded `files`. `private` is the
-    visibility of the repository me/digits, or None if it does not exist.
+    It records `created` repositories, `checked` cards and uploaded `files`.
     """
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.url = f"http://127.0.0.1:{server.server_port}"
-    server.created, server.checked, server.files, server.private = [], [], {}, None
+    server.created, server.checked, server.files = [], [], {}
     thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
     monkeypatch.setattr(constants, "ENDPOINT", server.url)
@@ -95,23 +83,20 @@ def server(monkeypatch, tmp_path):
 
 DIGITS = resolve({"push_to_hub": "digits"})
 UPLOADED = {"best.safetensors", "config.json", "report.json", "README.md"}
-NO_IMAGES = ("curves", "confusion_matrix", "per_class", "calibration")
-WITHOUT_IMAGES = {f"plots/{name}.png" for name in NO_IMAGES}
-SHOW_IMAGES = {f"plots/{name}.png" for name in ("mistakes", "batch")}
+WITHOUT_IMAGES = {f"plots/{name}.png" for name in hub.PLOTS_WITHOUT_IMAGES}
 
 
-@pytest.mark.parametrize("images", [False, True])
-def test_plots_that_show_images_are_uploaded_only_with_hub_images(copied, server, images):
+def test_plots_that_show_images_are_not_uploaded(copied, server, capsys):
     drawn = {f"plots/{path.name}" for path in (copied / "plots").glob("*.png")}
-    assert drawn == WITHOUT_IMAGES | SHOW_IMAGES
+    assert drawn == WITHOUT_IMAGES | {"plots/mistakes.png", "plots/batch.png"}
     (copied / "plots" / "notes.txt").write_text("mine")
-    address = hub.push(RunDir(copied), "digits", **({"images": True} if images else {}))
-    assert address == f"{server.url}/me/digits"
+    hub.upload(RunDir(copied), DIGITS)
+    assert f"uploaded: {server.url}/me/digits" in capsys.readouterr().out
     # Clients before huggingface_hub 2 send "private".
     [created] = server.created
     assert created.get("visibility") == "private" or created.get("private") is True
     assert created["name"] == "digits"
-    assert server.files.keys() == UPLOADED | WITHOUT_IMAGES | (SHOW_IMAGES if images else set())
+    assert server.files.keys() == UPLOADED | WITHOUT_IMAGES
     for name, content in server.files.items():
         assert content == (copied / name).read_bytes(), name
     assert server.checked == [(copied / "README.md").read_text()]
@@ -126,12 +111,12 @@ def test_training_ends_with_the_upload(tmp_path, server, capsys):
 
 
 def test_a_resumed_run_is_uploaded_only_if_push_to_hub_is_given_again(tmp_path, server):
-    start(tmp_path, *LENET, "--epochs", "1", "--push-to-hub", "digits", "--hub-public")
+    start(tmp_path, *LENET, "--epochs", "1", "--push-to-hub", "digits")
     server.files.clear()
     resume(tmp_path / "run", "--epochs", "2")  # resuming a run from a stranger must not upload it
     assert not server.files
     config = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert (config["push_to_hub"], config["hub_public"], config["hub_images"]) == ("", False, False)
+    assert config["push_to_hub"] == ""
     resume(tmp_path / "run", "--epochs", "3", "--push-to-hub", "digits")
     assert server.files.keys() == UPLOADED
 
@@ -152,38 +137,6 @@ def test_a_failed_upload_is_a_warning_with_the_command_to_repeat_it(
     assert train.main(arguments).exit_code == 0
     assert server.files.keys() == UPLOADED | WITHOUT_IMAGES
     assert server.files["best.safetensors"] == before  # not trained again
-
-
-@pytest.mark.parametrize("name", ["digits", "me/digits"])
-def test_a_public_repository_needs_hub_public(copied, server, name, fails, capfd):
-    """The visibility is checked at the start and before the upload."""
-    server.private = False
-    arguments = ["--dataset", "digits", "--threads", "1", "--push-to-hub", name]
-    assert fails(train, *arguments) == (
-        "the repository me/digits is public. Give --hub-public to publish the run there, or give "
-        "another --push-to-hub."
-    )
-    hub.upload(RunDir(copied), resolve({"push_to_hub": name}))  # published during the training
-    assert "warning: the repository me/digits is public" in capfd.readouterr().err
-    assert server.created == []
-    assert not server.files
-    allowed = resolve({"push_to_hub": name, "hub_public": True})
-    hub.check_upload(allowed)
-    hub.upload(RunDir(copied), allowed)
-    assert server.files.keys() == UPLOADED | WITHOUT_IMAGES
-
-
-def test_an_existing_private_repository_is_used(copied, server):
-    server.private = True
-    hub.check_upload(DIGITS)
-    hub.upload(RunDir(copied), DIGITS)
-    assert server.files.keys() == UPLOADED | WITHOUT_IMAGES
-
-
-def test_an_unreachable_hub_at_the_start_is_only_a_warning(server, monkeypatch, capfd):
-    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # a port without a server
-    hub.check_upload(DIGITS)
-    assert capfd.readouterr().err.startswith("warning: the visibility of digits will be checked")
 
 
 def test_only_the_main_process_uploads(copied, server):
