@@ -3,8 +3,8 @@
   python compare.py runs/*                 a table of runs, with 95 % confidence intervals
   python compare.py runs/lenet5-mnist      the plots and the page of one run
 
-Several runs: writes comparison.md, comparison.csv, comparison.png and compare.html, a page with all
-of them, to --output. A narrow terminal shows some of the columns; the files contain all of them.
+Several runs: prints the most important columns, and writes all of them, with the recall of each
+class, to comparison.md and comparison.csv in --output.
 One run: writes plots/ and report.html in its directory again, and README.md, its model card, if it
 has none.
 """
@@ -32,8 +32,6 @@ def main(argv: list[str] | None = None) -> int:
     rows = compare.rows(runs)
     console.runs_table([{name: compare.text(name, row[name]) for name in row} for row in rows])
     compare.write(output, runs, rows)
-    plots.save(output / compare.COMPARISON_PLOT, lambda: plots.accuracy_over_cost(rows))
-    html.write_comparison(output, runs, rows)
     console.print_line(compare.INTERVAL_NOTE)
     console.print_line(f"written: {output}")
     return 0

@@ -38,7 +38,6 @@ def main(argv: list[str] | None = None) -> None:
     from lab.data.loaders import LoaderOptions, build_loader, eval_batch_size
     from lab.data.transforms import BatchTransform
     from lab.distributed import build_accelerator, check_same_data, describe, raise_on_all_ranks
-    from lab.engine.calibration import fit_temperature
     from lab.engine.evaluation import predict_all
     from lab.engine.metrics import selection_bias_note
     from lab.engine.training import to_device
@@ -92,19 +91,10 @@ def main(argv: list[str] | None = None) -> None:
     }
     console.settings(f"{model_name} of {path}", rows)
 
-    # Calibration: all processes hold all logits, and so find the same temperature
+    # Evaluation
     temperature = metadata["temperature"]
     if config.calibrate:
-        with closing(loader):
-            uncalibrated = predict_all(accelerator, model, loader)
-        temperature = fit_temperature(uncalibrated.logits, uncalibrated.labels)
-        before = uncalibrated.report()
-        console.info(
-            f"temperature {temperature:.4f} for {path}; without it: loss "
-            f"{before['loss']:.4f}, calibration error {before['calibration_error']:.4f}"
-        )
-
-    # Evaluation
+        temperature = calibrate(accelerator, model, loader)
     for tta, output in outputs.items():
         with closing(loader):
             predictions = predict_all(accelerator, model, loader, tta, temperature)
@@ -131,6 +121,25 @@ def main(argv: list[str] | None = None) -> None:
             note=selection_bias_note(config.split, None if changed else selection_split),
         )
     accelerator.end_training()
+
+
+def calibrate(accelerator, model, loader):
+    """Return the temperature that fits the loader's split, and print what it changes.
+
+    All processes hold all logits, and so find the same temperature.
+    """
+    from lab.engine.calibration import fit_temperature
+    from lab.engine.evaluation import predict_all
+
+    with closing(loader):
+        uncalibrated = predict_all(accelerator, model, loader)
+    temperature = fit_temperature(uncalibrated.logits, uncalibrated.labels)
+    before = uncalibrated.report()
+    console.info(
+        f"temperature {temperature:.4f}; without it: loss {before['loss']:.4f}, "
+        f"calibration error {before['calibration_error']:.4f}"
+    )
+    return temperature
 
 
 def has_changed(metadata, data, split_name, raw, fingerprint):

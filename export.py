@@ -49,7 +49,6 @@ Neither file contains a pickle. However, torch.export.load can unpickle: do not 
 that you do not trust. Future versions of PyTorch may not read a .pt2, so keep the weights.
 """
 
-import copy
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +56,7 @@ from pathlib import Path
 from lab import console
 from lab.checkpoint.atomic_io import write_atomically
 from lab.config.cli import parse_arguments
-from lab.config.schema import MACHINE, REPORT, WEIGHTS, check_fields, option
+from lab.config.schema import DEBUG, REPORT, THREADS, TRAINED_WEIGHTS, check_fields, option
 from lab.errors import UserError, run_script
 
 
@@ -66,20 +65,15 @@ class ExportConfig:
     """The settings of an export."""
 
     # fmt: off
-    weights: str = option("", WEIGHTS,
-        "directory of a run, or its .safetensors file", positional=True)
+    weights: str = TRAINED_WEIGHTS()
     format: str = option("onnx", REPORT,
         "onnx, or a program of torch.export (.pt2)", choices=("onnx", "torch-export"))
     dynamic_batch: bool = option(False, REPORT, "accept any number of images instead of one")
-    half: bool = option(False, REPORT,
-        "float16 weights and computation, for GPUs. On an x86 CPU, ONNX Runtime may crash when it "
-        "loads such a transformer; ORT_ENABLE_EXTENDED avoids it")
     softmax: bool = option(False, REPORT, "return probabilities instead of logits")
     output: str = option("", REPORT,
         "file to write; default: beside the weights, as .onnx or .pt2", metavar="FILE")
-    threads: int = option(0, MACHINE,
-        "number of CPU threads; 0: depends on the CPU cores", low=0, high=1024)
-    debug: bool = option(False, REPORT, "print the traceback of an error")
+    threads: int = THREADS()
+    debug: bool = DEBUG(group=REPORT)
     # fmt: on
 
     def __post_init__(self) -> None:
@@ -112,14 +106,14 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(config.threads or default_threads())
     model = weights.load_model(path, metadata)
     description = export.describe(
-        metadata, dynamic_batch=config.dynamic_batch, half=config.half, softmax=config.softmax
+        metadata, dynamic_batch=config.dynamic_batch, softmax=config.softmax
     )
 
     # Export, and comparison with the model
     with console.status(f"exporting {metadata['model']['name']}"):
-        content = export.pack(copy.deepcopy(model), metadata, config.format, description)
+        content = export.pack(model, metadata, config.format, description)
         difference, bound = export.largest_difference(
-            export.load(content, config.format, config.half),
+            export.load(content, config.format),
             description,
             model,
             BatchTransform(metadata["mean"], metadata["std"], (), "cpu"),
@@ -129,7 +123,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(
             f"the outputs of the exported file differ by {difference:.1e}, more than {bound:.1e}, "
             "from those of the model; it is not written",
-            "Leave out --half" if config.half else "Try the other --format",
+            "Try the other --format",
         )
     write_atomically(output, content)
     console.print_line(f"largest difference from the model: {difference:.1e} (bound: {bound:.1e})")

@@ -18,7 +18,19 @@ from pathlib import Path
 from lab import console
 from lab.checkpoint.atomic_io import check_output_file
 from lab.config.cli import parse_arguments
-from lab.config.schema import MACHINE, REPORT, TTA, WEIGHTS, check_fields, option
+from lab.config.schema import (
+    DEBUG,
+    MACHINE,
+    QUIET,
+    REPORT,
+    THREADS,
+    TRAINED_WEIGHTS,
+    TTA,
+    WEIGHTS,
+    WORKERS,
+    check_fields,
+    option,
+)
 from lab.errors import UserError, run_script
 
 
@@ -27,8 +39,7 @@ class PredictConfig:
     """The settings of a prediction."""
 
     # fmt: off
-    weights: str = option("", WEIGHTS,
-        "directory of a run, or its .safetensors file", positional=True)
+    weights: str = TRAINED_WEIGHTS()
     images: tuple[str, ...] = option((), WEIGHTS,
         "image files, directories, or - for paths on standard input", positional=True, nargs="*")
     top_k: int = option(3, REPORT, "number of classes to output per image", low=1)
@@ -42,20 +53,14 @@ class PredictConfig:
     explain: str = option("", REPORT,
         "write each image, with the regions that raised the score of its class in color (Grad-CAM),"
         " to a PNG file in this directory; needs pip install -e '.[explain]'", metavar="DIR")
-    tta: str = option("none", WEIGHTS,
-        "test-time augmentation; flip: average the probabilities with those of the mirror image",
-        choices=TTA)
+    tta: str = TTA()
     batch_size: int = option(100, MACHINE, "images per forward pass", low=1)
     device: str = option("auto", MACHINE,
         "device; auto: an accelerator if one is available", choices=("auto", "cpu"))
-    workers: int = option(-1, MACHINE,
-        "number of data-loading workers per process; -1: depends on the CPU cores",
-        low=-1, high=256)
-    threads: int = option(0, MACHINE,
-        "number of CPU threads per process; 0: CPU cores divided by local processes",
-        low=0, high=1024)
-    quiet: bool = option(False, REPORT, "print no table")
-    debug: bool = option(False, REPORT, "print the traceback of an error")
+    workers: int = WORKERS()
+    threads: int = THREADS()
+    quiet: bool = QUIET(group=REPORT)
+    debug: bool = DEBUG(group=REPORT)
     # fmt: on
 
     def __post_init__(self) -> None:

@@ -68,15 +68,9 @@ def train(run, config, checkpoint, start_time, download):
     import torch
 
     from lab.checkpoint.atomic_io import AsyncWriter
-    from lab.checkpoint.init_weights import (
-        freeze,
-        initial_normalization,
-        load_init_weights,
-        warn_of_few_steps,
-    )
+    from lab.checkpoint.init_weights import build_initial_model, initial_normalization
     from lab.checkpoint.interrupt import InterruptHandler
-    from lab.checkpoint.manager import CheckpointManager, check_room, restore
-    from lab.checkpoint.train_state import TrainState
+    from lab.checkpoint.manager import CheckpointManager, begin_run
     from lab.checkpoint.weights import BestWeights, run_metadata
     from lab.data import DataConfig, load_splits
     from lab.data.loaders import LoaderOptions, build_loaders
@@ -86,15 +80,9 @@ def train(run, config, checkpoint, start_time, download):
     from lab.engine.linear_probe import fit_classifier
     from lab.engine.metrics import is_better
     from lab.engine.optimizer import build_optimizer
-    from lab.engine.training import (
-        TrainStep,
-        can_capture_steps,
-        configure_model,
-        history_row,
-        train_one_epoch,
-    )
+    from lab.engine.training import TrainStep, configure_model, history_row, train_one_epoch
     from lab.loggers import Loggers
-    from lab.models import build_model, find_model
+    from lab.models import find_model
     from lab.models.stats import model_stats
     from lab.report.results import write_results
 
@@ -112,18 +100,12 @@ def train(run, config, checkpoint, start_time, download):
 
     # Data
     options = LoaderOptions.create(accelerator, config.loader, config.workers, config.cuda_graphs)
-    data_config = DataConfig.of(config)
     with raise_on_all_ranks(accelerator), console.status(f"reading {config.dataset}"):
-        # That of pretrained weights, whose file a resumed run no longer needs.
-        saved = checkpoint.metadata["normalization"] if checkpoint else None
+        normalization = initial_normalization(config, checkpoint)
         splits = load_splits(
-            data_config,
-            options.memory,
-            torch.get_num_threads(),
-            download,
-            config.sample_augmentations,
-            saved or initial_normalization(config),
-        )
+            DataConfig.of(config), options.memory, torch.get_num_threads(), download,
+            config.sample_augmentations, normalization,
+        )  # fmt: skip
     check_same_data(accelerator, splits.fingerprints)
     if checkpoint:
         checkpoint.check_same_splits(splits)
@@ -135,40 +117,24 @@ def train(run, config, checkpoint, start_time, download):
     metadata = run_metadata(config, splits, accelerator.mixed_precision)
     torch.manual_seed(config.seed)
     with raise_on_all_ranks(accelerator):
-        model = build_model(**metadata["model"], init=config.init)
-        if not checkpoint:
-            load_init_weights(model, metadata["model"], config)
-            warn_of_few_steps(config, num_steps)
-        freeze(model, metadata["model"], config.freeze)
+        model = build_initial_model(metadata["model"], config, bool(checkpoint), num_steps)
         model = configure_model(model, config, accelerator.device)
     if config.linear_probe and not checkpoint:
         fit_classifier(accelerator, model, metadata["model"], splits, config, options)
     ema = ModelEma(model, config.ema_decay) if config.ema_decay else None
-    optimizer = build_optimizer(model, config, can_capture_steps(accelerator, config))
+    optimizer = build_optimizer(model, config, accelerator)
     wrapped_model = accelerator.prepare(model)
     if accelerator.scaler:  # fp16 needs Accelerate's wrapper; otherwise it only slows each step
         optimizer = accelerator.prepare(optimizer)
     train_step = TrainStep(accelerator, config, model, wrapped_model, optimizer, ema)
 
     # Run directory
-    state, best = TrainState(), {}
     settings = asdict(config) | describe(accelerator) | model_stats(**metadata["model"])
     settings["fingerprints"] = splits.fingerprints
     with raise_on_all_ranks(accelerator):  # last: a run that cannot start replaces no other
-        if checkpoint:
-            best = checkpoint.metadata["best"]
-            state = restore(train_step, checkpoint)
-            run.resume(settings, state.epoch, state.step)
-            console.info(f"resuming from {checkpoint.path}")
-        else:
-            check_room(train_step)
-            run.create(settings)
+        state, best = begin_run(run, train_step, checkpoint, settings)
         loggers = Loggers(run, settings | {"selection_split": splits.selection_split}, state.step)
     console.run_summary(config, splits, train_loader, describe(accelerator))
-
-    def log_step(row):
-        run.add_steps(row)
-        loggers.step(row)
 
     # Training loop
     with (
@@ -184,13 +150,9 @@ def train(run, config, checkpoint, start_time, download):
             title = f"epoch {state.epoch}/{config.epochs}"
             with console.progress(title, num_steps) as progress:
                 metrics = train_one_epoch(
-                    train_step,
-                    train_loader,
-                    state,
-                    on_step=progress.update,
-                    on_log=log_step,
+                    train_step, train_loader, state, on_step=progress.update, on_log=loggers.step,
                     should_stop=partial(checkpoints.after_step, best),
-                )
+                )  # fmt: skip
             if metrics is None:
                 break
             checkpoints.save(best, state)
@@ -204,12 +166,10 @@ def train(run, config, checkpoint, start_time, download):
             if improved:
                 best = row
                 best_weights.save(train_step.eval_model, metadata, row)
-            run.add_epoch(row)
             loggers.epoch(row, state.step)
             console.epoch_row(row, improved, splits.selection_split)
-            if checkpoints.after_epoch(state):
-                break
-            if config.max_steps and state.step >= config.max_steps:
+            reached = config.max_steps and state.step >= config.max_steps
+            if checkpoints.after_epoch(state) or reached:
                 break
             if config.patience and state.epoch - best["epoch"] >= config.patience:
                 console.info(f"stopped: no better epoch in the last {config.patience}")

@@ -74,11 +74,11 @@ def prepare(accelerator, model, config):
     """Return the training step of a model, built as train.py builds it."""
     from lab.engine.ema import ModelEma
     from lab.engine.optimizer import build_optimizer
-    from lab.engine.training import TrainStep, can_capture_steps, configure_model
+    from lab.engine.training import TrainStep, configure_model
 
     model = configure_model(model, config, accelerator.device)
     ema = ModelEma(model, config.ema_decay) if config.ema_decay else None
-    optimizer = build_optimizer(model, config, can_capture_steps(accelerator, config))
+    optimizer = build_optimizer(model, config, accelerator)
     wrapped_model = accelerator.prepare(model)
     if accelerator.scaler:
         optimizer = accelerator.prepare(optimizer)

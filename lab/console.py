@@ -13,7 +13,6 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, RenderableType
 from rich.live import Live
-from rich.panel import Panel
 from rich.progress_bar import ProgressBar
 from rich.spinner import Spinner
 from rich.table import Table
@@ -22,8 +21,6 @@ from rich.text import Text
 # Class names and paths come from files: they must not control the terminal.
 _CONTROL_CODES = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 UNLIMITED = 10_000  # width of a log file, in which nothing is wrapped or cut
-KEY_SHARE = 0.6  # of a table's width that its first column may take
-COLUMN_GAP = 2  # characters between columns
 
 _main_process: bool | None = None
 _quiet = False
@@ -213,40 +210,50 @@ def report(
 ) -> None:
     """Print the metrics of a report, the paths of its files and the command to reproduce it.
 
-    Prints even if quiet. Paths and command are below the panel, unbroken, so that they can be
-    copied.
+    Prints even if quiet. Paths and command are not broken, so that they can be copied.
     """
     if not is_main_process():
         return
-    forms = {"accuracy": ".4f", "accuracy_interval": "", "macro_f1": ".4f",
-             "macro_f1_interval": "", "balanced_accuracy": ".4f", "top5_accuracy": ".4f",
-             "roc_auc": ".4f", "loss": ".4f", "calibration_error": ".4f", "temperature": ".4f",
-             "num_samples": ",d"}  # fmt: skip
-    names = {"accuracy_interval": "accuracy, 95 % interval", "macro_f1": "macro-F1",
-             "macro_f1_interval": "macro-F1, 95 % interval", "top5_accuracy": "top-5 accuracy",
-             "roc_auc": "ROC-AUC", "num_samples": "samples"}  # fmt: skip
-    values = {
-        key: "{:.4f} to {:.4f}".format(*value) if key.endswith("_interval") else value
-        for key, value in report.items()
-    }
-    numbers = {
-        names.get(key, key.replace("_", " ")): _formatted(values[key], forms.get(key, ""))
-        for key in (*forms, "split", "best_epoch", "selection_split")
-        if values.get(key) is not None
-    }
-    more = {**files, "reproduce": command} if command else files
-    if out().is_terminal:
-        heading = literal(title, "bold")
-        out().print(Panel(_pairs(numbers), title=heading, border_style="green", expand=False))
-    else:
-        print_line("\n".join([title, *(f"{key}: {value}" for key, value in numbers.items())]))
+    facts = {name: report[key] for key, name in METRICS.items() if report.get(key) is not None}
+    print_line(title, "bold")
+    _print_facts({name: _metric(value) for name, value in facts.items()})
     if note:
         print_line(f"note: {note}", "yellow")
-    if out().is_terminal and more:
-        print_line(_pairs(more))
-    else:
-        for key, value in more.items():
-            print_line(f"{key}: {value}")
+    _print_facts({**files, "reproduce": command} if command else files)
+
+
+# Keys of a report, in the order in which they are printed, with the names to print.
+METRICS = {
+    "accuracy": "accuracy",
+    "accuracy_interval": "accuracy, 95 % interval",
+    "macro_f1": "macro-F1",
+    "macro_f1_interval": "macro-F1, 95 % interval",
+    "balanced_accuracy": "balanced accuracy",
+    "top5_accuracy": "top-5 accuracy",
+    "roc_auc": "ROC-AUC",
+    "loss": "loss",
+    "calibration_error": "calibration error",
+    "temperature": "temperature",
+    "num_samples": "samples",
+    "split": "split",
+    "best_epoch": "best epoch",
+    "selection_split": "selection split",
+}
+
+
+def _metric(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return "{:.4f} to {:.4f}".format(*value)
+    return _formatted(value, ".4f" if isinstance(value, float) else "," * isinstance(value, int))
+
+
+def _print_facts(rows: Mapping[str, object]) -> None:
+    """Print one line per row: aligned on a terminal, otherwise `KEY: VALUE`."""
+    if rows and out().is_terminal:
+        print_line(_pairs(rows))
+        return
+    for key, value in rows.items():
+        print_line(f"{key}: {value}")
 
 
 def is_main_process() -> bool:
@@ -329,16 +336,17 @@ def _live(draw: Callable[[], RenderableType], per_second: int) -> Iterator[None]
         live.stop()
 
 
-def number_table(first: object, *further: object, wrapped: Collection[int] = ()) -> Table:
+def number_table(first: object, *further: object, folded: Collection[int] = ()) -> Table:
     """Return a table with a first column of names and further columns of numbers.
 
-    Columns whose indices are in `wrapped` contain text that may be wrapped.
+    Names, and columns whose indices are in `folded`, continue on the next line if they are too
+    long for the terminal.
     """
     box = SIMPLE_HEAD if out().is_terminal else None
     table = Table(box=box, pad_edge=False, padding=(0, 1 if box else 2, 0, 0))
     table.add_column(literal(first), overflow="fold")
     for index, name in enumerate(further, 1):
-        if index in wrapped:
+        if index in folded:
             table.add_column(literal(name), overflow="fold")
         else:
             table.add_column(literal(name), justify="right", no_wrap=True)
@@ -349,32 +357,14 @@ def print_table(
     heads: Sequence[str],
     rows: Sequence[Sequence[str]],
     *,
-    order: Sequence[Sequence[int]],
-    wrapped: Collection[int] = (),
+    folded: Collection[int] = (),
     styles: Sequence[str] | None = None,
 ) -> None:
-    """Print a table that fits the terminal, and the names of the columns that do not fit.
-
-    `order` lists groups of column indices, the most important first. Column 0 and the first group
-    are always printed, a later group if it fits beside a first column of KEY_SHARE of the width.
-    The first column and those in `wrapped` are wrapped if necessary.
-    """
-    room = out().width
-    cells = [[_one_line(cell) for cell in row] for row in (heads, *rows)]
-    widths = [max(cell.cell_len for cell in column) for column in zip(*cells, strict=True)]
-    widths[0] = min(widths[0], int(KEY_SHARE * room))
-    shown: list[int] = []
-    for number, group in enumerate(order):
-        larger = sorted({0, *shown, *group})
-        if number == 0 or sum(widths[k] + COLUMN_GAP for k in larger) <= room:
-            shown = larger
-    names, *lines = ([row[k] for k in shown] for row in cells)
-    table = number_table(*names, wrapped=[shown.index(k) for k in wrapped])
-    for line, style in zip(lines, styles or [""] * len(lines), strict=True):
-        table.add_row(*line, style=style)
+    """Print rows of names and numbers; see `number_table`."""
+    table = number_table(*heads, folded=folded)
+    for row, style in zip(rows, styles or [""] * len(rows), strict=True):
+        table.add_row(*map(_one_line, row), style=style)
     out().print(table)
-    if left_out := [head for k, head in enumerate(heads) if k not in shown]:
-        print_line(f"columns that do not fit: {', '.join(left_out)}", "dim")
 
 
 def _one_line(value: object) -> Text:
@@ -398,9 +388,6 @@ def duration(seconds: float) -> str:
     return f"{minutes}m{rest:02}s" if minutes < 60 else f"{minutes // 60}h{minutes % 60:02}m"
 
 
-LABEL_WIDTH = 24  # minimum width of the row names of a confusion matrix, in characters
-
-
 def class_table(report: Mapping[str, Any]) -> None:
     """Print precision, recall, F1 and support of every class; the lowest F1 is yellow."""
     if not chatty():
@@ -414,7 +401,6 @@ def class_table(report: Mapping[str, Any]) -> None:
     print_table(
         ("class", "precision", "recall", "F1", "support"),
         rows,
-        order=[(1, 2, 3, 4)],
         styles=["yellow" if row["f1"] == lowest < 1 else "" for row in report["per_class"]],
     )
 
@@ -434,36 +420,28 @@ def class_counts(class_names: Sequence[str], counts: Mapping[str, Sequence[int]]
         rows[8:-8] = [(f"... {len(class_names) - 16:,} more", *ranges)]
     total = f"total ({len(class_names):,} classes)"
     rows.append((total, *(f"{sum(values):,}" for values in counts.values())))
-    print_table(
-        ("class", *counts),
-        rows,
-        order=[range(1, 1 + len(counts))],
-        styles=[""] * (len(rows) - 1) + ["bold"],
-    )
+    print_table(("class", *counts), rows, styles=[""] * (len(rows) - 1) + ["bold"])
+
+
+MAX_HEAD = 8  # characters of a class name above a column of the confusion matrix
 
 
 def confusion_matrix(report: Mapping[str, Any]) -> None:
     """Print the matrix with one row per true class and one column per predicted class.
 
-    Column heads are class names if they fit, else class numbers. If there are more than 20 classes
-    or the matrix is too wide, print the 10 most frequent confusions instead.
+    Column heads are class numbers if the names are long. If there are more than 20 classes or the
+    matrix is too wide, print the 10 most frequent confusions instead.
     """
     if not chatty():
         return
     matrix, names = report["confusion_matrix"], report["class_names"]
     if len(names) <= 20:
-        room = out().width if out().is_terminal else 120  # wider is unreadable in a log, too
-        numbered = [f"{k} {name}" for k, name in enumerate(names)]
-        for labels, heads in (names, names), (numbered, range(len(names))):
-            table = _matrix_table(matrix, labels, heads)
-            if out().is_terminal:  # a longer name is wrapped
-                table.columns[0].max_width = LABEL_WIDTH
-            unlimited = out().options.update(width=UNLIMITED)
-            spare = room - out().measure(table, options=unlimited).maximum
-            if spare >= 0:
-                if out().is_terminal:
-                    table.columns[0].max_width = LABEL_WIDTH + spare
-                return out().print(table)
+        labels, heads = names, names
+        if max(map(len, names)) > MAX_HEAD:
+            labels, heads = [f"{k} {name}" for k, name in enumerate(names)], range(len(names))
+        table = _matrix_table(matrix, labels, heads)
+        if out().measure(table).minimum <= out().width:
+            return out().print(table)
     errors = [(n, i, j) for i, row in enumerate(matrix) for j, n in enumerate(row) if n and i != j]
     errors.sort(key=lambda error: -error[0])
     title = "most frequent confusions, true -> predicted" if errors else "no confusions"
@@ -496,42 +474,33 @@ def _error_style(share: float) -> str:
     return f"white on rgb({110 + int(120 * min(1, 4 * share))},0,0)"
 
 
-# Columns of a comparison, the most important first. The split that selected the best epoch is
-# among them, because an accuracy that was selected on the test split is optimistic.
-IMPORTANCE = ("accuracy", "selected on", "vs. best", "dataset", "macro-F1", "model", "seconds",
-              "parameters", "epochs", "images/s", "MACs")  # fmt: skip
+# Columns of a comparison that are printed. The split that selected the best epoch is among them,
+# because an accuracy that was selected on the test split is optimistic.
+RUN_COLUMNS = ("run", "accuracy", "macro-F1", "selected on", "vs. best")
 
 
 def runs_table(rows: Sequence[Mapping[str, str]]) -> None:
-    """Print a comparison of runs; all rows have the columns of the first one."""
-    heads = list(rows[0])
-    print_table(
-        heads,
-        [list(row.values()) for row in rows],
-        order=[(heads.index(name),) for name in IMPORTANCE],
-    )
+    """Print the most important columns of a comparison of runs."""
+    print_table(RUN_COLUMNS, [[row[name] for name in RUN_COLUMNS] for row in rows])
 
 
 def predictions_table(
     rows: Sequence[tuple[str, Sequence[tuple[str, float]]]], undecided: Collection[str] = ()
 ) -> None:
-    """Print the top classes of each image with their probabilities, as many as fit.
+    """Print the top classes of each image with their probabilities.
 
-    The path and the first class are always printed; a mark follows the path of those `undecided`.
+    A mark follows the path of those `undecided`.
     """
-    if rows:
-        ranks = range(1, len(rows[0][1]) + 1)
-        ordinals = ["", *(f" {k}" for k in ranks[1:])]
-        heads = [name + ordinal for ordinal in ordinals for name in ("class", "confidence")]
-        print_table(
-            ["image", *heads],
-            [
-                [
-                    path + " (undecided)" * (path in undecided),
-                    *(cell for name, value in classes for cell in (name, f"{value:.4f}")),
-                ]
-                for path, classes in rows
-            ],
-            order=[(2 * k - 1, 2 * k) for k in ranks],
-            wrapped=(1,),
+    cells = [
+        (
+            path + " (undecided)" * (path in undecided),
+            first,
+            f"{confidence:.4f}",
+            ", ".join(f"{name} {value:.4f}" for name, value in others),
         )
+        for path, ((first, confidence), *others) in rows
+    ]
+    num_columns = 4 if any(row[-1] for row in cells) else 3
+    heads = ("image", "class", "confidence", "other classes")[:num_columns]
+    if cells:
+        print_table(heads, [row[:num_columns] for row in cells], folded=(1, 3))

@@ -9,12 +9,25 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
+from lab.config.schema import TrainConfig
 from lab.errors import UserError
 
 # Calls before the capture, which select kernels, compile and allocate the optimizer state.
 NUM_WARMUP_CALLS = 3
+
+
+def can_capture_steps(accelerator: Accelerator, config: TrainConfig) -> bool:
+    """Return whether training steps can be captured as CUDA graphs.
+
+    Capturing is impossible if the host reads the gradients. It is used on one GPU only: gloo's
+    collectives cannot be captured, and NCCL's were not tested.
+    """
+    reads_gradients = accelerator.scaler is not None or config.on_nonfinite == "skip"
+    one_gpu = accelerator.device.type == "cuda" and accelerator.num_processes == 1
+    return config.cuda_graphs == "auto" and one_gpu and not reads_gradients
 
 
 class CUDAGraphRunner:

@@ -24,12 +24,11 @@ EXTRA = ("onnx", "onnxscript", "onnxruntime")  # the extra `onnx` of pyproject.t
 KEY = "lab"  # of the metadata in an ONNX file; torch.export: an extra file, lab.json
 DESCRIBED = ("class_names", "model", "mean", "std", "temperature", "best_epoch")  # of the metadata
 INPUT, LOGITS, PROBABILITIES = "images", "logits", "probabilities"
-MAX_ONNX_BYTES = 2**31 - 2**20  # protobuf's limit for one file, minus the size of the graph
 
-# Largest difference allowed, relative to the largest logit: 1000 roundings of float32 (2^-23) or 20
-# of float16 (2^-10), because runtimes add in different orders. lab's models and seven of
-# torchvision's, with random weights, stayed below 2 % of the former and 25 % of the latter.
-TOLERANCE = {torch.float32: 1000 * 2**-23, torch.float16: 20 * 2**-10}
+# Largest difference allowed, relative to the largest logit: 1000 roundings of float32, because
+# runtimes add in different orders. lab's models and seven of torchvision's, with random weights,
+# stayed below 2 % of it.
+TOLERANCE = 1000 * 2**-23
 
 
 class ExportedModel(nn.Module):
@@ -38,26 +37,23 @@ class ExportedModel(nn.Module):
     scale: Tensor  # [C, 1, 1]
     shift: Tensor
 
-    def __init__(
-        self, model: nn.Module, metadata: dict[str, Any], dtype: torch.dtype, softmax: bool
-    ):
+    def __init__(self, model: nn.Module, metadata: dict[str, Any], softmax: bool):
         super().__init__()
         plain = BatchTransform(metadata["mean"], metadata["std"], (), "cpu")
         self.register_buffer("scale", plain.scale)
         self.register_buffer("shift", plain.shift)
-        self.model, self.dtype, self.softmax = model.to(dtype), dtype, softmax
+        self.model, self.softmax = model, softmax
         self.temperature = metadata["temperature"]
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return float32 [n, K] for uint8 [n, C, H, W]. Normalization is always in float32."""
-        scaled = images.float() * self.scale + self.shift
-        logits = self.model(scaled.to(self.dtype)).float()
+        """Return float32 [n, K] for uint8 [n, C, H, W]."""
+        logits = self.model(images.float() * self.scale + self.shift)
         if self.temperature != 1:
             logits = logits / self.temperature
         return logits.softmax(1) if self.softmax else logits
 
 
-def describe(metadata: dict[str, Any], *, dynamic_batch: bool, half: bool, softmax: bool) -> dict:
+def describe(metadata: dict[str, Any], *, dynamic_batch: bool, softmax: bool) -> dict:
     """Return the description in the file: its input, its output, and the weights' metadata."""
     architecture, data = metadata["model"], DataConfig(**metadata["data"])
     batch = "batch" if dynamic_batch else 1
@@ -80,7 +76,7 @@ def describe(metadata: dict[str, Any], *, dynamic_batch: bool, half: bool, softm
             "dtype": "float32",
             "shape": [batch, architecture["num_classes"]],
         },
-        "arithmetic": "float16" if half else "float32",
+        "arithmetic": "float32",
         **{name: metadata[name] for name in DESCRIBED},
         "metrics": metadata.get("metrics", {}),
         "weights_sha256": metadata.get("sha256", ""),
@@ -93,23 +89,14 @@ def pack(
 ) -> bytes:
     """Return the content of an "onnx" or "torch-export" file as `description` describes it.
 
-    `model` is on the CPU; if the description says so, it is converted to float16 in place. Raises
-    `UserError` if packages are missing, or if the model cannot be exported or is too large.
+    `model` is on the CPU. Raises `UserError` if packages are missing, or if the model cannot be
+    exported.
     """
     if kind == "onnx":
         check_extra()
-    dtype = getattr(torch, description["arithmetic"])
-    exported = ExportedModel(
-        model, metadata, dtype, description["output"]["name"] == PROBABILITIES
-    ).eval()
+    exported = ExportedModel(model, metadata, description["output"]["name"] == PROBABILITIES).eval()
     batch, *shape = description["input"]["shape"]
     dynamic = batch == "batch"
-    num_bytes = sum(tensor.nbytes for tensor in exported.state_dict().values())
-    if kind == "onnx" and num_bytes > MAX_ONNX_BYTES:
-        raise UserError(
-            f"these weights take {num_bytes / 1e9:.1f} GB, and an ONNX file holds at most 2 GB",
-            "Give --half or --format torch-export",
-        )
     # Two images, because torch.export specializes a batch of one to that size.
     example = torch.zeros(2 if dynamic else 1, *shape, dtype=torch.uint8)
     dimensions = {0: torch.export.Dim("batch", min=1)} if dynamic else {}
@@ -126,7 +113,7 @@ def pack(
         reason = str(error).strip().split("\n")[0].rstrip(".")
         raise UserError(
             f"{metadata['model']['name']} cannot be exported ({reason})",
-            "Try the other --format, or leave out --dynamic-batch or --half",
+            "Try the other --format, or leave out --dynamic-batch",
         ) from error
     finally:
         logging.disable(logging.NOTSET)
@@ -172,7 +159,7 @@ def check_extra() -> None:
         )
 
 
-def load(content: bytes, kind: str, half: bool) -> Callable[[Tensor], Tensor]:
+def load(content: bytes, kind: str) -> Callable[[Tensor], Tensor]:
     """Return the function that an exported file computes, run on the CPU by its own runtime."""
     if kind == "torch-export":
         return torch.export.load(io.BytesIO(content)).module()
@@ -181,11 +168,6 @@ def load(content: bytes, kind: str, half: bool) -> Callable[[Tensor], Tensor]:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    if half:
-        # The next optimization level reads a null pointer in float16 transformers on x86
-        # (https://github.com/microsoft/onnxruntime/issues/28392; seen with 1.32).
-        level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-        options.graph_optimization_level = level
     session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run(None, {INPUT: images.numpy()})[0])
 
@@ -203,14 +185,13 @@ def largest_difference(
     `model` (float32, on the CPU) and `transform` are those of evaluation. The difference is
     infinite if an output is not finite or has another shape.
     """
-    tolerance = TOLERANCE[getattr(torch, description["arithmetic"])]
     largest = bound = 0.0
     model.eval()
     for number, n in enumerate(batch_sizes):
         images = synthetic_images(n, description["input"]["shape"][1:], seed=number)
         expected = model(transform(images)).float() / description["temperature"]
         # A small difference of logits changes a probability by at most half as much.
-        bound = max(bound, tolerance * max(1.0, expected.abs().max().item()))
+        bound = max(bound, TOLERANCE * max(1.0, expected.abs().max().item()))
         if description["output"]["name"] == PROBABILITIES:
             expected = expected.softmax(1)
         outputs = run(images)

@@ -35,7 +35,7 @@ def check_packages(config: TrainConfig, needed: bool) -> None:
 
 
 class Loggers:
-    """Log a run to its trackers, from the main process alone."""
+    """Log a run to its files and its trackers, from the main process alone."""
 
     def __init__(self, run: RunDir, settings: Mapping[str, Any], step: int):
         """Start the trackers that `settings` name; `step` is the number of steps already taken."""
@@ -47,7 +47,7 @@ class Loggers:
         for line in (run.path / STEPS).read_text().splitlines()[-1:] if step else ():
             row = json.loads(line)
             if row["step"] == step:
-                self.step(row)
+                self._log_step(row)
 
     def __enter__(self) -> "Loggers":
         return self
@@ -57,11 +57,16 @@ class Loggers:
             self.finish()
 
     def step(self, row: Mapping[str, Any]) -> None:
-        """Log a line of steps.jsonl."""
+        """Add a line to steps.jsonl, and log it."""
+        self.run.add_steps(row)
+        self._log_step(row)
+
+    def _log_step(self, row: Mapping[str, Any]) -> None:
         self._log("steps", {name: row[name] for name in ("loss", "learning_rate")}, row["step"])
 
     def epoch(self, row: Mapping[str, Any], step: int) -> None:
-        """Log a line of history.jsonl, after `step` steps."""
+        """Add a line to history.jsonl, and log it, after `step` steps."""
+        self.run.add_epoch(row)
         self._log("epochs", row, step)
 
     def finish(self, report: Mapping[str, Any] | None = None, step: int = 0) -> None:

@@ -6,20 +6,33 @@ from torch import nn
 
 from lab import console
 from lab.checkpoint import weights
+from lab.checkpoint.train_state import Checkpoint
 from lab.config.schema import TrainConfig
 from lab.errors import UserError
-from lab.models import classifier_param_names, find_model
+from lab.models import build_model, classifier_param_names, find_model
 
 FEW_STEPS = 300
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def load_init_weights(model: nn.Module, architecture: dict[str, Any], config: TrainConfig) -> None:
-    """Load the weights that --pretrained or --init-checkpoint names, if any, and print which.
+def build_initial_model(
+    architecture: dict[str, Any], config: TrainConfig, resumed: bool, steps_per_epoch: int
+) -> nn.Module:
+    """Return the model with its initial weights, and with what --freeze names excluded.
 
-    `architecture` holds the arguments that `build_model` made the model of. Raises `UserError` if
-    the weights are missing or do not fit.
+    Unless a run is resumed, these are the weights of --pretrained or --init-checkpoint, if any.
+    Raises `UserError` if they are missing or do not fit.
     """
+    model = build_model(**architecture, init=config.init)
+    if not resumed:
+        _load_init_weights(model, architecture, config)
+        _warn_of_few_steps(config, steps_per_epoch)
+    freeze(model, architecture, config.freeze)
+    return model
+
+
+def _load_init_weights(model: nn.Module, architecture: dict[str, Any], config: TrainConfig) -> None:
+    """Load the weights that --pretrained or --init-checkpoint names, if any, and print which."""
     if config.pretrained:
         from lab.models.pretrained import load_pretrained
 
@@ -33,8 +46,16 @@ def load_init_weights(model: nn.Module, architecture: dict[str, Any], config: Tr
         console.info(f"weights of {config.init_checkpoint}; {head}")
 
 
-def initial_normalization(config: TrainConfig) -> tuple[Any, Any] | None:
-    """Return the mean and standard deviation of the images that initial weights were trained on."""
+def initial_normalization(
+    config: TrainConfig, checkpoint: Checkpoint | None
+) -> tuple[Any, Any] | None:
+    """Return the mean and standard deviation of the images that initial weights were trained on.
+
+    A run that is resumed keeps its own, as it no longer needs the file of those weights.
+    """
+    if checkpoint:
+        mean, std = checkpoint.metadata["normalization"]
+        return mean, std
     if config.pretrained:
         return IMAGENET_MEAN, IMAGENET_STD
     if config.init_checkpoint:
@@ -43,7 +64,7 @@ def initial_normalization(config: TrainConfig) -> tuple[Any, Any] | None:
     return None
 
 
-def warn_of_few_steps(config: TrainConfig, steps_per_epoch: int) -> None:
+def _warn_of_few_steps(config: TrainConfig, steps_per_epoch: int) -> None:
     """Warn if a new run takes too few steps to learn much from random weights.
 
     A run with --max-steps is meant to be short.

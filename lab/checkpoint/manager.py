@@ -140,6 +140,24 @@ def _best_metrics(run: RunDir, metadata: Mapping[str, Any]) -> dict[str, Any]:
     return {**metrics, "epoch": epoch} if epoch < metadata["train_state"]["epoch"] else {}
 
 
+def begin_run(
+    run: RunDir, train_step: "TrainStep", checkpoint: Checkpoint | None, settings: dict[str, Any]
+) -> tuple[TrainState, dict[str, Any]]:
+    """Write the first files of a run, or restore a checkpoint to resume it from.
+
+    Return the training state, and the metrics of the best epoch so far. Raises `UserError` if the
+    checkpoint does not fit or a file cannot be written.
+    """
+    if checkpoint is None:
+        _check_room(train_step)
+        run.create(settings)
+        return TrainState(), {}
+    state = restore(train_step, checkpoint)
+    run.resume(settings, state.epoch, state.step)
+    console.info(f"resuming from {checkpoint.path}")
+    return state, checkpoint.metadata["best"]
+
+
 class TrainStep(Protocol):
     """Name the attributes of `lab.engine.training.TrainStep` that a checkpoint stores."""
 
@@ -347,7 +365,7 @@ def _broadcast_tensors(tensors: Mapping[str, Tensor], device: torch.device) -> d
     return received
 
 
-def check_room(train_step: TrainStep) -> None:
+def _check_room(train_step: TrainStep) -> None:
     """Raise `UserError` if the disk has no room for a checkpoint and the best weights."""
     if not train_step.accelerator.is_main_process:  # the others write nothing
         return

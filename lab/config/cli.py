@@ -99,8 +99,8 @@ def parse_arguments(config: type, argv: list[str] | None, *, prog: str, descript
 def read_config(path: Path) -> dict[str, Any]:
     """Return the training settings in a YAML file, or in a run's config.json, by name.
 
-    Of a run's config.json, what describes or names the run is left out. Raises `UserError` for a file
-    that cannot be read, an unknown key or a value of the wrong type.
+    Of a run's config.json, what describes or names the run is left out. Raises `UserError` for a
+    file that cannot be read, an unknown key or a value of the wrong type.
     """
     is_json = path.suffix == ".json"
     try:

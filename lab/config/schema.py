@@ -5,6 +5,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from lab.errors import UserError
@@ -71,7 +72,6 @@ OPTIMIZERS = ("sgd", "nesterov", "adamw", "muon")
 BATCH_AUGMENTATIONS = ("crop", "flip", "cutout", "mixup", "cutmix")  # on the device
 SAMPLE_AUGMENTATIONS = ("resized-crop", "trivialaugment", "randaugment", "erasing")  # in workers
 AUGMENTATIONS = BATCH_AUGMENTATIONS + SAMPLE_AUGMENTATIONS
-TTA = ("none", "flip")
 # The datasets that have a name; any other is the path of a directory of images or of a manifest.
 NAMED_DATASETS = ("mnist", "fashion-mnist", "cifar10", "cifar100", "digits")
 TRACKERS = ("tensorboard", "wandb")  # each an extra of pyproject.toml, too
@@ -93,8 +93,29 @@ def dataset_title(dataset: str) -> str:
     return name.removesuffix(".csv").removesuffix(".jsonl")
 
 
-TASK, TRAINING = "model and data", "training"
+TASK, TRAINING = "model and data", "training"  # of train.py
+WEIGHTS, REPORT = "weights and data", "output"  # of the other scripts
 MACHINE, OUTPUT = "devices and processes", "runs and logging"
+
+# Options of several scripts, as functions that return a field.
+TRAINED_WEIGHTS = partial(option, "", WEIGHTS, "directory of a run, or its .safetensors file",
+                          positional=True)  # fmt: skip
+TTA = partial(option, "none", WEIGHTS, "test-time augmentation; flip: average the probabilities "
+              "with those of the mirror image", choices=("none", "flip"))  # fmt: skip
+MIXED_PRECISION = partial(option, "auto", MACHINE, "precision of the computation; auto: depends on "
+                          "device and model or, after training, as in training",
+                          choices=("auto", "no", "bf16", "fp16"))  # fmt: skip
+LOADER = partial(option, "auto", MACHINE, "resident: keep the decoded dataset in device memory; "
+                 "streaming: read it with workers; auto: resident if it fits",
+                 choices=("auto", "resident", "streaming"))  # fmt: skip
+WORKERS = partial(option, -1, MACHINE, "number of data-loading workers per process; -1: depends on "
+                  "the CPU cores", low=-1, high=256)  # fmt: skip
+THREADS = partial(option, 0, MACHINE, "number of CPU threads per process; 0: CPU cores divided by "
+                  "local processes", low=0, high=1024)  # fmt: skip
+TIMEOUT = partial(option, TIMEOUT_SECONDS, MACHINE, "seconds that a process waits for the other "
+                  "processes before it stops", low=1, high=MONTH, metavar="N")  # fmt: skip
+QUIET = partial(option, False, text="print warnings and the result only")
+DEBUG = partial(option, False, text="print the traceback of an error")
 
 
 @dataclass(frozen=True)
@@ -230,22 +251,11 @@ class TrainConfig:
         "random seed of the weights, the sample order, augmentation and dropout",
         low=0, high=2**31 - 1)
 
-    mixed_precision: str = option("auto", MACHINE,
-        "precision of the forward and backward pass; auto: depends on device and model",
-        choices=("auto", "no", "bf16", "fp16"))
-    loader: str = option("auto", MACHINE,
-        "resident: keep the decoded dataset in device memory; streaming: read it with "
-        "workers; auto: resident if it fits",
-        choices=("auto", "resident", "streaming"))
-    workers: int = option(-1, MACHINE,
-        "number of data-loading workers per process; -1: depends on the CPU cores",
-        low=-1, high=256)
-    threads: int = option(0, MACHINE,
-        "number of CPU threads per process; 0: CPU cores divided by local processes",
-        low=0, high=1024)
-    timeout_seconds: int = option(TIMEOUT_SECONDS, MACHINE,
-        "seconds that a process waits for the other processes before it stops",
-        low=1, high=MONTH, metavar="N")
+    mixed_precision: str = MIXED_PRECISION()
+    loader: str = LOADER()
+    workers: int = WORKERS()
+    threads: int = THREADS()
+    timeout_seconds: int = TIMEOUT()
     sync_bn: bool = option(False, MACHINE,
         "synchronize BatchNorm statistics across processes (GPUs only)")
     deterministic: bool = option(False, MACHINE,
@@ -286,10 +296,8 @@ class TrainConfig:
         "upload the finished run to this Hugging Face repository, which is created as private "
         "if it does not exist",
         metavar="NAME")
-    quiet: bool = option(False, OUTPUT,
-        "print warnings and the result only")
-    debug: bool = option(False, OUTPUT,
-        "print the traceback of an error")
+    quiet: bool = QUIET(group=OUTPUT)
+    debug: bool = DEBUG(group=OUTPUT)
     # fmt: on
 
     def __post_init__(self) -> None:
@@ -352,16 +360,12 @@ class TrainConfig:
         return tuple(n for n in split_list(self.augment) if n in SAMPLE_AUGMENTATIONS)
 
 
-WEIGHTS, REPORT = "weights and data", "output"
-
-
 @dataclass(frozen=True)
 class EvalConfig:
     """The settings of an evaluation. None: as in training, which the weights' metadata tell."""
 
     # fmt: off
-    weights: str = option("", WEIGHTS,
-        "directory of a run, or its .safetensors file", positional=True)
+    weights: str = TRAINED_WEIGHTS()
     split: str = option("test", WEIGHTS,
         "split to evaluate; all: every sample of the dataset",
         choices=("test", "val", "train", "all"))
@@ -375,36 +379,23 @@ class EvalConfig:
     skip_unreadable: bool = option(False, WEIGHTS,
         "leave out images that cannot be decoded, and list them; default on the training "
         "dataset: as in training")
-    tta: str = option("none", WEIGHTS,
-        "test-time augmentation; flip: average with the mirror image, reported separately",
-        choices=TTA)
+    tta: str = TTA()
     calibrate: bool = option(False, WEIGHTS,
         "fit a temperature for the confidence on the validation split, store it in the weights, "
         "and evaluate that split")
     batch_size: int = option(0, MACHINE,
         "samples per forward pass, which does not change the results; 0: as in training", low=0)
-    mixed_precision: str = option("auto", MACHINE,
-        "precision of the forward pass; auto: as in training",
-        choices=("auto", "no", "bf16", "fp16"))
-    loader: str = option("auto", MACHINE,
-        "as for train.py: resident, streaming or auto", choices=("auto", "resident", "streaming"))
-    workers: int = option(-1, MACHINE,
-        "number of data-loading workers per process; -1: depends on the CPU cores",
-        low=-1, high=256)
-    threads: int = option(0, MACHINE,
-        "number of CPU threads per process; 0: CPU cores divided by local processes",
-        low=0, high=1024)
-    timeout_seconds: int = option(TIMEOUT_SECONDS, MACHINE,
-        "seconds that a process waits for the other processes before it stops",
-        low=1, high=MONTH, metavar="N")
+    mixed_precision: str = MIXED_PRECISION()
+    loader: str = LOADER()
+    workers: int = WORKERS()
+    threads: int = THREADS()
+    timeout_seconds: int = TIMEOUT()
     output: str = option("", REPORT,
         "directory of report.json and the predictions; default: evaluate-SPLIT beside the "
         "weights, or evaluate-SPLIT-N with --max-eval-samples N",
         metavar="DIR")
-    quiet: bool = option(False, REPORT,
-        "print warnings and the result only")
-    debug: bool = option(False, REPORT,
-        "print the traceback of an error")
+    quiet: bool = QUIET(group=REPORT)
+    debug: bool = DEBUG(group=REPORT)
     # fmt: on
 
     def __post_init__(self) -> None:
@@ -450,12 +441,10 @@ class CheckConfig:
         "directory of images, or a manifest (.csv or .jsonl)", positional=True)
     image_size: int = option(224, TASK,
         "warn about images smaller than this number of pixels; 0: never", low=0, high=4096)
-    threads: int = option(0, MACHINE,
-        "number of processes that decode images; 0: CPU cores", low=0, high=1024)
+    threads: int = THREADS()
     output: str = option("check_data.html", OUTPUT,
         "file of the page", metavar="FILE")
-    debug: bool = option(False, OUTPUT,
-        "print the traceback of an error")
+    debug: bool = DEBUG(group=OUTPUT)
     # fmt: on
 
     def __post_init__(self) -> None:

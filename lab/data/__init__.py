@@ -17,8 +17,6 @@ from lab.config.schema import is_path
 from lab.errors import UserError, name_some, suggestion
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from lab.data.types import RawSplits, Split
 
 Numbers = tuple[float, ...]
@@ -175,6 +173,7 @@ def load_splits(
     from lab.data.fingerprint import fingerprint
     from lab.data.splits import AugmentedImages, channel_statistics
     from lab.data.transforms import SampleTransform
+    from lab.data.types import UnreadableImages
 
     raw = read_dataset(config, download)
     splits = _split(raw, config)
@@ -197,8 +196,10 @@ def load_splits(
     if normalization and len(normalization[0]) == sized["train"].images.shape[1]:
         mean, std = map(tuple, normalization)
     if mean is None or std is None:
-        counts = _cached_histogram(splits, sized["train"], num_workers)
-        mean, std = channel_statistics(sized["train"].images, counts)
+        try:
+            mean, std = channel_statistics(sized["train"].images, num_workers)
+        except UnreadableImages:
+            raise _unreadable_images(splits, num_workers) from None
     if augment:
         transform = SampleTransform(augment, config.image_size, mean, config.fit)
         images: Any = splits["train"].images
@@ -325,7 +326,8 @@ def _skip_unreadable(
     """
     import torch
 
-    from lab.data.decode import NUM_NAMED, FileImages
+    from lab.data.decode import FileImages
+    from lab.data.types import NUM_NAMED
 
     readable, skipped = {}, []
     for name, split in splits.items():
@@ -358,29 +360,17 @@ def _is_worth_caching(splits: Mapping[str, Split]) -> bool:
     return sum(len(split.labels) for split in splits.values()) >= cache.MIN_IMAGES
 
 
-def _cached_histogram(splits: dict[str, Split], train: Split, num_workers: int) -> Tensor | None:
-    """Return the histogram of training images in files; None if it is not worth caching.
+def _unreadable_images(splits: Mapping[str, Split], num_workers: int) -> UserError:
+    """Return the error that names all images of the splits that cannot be decoded."""
+    from lab.data.decode import FileImages
+    from lab.data.types import UnreadableImages
 
-    Raises `UnreadableImages` if images of the sample cannot be decoded, with those of all splits.
-    """
-    from torch import Tensor
-
-    from lab.data.decode import FileImages, UnreadableImages
-    from lab.data.splits import sample_positions
-
-    files = splits["train"].images
-    decoded = train.images if isinstance(train.images, Tensor) else None
-    if not isinstance(files, FileImages) or (decoded is not None and not _is_worth_caching(splits)):
-        return None
-    try:
-        return files.histogram(sample_positions(len(files)), num_workers, decoded)
-    except UnreadableImages as error:
-        reasons = dict(error.reasons)
-        for split in splits.values():
-            if isinstance(split.images, FileImages):
-                unreadable = split.images.unreadable(num_workers)
-                reasons |= {split.images.paths[i]: reason for i, reason in unreadable.items()}
-        raise UnreadableImages(reasons) from error
+    reasons: dict[str, str] = {}
+    for split in splits.values():
+        if isinstance(files := split.images, FileImages):
+            unreadable = files.unreadable(num_workers)
+            reasons |= {files.paths[i]: reason for i, reason in unreadable.items()}
+    return UnreadableImages(reasons)
 
 
 def _resize_and_decode(
@@ -396,8 +386,8 @@ def _resize_and_decode(
     With `lazy_train`, the training split is left to the loader. `use_cache` is whether to cache
     decoded images; None: if there are enough of them.
     """
-    from lab.data.decode import FileImages, UnreadableImages
     from lab.data.splits import in_memory, resize
+    from lab.data.types import UnreadableImages
 
     for name, split in splits.items():
         if len(split.labels) == 0:
@@ -415,14 +405,9 @@ def _resize_and_decode(
     if sum(math.prod(split.images.shape) for split in sized.values()) > memory:
         return decoded | sized
     use_cache = _is_worth_caching(sized) if use_cache is None else use_cache
-    reasons: dict[str, str] = {}
-    for name, split in sized.items():
-        try:
+    try:
+        for name, split in sized.items():
             decoded[name] = in_memory(split, num_workers, use_cache)
-        except UnreadableImages as error:  # one message names the files of all splits
-            reasons |= error.reasons
-    if reasons:
-        if lazy_train and isinstance(files := splits["train"].images, FileImages):
-            reasons |= {files.paths[i]: text for i, text in files.unreadable(num_workers).items()}
-        raise UnreadableImages(reasons)
+    except UnreadableImages:
+        raise _unreadable_images(splits, num_workers) from None
     return decoded

@@ -17,11 +17,10 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from lab.data import cache
-from lab.data.splits import histogram
 from lab.data.transforms import SampleTransform, square
-from lab.data.types import LazyImages
+from lab.data.types import LazyImages, UnreadableImages
 from lab.data.workers import BatchReader
-from lab.errors import UserError, name_some
+from lab.errors import UserError
 
 try:
     from torchvision.io import decode_jpeg
@@ -32,19 +31,6 @@ except ImportError:  # deprecated in torchvision 0.29; Pillow decodes these file
 # for example, starts Ghostscript.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
 MAX_PIXELS = 100_000_000  # a file of a few kB may claim billions of pixels
-NUM_NAMED = 20  # the most unreadable files that a message lists
-
-
-class UnreadableImages(UserError):
-    """Images that cannot be decoded; `reasons` maps each path to its error message."""
-
-    def __init__(self, reasons: Mapping[str, str]):
-        what, files = next(iter(reasons.values())), "the file"
-        if len(reasons) > 1:
-            names = name_some([*reasons], NUM_NAMED)
-            what, files = f"cannot read {len(reasons)} images: {names}", "these files"
-        super().__init__(what, f"Replace or delete {files}, or give --skip-unreadable")
-        self.args, self.reasons = (reasons,), reasons  # args: for unpickling
 
 
 @dataclass(frozen=True)
@@ -137,32 +123,6 @@ class FileImages(LazyImages):
         fill(images)
         return images
 
-    def histogram(self, index: Tensor, num_workers: int, decoded: Tensor | None = None) -> Tensor:
-        """Return how often each value occurs in the images at `index`, int64 [3, 256].
-
-        It is computed once per host and cached. `decoded` are all images, if they are in memory.
-        Raises `UnreadableImages`.
-        """
-
-        def count() -> list[list[int]]:
-            reasons: dict[str, str] = {}
-            total = torch.zeros(3, 256, dtype=torch.int64)
-            batches = self._batches(index, num_workers)
-            if decoded is not None:
-                for batch in batches:
-                    total += histogram(decoded[batch])
-                return total.tolist()
-            with in_workers(self._histogram, batches, num_workers) as results:
-                for counts, unreadable in results:
-                    total += counts
-                    reasons |= unreadable
-            if reasons:
-                raise UnreadableImages(reasons)
-            return total.tolist()
-
-        key = f"{self.select(index)._key()}-histogram"
-        return torch.tensor(cache.cached_json(key, count))
-
     def unreadable(self, num_workers: int) -> dict[int, str]:
         """Return the error message of each image that cannot be decoded, by position.
 
@@ -205,10 +165,6 @@ class FileImages(LazyImages):
             except UserError as error:
                 reasons[self.paths[i]] = error.what
         return images, reasons
-
-    def _histogram(self, index: Tensor) -> tuple[Tensor, dict[str, str]]:
-        images, reasons = self._decode(index)
-        return histogram(images), reasons
 
     def _reasons(self, index: Tensor) -> dict[str, str]:
         return self._decode(index)[1]

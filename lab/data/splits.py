@@ -211,16 +211,19 @@ def histogram(images: Tensor) -> Tensor:
 
 
 def channel_statistics(
-    images: Images, counts: Tensor | None = None
+    images: Images, num_workers: int = 0
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return (mean, std) of each channel, for pixels from 0 to 1.
 
-    `counts` is the histogram [C, 256] of the images at `sample_positions`, if it is known.
+    Images that are not in memory are decoded by `num_workers` processes. Raises
+    `UnreadableImages`.
     """
-    if counts is None:
-        counts = torch.zeros(images.shape[1], 256, dtype=torch.int64)
-        for index in sample_positions(images.shape[0]).split(1000):
+    counts = torch.zeros(images.shape[1], 256, dtype=torch.int64)
+    for index in sample_positions(images.shape[0]).split(1000):
+        if isinstance(images, Tensor):
             counts += histogram(images[index])
+        else:
+            counts += histogram(images.select(index).decode_all(num_workers))
     values = torch.arange(256, dtype=torch.float64) / 255
     share = counts.double() / counts.sum(1, keepdim=True)
     mean = share @ values

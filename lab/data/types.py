@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from lab.errors import UserError, name_some
+
+NUM_NAMED = 20  # the most unreadable files that a message lists
 
 
 class LazyImages(Protocol):
@@ -105,3 +109,15 @@ class Batch:
     part_sizes: tuple[int, ...] = ()
     # float32 [K]: weights of the classes in the loss, with a mean of 1 over the global batch.
     class_weights: Tensor | None = None
+
+
+class UnreadableImages(UserError):
+    """Images that cannot be decoded; `reasons` maps each path to its error message."""
+
+    def __init__(self, reasons: Mapping[str, str]):
+        what, files = next(iter(reasons.values())), "the file"
+        if len(reasons) > 1:
+            names = name_some([*reasons], NUM_NAMED)
+            what, files = f"cannot read {len(reasons)} images: {names}", "these files"
+        super().__init__(what, f"Replace or delete {files}, or give --skip-unreadable")
+        self.args, self.reasons = (reasons,), reasons  # args: for unpickling

@@ -3,21 +3,23 @@
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from lab.config.schema import TrainConfig
+from lab.cuda_graph import can_capture_steps
 from lab.engine.muon import Muon, muon_parameters
 
 
 def build_optimizer(
-    model: nn.Module, config: TrainConfig, capturable: bool = False
+    model: nn.Module, config: TrainConfig, accelerator: Accelerator | None = None
 ) -> torch.optim.Optimizer:
     """Return the optimizer of the parameters that are not frozen.
 
-    Unless `decay_biases` is set, weight decay leaves out parameters with one dimension. With
-    `capturable` the learning rates are tensors on the model's device, so that steps can be captured
-    as CUDA graphs.
+    Unless `decay_biases` is set, weight decay leaves out parameters with one dimension. If steps
+    are captured as CUDA graphs, learning rates are tensors on the model's device.
     """
+    capturable = accelerator is not None and can_capture_steps(accelerator, config)
     device = next(model.parameters()).device
     groups: list[dict[str, Any]] = []
     for scale, parameters in layer_scales(model, config.layer_decay).items():

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lab.checkpoint.train_state import TrainState
 from lab.config.schema import TrainConfig
-from lab.cuda_graph import CUDAGraphRunner
+from lab.cuda_graph import CUDAGraphRunner, can_capture_steps
 from lab.data.loaders import Loader
 from lab.data.sampler import derive_seed, shard
 from lab.data.types import Batch
@@ -77,17 +77,6 @@ def configure_model(model: nn.Module, config: TrainConfig, device: torch.device)
             raise UserError("--compile needs a C++ compiler", "Install one, or leave it out")
         model.compile()  # in place, so that the names of the weights stay those of the plain model
     return model
-
-
-def can_capture_steps(accelerator: Accelerator, config: TrainConfig) -> bool:
-    """Return whether training steps can be captured as CUDA graphs.
-
-    Capturing is impossible if the host reads the gradients. It is used on one GPU only: gloo's
-    collectives cannot be captured, and NCCL's were not tested.
-    """
-    reads_gradients = accelerator.scaler is not None or config.on_nonfinite == "skip"
-    one_gpu = accelerator.device.type == "cuda" and accelerator.num_processes == 1
-    return config.cuda_graphs == "auto" and one_gpu and not reads_gradients
 
 
 @dataclass

@@ -12,14 +12,13 @@ from typing import Any
 
 from lab import console
 from lab.checkpoint.atomic_io import os_errors_as_user_errors, write_atomically
-from lab.config.schema import option
+from lab.config.schema import DEBUG, option
 from lab.errors import UserError
 from lab.report.markdown import table
 from lab.report.run_reader import RunResult, read_run
 
 NUM_RESAMPLES = 10_000  # of the bootstrap
 COMPARISON_TABLE, COMPARISON_CSV = "comparison.md", "comparison.csv"
-COMPARISON_PLOT, COMPARISON_PAGE = "comparison.png", "compare.html"
 RECALL_TITLE = "Recall of each class"
 INTERVAL_NOTE = """\
 "vs. best" is the difference in accuracy to the best run on the same test split, with the 95 %
@@ -36,8 +35,8 @@ class CompareConfig:
     runs: tuple[str, ...] = option((), "what to compare",
         "directories of finished runs", positional=True, nargs="*")
     output: str = option("comparison", "what to write",
-        "directory for the table, the plot and the page", metavar="DIR")
-    debug: bool = option(False, "what to write", "show the traceback of an error")
+        "directory for the table", metavar="DIR")
+    debug: bool = DEBUG(group="what to write")
     # fmt: on
 
     def __post_init__(self) -> None:
@@ -141,14 +140,6 @@ def text(name: str, value: Any) -> str:
         return "{:+.4f} [{:+.4f}, {:+.4f}]".format(*value)
     formats = {"images/s": ",.0f", "seconds": ",.0f", "parameters": ",d", "MACs": ",d"}
     return f"{value:{formats.get(name, '.4f' if isinstance(value, float) else '')}}"
-
-
-def abbreviate(count: int) -> str:
-    """Format a count with three significant digits and a suffix: 14.9 M."""
-    for power, unit in (12, " T"), (9, " G"), (6, " M"), (3, " k"):
-        if count >= 0.9995 * 10**power:  # rounds up to the unit
-            return f"{count / 10**power:#.3g}".rstrip(".") + unit
-    return str(count)
 
 
 def write(directory: Path, runs: Sequence[RunResult], rows: Sequence[dict[str, Any]]) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image, PngImagePlugin
+from PIL import Image
 from torch import Tensor, nn
 
 from lab.checkpoint import weights as weights_module
@@ -34,7 +34,6 @@ BATCH_SIZE = 8
 COLOR_MAP = "turbo"
 MAX_OPACITY = 0.6  # of the color at the peak of a heat map
 MIN_SIDE = 224  # pixels of an overlay in a file; smaller images are enlarged
-SOFTWARE = "lab predict.py --explain"  # in the metadata of the overlays, to recognize them
 
 
 class GradCam:
@@ -149,8 +148,8 @@ class OverlayWriter:
 
     All processes create one, and each writes the overlays of its own images. Below the directory,
     the files have the paths of the images relative to their common directory, with `.png` appended,
-    so that no two images have the same one. Raises `UserError` if a file would be replaced that is
-    not such an overlay.
+    so that no two images have the same one. Raises `UserError` unless the directory is empty or
+    missing.
     """
 
     def __init__(
@@ -172,46 +171,20 @@ class OverlayWriter:
 
 
 def _write_png(file: Path, pixels: np.ndarray) -> None:
-    text = PngImagePlugin.PngInfo()
-    text.add_text("Software", SOFTWARE)
-    picture = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
     with os_errors_as_user_errors(file):
         file.parent.mkdir(parents=True, exist_ok=True)
     content = io.BytesIO()
-    picture.save(content, "PNG", pnginfo=text)
+    Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0))).save(content, "PNG")
     write_atomically(file, content.getvalue())
 
 
 def overlay_files(directory: str, paths: Sequence[str]) -> list[Path]:
     """Return the file of the overlay of each path; see `OverlayWriter`.
 
-    Raises `UserError` if the directory contains images to explain, or other files of these names.
+    Raises `UserError` unless the directory is empty or missing, so that no file is replaced.
     """
-    root = os.path.realpath(directory)
-    sources = [os.path.realpath(path) for path in paths]
-    if os.path.exists(root) and not os.path.isdir(root):
-        raise UserError(f"invalid --explain {directory}: it is a file", "Give a directory")
-    for path, source in zip(paths, sources, strict=True):
-        if source.startswith(os.path.join(root, "")):
-            raise UserError(
-                f"invalid --explain {directory}: it contains the image {path}",
-                "Give a directory that contains none of the images",
-            )
+    if os.path.exists(directory) and not (os.path.isdir(directory) and not os.listdir(directory)):
+        raise UserError(f"invalid --explain {directory}: it exists", "Give a new directory")
     absolute = [os.path.abspath(path) for path in paths]
     common = os.path.commonpath([os.path.dirname(path) for path in absolute]) if paths else ""
-    files = [Path(directory, os.path.relpath(path, common) + ".png") for path in absolute]
-    for file in files:
-        if os.path.lexists(file) and not _is_overlay(file):
-            raise UserError(
-                f"--explain would replace {file}, which is not an overlay",
-                "Give another directory",
-            )
-    return files
-
-
-def _is_overlay(file: Path) -> bool:
-    try:
-        with Image.open(file, formats=("PNG",)) as image:
-            return image.info.get("Software") == SOFTWARE
-    except (OSError, SyntaxError):  # not a PNG
-        return False
+    return [Path(directory, os.path.relpath(path, common) + ".png") for path in absolute]

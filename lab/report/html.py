@@ -1,15 +1,12 @@
-"""Write the HTML page of a run, a comparison or a data check; it loads no other file or URL."""
+"""Write the HTML page of a run or a data check; it loads no other file or URL."""
 
 from __future__ import annotations
 
 import base64
 import dataclasses
 import io
-import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
 
 from lab import console
 from lab.checkpoint.atomic_io import write_atomically
@@ -18,7 +15,7 @@ from lab.config.recipes import resolve
 from lab.config.schema import OUTPUT, TrainConfig, dataset_title
 from lab.data import TITLES
 from lab.errors import UserError
-from lab.report import compare, plots
+from lab.report import plots
 from lab.report.run_reader import RunResult, read_run
 
 if TYPE_CHECKING:
@@ -26,8 +23,6 @@ if TYPE_CHECKING:
 
     from lab.data.checks import DataCheck
 
-MAX_HEADING_LENGTH = 24  # characters of a run's name above a column
-MAX_NARROW_NAME_LENGTH = 11  # characters of a class name on a narrow screen
 MAX_MATRIX_CLASSES = 120  # with more classes, the page has no confusion matrix
 NUM_TOP = 3  # classes whose probabilities are listed beside a mistake
 NUM_CONFUSIONS = 20  # that are listed
@@ -37,8 +32,6 @@ MAX_PNG_SIDE = 32  # pixels; larger images are embedded as JPEG, at a quarter of
 ENVIRONMENT = {"device": "device", "device_name": "device name", "world_size": "processes",
                "precision": "precision", "threads": "CPU threads", "parameters": "parameters",
                "macs": "MACs per image", "commit": "commit of lab"}  # fmt: skip
-TEXT_COLUMNS = ("model", "dataset", "selected on")  # of a comparison
-COUNT_COLUMNS = ("parameters", "MACs")  # which are abbreviated
 
 
 def write(path: Path) -> Path:
@@ -49,34 +42,6 @@ def write(path: Path) -> Path:
     run = read_run(path)
     _write_page(path / PAGE, "report.html", _run_context(run))
     return path / PAGE
-
-
-def write_comparison(
-    directory: Path, runs: Sequence[RunResult], rows: Sequence[dict[str, Any]]
-) -> None:
-    """Write compare.html with `lab.report.compare.rows` and links to the pages of the runs."""
-    table = []
-    for row in rows:
-        page = Path(row["run"]) / PAGE
-        relative = Path(os.path.relpath(page, directory)).as_posix()
-        table.append(
-            {
-                "run": row["run"],
-                "link": quote(os.fsencode(relative)) if page.is_file() else None,
-                "cells": [_cell(name, value) for name, value in row.items() if name != "run"],
-            }
-        )
-    groups = compare.group_by_classes(runs)
-    plot = directory / compare.COMPARISON_PLOT
-    context = {
-        "heads": [(name, name in TEXT_COLUMNS) for name in rows[0] if name != "run"],
-        "table": table,
-        "interval_note": compare.INTERVAL_NOTE,
-        "plot": _data_uri(plot.read_bytes(), "png") if plot.is_file() else None,
-        "recall_title": compare.RECALL_TITLE,
-        "groups": [(_names(group[0]), list(map(_recalls, group))) for group in groups],
-    }
-    _write_page(directory / compare.COMPARISON_PAGE, "comparison.html", context)
 
 
 def write_check(path: Path, directory: str, found: DataCheck) -> None:
@@ -96,33 +61,8 @@ def write_check(path: Path, directory: str, found: DataCheck) -> None:
     _write_page(path, "check.html", context)
 
 
-def _cell(name: str, value: Any) -> dict[str, Any]:
-    """Return the text of a cell, the small text below it, its title and the number to sort by."""
-    exact = text = compare.text(name, value)
-    number = value[0] if isinstance(value, tuple) else value
-    if name in COUNT_COLUMNS and value is not None:
-        text = compare.abbreviate(value)
-    text, _, below = text.partition(" [") if name == "vs. best" else (text, "", "")
-    return {
-        "text": text,
-        "below": "[" + below if below else "",
-        "title": exact if text != exact and not below else "",
-        "number": number if isinstance(number, (int, float)) else None,
-        "is_text": name in TEXT_COLUMNS,
-    }
-
-
 def _names(run: RunResult) -> list[str]:
     return [name or "(no name)" for name in run.report["class_names"]]
-
-
-def _recalls(run: RunResult) -> tuple[str, str, list[float]]:
-    name = str(run.path)
-    return (
-        name,
-        plots.short(name, MAX_HEADING_LENGTH),
-        [row["recall"] for row in run.report["per_class"]],
-    )
 
 
 def _write_page(path: Path, template: str, context: dict[str, Any]) -> None:
@@ -166,12 +106,7 @@ def _run_context(run: RunResult) -> dict[str, Any]:
         "environment": [(ENVIRONMENT[k], config[k]) for k in ENVIRONMENT if config.get(k)],
         "versions": config["versions"],
         "names": names,
-        "short_names": [
-            tuple(
-                plots.short(name, n) for n in (plots.MAX_LONG_NAME_LENGTH, MAX_NARROW_NAME_LENGTH)
-            )
-            for name in names
-        ],
+        "short_names": [plots.short(name, plots.MAX_LONG_NAME_LENGTH) for name in names],
         "matrix": matrix if len(names) <= MAX_MATRIX_CLASSES else None,
         "confusions": run.confusions(NUM_CONFUSIONS),
         "num_mistakes": report["num_samples"] - sum(row[i] for i, row in enumerate(matrix)),

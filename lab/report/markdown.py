@@ -24,7 +24,5 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def code(text: str, language: str) -> str:
-    """Return a fenced code block; the fence is longer than any row of backticks in `text`."""
-    longest = max((len(run) for run in re.findall("`+", text)), default=0)
-    fence = "`" * max(3, longest + 1)
-    return f"{fence}{language}\n{text}\n{fence}"
+    """Return a fenced code block; `text` contains no fence."""
+    return f"```{language}\n{text}\n```"

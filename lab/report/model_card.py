@@ -4,16 +4,13 @@ The card gives no license: whoever publishes the weights has to choose one that 
 dataset allow.
 """
 
-import shlex
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from lab.checkpoint.atomic_io import write_atomically
-from lab.checkpoint.run_dir import BEST, CARD, PLOTS, RunDir
-from lab.config.recipes import resolve
-from lab.config.schema import TrainConfig, flag, is_path
+from lab.checkpoint.run_dir import BEST, CARD, CONFIG, PLOTS, RunDir
+from lab.config.schema import TrainConfig, is_path
 from lab.errors import UserError
 from lab.report.markdown import code, escaped, table
 from lab.report.run_reader import RunResult, read_run
@@ -28,11 +25,6 @@ HUB_DATASETS = {
 LISTED_SETTINGS = ("recipe", "epochs", "max_steps", "batch_size", "optimizer", "lr", "schedule",
                    "weight_decay", "dropout", "label_smoothing", "max_grad_norm", "ema_decay",
                    "augment", "init", "freeze", "monitor", "seed")  # fmt: skip
-# Settings that do not change the result, or that `command` handles itself.
-OMITTED = ("model", "dataset", "recipe", "data_dir", "init_checkpoint", "workers", "threads",
-           "loader", "timeout_seconds", "max_hours", "resume", "checkpoint_every",
-           "keep_checkpoints", "final_checkpoints", "output_dir", "name", "overwrite", "log_every",
-           "tracker", "push_to_hub", "hub_images", "hub_public", "quiet", "debug")  # fmt: skip
 CONFUSION_PLOT = f"{PLOTS}/confusion_matrix.png"
 USAGE = """\
 python evaluate.py best.safetensors            # evaluate on the test split again
@@ -147,7 +139,7 @@ def _body(title: str, config: TrainConfig, run: RunResult) -> str:
         else "",
         "## Training",
         _origin(config),
-        code(command(config), "sh"),
+        code(_command(config), "sh"),
         f"Training took {run.seconds:,.0f} seconds on {escaped(hardware)}. On other hardware or "
         "with other versions, the last digits of the results may differ.",
         table(("setting", "value"), ((escaped(k), escaped(v)) for k, v in listed.items())),
@@ -192,29 +184,14 @@ def _origin(config: TrainConfig) -> str:
     if config.freeze == "backbone":
         text += " Only the classifier was trained."
     folder = " (IMAGES is the directory of images)" if is_path(config.dataset) else ""
-    return f"{text} To train the model again{folder}:"
+    return f"{text} To train the model again with the settings in {CONFIG}{folder}:"
 
 
-def command(config: TrainConfig) -> str:
-    """Return the command that trains the model again: the settings that differ from the recipe.
-
-    Placeholders replace the paths of this machine.
-    """
-    base = {name: getattr(config, name) for name in ("model", "dataset", "recipe", "epochs")}
-    arguments = ["python", "train.py"]
-    for name, value in base.items():
-        is_images = name == "dataset" and is_path(value)
-        arguments += [flag(name), "IMAGES" if is_images else str(value)]
-    arguments += ["--init-checkpoint", "WEIGHTS"] if config.init_checkpoint else []
-    recipe = asdict(resolve(base))
-    for name, value in asdict(config).items():
-        if name in OMITTED or value == recipe[name]:
-            continue
-        if isinstance(value, bool):
-            arguments.append(flag(name) if value else flag(f"no_{name}"))
-        else:
-            arguments += [flag(name), str(value)]
-    return shlex.join(arguments)
+def _command(config: TrainConfig) -> str:
+    """Return the command that trains the model again; placeholders replace paths."""
+    command = f"python train.py --config {CONFIG}"
+    command += " --dataset IMAGES" if is_path(config.dataset) else ""
+    return command + (" --init-checkpoint WEIGHTS" if config.init_checkpoint else "")
 
 
 def _limits(config: TrainConfig, report: Mapping[str, Any]) -> str:

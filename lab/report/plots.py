@@ -1,12 +1,10 @@
-"""Draw the plots of a run, and the plot of a comparison of runs."""
+"""Draw the plots of a run."""
 
 from __future__ import annotations
 
 import io
-import itertools
 import math
 import warnings
-from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -329,98 +327,3 @@ def short(name: str, width: int = MAX_NAME_LENGTH) -> str:
     if len(name) > width:
         name = name[: width // 2] + "…" + name[len(name) - (width - 1) // 2 :]
     return name or "(no name)"
-
-
-COSTS = {"MACs": "MACs per image", "seconds": "training time, seconds"}
-MARKERS = "osD^vP*"
-MAX_TICKS = 8
-LABEL_HEIGHTS = (4, -12, 16, -24, 28, -36, 40, -48)  # of labels above their points, in points
-
-
-def accuracy_over_cost(rows: Sequence[dict[str, Any]]) -> Figure:
-    """Plot test accuracy over MACs and over training time of `lab.report.compare.rows`."""
-    figure = new_figure(11, 4.5)
-    datasets = sorted({row["dataset"] for row in rows})
-    for axes, (key, label) in zip(figure.subplots(1, 2), COSTS.items(), strict=True):
-        for number, dataset in enumerate(datasets):
-            points = [row for row in rows if row["dataset"] == dataset and row[key]]
-            xs, ys = [row[key] for row in points], [row["accuracy"] for row in points]
-            axes.scatter(xs, ys, color=COLORS[number % len(COLORS)], label=short(dataset, 30),
-                         marker=MARKERS[number % len(MARKERS)], zorder=3)  # fmt: skip
-        axes.set(xlabel=label, ylabel="test accuracy", xscale="log")
-        axes.margins(0.15)
-        low, high = axes.get_xlim()
-        positions = ticks(low, high)
-        axes.set_xticks(positions, [format_number(value) for value in positions])
-        axes.set_xticks([], minor=True)
-        axes.set_xlim(low, high)
-        axes.grid()
-    handles = figure.axes[0].get_legend_handles_labels()
-    figure.legend(*handles, title="dataset", loc="outside right upper")
-    figure.draw_without_rendering()  # the layout is known from here on
-    for axes, key in zip(figure.axes, COSTS, strict=True):
-        labels = zip(rows, point_labels(rows), strict=True)
-        _place_labels(axes, [(row[key], row["accuracy"], name) for row, name in labels if row[key]])
-    return figure
-
-
-def point_labels(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Return the label of each run: its model, or its name if that model occurs several times."""
-    num_models = Counter((row["dataset"], row["model"]) for row in rows)
-    num_names = Counter(Path(row["run"]).name for row in rows)
-    labels = []
-    for row in rows:
-        name = Path(row["run"]).name
-        run = name if num_names[name] == 1 and name else row["run"]
-        labels.append(row["model"] if num_models[row["dataset"], row["model"]] == 1 else run)
-    return labels
-
-
-def ticks(low: float, high: float) -> list[float]:
-    """Return the ticks of a logarithmic axis: 2 to MAX_TICKS round numbers within its limits."""
-    from matplotlib.ticker import MaxNLocator
-
-    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    for steps in (1, 2, 5), (1,):
-        values = [step * 10.0**decade for decade in decades for step in steps]
-        values = [value for value in values if low <= value <= high]
-        if len(values) <= MAX_TICKS:
-            break
-    if len(values) < 3:  # less than a decade
-        values = list(map(float, MaxNLocator(6, steps=(1, 2, 5, 10)).tick_values(low, high)))
-        values = [value for value in values if low <= value <= high]
-    return values[:: -(-len(values) // MAX_TICKS)]
-
-
-def format_number(value: float) -> str:
-    """Format the number of a tick: 0.5, 20, 3,000, 1.5 M."""
-    for power, unit in (12, " T"), (9, " G"), (6, " M"):
-        if value >= 10**power:
-            return f"{value / 10**power:,.6g}{unit}"
-    return f"{value:,.6g}"
-
-
-def _place_labels(axes: Axes, points: Sequence[tuple[float, float, str]]) -> None:
-    """Write labels beside points (x, y, label) without overlaps; omit those without room."""
-    from matplotlib.text import Text
-    from matplotlib.transforms import Bbox
-
-    pixels = [axes.transData.transform((x, y)) for x, y, _ in points]
-    occupied = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in pixels]
-    room = axes.get_window_extent()
-    sides = ((5, "left"), (-5, "right"))
-    for x, y, label in points:
-        text = axes.annotate(
-            short(label, 30), (x, y), xytext=(0, 0), textcoords="offset points", fontsize=8,
-            parse_math=False, in_layout=False, zorder=2,
-            arrowprops={"arrowstyle": "-", "color": "#888888", "lw": 0.5, "shrinkB": 3},
-        )  # fmt: skip
-        for height, (offset, align) in itertools.product(LABEL_HEIGHTS, sides):
-            text.set(position=(offset, height), horizontalalignment=align)
-            text.get_window_extent()  # updates the position; the box includes the line to the point
-            box = Text.get_window_extent(text)  # of the text alone
-            if box.x0 >= room.x0 and box.x1 <= room.x1 and not box.count_overlaps(occupied):
-                occupied.append(box)
-                break
-        else:
-            text.remove()

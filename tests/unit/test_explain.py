@@ -82,24 +82,19 @@ def test_an_overlay_colors_only_what_the_heat_map_marks():
     assert (colored[:, 16:, :16] == 77).all()
 
 
-def test_overlays_keep_the_directories_of_images_and_replace_nothing_else(tmp_path, tiny):
+def test_overlays_keep_the_directories_of_images_and_replace_nothing(tmp_path, tiny):
+    out = tmp_path / "out"
     paths = [str(tmp_path / "in" / name) for name in ("a/1.png", "b/1.png", "b/1.jpg")]
-    writer = explain.OverlayWriter(str(tmp_path / "out"), paths, tiny, METADATA)
-    for _ in range(2):  # an overlay is replaced
-        writer([2, 0, 1], torch.zeros(3, 1, 8, 8).byte(), torch.ones(3).long())
-        explain.overlay_files(str(tmp_path / "out"), paths)
-    files = [tmp_path / "out" / name for name in ("a/1.png.png", "b/1.jpg.png", "b/1.png.png")]
+    writer = explain.OverlayWriter(str(out), paths, tiny, METADATA)
+    writer([2, 0, 1], torch.zeros(3, 1, 8, 8).byte(), torch.ones(3).long())
+    files = [out / name for name in ("a/1.png.png", "b/1.jpg.png", "b/1.png.png")]
     assert sorted(p for p in tmp_path.rglob("*") if p.is_file()) == files
     for file in files:
         with Image.open(file) as picture:
             assert (picture.size, picture.mode) == ((224, 224), "RGB")
-    Image.new("L", (3, 3)).save(files[0])
-    with pytest.raises(UserError, match=r"would replace .*1\.png\.png, which is not an overlay"):
-        explain.overlay_files(str(tmp_path / "out"), paths)
-    with pytest.raises(UserError, match="it is a file"):
-        explain.overlay_files(str(files[1]), paths)
-    with pytest.raises(UserError, match="it contains the image"):
-        explain.overlay_files(str(tmp_path / "in"), paths)
+    for directory in (out, files[0]):
+        with pytest.raises(UserError, match=r"it exists. Give a new directory"):
+            explain.overlay_files(str(directory), paths)
 
 
 def test_p7_without_captum_or_a_feature_map(tiny, monkeypatch):

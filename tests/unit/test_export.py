@@ -95,7 +95,7 @@ def test_the_documented_code_gives_the_same_classes_as_lab(
 @pytest.mark.parametrize("kind", FORMATS)
 def test_an_exported_file_repeats_the_runs_predictions(exported, digits, kind):
     images, expected = digits
-    run = exporting.load((exported / FORMATS[kind]).read_bytes(), kind, half=False)
+    run = exporting.load((exported / FORMATS[kind]).read_bytes(), kind)
     assert run(images).argmax(1).tolist() == expected.tolist()
 
 
@@ -136,17 +136,14 @@ def test_the_graph_is_of_plain_operators_and_its_batch_has_a_name(exported):
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_one_image_of_probabilities_in_half_precision(finished, digits, tmp_path, capsys, kind):
+def test_one_image_of_probabilities(finished, digits, tmp_path, capsys, kind):
     path = tmp_path / "model"
-    call(finished, "--format", kind, "--half", "--softmax", "--output", path)
-    content = path.read_bytes()
-    run = exporting.load(content, kind, half=True)
+    call(finished, "--format", kind, "--softmax", "--output", path)
+    run = exporting.load(path.read_bytes(), kind)
     found = torch.cat([run(digits[0][i : i + 1]) for i in range(20)])
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.sum(1), torch.ones(20))
     assert found.argmax(1).tolist() == list(digits[1][:20])
-    whole = {"onnx": 300_000, "torch-export": 360_000}[kind]  # of float32
-    assert len(content) < 0.75 * whole
     with pytest.raises(Exception, match=r"(?i)expected|invalid"):  # of either library
         run(digits[0][:2])
     [difference, bound] = re.search(
@@ -188,28 +185,27 @@ def test_other_networks(model, size):
     for parameter in built_model.parameters():
         if len(parameter) == 3:  # heads may begin with zeros
             torch.nn.init.normal_(parameter)
-    description = exporting.describe(metadata, dynamic_batch=True, half=False, softmax=False)
+    description = exporting.describe(metadata, dynamic_batch=True, softmax=False)
     content = exporting.pack(built_model, metadata, "torch-export", description)
-    run = exporting.load(content, "torch-export", half=False)
+    run = exporting.load(content, "torch-export")
     plain = BatchTransform(metadata["mean"], metadata["std"], (), "cpu")
     difference, bound = exporting.largest_difference(run, description, built_model, plain, (1, 3))
     assert difference < bound
 
 
-@pytest.mark.parametrize("half", [[], ["--half"]])
-def test_a_file_that_computes_something_else_is_not_kept(fails, finished, monkeypatch, half):
+def test_a_file_that_computes_something_else_is_not_kept(fails, finished, monkeypatch):
     pack = exporting.pack
 
     def without_mean(model, metadata, kind, description):
         return pack(model, metadata | {"mean": [0.0]}, kind, description)
 
     monkeypatch.setattr(exporting, "pack", without_mean)
-    words = (finished, "--format", "torch-export", "--output", "x.pt2", *half)
+    words = (finished, "--format", "torch-export", "--output", "x.pt2")
     message = fails(export, *words)
     assert re.match(
         r"the outputs of the exported file differ by \S+, more than \S+, from those", message
     )
-    assert message.endswith("Leave out --half." if half else "Try the other --format.")
+    assert message.endswith("Try the other --format.")
 
 
 def test_an_output_that_is_no_number_is_infinitely_far_off():
@@ -231,14 +227,6 @@ def test_p7_a_missing_extra_is_named(fails, finished, monkeypatch):
     )
 
 
-def test_p7_a_network_too_large_for_onnx_is_refused(fails, finished, monkeypatch):
-    monkeypatch.setattr(exporting, "MAX_ONNX_BYTES", 1000)
-    message = fails(export, finished)
-    assert message.startswith(
-        "these weights take 0.0 GB, and an ONNX file holds at most 2 GB. Give --half"
-    )
-
-
 def test_p7_a_network_that_cannot_be_exported_is_named(fails, finished, monkeypatch):
     def branches(model, images):
         return images.float() if images.sum() > 0 else images
@@ -246,7 +234,7 @@ def test_p7_a_network_that_cannot_be_exported_is_named(fails, finished, monkeypa
     monkeypatch.setattr(exporting.ExportedModel, "forward", branches)
     message = fails(export, finished, "--format", "torch-export")
     assert message.startswith("lenet5 cannot be exported (")
-    assert message.endswith("). Try the other --format, or leave out --dynamic-batch or --half.")
+    assert message.endswith("). Try the other --format, or leave out --dynamic-batch.")
 
 
 @pytest.mark.parametrize(

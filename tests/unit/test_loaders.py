@@ -135,7 +135,7 @@ def test_p2_accumulation_parts_are_the_same_for_any_world(
     num_samples, batch_size, num_parts, world_size
 ):
     """And as many on every process, which so take part in the same collectives."""
-    batches, cuts = global_batches(num_samples, batch_size, 5, world_size, num_parts)
+    batches, _ = global_batches(num_samples, batch_size, 5, world_size, num_parts)
     alone, _ = global_batches(num_samples, batch_size, 5, 1, num_parts)
     whole = torch.arange(num_samples).split(batch_size)
     for parts, expected, samples in zip(batches, alone, whole, strict=True):

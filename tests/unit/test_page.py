@@ -5,8 +5,7 @@ import shutil
 import pytest
 from handmade import HOSTILE, make_run
 
-from lab.report import compare, html
-from lab.report.run_reader import read_run
+from lab.report import html
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs the package playwright")
 CHROMIUM = shutil.which("chromium")
@@ -37,10 +36,7 @@ def pages(tmp_path_factory):
     directory = tmp_path_factory.mktemp("runs")
     names = {"hostile": HOSTILE, "hundred": [f"class number {k}" for k in range(100)]}
     paths = {name: make_run(directory / name, names[name], num_test=1000) for name in names}
-    run_pages = {name: html.write(path) for name, path in paths.items()}
-    runs = [read_run(path) for path in paths.values()]
-    html.write_comparison(directory, runs, compare.rows(runs))
-    return run_pages | {"comparison": directory / compare.COMPARISON_PAGE}
+    return {name: html.write(path) for name, path in paths.items()}
 
 
 @pytest.fixture
@@ -140,7 +136,7 @@ def test_a_heading_sorts_its_column_by_click_and_by_keyboard(open_page):
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("name", ["hostile", "hundred", "comparison"])
+@pytest.mark.parametrize("name", ["hostile", "hundred"])
 def test_no_page_scrolls_sideways(open_page, name, width):
     page = open_page(name)
     page.set_viewport_size({"width": width, "height": 800})
@@ -149,29 +145,6 @@ def test_no_page_scrolls_sideways(open_page, name, width):
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     if name == "hundred":  # the matrix scrolls within the page
         assert page.evaluate("(m => m.scrollWidth > m.clientWidth)(matrix.parentElement)")
-
-
-def test_the_main_columns_are_visible_and_a_hint_shows_that_a_table_scrolls(open_page):
-    page = open_page("comparison")
-    box = page.locator(".scroll").first
-
-    def edges(selector):
-        """Return the left and right edges of an element in pixels of the window."""
-        box = page.locator(selector).first.bounding_box()
-        return box["x"], box["x"] + box["width"]
-
-    page.set_viewport_size({"width": 1200, "height": 800})
-    for heading in ("accuracy", "macro-F1", "vs. best", "selected on"):
-        assert edges(f".runs th:has-text('{heading}')")[1] <= edges(".scroll")[1]
-    page.set_viewport_size({"width": 390, "height": 800})
-    hint = box.locator(".hint")
-    playwright.expect(hint).to_be_visible()
-    box.evaluate("b => b.scrollLeft = b.scrollWidth")
-    assert edges(".runs tbody th")[0] == pytest.approx(edges(".scroll")[0], abs=1)  # the run's name
-    page.set_viewport_size({"width": 1200, "height": 800})
-    remove = "all => all.forEach(cell => cell.remove())"
-    page.locator(".runs :is(th, td):nth-child(n + 7)").evaluate_all(remove)
-    playwright.expect(hint).to_be_hidden()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -200,9 +173,3 @@ CONTRAST = """() => {
   return Object.fromEntries(["--ink", "--faint", "--accent"].map(name =>
     [name, Math.min(...["--page", "--card", "--mark"].map(b => ratio(light(name), light(b))))]));
 }"""
-
-
-def test_a_comparison_links_to_the_pages_of_its_runs(open_page, pages):
-    page = open_page("comparison")
-    links = page.locator("tbody a").evaluate_all("all => all.map(a => a.href)")
-    assert sorted(links) == sorted(pages[name].as_uri() for name in ("hostile", "hundred"))
