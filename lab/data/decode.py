@@ -56,8 +56,7 @@ class FileImages(LazyImages):
         Raises `UnreadableImages` with all of them that cannot be decoded.
         """
         images, reasons = self._decode(index)
-        if reasons:
-            raise UnreadableImages(reasons)
+        self._check(reasons)
         return images
 
     def augment(self, index: Tensor, transform: SampleTransform) -> Tensor:
@@ -71,9 +70,8 @@ class FileImages(LazyImages):
             try:
                 images.append(transform(decode(self.paths[i]), bits))
             except UserError as error:
-                reasons[self.paths[i]] = error.what
-        if reasons:
-            raise UnreadableImages(reasons)
+                reasons[i] = error.what
+        self._check(reasons)
         return torch.stack(images)
 
     def select(self, index: Tensor) -> FileImages:
@@ -100,22 +98,17 @@ class FileImages(LazyImages):
             use_cache = len(self) >= cache.MIN_IMAGES
 
         def fill(images: Tensor) -> None:
-            key = self._unreadable_key() if use_cache else ""
-            if key and (known := cache.load_json(key)):
-                # Another process may just have failed: check only the files of its error message.
-                reasons = self._reasons(torch.tensor([i for i, _ in known]))
-                if reasons:
-                    raise UnreadableImages(reasons)
-            reasons = {}
-            batches = self._batches(torch.arange(len(self)), num_workers)
+            if use_cache and (known := cache.load_json(self._unreadable_key())):
+                self[torch.tensor([i for i, _ in known])]  # another process may just have failed
+            batches = self._batches(num_workers)
+            reasons: dict[int, str] = {}
             with in_workers(self._decode, batches, num_workers) as results:
                 for index, (decoded, unreadable) in zip(batches, results, strict=True):
                     images[index[0] : index[-1] + 1] = decoded
                     reasons |= unreadable
-            if reasons:
-                if key:
-                    cache.store_json(key, self._by_position(reasons))
-                raise UnreadableImages(reasons)
+            if reasons and use_cache:
+                cache.store_json(self._unreadable_key(), [*reasons.items()])
+            self._check(reasons)
 
         if use_cache:
             return cache.cached(self._key(), self.shape, fill)
@@ -130,14 +123,10 @@ class FileImages(LazyImages):
         """
 
         def check() -> list[tuple[int, str]]:
-            batches = self._batches(torch.arange(len(self)), num_workers)
-            unreadable: dict[str, str] = {}
-            with in_workers(self._reasons, batches, num_workers) as results:
-                for reasons in results:
-                    unreadable |= reasons
-            return self._by_position(unreadable)
+            with in_workers(self._reasons, self._batches(num_workers), num_workers) as results:
+                return [item for reasons in results for item in reasons.items()]
 
-        return {int(i): reason for i, reason in cache.cached_json(self._unreadable_key(), check)}
+        return dict(cache.cached_json(self._unreadable_key(), check))
 
     def _key(self, change_time: bool = False) -> str:
         transform: Any = (self.size, self.fit, self.crop_pct)
@@ -147,26 +136,28 @@ class FileImages(LazyImages):
     def _unreadable_key(self) -> str:
         return f"{self._key(change_time=True)}-unreadable"
 
-    def _by_position(self, reasons: Mapping[str, str]) -> list[tuple[int, str]]:
-        return [(i, reasons[path]) for i, path in enumerate(self.paths) if path in reasons]
+    def _check(self, reasons: Mapping[int, str]) -> None:
+        """Raise `UnreadableImages` if there are images that cannot be decoded."""
+        if reasons:
+            raise UnreadableImages({self.paths[i]: reason for i, reason in reasons.items()})
 
-    def _batches(self, index: Tensor, num_workers: int) -> Sequence[Tensor]:
+    def _batches(self, num_workers: int) -> Sequence[Tensor]:
         # At most 1/2 MB each, as shared memory may be small, and enough batches for all workers.
-        num_images = min(2**19 // (3 * self.size**2), len(index) // (8 * max(1, num_workers)))
-        return index.split(max(1, num_images))
+        num_images = min(2**19 // (3 * self.size**2), len(self) // (8 * max(1, num_workers)))
+        return torch.arange(len(self)).split(max(1, num_images))
 
-    def _decode(self, index: Tensor) -> tuple[Tensor, dict[str, str]]:
-        """Return the images at `index`, and the errors of those that cannot be decoded, by path."""
+    def _decode(self, index: Tensor) -> tuple[Tensor, dict[int, str]]:
+        """Return the images at `index`, and the errors of those that cannot be decoded."""
         images = torch.zeros(len(index), *self.shape[1:], dtype=torch.uint8)
         reasons = {}
         for image, i in zip(images, index.tolist(), strict=True):
             try:
                 image.copy_(square(decode(self.paths[i]), self.size, self.fit, self.crop_pct))
             except UserError as error:
-                reasons[self.paths[i]] = error.what
+                reasons[i] = error.what
         return images, reasons
 
-    def _reasons(self, index: Tensor) -> dict[str, str]:
+    def _reasons(self, index: Tensor) -> dict[int, str]:
         return self._decode(index)[1]
 
 
