@@ -9,18 +9,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
-from lab.config.schema import TrainConfig
 from lab.errors import UserError
 
 # Calls before the capture, which select kernels, compile and allocate the optimizer state.
 NUM_WARMUP_CALLS = 3
 
 
-def can_capture_steps(accelerator: Accelerator, config: TrainConfig) -> bool:
-    """Return whether training steps can be captured as CUDA graphs.
+def can_capture_steps(accelerator: Any, config: Any) -> bool:
+    """Return whether training steps with a `TrainConfig` can be captured as CUDA graphs.
 
     Capturing is impossible if the host reads the gradients. It is used on one GPU only: gloo's
     collectives cannot be captured, and NCCL's were not tested.

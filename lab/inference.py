@@ -83,7 +83,7 @@ def find_images(arguments: Sequence[str]) -> tuple[list[str], list[ImagePredicti
             paths += filter(None, os.fsdecode(sys.stdin.buffer.read()).split("\n"))
         elif os.path.isdir(argument):
             paths += sorted(list_images(Path(argument), ignored, on_error))
-        elif _exists(argument):
+        elif os.path.exists(argument):
             paths.append(argument)
         else:
             raise UserError(f"there is no file {argument}", GIVE_IMAGES)
@@ -95,17 +95,6 @@ def find_images(arguments: Sequence[str]) -> tuple[list[str], list[ImagePredicti
     if not paths and not unreadable:
         raise UserError("there are no images to classify", GIVE_IMAGES)
     return paths, unreadable
-
-
-def _exists(path: str) -> bool:
-    """Return whether a file exists, or may exist in a directory that cannot be searched."""
-    try:
-        os.stat(path)
-    except PermissionError:
-        pass
-    except (OSError, ValueError):
-        return False
-    return True
 
 
 def eval_transform(metadata: Mapping[str, Any]) -> Callable[[Tensor], Tensor]:

@@ -25,13 +25,13 @@ def build_initial_model(
     """
     model = build_model(**architecture, init=config.init)
     if not resumed:
-        _load_init_weights(model, architecture, config)
-        _warn_of_few_steps(config, steps_per_epoch)
+        load_init_weights(model, architecture, config)
+        warn_of_few_steps(config, steps_per_epoch)
     freeze(model, architecture, config.freeze)
     return model
 
 
-def _load_init_weights(model: nn.Module, architecture: dict[str, Any], config: TrainConfig) -> None:
+def load_init_weights(model: nn.Module, architecture: dict[str, Any], config: TrainConfig) -> None:
     """Load the weights that --pretrained or --init-checkpoint names, if any, and print which."""
     if config.pretrained:
         from lab.models.pretrained import load_pretrained
@@ -64,7 +64,7 @@ def initial_normalization(
     return None
 
 
-def _warn_of_few_steps(config: TrainConfig, steps_per_epoch: int) -> None:
+def warn_of_few_steps(config: TrainConfig, steps_per_epoch: int) -> None:
     """Warn if a new run takes too few steps to learn much from random weights.
 
     A run with --max-steps is meant to be short.

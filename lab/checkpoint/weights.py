@@ -31,7 +31,6 @@ from lab.models import build_model, find_model
 # so equal weights would not give equal bytes.
 KEY = "lab"
 FORMAT = 1
-MAGIC_BYTES = 32  # the start of a file, which contains __metadata__ and KEY
 
 # The metadata that the scripts read, with their types in JSON.
 METADATA_TYPES = {
@@ -163,7 +162,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
     except (SafetensorError, OSError) as error:
         raise _damaged(path, error) from error
     if KEY not in header:
-        raise _foreign(path)
+        raise _damaged(path, ValueError("no metadata"))
     try:
         metadata = json.loads(header[KEY])
         check_types(metadata, {"format": int})
@@ -294,13 +293,6 @@ def check_channels(path: Path, expected: int, in_chans: int) -> None:
         )
 
 
-def _foreign(path: Path) -> UserError:
-    return UserError(
-        f"{path} is not a weights file of train.py",
-        "Give a run's directory or its best.safetensors",
-    )
-
-
 def _missing(path: Path) -> UserError:
     return UserError(f"there is no file {path}", "Give a run's directory or its best.safetensors")
 
@@ -313,15 +305,15 @@ def _unreadable(path: Path, error: OSError) -> UserError:
 
 
 def _damaged(path: Path, error: Exception) -> UserError:
-    """Return the error for a file that safetensors cannot read: unreadable, foreign or damaged."""
+    """Return the error for a file that safetensors cannot read."""
     try:  # safetensors reports every `OSError` as a missing file
-        with open(path, "rb") as file:
-            start = file.read(MAGIC_BYTES)
+        with open(path, "rb"):
+            pass
     except FileNotFoundError:
         return _missing(path)
     except OSError as os_error:
         return _unreadable(path, os_error)
-    # Damage to one of the two leaves the other. An empty file counts as damaged.
-    if len(start) > 8 and b"__metadata__" not in start and f'"{KEY}":'.encode() not in start:
-        return _foreign(path)
-    return UserError(f"{path} is damaged ({error})", "Train again, or give another file")
+    return UserError(
+        f"{path} is damaged, or is not a weights file of train.py ({error})",
+        "Give a run's directory or its best.safetensors",
+    )

@@ -138,7 +138,7 @@ def test_predict_and_export_use_the_temperature(calibrated, tmp_path):
     expected = load_file(path / "evaluate-test" / "predictions.safetensors")["probabilities"]
     found = lab.predict(images, (model, metadata)).probabilities
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
-    exported = export.ExportedModel(model, metadata, torch.float32, softmax=True).eval()
+    exported = export.ExportedModel(model, metadata, softmax=True).eval()
     with torch.no_grad():
         torch.testing.assert_close(exported(images), expected, atol=1e-5, rtol=0)
     assert (

@@ -111,9 +111,12 @@ def test_tensorboard_shows_the_settings(tmp_path):
     assert b"| lr | 0\\.1 |" in event.tensor_proto.string_val[0]
 
 
+STEP = {"step": 3, "epoch": 1, "loss": 0.5, "learning_rate": 0.1}
+
+
 def make_run(tmp_path, **settings):
     run = RunDir(tmp_path)
-    run.add_steps({"step": 3, "epoch": 1, "loss": 0.5, "learning_rate": 0.1})
+    run.add_steps(STEP)
     return run, {"lr": 0.1, "versions": {"torch": "2"}, "selection_split": "validation", **settings}
 
 
@@ -121,6 +124,7 @@ def test_a_resumed_run_goes_on_with_the_same_log(tmp_path, told):
     run, settings = make_run(tmp_path, tracker="wandb")
     with Loggers(run, settings, 0) as loggers:
         loggers.step({"step": 1, "epoch": 1, "loss": None, "learning_rate": 0.1})  # skipped
+        run.add_steps(STEP)
         loggers.epoch({"epoch": 1, "val_loss": 2.0}, 3)
         loggers.finish()
     with Loggers(run, settings, 3) as loggers:
