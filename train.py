@@ -168,8 +168,8 @@ def train(run, config, checkpoint, start_time, download):
                 best_weights.save(train_step.eval_model, metadata, row)
             loggers.epoch(row, state.step)
             console.epoch_row(row, improved, splits.selection_split)
-            reached = config.max_steps and state.step >= config.max_steps
-            if checkpoints.after_epoch(state) or reached:
+            at_max_steps = config.max_steps and state.step >= config.max_steps
+            if checkpoints.after_epoch(state) or at_max_steps:
                 break
             if config.patience and state.epoch - best["epoch"] >= config.patience:
                 console.info(f"stopped: no better epoch in the last {config.patience}")

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -218,17 +219,18 @@ def inspect(images: FileImages, num_workers: int) -> list[list[Any]]:
     RGB pixels, in the EXIF orientation. Results are cached until a file changes.
     """
 
-    def inspect_batch(index: Tensor) -> list[list[Any]]:
-        return [_inspect(images.paths[i]) for i in index.tolist()]
-
     def compute() -> list[list[Any]]:
         size = max(1, min(64, len(images) // (8 * max(1, num_workers))))
         batches = torch.arange(len(images)).split(size)
-        with in_workers(inspect_batch, batches, num_workers) as results:
+        with in_workers(partial(_inspect_batch, images.paths), batches, num_workers) as results:
             return [record for batch in results for record in batch]
 
     key = cache.key_of(images.paths, images.file_stats(), 0, change_time=True)
     return cache.cached_json(f"{key}-checks", compute)
+
+
+def _inspect_batch(paths: Sequence[str], index: Tensor) -> list[list[Any]]:
+    return [_inspect(paths[i]) for i in index.tolist()]
 
 
 def _inspect(path: str) -> list[Any]:

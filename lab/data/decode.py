@@ -142,8 +142,8 @@ class FileImages(LazyImages):
             raise UnreadableImages({self.paths[i]: reason for i, reason in reasons.items()})
 
     def _batches(self, num_workers: int) -> Sequence[Tensor]:
-        # At most 1/2 MB each, as shared memory may be small, and enough batches for all workers.
-        num_images = min(2**19 // (3 * self.size**2), len(self) // (8 * max(1, num_workers)))
+        # At most 2 MB each, as they are sent between processes, and enough batches for all workers.
+        num_images = min(2**21 // (3 * self.size**2), len(self) // (8 * max(1, num_workers)))
         return torch.arange(len(self)).split(max(1, num_images))
 
     def _decode(self, index: Tensor) -> tuple[Tensor, dict[int, str]]:

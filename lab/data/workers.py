@@ -2,7 +2,7 @@
 
 PyTorch's DataLoader is not used: with it, a killed worker raises an exception in the middle of a
 training step, a batch that does not fit into shared memory is lost and waited for forever, and
-workers live until an iterator is garbage-collected.
+workers live until an iterator is garbage-collected. Here, batches are sent through pipes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from torch import Tensor
 
 from lab.errors import UserError
 
-BATCHES_PER_WORKER = 2  # read ahead; they are in shared memory
+BATCHES_PER_WORKER = 2  # read ahead
+POLL_SECONDS = 1  # interval of the checks that all workers are alive
 TIMEOUT_SECONDS = 300  # per batch
 EXIT_SECONDS = 5  # for workers to finish their batches when they are closed
 
@@ -52,8 +53,7 @@ class BatchReader:
     def read(self, batches: Iterable[Tensor]) -> Iterator[Any]:
         """Yield `function(indices)` for each of `batches`, int64 tensors.
 
-        Raises the `UserError` of the function, or one if a worker process is killed, hangs, or has
-        no shared memory.
+        Raises the `UserError` of the function, or one if a worker process is killed or hangs.
         """
         try:
             yield from (
@@ -78,35 +78,38 @@ class BatchReader:
                 if not pending:
                     complete = True
                     return
-                yield self._result(pending.popleft())
+                yield _convert(self._result(pool, pending.popleft()), np.ndarray, torch.from_numpy)
         except BrokenExecutor:
             raise self._worker_error(pool) from None
         finally:
             if not complete and pool is self._pool:
                 self.close()
 
-    def _result(self, future: Future[Any]) -> Any:
-        if not wait([future], TIMEOUT_SECONDS).done:
-            raise UserError(
-                f"no batch was read in {TIMEOUT_SECONDS} s",
-                "Check the disk with the images, or decrease --batch-size",
-            )
-        try:
-            return future.result()
-        except RuntimeError as error:
-            if "shared memory" not in str(error):
-                raise
-            raise UserError(
-                "shared memory is full",
-                "Start the container with more of it (docker run --shm-size 2g), or give "
-                + self.fallback,
-            ) from error
+    def _result(self, pool: ProcessPoolExecutor, future: Future[Any]) -> Any:
+        deadline = time.monotonic() + TIMEOUT_SECONDS
+        while not wait([future], POLL_SECONDS).done:
+            # The pool does not notice if a worker was killed while it sent a batch.
+            if any(process.exitcode for process in pool._processes.values()):
+                raise BrokenExecutor
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"no batch was read in {TIMEOUT_SECONDS} s",
+                    "Check the disk with the images, or decrease --batch-size",
+                )
+        return future.result()
 
     def _worker_error(self, pool: ProcessPoolExecutor) -> UserError:
-        """Return the error for a worker process that exited unexpectedly."""
-        for process in list(pool._processes.values()):
-            process.join(0.2)
-        code = next((p.exitcode for p in pool._processes.values() if p.exitcode), 1)
+        """Return the error for a worker process that exited unexpectedly, and end the others."""
+        processes, code = list(pool._processes.values()), None
+        deadline = time.monotonic() + EXIT_SECONDS
+        while code is None and time.monotonic() < deadline:  # it is set soon after the exit
+            time.sleep(0.01)
+            code = next((process.exitcode for process in processes if process.exitcode), None)
+        for process in processes:
+            process.kill()
+        # Or the pool would wait for the rest of a batch that was cut off.
+        pool._result_queue._writer.close()  # type: ignore[attr-defined]
+        code = 1 if code is None else code
         how = f"exit code {code}" if code > 0 else signal.Signals(-code).name
         hint = f"The system may be out of memory: decrease --workers, or give {self.fallback}"
         if code == -signal.SIGSEGV:
@@ -132,7 +135,17 @@ _function: Callable[[Tensor], Any]  # of a worker process
 
 
 def _call(indices: np.ndarray) -> Any:
-    return _function(torch.from_numpy(indices))
+    return _convert(_function(torch.from_numpy(indices)), Tensor, Tensor.numpy)
+
+
+def _convert(batch: Any, kind: type, function: Callable[[Any], Any]) -> Any:
+    """Return a batch, or a tuple of its parts, with all parts of one type converted.
+
+    Tensors are sent as arrays: PyTorch would use shared memory, of which containers have little.
+    """
+    if isinstance(batch, tuple):
+        return tuple(_convert(part, kind, function) for part in batch)
+    return function(batch) if isinstance(batch, kind) else batch
 
 
 def _init_worker(function: Callable[[Tensor], Any]) -> None:
