@@ -1,4 +1,4 @@
-"""P7: worker processes that are killed, hang or run out of shared memory end in one error line."""
+"""P7: worker processes that are killed or hang end in one error line."""
 
 import multiprocessing
 import os

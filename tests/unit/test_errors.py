@@ -173,7 +173,7 @@ def test_p7_train_refuses(fails, tmp_path, words, message):
         (PredictConfig, "RUN --top-k 1 -", {"images": ["-"]}),
         (CompareConfig, "A --output o B", {"runs": ["A", "B"], "output": "o"}),
         (EvalConfig, "--split val RUN --quiet", {"weights": "RUN", "split": "val", "quiet": True}),
-        (ExportConfig, "--half RUN --format onnx", {"weights": "RUN", "half": True}),
+        (ExportConfig, "--softmax RUN --format onnx", {"weights": "RUN", "softmax": True}),
     ],
 )
 def test_an_option_may_stand_anywhere(config, words, expected):
