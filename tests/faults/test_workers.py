@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import time
+from contextlib import suppress
 
 import psutil
 import pytest
@@ -197,7 +198,11 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_workers_end_when_the_main_process_is_killed():
-    ended = run(python("-c", ORPHANS), limit=60)  # returns when no process holds its output
+    ended = run(python("-c", ORPHANS), limit=60)
     assert ended.code == -signal.SIGKILL
+    deadline = time.monotonic() + 30
     for pid in map(int, ended.stdout.split()):
-        assert not psutil.pid_exists(pid)
+        with suppress(psutil.NoSuchProcess):
+            while psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
