@@ -142,7 +142,7 @@ def test_predict_and_export_use_the_temperature(calibrated, tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(exported(images), expected, atol=1e-5, rtol=0)
     assert (
-        export.describe(metadata, dynamic_batch=True, half=False, softmax=True)["temperature"]
+        export.describe(metadata, dynamic_batch=True, softmax=True)["temperature"]
         == (report["temperature"])
     )
 
