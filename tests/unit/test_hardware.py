@@ -49,14 +49,10 @@ UNLIMITED = 9223372036854771712  # what version 1 uses for "no limit"
 @pytest.mark.parametrize(
     ("groups", "files", "expected"),
     [
-        ("0::/", {}, HOST),
-        ("", {}, HOST),
         # A container: its own group is the root of what it sees.
         ("0::/", below(".", group(8 * GB, 3 * GB, 0)), 5 * GB),
         ("0::/", below(".", group(8 * GB, 3 * GB, 2 * GB)), 7 * GB),  # cached files can go
-        ("0::/", below(".", group(8 * GB, 9 * GB, 0)), 0),
         ("0::/", below(".", group("max", 3 * GB, 0)), HOST),
-        ("0::/", below(".", group(100 * GB, 3 * GB, 0)), HOST),
         # A step of a job: the limit may be that of any group around it.
         (
             "0::/slurm/job_7/step_0",
@@ -65,7 +61,6 @@ UNLIMITED = 9223372036854771712  # what version 1 uses for "no limit"
             | below("slurm", group(40 * GB, 10 * GB, 0)),
             10 * GB,
         ),
-        ("1:name=systemd:/x\n0::/x", below("unified/x", group(8 * GB, GB, 0)), 7 * GB),
         # Version 1.
         (
             "5:cpu,cpuacct:/x\n4:memory:/jobs/7\n0::/",
