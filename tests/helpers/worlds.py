@@ -1,6 +1,7 @@
 """Start real processes for the tests, single or as a world, and leave none behind.
 
     ended = run(torchrun(2, "train.py", "--dataset", "digits"), limit=200)
+    first, second = run_world(2, "train.py", "--dataset", "digits", limit=200)
     both = run_all([python("train.py"), python("train.py")], limit=200)  # at the same time
     with start(python("train.py")) as world:
         ...  # meanwhile
@@ -60,10 +61,10 @@ def python(*arguments: object) -> list[str]:
     return [sys.executable, *map(str, arguments)]
 
 
-def torchrun(num_processes: int, *arguments: object) -> list[str]:
+def torchrun(num_processes: int, *arguments: object, max_restarts: int = 0) -> list[str]:
     """Return the command that runs a script on `num_processes` processes, on any free port."""
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", num_processes)
-    return python(*launcher, *arguments)
+    return python(*launcher, "--max-restarts", max_restarts, *arguments)
 
 
 def accelerate(config: str, *arguments: object) -> list[str]:
@@ -77,6 +78,8 @@ def world_by_hand(num_processes: int) -> list[dict[str, str]]:
 
     So the exit code of each process is available, and no launcher kills the others.
     """
+    if num_processes == 1:
+        return [{}]
     port = free_port()
     return [
         {
