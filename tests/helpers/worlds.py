@@ -17,6 +17,7 @@ launcher, whose processes no test can fork, takes ten times as long.
 import contextlib
 import multiprocessing
 import os
+import random
 import runpy
 import socket
 import subprocess
@@ -95,10 +96,12 @@ def world_by_hand(num_processes: int) -> list[dict[str, str]]:
 
 
 def free_port() -> int:
-    """Return a free TCP port of this machine."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    """Return a free TCP port, of those that no outgoing connection gets before it is used."""
+    while True:
+        port = random.SystemRandom().randrange(10_000, 32_000)
+        with contextlib.suppress(OSError), socket.socket() as s:
+            s.bind(("127.0.0.1", port))
+            return port
 
 
 def run(command: Sequence[str], limit: float, env: Mapping[str, str] | None = None) -> Ended:
