@@ -10,8 +10,8 @@
 A limit in seconds only protects against hanging; it does not assert a speed.
 
 Importing PyTorch takes most of a short process's time. So a script is not started by a new
-interpreter, but in a fork of a server that has imported the libraries (and nothing of lab). A
-launcher, whose processes no test can fork, takes ten times as long.
+interpreter, but in a fork of a server that has imported the libraries, and nothing of lab. A
+launcher starts new interpreters: its world takes several times as long.
 """
 
 import contextlib
@@ -246,12 +246,12 @@ class World:
     def _members(self) -> list[psutil.Process]:
         """Return the processes with the mark, as torchrun's workers have their own sessions.
 
-        A fork does not have it, but it and its workers have a session.
+        A fork does not have it, but has a session with its workers soon after it started.
         """
         members = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error, OSError):
-                session = os.getsid(process.pid)
-                if session == self.process.pid or process.environ().get(MARK) == self.mark:
+                own = self.process.pid in (process.pid, os.getsid(process.pid))
+                if own or process.environ().get(MARK) == self.mark:
                     members.append(process)
         return members
