@@ -50,11 +50,7 @@ def rows_of(path: Path) -> list[dict]:
 @pytest.mark.parametrize(
     ("words", "count"),
     [
-        ([], 12),
-        (["--split", "val"], 5),
         (["--split", "train"], 43),
-        (["--split", "all"], 60),
-        (["--max-eval-samples", "7"], 7),
         (["--split", "all", "--max-eval-samples", "9"], 9),
         (["--loader", "streaming", "--workers", "0", "--tta", "flip"], 12),
     ],

@@ -2,14 +2,13 @@
 
 import json
 import shutil
-from functools import partial
 
 import pytest
 import torch
 from mistakes import tree
 from resuming import ALEXNET, LENET, SMALL, Killed, cut_off, read_lines, resume, same_end, start
 from safetensors import safe_open
-from worlds import python, run, run_all, torchrun
+from worlds import run_world
 
 import train
 from lab.checkpoint import run_dir, weights
@@ -18,34 +17,28 @@ from lab.distributed import has_native_bf16
 from lab.engine import evaluation
 from lab.errors import UserError
 
-# Options, and the steps after which the run is killed.
+# Options, and the step after which the run is killed.
 VARIANTS = {
-    "nesterov": (
-        [*LENET, "--optimizer", "nesterov", "--lr", "0.05", "--max-grad-norm", "1"],
-        (2, 9),
-    ),
-    "ema, accumulation": ([*LENET, "--ema-decay", "0.9", "--grad-accum-steps", "2"], (4, 9)),
-    "mixup": ([*LENET, "--augment", "crop,cutout,mixup,cutmix"], (3, 9)),
+    "nesterov": ([*LENET, "--optimizer", "nesterov", "--lr", "0.05", "--max-grad-norm", "1"], 2),
+    "ema, accumulation": ([*LENET, "--ema-decay", "0.9", "--grad-accum-steps", "2"], 4),
+    "mixup": ([*LENET, "--augment", "crop,cutout,mixup,cutmix"], 9),
     # Emulated bfloat16 takes minutes.
     "dropout, bfloat16": (
         [*ALEXNET, "--epochs", "1", *["--mixed-precision", "bf16"] * has_native_bf16("cpu")],
-        (3,),
+        3,
     ),
-    "muon": ([*LENET, "--optimizer", "muon"], (5,)),
+    "muon": ([*LENET, "--optimizer", "muon"], 5),
 }
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_p3_a_resumed_run_ends_with_the_same_bits(tmp_path, monkeypatch, variant):
-    words, steps = VARIANTS[variant]
+    words, step = VARIANTS[variant]
     start(tmp_path, *words, name="whole")
-    words = [*words, "--checkpoint-every", "2"]
-    for step in steps:
-        name = f"killed-{step}"
-        cut_off(monkeypatch, step, partial(start, tmp_path, *words, name=name))
-        torch.manual_seed(step)  # another random state, as in a new process
-        resume(tmp_path / name)
-        same_end(tmp_path / name, tmp_path / "whole")
+    cut_off(monkeypatch, step, lambda: start(tmp_path, *words, "--checkpoint-every", "2"))
+    torch.manual_seed(step)  # another random state, as in a new process
+    resume(tmp_path / "run")
+    same_end(tmp_path / "run", tmp_path / "whole")
 
 
 def test_p3_a_run_killed_again_and_again_ends_with_the_same_bits(tmp_path, monkeypatch, finished):
@@ -189,17 +182,14 @@ def test_resume_accepts_the_path_of_a_checkpoint(copied, finished):
     same_end(copied, finished)
 
 
-def test_a_finished_run_is_trained_for_more_epochs(copied):
-    resume(copied, "--epochs", "4")
-    assert [row["epoch"] for row in read_lines(copied / "history.jsonl")] == [1, 2, 3, 4]
-    assert json.loads((copied / "config.json").read_text())["epochs"] == 4
-
-
-def test_a_run_may_be_moved(copied, tmp_path):
+def test_a_finished_run_may_be_moved_and_trained_for_more_epochs(copied, tmp_path):
     moved = copied.rename(tmp_path / "elsewhere")
     resume(moved, "--epochs", "4")
+    assert [row["epoch"] for row in read_lines(moved / "history.jsonl")] == [1, 2, 3, 4]
     config = json.loads((moved / "config.json").read_text())
-    assert (config["output_dir"], config["name"]) == (str(tmp_path), "elsewhere")
+    assert (config["output_dir"], config["name"], config["epochs"]) == (
+        str(tmp_path), "elsewhere", 4,
+    )  # fmt: skip
 
 
 def test_auto_starts_a_run_and_resumes_it(tmp_path, capsys):
@@ -246,71 +236,47 @@ def order(folder):
     return steps
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_p3_stopped_on_two_processes_and_resumed_on_one_and_three(tmp_path):
-    words = [*LENET, "--output-dir", tmp_path]
-    check, results = "tests/helpers/checks_resume.py", {}
-    for name in ("whole", "first", "one", "three"):
-        (tmp_path / "logs" / name).mkdir(parents=True)
-
-    def command(launch, name, stop, *options):
-        return launch(check, tmp_path / "logs" / name, stop, 0, *options)
-
-    def two(*script):
-        return torchrun(2, *script)
-
-    def three(*script):
-        return torchrun(3, *script)
-
-    whole, first = run_all(
-        [command(python, "whole", 0, *words, "--name", "whole"),
-         command(two, "first", 6, *words, "--name", "first")],
-        limit=200,
-    )  # fmt: skip
+    check, words = "tests/helpers/checks_resume.py", [*LENET, "--output-dir", tmp_path]
+    logs = {name: tmp_path / "logs" / str(name) for name in ("whole", "first", 1, 3)}
+    for folder in logs.values():
+        folder.mkdir(parents=True)
+    [whole] = run_world(1, check, logs["whole"], 0, 0, *words, "--name", "whole", limit=200)
     assert whole.code == 0, whole.stderr
+    first, _ = run_world(2, check, logs["first"], 6, 0, *words, "--name", "first", limit=200)
     assert "stopped (SIGTERM) after step 6; resume with: python train.py --resume" in first.stderr
-    for name in ("one", "three"):
-        shutil.copytree(tmp_path / "first", tmp_path / name)
-        shutil.copytree(tmp_path / "logs/first", tmp_path / "logs" / name, dirs_exist_ok=True)
-    ended = run_all(
-        [command(python, "one", 0, "--resume", tmp_path / "one"),
-         command(three, "three", 0, "--resume", tmp_path / "three")],
-        limit=200,
-    )  # fmt: skip
-    assert [e.code for e in ended] == [0, 0], [e.stderr for e in ended]
-    expected = order(tmp_path / "logs" / "whole")
+    expected = order(logs["whole"])
     assert sorted(expected) == list(range(12))
-    losses = {n: [r["loss"] for r in read_lines(tmp_path / n / "steps.jsonl")]
-              for n in ("whole", "one", "three")}  # fmt: skip
-    for name in ("one", "three"):
-        assert order(tmp_path / "logs" / name) == expected
-        assert losses[name] == pytest.approx(losses["whole"], rel=1e-4)
-        results[name] = read_lines(tmp_path / name / "history.jsonl")
-        assert [row["epoch"] for row in results[name]] == [1, 2, 3]
-    whole_losses = [row["train_loss"] for row in read_lines(tmp_path / "whole" / "history.jsonl")]
-    for name in ("one", "three"):  # the interrupted epoch counts every sample once
-        train_losses = [row["train_loss"] for row in results[name]]
-        assert train_losses == pytest.approx(whole_losses, rel=1e-4)
+    losses = [row["loss"] for row in read_lines(tmp_path / "whole" / "steps.jsonl")]
+    history = read_lines(tmp_path / "whole" / "history.jsonl")
+    for size in (1, 3):
+        shutil.copytree(tmp_path / "first", tmp_path / str(size))
+        shutil.copytree(logs["first"], logs[size], dirs_exist_ok=True)
+        words = ("--resume", tmp_path / str(size))
+        for ended in run_world(size, check, logs[size], 0, 0, *words, limit=200):
+            assert ended.code == 0, ended.stderr
+        assert order(logs[size]) == expected
+        resumed = read_lines(tmp_path / str(size) / "steps.jsonl")
+        assert [row["loss"] for row in resumed] == pytest.approx(losses, rel=1e-4)
+        rows = read_lines(tmp_path / str(size) / "history.jsonl")
+        assert [row["epoch"] for row in rows] == [1, 2, 3]
+        for row, other in zip(rows, history, strict=True):  # every sample counts once
+            assert row["train_loss"] == pytest.approx(other["train_loss"], rel=1e-4)
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_p7_a_loss_that_is_not_finite_on_one_process(tmp_path):
     """It ends all processes with an error that names it; or all skip that step and count it."""
     words = [*LENET, "--output-dir", tmp_path, "--checkpoint-every", "2", "--keep-checkpoints", "9"]
-    check = "tests/helpers/checks_resume.py"
-    stopped = run(torchrun(2, check, tmp_path, 0, "1:6", *words, "--name", "stopped"), limit=200)
-    assert stopped.code != 0
-    [error] = stopped.errors
+    check = ("tests/helpers/checks_resume.py", tmp_path, 0, "1:6", *words)
+    ends = run_world(2, *check, "--name", "stopped", limit=200)
+    assert [ended.code for ended in ends] == [2, 2]
+    [error] = [error for ended in ends for error in ended.errors]
     assert error.startswith("error: the loss is nan at step 6 on process 1 (learning rate 0.002)")
     assert error.endswith(
         f"The last complete checkpoint of the run is {tmp_path}/stopped/checkpoints/step-00000004."
     )
-    assert stopped.left_behind == []
-    words += ["--on-nonfinite", "skip"]
-    skipped = run(torchrun(2, check, tmp_path, 0, "1:6", *words, "--name", "skipped"), limit=200)
-    assert skipped.code == 0, skipped.stderr
+    for ended in run_world(2, *check, "--on-nonfinite", "skip", "--name", "skipped", limit=200):
+        assert ended.code == 0, ended.stderr
     history = read_lines(tmp_path / "skipped" / "history.jsonl")
     assert [row["skipped_steps"] for row in history] == [0, 1, 0]
     logged = read_lines(tmp_path / "skipped" / "steps.jsonl")

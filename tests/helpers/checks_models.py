@@ -1,4 +1,4 @@
-"""Train several models on several processes; test_adapted.py compares the files that they write.
+"""Train a model with BatchNorm, then only its head, on several processes, for test_adapted.py.
 
     torchrun --standalone --nproc-per-node 2 tests/helpers/checks_models.py OUTPUT
 
@@ -20,12 +20,8 @@ from lab.errors import run_script
 # 25 samples in batches of 12: the last batch has one sample, so one process has none.
 COMMON = """--recipe smoke --dataset digits --max-train-samples 25 --batch-size 12
     --image-size 16 --epochs 1 --max-eval-samples 10 --threads 1 --mixed-precision no --quiet"""
-FROZEN = "mobilenet_v3_small, frozen"
-TRAININGS = {
-    "googlenet": "--model googlenet",
-    "mobilenet_v3_small": "--model mobilenet_v3_small",
-    FROZEN: "--model mobilenet_v3_small --freeze backbone",
-}
+MODEL, FROZEN = "mobilenet_v3_small", "mobilenet_v3_small, frozen"
+TRAININGS = {MODEL: f"--model {MODEL}", FROZEN: f"--model {MODEL} --freeze backbone"}
 
 
 def main() -> None:
@@ -48,7 +44,7 @@ def main() -> None:
     for name, options in TRAININGS.items():
         argv = [*COMMON.split(), *options.split(), "--output-dir", str(output), "--name", name]
         if name == FROZEN:
-            argv += ["--init-checkpoint", str(output / "mobilenet_v3_small")]
+            argv += ["--init-checkpoint", str(output / MODEL)]
         train.main(argv)
     rank = torch.distributed.get_rank()
     (output / f"{rank}.json").write_text(json.dumps(digests))

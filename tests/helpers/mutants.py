@@ -175,7 +175,7 @@ MUTANTS = (
         "lab/checkpoint/train_state.py",
         'if _sha256(tensors) != metadata["tensors_sha256"]:',
         "if False:",
-        "faults/test_damage.py::test_p3_a_damaged_checkpoint_is_replaced_by_the_one_before[tensors.safetensors-flipped]",
+        "faults/test_damage.py::test_p3_damage_to_a_checkpoint_is_noticed[tensors.safetensors-flipped]",
     ),
     Mutant(
         "P3: a resumed run ends with bit-identical weights",

@@ -1,16 +1,24 @@
 """Start real processes for the tests, single or as a world, and leave none behind.
 
     ended = run(torchrun(2, "train.py", "--dataset", "digits"), limit=200)
+    first, second = run_world(2, "train.py", "--dataset", "digits", limit=200)
     both = run_all([python("train.py"), python("train.py")], limit=200)  # at the same time
     with start(python("train.py")) as world:
         ...  # meanwhile
         ended = world.wait(60)
 
 A limit in seconds only protects against hanging; it does not assert a speed.
+
+Importing PyTorch takes most of a short process's time. So a script is not started by a new
+interpreter, but in a fork of a server that has imported the libraries, and nothing of lab. A
+launcher starts new interpreters: its world takes several times as long.
 """
 
 import contextlib
+import multiprocessing
 import os
+import random
+import runpy
 import socket
 import subprocess
 import sys
@@ -25,6 +33,11 @@ import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
 MARK = "LAB_TEST_WORLD"  # environment variable of all processes of a world
+LIBRARIES = (  # that the scripts and the tests of test_mutants.py import
+    "torch._dynamo", "torch.utils.data", "torchvision.transforms.v2", "accelerate", "filelock",
+    "psutil", "rich.live", "rich.progress", "safetensors.torch", "PIL.Image", "sklearn.metrics",
+    "pytest", "_pytest.monkeypatch", "pytest_timeout",
+)  # fmt: skip
 LAUNCHER_PREFIXES = ("ACCELERATE_", "GROUP_", "LOCAL_", "MASTER_", "OMP_", "ROLE_", "TORCHELASTIC_")
 
 
@@ -49,10 +62,10 @@ def python(*arguments: object) -> list[str]:
     return [sys.executable, *map(str, arguments)]
 
 
-def torchrun(num_processes: int, *arguments: object) -> list[str]:
+def torchrun(num_processes: int, *arguments: object, max_restarts: int = 0) -> list[str]:
     """Return the command that runs a script on `num_processes` processes, on any free port."""
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", num_processes)
-    return python(*launcher, *arguments)
+    return python(*launcher, "--max-restarts", max_restarts, *arguments)
 
 
 def accelerate(config: str, *arguments: object) -> list[str]:
@@ -66,6 +79,8 @@ def world_by_hand(num_processes: int) -> list[dict[str, str]]:
 
     So the exit code of each process is available, and no launcher kills the others.
     """
+    if num_processes == 1:
+        return [{}]
     port = free_port()
     return [
         {
@@ -81,10 +96,12 @@ def world_by_hand(num_processes: int) -> list[dict[str, str]]:
 
 
 def free_port() -> int:
-    """Return a free TCP port of this machine."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    """Return a free TCP port, of those that no outgoing connection gets before it is used."""
+    while True:
+        port = random.SystemRandom().randrange(10_000, 32_000)
+        with contextlib.suppress(OSError), socket.socket() as s:
+            s.bind(("127.0.0.1", port))
+            return port
 
 
 def run(command: Sequence[str], limit: float, env: Mapping[str, str] | None = None) -> Ended:
@@ -105,9 +122,54 @@ def run_all(
         return [world.wait(deadline - time.monotonic()) for world in worlds]
 
 
+def run_world(num_processes: int, *arguments: object, limit: float) -> list[Ended]:
+    """Run a script on several processes, without a launcher."""
+    return run_all([python(*arguments)] * num_processes, limit, world_by_hand(num_processes))
+
+
 def start(command: Sequence[str], env: Mapping[str, str] | None = None) -> "World":
     """Start a command that is killed at the end of the `with` block."""
     return World(command, env or {})
+
+
+class Fork:
+    """A script in a process that is forked from the server; as `subprocess.Popen`."""
+
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(list(LIBRARIES))
+
+    def __init__(self, words: Sequence[str], env: dict[str, str], stdout: Path, stderr: Path):
+        self.process = self.server.Process(target=_run_script, args=(words, env, stdout, stderr))
+        self.process.start()
+        self.pid = self.process.pid
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self.process.join(timeout)
+        if self.process.exitcode is None:
+            raise subprocess.TimeoutExpired(self.process.name, timeout or 0)
+        return self.process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+
+def _run_script(words: Sequence[str], env: dict[str, str], *files: Path) -> None:
+    """Run a script in this process, as a new interpreter does."""
+    os.setsid()
+    os.chdir(ROOT)
+    os.environ.clear()
+    os.environ.update(env)
+    libraries = [path for path in sys.path if not path.startswith(str(ROOT))]
+    sys.path = [os.path.dirname(words[0]), *env["PYTHONPATH"].split(os.pathsep), *libraries]
+    del sys.modules[__name__]
+    for stream, path in zip((sys.stdout, sys.stderr), files, strict=True):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), stream.fileno())
+        stream.reconfigure(line_buffering=True)
+    sys.argv = list(words)
+    runpy.run_path(words[0], run_name="__main__")
 
 
 class World:
@@ -115,26 +177,30 @@ class World:
 
     def __init__(self, command: Sequence[str], env: Mapping[str, str]):
         self.mark, self.command = uuid.uuid4().hex, command
-        clean = {
+        env = {
             name: value
             for name, value in os.environ.items()
             if not name.startswith(LAUNCHER_PREFIXES) and name not in ("RANK", "WORLD_SIZE")
-        }
-        paths = [str(ROOT), clean.get("PYTHONPATH", "")]
-        clean |= {
-            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        } | {
+            "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
             "OMP_NUM_THREADS": "1",  # see conftest.py
             "CUDA_VISIBLE_DEVICES": "",  # also on a machine with GPUs
             MARK: self.mark,
+            **env,
         }
         # Files instead of pipes, which would have to be read while the world runs.
         self.folder = tempfile.TemporaryDirectory()
         self.stdout, self.stderr = (Path(self.folder.name) / name for name in ("out", "err"))
+        if command[0] == sys.executable and command[1].endswith(".py"):
+            self.stdout.touch()
+            self.stderr.touch()
+            self.process = Fork(command[1:], env, self.stdout, self.stderr)
+            return
         with open(self.stdout, "wb") as stdout, open(self.stderr, "wb") as stderr:
             self.process = subprocess.Popen(
                 command,
                 cwd=ROOT,
-                env=clean | dict(env),
+                env=env,
                 stdin=subprocess.DEVNULL,
                 stdout=stdout,
                 stderr=stderr,
@@ -178,10 +244,14 @@ class World:
             time.sleep(0.02)
 
     def _members(self) -> list[psutil.Process]:
-        """Return the processes with the mark: torchrun's workers have their own process groups."""
+        """Return the processes with the mark, as torchrun's workers have their own sessions.
+
+        A fork does not have it, but has a session with its workers soon after it started.
+        """
         members = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error, OSError):
-                if process.environ().get(MARK) == self.mark:
+                own = self.process.pid in (process.pid, os.getsid(process.pid))
+                if own or process.environ().get(MARK) == self.mark:
                     members.append(process)
         return members

@@ -200,18 +200,3 @@ def test_help_and_mistakes_are_answered_before_torch_is_imported(script):
     output, modules = run_python(RUN_SCRIPT, script.name)
     assert f"usage: {script.name}" in output
     assert not modules & HEAVY
-
-
-def test_the_registries_do_not_import_torch():
-    output, modules = run_python(
-        "import lab.models, lab.data, lab.config.recipes\n"
-        "print(*lab.models.MODELS, *lab.data.DATASETS, *lab.config.recipes.RECIPES)"
-    )
-    assert {"lenet5", "mnist", "default"} <= set(output.split())
-    assert not modules & HEAVY
-
-
-def test_importing_lab_imports_nothing_else():
-    _, before = run_python("pass")
-    _, after = run_python("import lab; lab.__version__")
-    assert after - before == {"lab"}

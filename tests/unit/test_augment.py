@@ -9,7 +9,7 @@ from torchvision import transforms
 from lab.data.sampler import random_bits
 from lab.data.transforms import BatchTransform, crop, cutout, draw, flip
 
-SIZES = [28, 32, 64]
+SIZES = [28, 32]
 STEPS = ("crop", "flip", "cutout")
 GOLDEN = [
     "1c7a1c153a8a05ab",
@@ -38,8 +38,7 @@ def reference_draw(bits, k, high):
     return (bits % 2**64 // 2 ** (12 * k) % 4096) * high // 4096
 
 
-@pytest.mark.parametrize("seed", [0, 1, 42, 2**31 - 1])
-@pytest.mark.parametrize("epoch", [0, 1, 300])
+@pytest.mark.parametrize(("seed", "epoch"), [(0, 0), (42, 1), (2**31 - 1, 300)])
 def test_p2_bits_are_those_of_integer_arithmetic(seed, epoch):
     found = random_bits(seed, epoch, 1001, "cpu")
     assert found.dtype == torch.int64
@@ -54,36 +53,12 @@ def test_p2_bits_never_change():
     assert [f"{x:016x}" for x in golden] == GOLDEN
 
 
-@pytest.mark.parametrize("num_samples", [0, 1, 99, 100])
-def test_p2_bits_of_a_sample_do_not_depend_on_how_many_there_are(num_samples):
-    assert torch.equal(
-        random_bits(7, 2, num_samples, "cpu"), random_bits(7, 2, 101, "cpu")[:num_samples]
-    )
-
-
-def test_bits_differ_by_seed_epoch_and_sample():
-    every = torch.cat([random_bits(s, e, 1000, "cpu") for s in range(5) for e in range(5)])
-    assert len(every.unique()) == len(every)
-
-
-def test_draws_of_negative_bits_are_those_of_the_unsigned_number():
-    bits = random_bits(3, 1, 2000, "cpu")
-    assert 900 < int((bits < 0).sum()) < 1100
-    extremes = torch.tensor([-1, -(2**63), 2**63 - 1, 0])
-    for some in (bits, extremes):
-        for k in range(5):
-            for high in (1, 2, 7, 9, 33, 65):
-                expected = [reference_draw(b, k, high) for b in some.tolist()]
-                assert draw(some, k, high).tolist() == expected
-    assert draw(torch.tensor([-1]), 4, 9).item() == 8
-
-
 def chi_square(counts):
     expected = counts.sum() / counts.numel()
     return float(((counts - expected) ** 2 / expected).sum())
 
 
-@pytest.mark.parametrize("high", [2, 7, 9, 17, 33, 65])
+@pytest.mark.parametrize("high", [2, 9, 65])
 def test_draws_are_uniform_over_samples_and_over_epochs(high):
     over_samples = random_bits(11, 4, 40_000, "cpu")
     over_epochs = torch.cat([random_bits(11, e, 10, "cpu") for e in range(500)])
@@ -101,18 +76,6 @@ def test_draws_of_a_sample_are_independent():
         for other in range(k):
             pairs = draw(bits, k, 8) * 8 + draw(bits, other, 8)
             assert chi_square(pairs.bincount(minlength=64).double()) < 63 + 5 * math.sqrt(126)
-
-
-def test_draws_of_neighbouring_samples_epochs_and_seeds_are_independent():
-    bits = random_bits(5, 1, 40_001, "cpu")
-    neighbours = (
-        (bits[:-1], bits[1:]),
-        (bits, random_bits(5, 2, 40_001, "cpu")),
-        (bits, random_bits(6, 1, 40_001, "cpu")),
-    )
-    for a, b in neighbours:
-        pairs = draw(a, 0, 8) * 8 + draw(b, 0, 8)
-        assert chi_square(pairs.bincount(minlength=64).double()) < 63 + 5 * math.sqrt(126)
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -1,6 +1,5 @@
 """The cache of decoded images: read the second time, never stale, never incomplete."""
 
-import json
 import math
 import multiprocessing
 import os
@@ -15,7 +14,6 @@ from PIL import Image
 from lab.data import DataConfig, cache, decode, load_split, load_splits
 from lab.data.decode import FileImages
 from lab.data.splits import channel_statistics
-from lab.errors import UserError
 
 
 @pytest.fixture(autouse=True)
@@ -73,18 +71,6 @@ def test_whatever_changes_is_decoded_anew(files, decoded, change):
     assert torch.equal(images, files[torch.arange(len(files))])
 
 
-def test_few_images_are_not_cached(files, cache_dir):
-    FileImages(files.paths[:2], 10).decode_all(1)
-    assert not cache_dir.exists()
-
-
-def test_a_process_that_changes_the_images_does_not_change_the_cache(files):
-    first = files.decode_all(1)
-    expected = first.clone()
-    first.zero_()
-    assert torch.equal(files.decode_all(1), expected)
-
-
 @pytest.mark.parametrize("content", [b"", b"x" * 2000, None])
 def test_a_damaged_file_is_replaced(files, cache_dir, content):
     expected = files.decode_all(1).clone()
@@ -92,26 +78,6 @@ def test_a_damaged_file_is_replaced(files, cache_dir, content):
     path.write_bytes(path.read_bytes()[:-7] if content is None else content)
     assert torch.equal(files.decode_all(1), expected)
     assert torch.equal(files.decode_all(1), expected)
-
-
-def test_the_error_of_a_damaged_image_is_cached(files, decoded, cache_dir):
-    """The other processes of a host must not decode all images again for the same error."""
-    with open(files.paths[3], "wb") as file:
-        file.write(b"no image")
-    with pytest.raises(UserError, match=r"cannot read the image .*3\.png"):
-        files.decode_all(1)
-    assert sorted(p.suffix for p in cache_dir.iterdir()) == [".json", ".lock"]
-    decoded.clear()
-    with pytest.raises(UserError, match=r"cannot read the image .*3\.png"):
-        files.decode_all(1)
-    assert decoded == [files.paths[3]]
-    assert list(files.unreadable(1)) == [3]
-    (path,) = cache_dir.glob("*.json")
-    path.write_text(f'[[1, "a disk that failed for a moment: {files.paths[1]}"]]')
-    with pytest.raises(UserError, match=r"cannot read the image .*3\.png"):
-        files.decode_all(1)
-    Image.new("RGB", (10, 10)).save(files.paths[3])
-    assert torch.equal(files.decode_all(1), files[torch.arange(5)])
 
 
 def test_without_a_writable_cache_images_are_decoded_into_memory(files, cache_dir, monkeypatch):
@@ -159,20 +125,6 @@ def test_the_least_recently_used_files_are_deleted_but_none_of_this_run(
     assert other.exists()
     FileImages(files.paths[:4], 10).decode_all(1)  # 1,200 bytes
     assert sorted(path.stat().st_size for path in cache_dir.glob("*.uint8")) == [1200, 1500]
-
-
-@pytest.mark.parametrize("content", ["", "[1, 2", None])
-def test_a_damaged_list_is_replaced_and_without_a_cache_it_is_computed(
-    files, cache_dir, monkeypatch, content
-):
-    assert files.unreadable(1) == {}
-    (path,) = cache_dir.glob("*.json")
-    if content is None:
-        monkeypatch.setenv("LAB_CACHE", files.paths[0])  # not a directory
-    else:
-        path.write_text(content)
-    assert files.unreadable(1) == {}
-    assert json.loads(path.read_text()) == []
 
 
 def test_a_folder_of_enough_images_is_decoded_once_whatever_its_splits_hold(

@@ -5,15 +5,12 @@ import re
 from html import unescape
 
 import pytest
-import yaml
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
-import compare
 from lab.checkpoint.run_dir import RunDir
 from lab.errors import UserError
 from lab.report import model_card
-from lab.report.markdown import escaped
 
 HOSTILE = (
     "a|b", "<script>x</script>", "[x](http://x.yz)", "---\nlicense: mit\n---", "*`_~", "\u202ex",
@@ -53,20 +50,6 @@ def test_the_card_has_valid_metadata_and_the_exact_metrics(finished):
     assert str(finished.parent) not in content
 
 
-def test_compare_of_one_run_writes_a_missing_card(copied, capsys):
-    (copied / "README.md").unlink()
-    compare.main([str(copied)])
-    assert capsys.readouterr().out.endswith(f"written: {copied}/README.md\n")
-    assert (copied / "README.md").read_text() == model_card.card(copied)
-
-
-def test_a_dataset_on_the_hub_is_linked(copied):
-    update_json(copied / "config.json", dataset="cifar10")
-    data = ModelCard(model_card.card(copied)).data
-    assert data.datasets == ["uoft-cs/cifar10"]
-    assert data.eval_results[0].dataset_type == "uoft-cs/cifar10"
-
-
 def test_p6_the_card_says_on_which_split_the_epoch_was_selected(copied):
     update_json(copied / "report.json", selection_split="test")
     update_json(copied / "config.json", recipe="notebook")
@@ -74,12 +57,6 @@ def test_p6_the_card_says_on_which_split_the_epoch_was_selected(copied):
     assert "on this same test split (the protocol of the recipe notebook)" in text
     assert "so these results are optimistic.**" in text
     assert "used once" not in text
-
-
-def test_the_card_shows_the_confusion_matrix_if_its_plot_exists(copied):
-    assert "](plots/confusion_matrix.png)" in model_card.card(copied)
-    (copied / "plots" / "confusion_matrix.png").unlink()
-    assert "confusion_matrix.png" not in model_card.card(copied)
 
 
 def test_names_cannot_inject_yaml_or_markdown(copied):
@@ -104,11 +81,6 @@ def test_names_cannot_inject_yaml_or_markdown(copied):
     assert shown == [*HOSTILE[:3], "--- license: mit ---", HOSTILE[4], "?x", "?", *HOSTILE[7:]]
 
 
-def test_escaped_markdown_shows_the_value():
-    assert escaped("a_b*c <i>\n`x`") == r"a\_b\*c \<i\> \`x\`"
-    assert escaped("cat-dog, 2") == "cat-dog, 2"
-
-
 @pytest.mark.parametrize(
     ("settings", "options"),
     [
@@ -122,19 +94,12 @@ def test_the_command_of_a_card_contains_no_paths(copied, settings, options):
     assert f"\npython train.py --config config.json{options}\n" in model_card.card(copied)
 
 
-def test_resuming_a_run_removes_its_card(copied):
-    RunDir(copied).resume(read_json(copied / "config.json"), 3, 9)
-    assert not (copied / "README.md").exists()
-
-
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("best.safetensors", None, "has no best.safetensors"),
         ("report.json", None, "is not finished"),
-        ("report.json", "{}", "is damaged: report.json"),
         ("report.json", "[1]", "is damaged: report.json"),
-        ("config.json", '{"lr": "x"}', "is damaged: config.json"),
         ("history.jsonl", "x\n", "is damaged: history.jsonl"),
     ],
 )
@@ -146,8 +111,3 @@ def test_p7_an_unfinished_or_damaged_run_gets_no_card(copied, name, content, mes
     with pytest.raises(UserError, match=message):
         model_card.write(RunDir(copied))
     assert (copied / "README.md").read_text() == "before"
-
-
-def test_the_metadata_is_yaml(finished):
-    _, metadata, _ = (finished / "README.md").read_text().split("---\n", 2)
-    assert yaml.safe_load(metadata)["model-index"][0]["name"] == "run"

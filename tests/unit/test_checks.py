@@ -6,17 +6,12 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 from mistakes import make_picture
 from PIL import Image
 
 import check_data
 from lab.data import DataConfig, checks, load_split, load_splits
-from lab.data.image_folder import read_folder
-from lab.data.splits import stratified_split
-from lab.data.types import Split
 
 CONFIG = DataConfig("", "data", 32, 0.25, 0.25, 0, 0, 0)
 
@@ -63,36 +58,6 @@ def test_the_only_image_of_a_class_and_its_copies_are_trained_on(tmp_path):
     for i in range(9):
         copy(tmp_path / "a/00.png", tmp_path / f"a/copy-{i}.png")
     assert {side for file, side in sides(config).items() if file < "b"} == {"train"}
-
-
-def test_without_duplicates_a_split_is_the_published_one():
-    labels = torch.arange(40) % 2
-    images = torch.arange(40, dtype=torch.uint8).view(-1, 1, 1, 1)
-    paths = tuple(f"{i}.png" for i in range(40))
-    _, part = stratified_split(Split(images, labels, ("a", "b"), paths), 0.2, 0, {"x": "y"})
-    assert part.images.flatten().tolist() == [1, 8, 10, 23, 26, 27, 37, 38]
-
-
-def test_identical_files_are_found_by_size_then_end_then_content(tmp_path, monkeypatch):
-    monkeypatch.setattr(checks, "TAIL_BYTES", 4)
-    contents = [b"1234tail", b"5678tail", b"1234tail", b"1234liat", b"tail", b"", b"", b"1234tail"]
-    (tmp_path / "a").mkdir()
-    for i, content in enumerate(contents):
-        (tmp_path / f"a/{i}.png").write_bytes(content)
-    os.mkfifo(tmp_path / "a/8.png")
-    raw = read_folder(replace(CONFIG, dataset=str(tmp_path)))
-    read = []
-    digest = checks._file_digest
-    monkeypatch.setattr(
-        checks, "_file_digest", lambda path, offset: read.append(offset) or digest(path, offset)
-    )
-    assert checks.identical_files(raw) == [[0, 2, 7]]
-    assert read == [4] * 5 + [0] * 4  # the file of another size is not read, one only at its end
-    monkeypatch.setattr(checks.cache, "MIN_IMAGES", 0)
-    assert checks.identical_files(raw) == [[0, 2, 7]]
-    read.clear()
-    assert checks.identical_files(raw) == [[0, 2, 7]]  # cached
-    assert not read
 
 
 def test_a_training_warns_of_duplicates_in_several_splits_or_classes(tmp_path, capsys):
@@ -165,21 +130,6 @@ def test_every_problem_is_named(tmp_path, run, monkeypatch):
     # The second time nothing is decoded, except the samples of the page.
     monkeypatch.setattr(checks, "_inspect", lambda _: pytest.fail("decoded again"))
     assert run("--image-size", "41")[:3] == (code, problems, warnings)
-
-
-def test_images_of_all_kinds_are_decoded(tmp_path, run):
-    make_folder(tmp_path / "x", a=9, b=10)
-    rgb = Image.open(make_picture(tmp_path / "source.png"))
-    for name, mode in (("cmyk.jpg", "CMYK"), ("palette.png", "P"), ("gray.png", "L")):
-        rgb.convert(mode).save(tmp_path / "x/a" / name)
-    Image.fromarray(np.full((50, 60), 4000, np.uint16)).save(tmp_path / "x/a/deep.png")
-    frames = [Image.new("RGB", (40, 40), color) for color in ("red", "blue")]
-    frames[0].save(tmp_path / "x/a/moving.webp", save_all=True, append_images=frames[1:])
-    code, problems, warnings, page = run("--image-size", "0")
-    assert (code, problems) == (0, [])
-    assert warnings == ["images animated, of which the first frame is used (1): a/moving.webp"]
-    for mode in ("RGB (20)", "CMYK (1)", "P (1)", "L (1)", "I;16 (1)"):
-        assert mode in page
 
 
 def test_a_named_dataset_is_an_error(fails):

@@ -12,7 +12,7 @@ from trainers import FakeWorld, prepare
 from lab.config.schema import TrainConfig
 from lab.data import Splits
 from lab.data.loaders import LoaderOptions, build_loader
-from lab.data.sampler import ShardedBatchSampler, balanced_class_weights, balanced_permutation
+from lab.data.sampler import balanced_class_weights, balanced_permutation
 from lab.data.transforms import BatchTransform
 from lab.data.types import Split
 from lab.distributed import build_accelerator
@@ -56,11 +56,6 @@ def test_balanced_sampling_draws_at_random():
     assert len({tuple(sorted(o[LABELS[o] == 0].tolist())) for o in orders}) == 6
     assert len({tuple(LABELS[o].bincount().tolist()) for o in orders}) > 1
     assert not torch.equal(LABELS[orders[0]], LABELS[orders[0]].sort().values)
-
-
-def test_balanced_sampling_of_equal_classes_draws_each_sample_once():
-    order = balanced_permutation(torch.arange(40) % 4, 1, 1)
-    assert torch.equal(order.sort().values, torch.arange(40))
 
 
 @pytest.mark.parametrize("kind", ["resident", "streaming"])
@@ -152,20 +147,6 @@ def test_p2_the_loss_is_the_weighted_mean_over_the_global_batch(
         assert gradient.norm() > 0.01
 
 
-@pytest.mark.parametrize("mixes", [(), ("mixup",)])
-def test_a_captured_step_takes_the_class_weights_of_its_batch(accelerator, mixes):
-    steps = []
-    for captured in (False, True):
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Flatten(), nn.Linear(64, 5))
-        train_step = prepare(accelerator, model, TrainConfig(**SETTINGS))
-        if captured:
-            train_step.graph_runner = train_step._run_on_tensors
-        batches = make_loader(augment=mixes, class_weights="balanced").batches(1)
-        steps.append([train_step(batch).tolist() for batch in batches])
-    assert steps[0] == steps[1]
-
-
 def test_p7_both_corrections_are_refused():
     with pytest.raises(UserError, match="--class-weights and --balanced-sampling both"):
         TrainConfig(**SETTINGS, class_weights="balanced", balanced_sampling=True)
@@ -188,8 +169,3 @@ def test_unbalanced_and_small_classes_cause_warnings(sizes, expected):
     warnings = Splits(split, split, split, (0.5,), (0.5,), "test", {}).balance_warnings()
     assert len(warnings) == len(expected)
     assert all(w.startswith(e) for w, e in zip(warnings, expected, strict=True))
-
-
-def test_without_balancing_the_order_is_unchanged():
-    plain = ShardedBatchSampler(34, 10, 3, 0, 1)
-    assert torch.equal(make_loader(class_weights="balanced").sampler.order(1), plain.order(1))

@@ -81,11 +81,6 @@ def test_each_field_has_an_option_of_its_type(config):
         assert getattr(made, name) == value != FIELDS[config][name].default
 
 
-def test_options_that_are_left_out_are_absent():
-    assert parse(TrainConfig) == {}
-    assert parse(EvalConfig, "runs/x") == {"weights": "runs/x"}
-
-
 def test_a_switch_of_a_recipe_can_be_turned_off():
     assert parse(TrainConfig, "--no-decay-biases") == {"decay_biases": False}
     assert resolve({"recipe": "notebook"}).decay_biases
@@ -128,19 +123,6 @@ def test_help_lists_every_option_under_its_group(config, capsys):
         assert f.metadata["text"].split()[0] in section
     from_recipe = [n for n, f in FIELDS[config].items() if f.metadata.get("from_recipe")]
     assert text.count("[recipe]") == len(from_recipe)
-
-
-def test_settings_cannot_be_changed():
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        TrainConfig().lr = 1.0
-
-
-@pytest.mark.parametrize(
-    ("text", "names"),
-    [("none", ()), ("", ()), ("crop", ("crop",)), ("flip, crop", ("flip", "crop"))],
-)
-def test_augment_is_a_list_of_names(text, names):
-    assert TrainConfig(augment=text).augmentations == names
 
 
 # Recipes
@@ -202,19 +184,6 @@ def test_layers_apply_in_order_and_overrides_come_last(monkeypatch):
     assert (config.ema_decay, config.lr, config.epochs, config.batch_size) == (0.5, 0.2, 3, 4)
     config = resolve(overrides | {"batch_size": 5, "lr": 0.05})  # equal to a default
     assert (config.ema_decay, config.lr, config.epochs, config.batch_size) == (0.5, 0.05, 3, 5)
-
-
-@pytest.mark.parametrize(
-    ("overrides", "expected"), [({}, 32), ({"image_size": 0}, 32), ({"image_size": 64}, 64)]
-)
-def test_image_size_zero_is_the_default_of_the_model(overrides, expected):
-    assert resolve({"model": "lenet5"} | overrides).image_size == expected
-
-
-def test_the_best_epoch_of_a_folder_is_selected_by_macro_f1():
-    assert resolve({"dataset": "folder"}).monitor == "macro_f1"
-    assert resolve({"dataset": "folder", "model": "alexnet"}).monitor == "macro_f1"
-    assert resolve({"dataset": "cifar10"}).monitor == "accuracy"
 
 
 PUBLISHED = {
@@ -315,23 +284,23 @@ def test_the_config_of_a_run_gives_its_training_settings(finished, capsys):
     [
         ("a.yaml", "epoch: 3", "unknown setting epoch in a.yaml. Did you mean epochs?"),
         ("a.yaml", "batch-size: 3", "unknown setting batch-size in a.yaml. Did you mean batch"),
-        ("a.yaml", "device: cpu", "unknown setting device in a.yaml. "),
+
         ("a.json", '{"device": "cpu"}', "unknown setting device in a.json. "),
-        ("a.yaml", "1: 2", "unknown setting 1 in a.yaml. Known: model, "),
+
         ("a.yaml", "epochs: 1.5",
          "invalid epochs 1.5 in a.yaml: expected an integer."),
-        ("a.yaml", "epochs: true", "invalid epochs True in a.yaml: expected an integer."),
+
         ("a.yaml", "lr: fast", "invalid lr 'fast' in a.yaml: expected a number."),
-        ("a.yaml", "lr: true", "invalid lr True in a.yaml: expected a number."),
+
         ("a.yaml", "model:", "invalid model None in a.yaml: expected a text."),
-        ("a.yaml", "augment: [crop]", "invalid augment ['crop'] in a.yaml: expected a "),
+
         ("a.yaml", "compile: 1", "invalid compile 1 in a.yaml: expected true or false."),
         ("a.yaml", "epochs: -1", "invalid --epochs -1: expected at least 0."),
         ("a.yaml", "epochs", "a.yaml is not a list of settings. Write one `name: value` per line."),
-        ("a.yaml", "a: [", "a.yaml is not valid YAML ("),
+
         ("a.yaml", "!!python/object/apply:os.system [ls]", "a.yaml is not valid YAML ("),
         ("a.json", "{", "a.json is not valid JSON ("),
-        ("a.yaml", b"\xff", "a.yaml is not valid YAML ("),
+
         ("a.yaml", None, "cannot read --config a.yaml (No such file or directory). Give a YAML"),
     ],
 )  # fmt: skip

@@ -1,8 +1,6 @@
-"""What the console prints: plain lines without a terminal, colour and a live line on one."""
+"""What the console prints: plain lines without a terminal, and tables that fit one."""
 
 import io
-import re
-import time
 
 import pytest
 from rich.console import Console
@@ -11,17 +9,10 @@ from lab import console
 from lab.engine.metrics import selection_bias_note
 
 ROW = {
-    "epoch": 1,
-    "train_loss": 2.3,
-    "train_accuracy": 0.1,
-    "val_loss": 2.25,
-    "val_accuracy": 0.2,
-    "val_macro_f1": 0.15,
-    "learning_rate": 0.001,
-    "train_seconds": 61.0,
-    "eval_seconds": 4.0,
+    "epoch": 1, "train_loss": 2.3, "train_accuracy": 0.1, "val_loss": 2.25, "val_accuracy": 0.2,
+    "val_macro_f1": 0.15, "learning_rate": 0.001, "train_seconds": 61.0, "eval_seconds": 4.0,
     "images_per_second": 4400.4,
-}
+}  # fmt: skip
 NAMES = ["[red]cat", "dog"]
 REPORT = {
     "split": "test",
@@ -51,20 +42,6 @@ def plain(monkeypatch):
     monkeypatch.undo()
     console.out.cache_clear()
     console._main_process, console._quiet = None, False
-
-
-@pytest.fixture
-def screen(monkeypatch, plain):
-    """Return the stream of a terminal that is 80 columns wide."""
-    out = Console(
-        file=io.StringIO(), force_terminal=True, width=80, color_system="truecolor", _environ={}
-    )
-    monkeypatch.setattr(console, "out", lambda: out)
-    return out.file
-
-
-def without_codes(text):
-    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
 
 
 def say_everything(report=REPORT):
@@ -97,23 +74,6 @@ def test_plain_output_has_no_control_codes_and_no_markup(capsys):
     assert all(line == line.rstrip() for line in out.splitlines() if "python x" not in line)
 
 
-def test_epoch_rows_are_aligned_under_one_header(capsys):
-    console.epoch_row(ROW, best=True, selection_split="validation")
-    console.epoch_row(
-        ROW | {"epoch": 20, "val_loss": None}, best=False, selection_split="validation"
-    )
-    header, first, second = capsys.readouterr().out.splitlines()
-    assert "val loss" in header
-    assert first.endswith(" *")
-    assert "4,400" in first
-    assert "1m05s" in first
-    assert len(header) == len(first.removesuffix(" *")) == len(second)
-    for name, cell in ("val loss", "2.2500"), ("val acc", "0.2000"), ("val F1", "0.1500"):
-        end = header.index(name) + len(name)
-        assert first[:end].endswith(cell)
-    assert second[: header.index("val loss") + 8].endswith(" -")
-
-
 def test_the_header_names_the_split(capsys):
     console.epoch_row(ROW, best=False, selection_split="test")
     out = capsys.readouterr().out
@@ -121,26 +81,11 @@ def test_the_header_names_the_split(capsys):
     assert "val" not in out
 
 
-def test_plain_report_keeps_long_lines_whole(capsys):
-    console.report(REPORT, title="lenet5", files={"weights": LONG_PATH}, command="python x.py " * 9)
-    lines = capsys.readouterr().out.splitlines()
-    assert "accuracy: 0.9167" in lines
-    assert "samples: 12,000" in lines
-    assert "best epoch: 7" in lines
-    assert f"weights: {LONG_PATH}" in lines
-    assert "reproduce: " + "python x.py " * 9 in lines
-    assert not any("optimistic" in line for line in lines)
-
-
-@pytest.mark.parametrize("mode", ["plain", "screen"])
-def test_p6_a_report_selected_on_the_test_split_says_so(mode, capsys, request):
-    file = request.getfixturevalue(mode)
+def test_p6_a_report_selected_on_the_test_split_says_so(capsys):
     note = selection_bias_note("test", "test")
     console.report(REPORT | {"selection_split": "test"}, title="", files={}, note=note)
-    out = file.getvalue() if file else capsys.readouterr().out
-    assert "selected on the test split (the notebooks' protocol): an optimistic number" in " ".join(
-        without_codes(out).split()
-    )
+    out = " ".join(capsys.readouterr().out.split())
+    assert "selected on the test split (the notebooks' protocol): an optimistic number" in out
 
 
 def test_off_the_main_process_all_is_silent(capsys):
@@ -194,85 +139,23 @@ def test_a_name_that_the_log_cannot_encode_ends_nothing(monkeypatch):
     assert log.buffer.getvalue() == b"\\u732b\n"
 
 
-def test_plain_matrix_is_aligned(capsys):
-    console.confusion_matrix(REPORT)
-    assert capsys.readouterr().out.splitlines() == [
-        "true \\ predicted  [red]cat    dog",
-        "[red]cat             5,000  1,000",
-        "dog                      0  6,000",
-    ]
+RUN = {
+    "model": "efficientnet", "dataset": "cifar100", "accuracy": "0.8123", "macro-F1": "0.8110",
+    "vs. best": "-0.0123 [-0.0201, -0.0045]", "selected on": "validation",
+    "parameters": "14,859,082", "MACs": "416,520,000", "epochs": "100",
+    "images/s": "1,234", "seconds": "12,345",
+}  # fmt: skip
+LONG_RUN = "/home/someone/experiments/leaves/runs/torchvision-convnext_tiny-folder-seed-42"
 
 
-def test_many_classes_list_the_most_frequent_confusions(capsys):
-    matrix = [[5 if i == j else 0 for j in range(21)] for i in range(21)]
-    matrix[3][4], matrix[0][20] = 1, 15
-    report = {"confusion_matrix": matrix, "class_names": [f"[c{k}]" for k in range(21)]}
-    console.confusion_matrix(report)
-    assert capsys.readouterr().out.splitlines()[1:] == [
-        "  [c0] -> [c20]: 15 (75.0 % of true)",
-        "  [c3] -> [c4]: 1 (16.7 % of true)",
-    ]
-
-
-def test_terminal_is_coloured_and_shows_names_literally(screen):
-    say_everything()
-    sent = screen.getvalue()
-    text = without_codes(sent)
-    assert "hello [bold]you[/bold]" in text
-    assert text.count("[red]cat") == 3
-    assert "1m05s ★" in text
-    assert "  model  \x1b[0mlenet5" in sent  # a value is not coloured as its key
-    assert re.search(r"\x1b\[1;32m *5,000", sent)  # the diagonal is green
-    assert re.search(r"48;2;\d+;0;0m *1,000", sent)  # an error is red
-    assert LONG_PATH in text  # unbroken, to be copied
-
-
-def test_terminal_matrix_too_wide_for_names_is_headed_by_numbers(screen):
-    names = [f"a long class name {k}" for k in range(6)]
-    matrix = [[7] * 6 for _ in names]
-    console.confusion_matrix({"confusion_matrix": matrix, "class_names": names})
-    assert re.search(r"true \\ predicted +0 +1 +2 +3 +4 +5", without_codes(screen.getvalue()))
-
-
-def test_live_line_shows_progress_and_disappears(screen):
-    with console.progress("epoch 3/20", 469) as progress:
-        progress.update(100)
-        progress.update(120, images_per_second=4400.4, loss=0.1234)
-        time.sleep(0.6)  # two refreshes
-    sent = screen.getvalue()
-    lines = [line for line in re.split(r"[\r\n]", without_codes(sent)) if "120/469" in line]
-    assert re.match(r"epoch 3/20 ━.* 120/469  4,400 images/s  loss 0.1234  0:00:0\d left", lines[0])
-    assert all(len(line) <= 80 for line in lines)
-    assert sent.rstrip().endswith("\x1b[2K")  # erased
-
-
-def test_update_is_cheap():
-    progress = console.Progress("epoch 1/1", 1)
-    start = time.perf_counter()
-    for step in range(10_000):
-        progress.update(step, 1.0, 1.0)
-    assert (time.perf_counter() - start) / 10_000 < 20e-6
-
-
-def test_class_counts_list_every_class_and_abbreviate_many(capsys):
-    def printed(num_classes):
-        names = [f"[red]class {k}" for k in range(num_classes)]
-        counts = {"training": [1000 + k for k in range(num_classes)], "test": [7] * num_classes}
-        console.class_counts(names, counts)
-        return [re.split(r"  +", line.strip()) for line in capsys.readouterr().out.splitlines()]
-
-    assert printed(2) == [
-        ["class", "training", "test"],
-        ["[red]class 0", "1,000", "7"],
-        ["[red]class 1", "1,001", "7"],
-        ["total (2 classes)", "2,001", "14"],
-    ]
-    assert len(printed(20)) == 22
-    lines = printed(1200)
-    assert len(lines) == 19
-    assert lines[8] == ["[red]class 7", "1,007", "7"]
-    assert lines[9] == ["... 1,184 more", "1,008 to 2,191", "7 to 7"]
-    assert lines[10] == ["[red]class 1192", "2,192", "7"]
-    assert lines[-1] == ["total (1,200 classes)", "1,919,400", "8,400"]
-    console.configure(main_process=True, quiet=True)
-    assert printed(2) == []
+def test_a_comparison_fits_the_terminal_with_whole_names_and_numbers(monkeypatch):
+    file = io.StringIO()
+    out = Console(file=file, force_terminal=True, width=80, color_system=None, _environ={})
+    monkeypatch.setattr(console, "out", lambda: out)
+    console.runs_table([{"run": "runs/lenet5-mnist"} | RUN, {"run": LONG_RUN} | RUN])
+    lines = file.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    end = next(line for line in lines if "accuracy" in line).index("accuracy")
+    assert LONG_RUN in "".join(line[:end].strip() for line in lines)  # in several lines
+    for name in ("accuracy", "selected on", "vs. best"):
+        assert sum(RUN[name] in line for line in lines) == 2

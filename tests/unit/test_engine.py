@@ -57,7 +57,7 @@ def mean_gradient(model, batch, **settings):
     return torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
-@pytest.mark.parametrize("grad_accum_steps", [1, 2, 3, 32, 33, 100])
+@pytest.mark.parametrize("grad_accum_steps", [1, 3, 33, 100])
 @pytest.mark.parametrize("num_samples", [1, 33])
 def test_p2_a_step_follows_the_mean_gradient_with_any_accumulation(
     accelerator, num_samples, grad_accum_steps
@@ -83,7 +83,7 @@ def test_p2_a_part_of_a_batch_is_weighted_by_its_number_of_samples(accelerator):
 
 
 @pytest.mark.parametrize("grad_accum_steps", [1, 2])
-@pytest.mark.parametrize("sizes", [(4, 4), (3, 2), (1, 0), (2, 2, 1), (1, 0, 0)])
+@pytest.mark.parametrize("sizes", [(4, 4), (3, 2), (1, 0, 0)])
 def test_p2_the_mean_of_the_processes_steps_is_the_step_of_one_process(
     accelerator, sizes, grad_accum_steps
 ):
@@ -110,15 +110,6 @@ def test_p2_a_process_without_samples_takes_the_step_too(accelerator, grad_accum
     assert torch.equal(weights(train_step.model), before)
 
 
-def test_gradients_do_not_outlive_their_step(accelerator):
-    train_step = make_train_step(accelerator)
-    for seed in range(2):
-        batch = make_batch(5, seed=seed)
-        before, gradient = weights(train_step.model), mean_gradient(train_step.model, batch)
-        train_step.run(batch)
-        assert torch.allclose(before - weights(train_step.model), gradient, atol=1e-6)
-
-
 @pytest.mark.parametrize("grad_accum_steps", [1, 3])
 @pytest.mark.parametrize("max_grad_norm", [0.01, 1e6])
 def test_clipping_bounds_the_norm_of_the_whole_gradient(
@@ -143,14 +134,6 @@ def test_the_ema_follows_its_formula(accelerator):
         average = decay * average + (1 - decay) * weights(train_step.model)
         assert torch.allclose(weights(train_step.eval_model), average, atol=1e-6)
     assert not torch.allclose(weights(train_step.model), average, atol=1e-3)
-
-
-def test_label_smoothing_is_torchs(accelerator):
-    train_step, batch = make_train_step(accelerator, label_smoothing=0.3), make_batch(5)
-    before = weights(train_step.model)
-    gradient = mean_gradient(train_step.model, batch, label_smoothing=0.3)
-    train_step.run(batch)
-    assert torch.allclose(before - weights(train_step.model), gradient, atol=1e-6)
 
 
 def make_loader(num_samples, batch_size):
@@ -190,34 +173,12 @@ def test_an_epoch_reports_its_steps_and_means_over_samples(accelerator):
     assert metrics.images_per_second == pytest.approx(33 / metrics.seconds)
 
 
-@pytest.mark.parametrize(("log_every", "steps"), [(1, range(6, 11)), (3, [6, 9]), (7, [7])])
-def test_steps_are_logged_by_their_number_in_the_run(accelerator, log_every, steps):
-    _, rows, _ = train(make_train_step(accelerator, log_every=log_every), epoch=2, first_step=5)
-    assert [row["step"] for row in rows] == list(steps)
-
-
-@pytest.mark.parametrize("max_steps", [6, 9, 10, 11])
-def test_max_steps_counts_over_the_run(accelerator, max_steps):
-    settings = {"max_steps": max_steps, "log_every": 1}
-    _, rows, _ = train(make_train_step(accelerator, **settings), epoch=2, first_step=5)
-    assert [row["step"] for row in rows] == list(range(6, min(max_steps, 10) + 1))
-
-
 def test_the_rate_follows_the_schedule_within_the_epoch(accelerator):
     train_step = make_train_step(accelerator, schedule="linear", lr=0.5, epochs=2, log_every=1)
     metrics, rows, _ = train(train_step, epoch=2, first_step=5)
     expected = [0.5 * (1 - step / 10) for step in range(5, 10)]
     assert [row["learning_rate"] for row in rows] == pytest.approx(expected)
     assert metrics.learning_rate == pytest.approx(expected[-1])
-
-
-@pytest.mark.parametrize("log_every", [1, 1000])
-def test_p7_a_loss_that_is_not_finite_ends_the_run(accelerator, log_every):
-    train_step = make_train_step(accelerator, log_every=log_every)
-    with torch.no_grad():
-        train_step.model.classifier[-1].bias[0] = math.nan
-    with pytest.raises(ValueError, match=r"the loss is nan at step 1 \(.*lower --lr"):
-        train(train_step)
 
 
 @pytest.mark.parametrize("log_every", [1, 1000])
@@ -277,14 +238,6 @@ def test_a_step_that_is_not_finite_is_skipped_completely(accelerator, settings):
         plain, seconds=clean.seconds, images_per_second=clean.images_per_second
     )
     assert state.skipped_steps == 0
-
-
-def test_an_epoch_whose_steps_are_all_skipped_has_no_loss(accelerator):
-    train_step = make_train_step(accelerator, on_nonfinite="skip")
-    loader, state = make_loader(33, 8), TrainState()
-    loader.transform = spoiling(loader.transform, range(5))
-    metrics = train_one_epoch(train_step, loader, state, lambda *_: None, lambda _: None)
-    assert (metrics.loss, metrics.accuracy, state.skipped_steps) == (None, None, 5)
 
 
 def test_an_epoch_can_be_stopped_and_continued(accelerator):

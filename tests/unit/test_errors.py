@@ -11,13 +11,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from mistakes import FULL, NO_FOLDER, tree
-from worlds import python, run
+from mistakes import FULL, NO_FOLDER
 
 import train
 from export import ExportConfig
 from lab import console, distributed
-from lab.checkpoint.atomic_io import format_bytes, os_errors_as_user_errors, write_atomically
+from lab.checkpoint.atomic_io import os_errors_as_user_errors
 from lab.checkpoint.run_dir import RunDir
 from lab.config import recipes
 from lab.config.cli import parse_arguments
@@ -37,12 +36,8 @@ HELP = "See `python train.py --help`."
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (
-            "--model vgg",
-            f"unknown model vgg. Known: {', '.join(MODELS)}, torchvision:NAME.",
-        ),
+        ("--model vgg", f"unknown model vgg. Known: {', '.join(MODELS)}, torchvision:NAME."),
         ("--model alexnt", "unknown model alexnt. Did you mean alexnet or lenet5?"),
-        ("--model resnet50", "unknown model resnet50. Did you mean torchvision:resnet50?"),
         ("--dataset minst", "unknown dataset minst. Did you mean mnist?"),
         (
             "--dataset birds",
@@ -55,24 +50,12 @@ HELP = "See `python train.py --help`."
         ),
         ("--recipe x", f"unknown recipe x. Known: {', '.join(recipes.RECIPES)}."),
         ("--epoch 3", "unknown option --epoch. Did you mean --epochs?"),
-        ("--batchsize=3", "unknown option --batchsize. Did you mean --batch-size?"),
         ("--wandb", f"unknown option --wandb. {HELP}"),
         ("alexnet", f"unexpected argument alexnet. {HELP}"),
         ("--lr fast", "invalid --lr 'fast': expected a number."),
-        ("--epochs 1.5", "invalid --epochs '1.5': expected an integer."),
         ("--lr", f"argument --lr: expected one argument. {HELP}"),
         ("--lr nan", "invalid --lr nan: expected a finite number."),
-        ("--lr inf", "invalid --lr inf: expected a finite number."),
-        ("--lr 0", "invalid --lr 0.0: expected more than 0."),
         ("--epochs -1", "invalid --epochs -1: expected at least 0."),
-        ("--momentum 1", "invalid --momentum 1.0: expected at most 0.9999."),
-        ("--threads 1025", "invalid --threads 1025: expected at most 1024."),
-        ("--image-size 1000000", "invalid --image-size 1000000: expected at most 4096."),
-        (f"--split-seed {2**64}", f"invalid --split-seed {2**64}: expected at most 2147483647."),
-        (
-            "--optimizer adam",
-            "invalid --optimizer 'adam': expected one of sgd, nesterov, adamw, muon.",
-        ),
         (
             "--augment crop,rotate",
             "invalid --augment 'crop,rotate': expected none or a comma-separated list of "
@@ -81,9 +64,7 @@ HELP = "See `python train.py --help`."
         ),
         ("--augment mixup --mixup-alpha 0", "invalid --mixup-alpha 0.0: expected more than 0."),
         ("--name=", "--name is empty. Give a value, or leave out the option."),
-        ("--augment=", "--augment is empty. Give a value, or leave out the option."),
         ("--name a/b", "--name a/b is a path. Give the parent directory with --output-dir."),
-        ("--name ..", "--name .. is a path. Give the parent directory with --output-dir."),
         ("--image-size 27", "lenet5 cannot take images of 27 pixels. Give 28 or more."),
         (
             "--mixed-precision fp16",
@@ -94,22 +75,11 @@ HELP = "See `python train.py --help`."
             "--sync-bn --name own --overwrite",  # which replaces a run, but not after an error
             "--sync-bn needs GPUs. Leave it out on other devices.",
         ),
-        (
-            "--output-dir file",
-            f"cannot write file/lenet5-digits (Not a directory). {NO_FOLDER}",
-        ),
-        (
-            "--output-dir file/runs --name x",
-            f"cannot write file/runs/x (Not a directory). {NO_FOLDER}",
-        ),
+        ("--output-dir file", f"cannot write file/lenet5-digits (Not a directory). {NO_FOLDER}"),
         (
             "--output-dir /proc/runs",
             "cannot write /proc/runs/lenet5-digits (No such file or directory). "
             "Create its directory first, or give another one.",
-        ),
-        (
-            "--output-dir dangling",
-            f"cannot write dangling/lenet5-digits (File exists). {NO_FOLDER}",
         ),
         (
             f"--name {'n' * 300}",
@@ -124,21 +94,8 @@ HELP = "See `python train.py --help`."
             "runs/taken is not the directory of a run. Give another --name.",
         ),
         (
-            "--name model --overwrite",
-            "runs/model is not the directory of a run. Give another --name.",
-        ),
-        (
-            "--name file --overwrite",
-            "runs/file is not the directory of a run. Give another --name.",
-        ),
-        (
             "--dataset ./data",
             "there is no directory data. Set --dataset to a directory with "
-            "the images of each class in a subdirectory.",
-        ),
-        (
-            "--dataset file",
-            "there is no directory file. Set --dataset to a directory with "
             "the images of each class in a subdirectory.",
         ),
     ],
@@ -164,11 +121,7 @@ def test_p7_train_refuses(fails, tmp_path, words, message):
 @pytest.mark.parametrize(
     ("config", "words", "expected"),
     [
-        (
-            PredictConfig,
-            "RUN --top-k 1 X Y",
-            {"weights": "RUN", "top_k": 1, "images": ["X", "Y"]},
-        ),
+        (PredictConfig, "RUN --top-k 1 X Y", {"weights": "RUN", "top_k": 1, "images": ["X", "Y"]}),
         (PredictConfig, "--quiet RUN X --csv f Y", {"images": ["X", "Y"], "csv": "f"}),
         (PredictConfig, "RUN --top-k 1 -", {"images": ["-"]}),
         (CompareConfig, "A --output o B", {"runs": ["A", "B"], "output": "o"}),
@@ -255,10 +208,7 @@ MAY_NOT = "Give a directory with write permission."
     ("number", "hint"),
     [
         (errno.ENOSPC, FULL),
-        (errno.EDQUOT, FULL),
         (errno.EACCES, MAY_NOT),
-        (errno.EPERM, MAY_NOT),
-        (errno.EROFS, MAY_NOT),
         (errno.EISDIR, "Give a file, not a directory."),
         (errno.ENOENT, "Create its directory first, or give another one."),
     ],
@@ -267,13 +217,6 @@ def test_p7_the_hint_is_of_the_system_s_reason(number, hint):
     with pytest.raises(UserError) as caught, os_errors_as_user_errors(Path("x")):
         raise OSError(number, os.strerror(number))
     assert str(caught.value) == f"cannot write x ({os.strerror(number)}). {hint}"
-
-
-def test_sizes_are_told_in_units_that_fit():
-    sizes = (0, 999, 1000, 61_706, 999_949, 999_950, 999_950_000, 2_500_000_000_000)
-    assert [format_bytes(number) for number in sizes] == [
-        "0 bytes", "999 bytes", "1.0 kB", "61.7 kB", "999.9 kB", "1.0 MB", "1.0 GB", "2,500.0 GB",
-    ]  # fmt: skip
 
 
 @contextmanager
@@ -285,18 +228,6 @@ def largest_file(size: int):
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-def test_p7_an_output_directory_that_cannot_be_written_is_found_before_data_are_read(
-    fails, tmp_path, monkeypatch
-):
-    def load_splits(*_):
-        raise AssertionError("the data were read")
-
-    monkeypatch.setattr("lab.data.load_splits", load_splits)
-    (tmp_path / "file").write_text("x")
-    message = fails(train, *DIGITS, "--output-dir", "file")
-    assert message == f"cannot write file/lenet5-digits (Not a directory). {NO_FOLDER}"
 
 
 def test_p7_a_run_that_cannot_be_begun_leaves_no_folder(tmp_path):
@@ -311,14 +242,6 @@ def test_p7_a_run_that_cannot_be_begun_leaves_no_folder(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_p7_a_file_that_cannot_be_replaced_stays_as_it_was(tmp_path):
-    path = tmp_path / "best.safetensors"
-    path.write_bytes(b"old")
-    with largest_file(10), pytest.raises(UserError, match=r"^cannot write .* \(File too large\)"):
-        write_atomically(path, b"new" * 10)
-    assert tree(tmp_path) == {"best.safetensors": b"old"}
-
-
 def test_p7_no_line_is_half_written(tmp_path):
     rows = [{"step": step} for step in range(2)]
     path = tmp_path / "steps.jsonl"
@@ -328,13 +251,6 @@ def test_p7_no_line_is_half_written(tmp_path):
         RunDir(tmp_path).add_steps(*rows)
     assert str(caught.value) == f"cannot write {path} (No space left on device). {FULL}"
     assert path.read_bytes() == before
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
-def test_p7_a_full_disk(tmp_path):
-    (tmp_path / "history.jsonl").symlink_to("/dev/full")
-    with pytest.raises(UserError, match=r"\(No space left on device\)"):
-        RunDir(tmp_path).add_epoch({"epoch": 1})
 
 
 def test_p7_a_disk_that_fills_in_training_keeps_what_is_whole(fails, tmp_path):
@@ -349,15 +265,15 @@ def test_p7_a_disk_that_fills_in_training_keeps_what_is_whole(fails, tmp_path):
 # A launcher
 
 
-def test_p7_accelerate_s_cpu_flag_starts_one_process(tmp_path):
-    launch = python("-m", "accelerate.commands.launch", "--cpu", "--num_processes", 2)
-    ended = run([*launch, "train.py", *DIGITS, "--output-dir", str(tmp_path)], limit=200)
-    assert ended.code != 0
-    assert ended.errors == [
-        "error: accelerate launch --cpu --num_processes 2 started one process. "
+def test_p7_accelerate_s_cpu_flag_starts_one_process(fails, monkeypatch):
+    """Only the command line of the parent process shows it."""
+    words = ["accelerate", "launch", "--cpu", "--num_processes", "2", "train.py"]
+    parent = SimpleNamespace(parent=lambda: SimpleNamespace(cmdline=lambda: words))
+    monkeypatch.setattr(distributed.psutil, "Process", lambda: parent)
+    assert fails(train, *DIGITS) == (
+        "accelerate launch --cpu --num_processes 2 started one process. "
         "Launch with `--config_file accelerate_configs/multi_cpu.yaml`, or torchrun."
-    ]
-    assert tree(tmp_path) == {}
+    )
 
 
 def test_p7_a_world_size_without_a_launcher(monkeypatch):

@@ -45,18 +45,8 @@ TWO = "Add images of the other classes."
 @pytest.mark.parametrize(
     ("directories", "message"),
     [
-        (
-            "",
-            f"images contains no class directories. {ONE_EACH}",
-        ),
-        (
-            "a",
-            f"images has only one class, a. {TWO}",
-        ),
-        (
-            "train",
-            f"images/train contains no class directories. {ONE_EACH}",
-        ),
+        ("", f"images contains no class directories. {ONE_EACH}"),
+        ("a", f"images has only one class, a. {TWO}"),
         (
             "a b empty/",
             "the class directory images/empty contains no images. "
@@ -78,20 +68,10 @@ TWO = "Add images of the other classes."
             "on to train; if val is a class, move all class directories into a directory train.",
         ),
         (
-            "valid invalid",
-            "images has a directory valid, but no directory train. Rename the directory to train "
-            "on to train; if valid is a class, move all class directories into a directory train.",
-        ),
-        (
             "Train/a Train/b training/a training/b",
             "images has both Train and training, two names of the same split. Remove one of them.",
         ),
-        (
-            "train/a train/b val/a val/b Validation/a Validation/b",
-            "images has both Validation and val, two names of the same split. Remove one of them.",
-        ),
         ("train bus car", AMBIGUOUS),
-        ("train/express train/freight bus/old", AMBIGUOUS),
     ],
 )
 def test_p7_directories_of_images(fails, tmp_path, directories, message):
@@ -116,8 +96,7 @@ LISTED = "lists files that do not exist or cannot be read"
         ("m.csv", "path,label\na.png,x\n", "line 2 of m.csv has the unknown column 'path'. "
          "Use file, label, split only."),
         ("m.csv", "file\na.png\n", "line 2 of m.csv has no label. Add it, or delete the line."),
-        ("m.csv", "file,label\na.png, \n", "line 2 of m.csv has no label. Add it, or delete the "
-         "line."),
+
         ("m.csv", "file,label\n../a.png,x\n", "line 2 of m.csv names ../a.png, which is not in the "
          "manifest's directory. Move the manifest to a directory that contains all files, and use "
          "relative paths."),
@@ -126,15 +105,13 @@ LISTED = "lists files that do not exist or cannot be read"
         ("m.csv", "file,label,split\na.png,x,dev\n", "line 2 of m.csv has the split 'dev'. Use "
          "train, val or test."),
         ("m.csv", "file,label,split\na.png,x,test\n", "m.csv lists no training images. Add some."),
-        ("m.csv", "file,label,split\na.png,x,\nb.png,y,test\n", "line 2 of m.csv has no split. "
-         "Add it, or delete the line."),
+
         ("m.csv", "file,label,split\na.png,x,train\nb.png,y,test\n", "the test split of m.csv has "
          "classes that the training split lacks: y. Every split needs images of the same classes."),
-        ("m.jsonl", '{"file": "a.png", "label": 1}\n', "line 1 of m.jsonl has no label. Add it, or "
-         "delete the line."),
+
         ("m.jsonl", "[1]\n", "m.jsonl is not a valid manifest (line 1 is not a JSON object). Give "
          "a CSV file with a header, or one JSON object per line."),
-        ("m.jsonl", None, "cannot read m.jsonl (No such file or directory). Check the path."),
+
     ],
 )  # fmt: skip
 def test_p7_manifests(tmp_path, monkeypatch, name, content, message):
@@ -146,15 +123,6 @@ def test_p7_manifests(tmp_path, monkeypatch, name, content, message):
     with pytest.raises(UserError) as raised:
         read_dataset(DataConfig.of(TrainConfig(dataset=name, image_size=32)))
     assert str(raised.value) == message
-
-
-def test_p7_too_few_images(fails, tmp_path):
-    for name in "ab":
-        make_picture(tmp_path / "images" / name / "0.png")
-    words = ("--model", "lenet5", "--dataset", "images", "--quiet")
-    assert fails(train, *words) == (
-        "the test split is empty. Add images, or change --test-fraction or --val-fraction."
-    )
 
 
 @pytest.mark.parametrize("refused", ["images", "images/a", "images/a/deep"])
@@ -194,12 +162,9 @@ def scrambled(path: Path) -> None:
         ("x.jpg", half),
         ("x.png", half),
         ("x.webp", half),
-        ("x.bmp", half),
         ("x.png", scrambled),
-        ("x.png", lambda path: path.write_bytes(b"")),
         ("x.jpg", lambda path: path.write_bytes(b"\xff\xd8\xff")),
         ("x.png", lambda path: path.write_text("not an image")),
-        ("x.png", lambda path: path.write_bytes(b"\x89PNG\r\n\x1a\n" + os.urandom(500))),
     ],
 )
 def test_p7_a_damaged_image_is_named(fails, tmp_path, loader, name, damage):
@@ -257,19 +222,11 @@ DAMAGED = f"data/MNIST/raw/{LABELS} is damaged (*). {AGAIN}"
 @pytest.mark.parametrize(
     ("labels", "suffix", "message"),
     [
-        (b"", "", DAMAGED),
-        (idx(np.arange(20))[:3], "", DAMAGED),
         (idx(np.arange(20))[:6], "", DAMAGED),
-        (idx(np.arange(20))[:8], "", DAMAGED),
-        (idx(np.arange(20))[:-1], "", DAMAGED),
-        (idx(np.arange(20)) + b"\0", "", DAMAGED),
         (b"<html>404</html>" * 9, "", DAMAGED),
-        (idx(np.zeros((20, 28, 28))), "", DAMAGED),
-        (gzip.compress(idx(np.arange(20)), mtime=0)[:-9], ".gz", DAMAGED),
         (gzip.compress(idx(np.arange(20)), mtime=0)[:12] + b"\xff" * 20, ".gz", DAMAGED),
         (idx(np.arange(20)), ".gz", DAMAGED),
         (idx(np.arange(19) % 10), "", APART),
-        (idx(np.arange(20)), "", APART),
     ],
 )
 def test_p7_a_damaged_idx_file_is_named(fails, tmp_path, labels, suffix, message):
@@ -285,15 +242,10 @@ def test_p7_a_damaged_idx_file_is_named(fails, tmp_path, labels, suffix, message
 
 
 @pytest.mark.parametrize(
-    ("dataset", "name"),
-    [("mnist", "MNIST"), ("fashion-mnist", "FashionMNIST"), ("cifar10", "CIFAR10")],
-)
-@pytest.mark.parametrize(
-    ("problem", "reason"),
+    ("dataset", "name", "problem", "reason"),
     [
-        (urllib.error.URLError("no route to host"), "<urlopen error no route to host>"),
-        (TimeoutError("timed out"), "timed out"),
-        (ConnectionResetError(errno.ECONNRESET, "reset"), f"[Errno {errno.ECONNRESET}] reset"),
+        ("mnist", "MNIST", urllib.error.URLError("no route"), "<urlopen error no route>"),
+        ("cifar10", "CIFAR10", TimeoutError("timed out"), "timed out"),
     ],
 )
 def test_p7_no_network(fails, monkeypatch, dataset, name, problem, reason):

@@ -5,7 +5,6 @@ import math
 import os
 import pickle
 import struct
-import tempfile
 import zipfile
 from pathlib import Path
 
@@ -87,17 +86,6 @@ def test_p7_evaluate_refuses(fails, tmp_path, trained, words, message):
     assert fails(evaluate, *words.split(), "--quiet") == message
 
 
-def test_p7_a_run_without_a_validation_split_has_no_such_split(fails, tmp_path, trained):
-    metadata = trained[0] | {"data": trained[0]["data"] | {"val_fraction": 0.0}}
-    weights.write_weights(
-        tmp_path / "w", weights.copy_of(build_model(**metadata["model"])), metadata
-    )
-    assert fails(evaluate, "w", "--split", "val", "--quiet") == (
-        "the dataset has no validation split: the best epoch was selected on the test split. "
-        "Give --split test."
-    )
-
-
 def zipped(content: bytes) -> bytes:
     with zipfile.ZipFile("z", "w") as file:
         file.writestr("archive/data.pkl", content)
@@ -112,13 +100,9 @@ def zipped(content: bytes) -> bytes:
         lambda content: b"",
         lambda content: content[:5],
         lambda content: content[:100],
-        lambda content: content[: len(content) // 2],
         lambda content: content[:-1],
-        lambda content: content + b"\0",
         lambda content: b"x" * 10 + content[10:],
         lambda content: content[:8] + b"x" * 10 + content[18:],
-        lambda content: content[:24] + b"x" * 10 + content[34:],
-        lambda content: b"# Readme, longer than the header of a file, " * 9,
         lambda content: pickle.dumps({"state_dict": [1.0] * 100}),
         lambda content: save({"weight": torch.zeros(3)}, {"format": "pt"}),
         lambda content: with_metadata(content, None),
@@ -136,63 +120,24 @@ def test_p7_a_damaged_or_other_file_is_named(fails, tmp_path, trained, damage):
     )
 
 
-@pytest.mark.parametrize("locked", ["folder/w", "folder"])
-def test_p7_weights_without_permission_are_not_called_damaged_or_missing(trained, locked):
-    with tempfile.TemporaryDirectory() as folder:
-        os.chmod(folder, 0o755)
-        path = Path(folder, "folder", "w")
-        path.parent.mkdir()
-        path.write_bytes(trained[1])
-        Path(folder, locked).chmod(0)
-        root = os.geteuid() == 0
-        try:
-            if root:  # who may read anything
-                os.seteuid(65534)
-            with pytest.raises(UserError) as raised:
-                weights.read_metadata(weights.find_weights(str(path)))
-        finally:
-            if root:
-                os.seteuid(0)
-            Path(folder, locked).chmod(0o700)
-    assert str(raised.value) == (
-        f"cannot read {path} (Permission denied). "
-        "Check the permissions of the file and of its directories."
-    )
-
-
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
         ("{", "*"),
-        ("[1]", "format is missing"),
-        ('"x"', "format is missing"),
         ("[" * 100_000, "*"),
-        ({"format": None}, "format is not a value of type int"),
         ({"model": ...}, "model is missing"),
-        ({"model": "lenet5"}, "model is not a value of type dict"),
         ({"model.name": "os.system"}, "unknown model os.system"),
-        ({"model.name": "../\x1b[31m"}, "unknown model ../?[31m"),
-        ({"model.name": 5}, "name is not a value of type str"),
         ({"model.num_classes": 10**9}, "class_names contradicts the rest"),
-        ({"model.num_classes": -1}, "class_names contradicts the rest"),
         ({"model.in_chans": 3}, "mean contradicts the rest"),
         ({"model.image_size": 64}, "image_size contradicts the rest"),
-        ({"model.code": "x"}, "model contradicts the rest"),
         ({"data": ...}, "data is missing"),
-        ({"data.dataset": 5}, "dataset is not a value of type str"),
-        ({"data.data_dir": 5}, "data_dir is not a value of type str"),
         ({"data.val_fraction": 5}, "invalid --val-fraction 5"),
-        ({"data.max_eval_samples": "x"}, "max_eval_samples is not a value of type int"),
         ({"data.split_seed": ...}, "*"),
-        ({"data.epochs": 5}, "*"),
-        ({"class_names": [1] * 10}, "class_names contradicts the rest"),
         ({"class_names": [*"012345678", "\ud800"]}, "*"),
-        ({"mean": [None]}, "*"),
         ({"mean": [10**400]}, "*"),
         ({"std": [math.nan]}, "std contradicts the rest"),
-        ({"std": [0]}, "std contradicts the rest"),
+        ({"temperature": 0}, "temperature contradicts the rest"),
         ({"precision": "fp8"}, "invalid --mixed-precision 'fp8'"),
-        ({"best_epoch": ...}, "best_epoch is missing"),
         ({"selection_split": ...}, "selection_split is missing"),
     ],
 )

@@ -63,13 +63,8 @@ def call(*words) -> None:
     [
         ([], SELECTED),
         (["--max-eval-samples", "0"], SELECTED),
-        (["--max-eval-samples", "5"], SELECTED),
         (["--split", "train"], "note: these are samples that were trained on"),
         (["--split", "all"], "note: these are samples that were trained on"),
-        (
-            ["--split", "all", "--max-eval-samples", "9"],
-            "note: these are samples that were trained on",
-        ),
     ],
 )
 def test_p6_the_data_are_compared_with_the_trainings_whatever_is_asked_for(
@@ -140,15 +135,7 @@ def test_p7_classes_that_the_weights_do_not_know_are_refused(fails, tmp_path, tr
     )
 
 
-@pytest.mark.parametrize(
-    ("dataset", "name"),
-    [
-        ("mnist", "MNIST"),
-        ("fashion-mnist", "FashionMNIST"),
-        ("cifar10", "CIFAR10"),
-        ("cifar100", "CIFAR100"),
-    ],
-)
+@pytest.mark.parametrize(("dataset", "name"), [("mnist", "MNIST"), ("cifar10", "CIFAR10")])
 def test_p4_nothing_is_downloaded_to_a_folder_that_only_metadata_names(
     fails, tmp_path, monkeypatch, dataset, name
 ):

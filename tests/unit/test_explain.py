@@ -3,7 +3,6 @@
 import json
 import re
 
-import numpy as np
 import pytest
 import torch
 from handmade import make_run, predicted, splits
@@ -69,17 +68,6 @@ def test_a_heat_map_is_the_formula_of_the_paper_and_leaves_no_gradients(tiny):
     assert not heatmaps[8].any()
     assert not tiny.training
     assert all(p.grad is None and not p.requires_grad for p in tiny.parameters())
-
-
-def test_an_overlay_colors_only_what_the_heat_map_marks():
-    image = np.full((1, 32, 32), 77, np.uint8)
-    assert (explain.overlay(image, np.zeros((4, 4), np.uint8)) == 77).all()
-    heatmap = np.zeros((4, 4), np.uint8)
-    heatmap[0, 3] = 255
-    colored = explain.overlay(image, heatmap)
-    assert colored.shape == (3, 32, 32)
-    assert len(set(colored[:, 0, 31])) == 3
-    assert (colored[:, 16:, :16] == 77).all()
 
 
 def test_overlays_keep_the_directories_of_images_and_replace_nothing(tmp_path, tiny):

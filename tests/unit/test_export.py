@@ -6,7 +6,6 @@ import re
 import textwrap
 import zipfile
 from dataclasses import asdict
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -99,42 +98,6 @@ def test_an_exported_file_repeats_the_runs_predictions(exported, digits, kind):
     assert run(images).argmax(1).tolist() == expected.tolist()
 
 
-def test_the_metadata_is_what_the_page_says(exported):
-    [text] = onnx.load(exported / "best.onnx").metadata_props
-    description = json.loads(text.value)
-    page = (Path(export.__file__).parent / "docs/training.md").read_text()
-    rows = page.partition("| key | value |\n| --- | --- |\n")[2].partition("\n\n")[0]
-    keys = {row.split("|")[1]: set(re.findall(r"`(\w+)`", row.split("|")[2]))
-            for row in rows.splitlines()}  # fmt: skip
-    assert set(re.findall(r"`(\w+)`", "".join(keys))) == description.keys()
-    for part in ("input", "output", "model"):
-        assert description[part].keys() <= next(named for key, named in keys.items() if part in key)
-    assert description["class_names"] == list("0123456789")
-    assert description["input"] == {
-        "name": "images",
-        "dtype": "uint8",
-        "shape": ["batch", 1, 32, 32],
-        "fit": "crop",
-        "crop_pct": 1.0,
-        "resize": "bilinear, antialiased",
-    }
-    assert description["output"] == {"name": "logits", "dtype": "float32", "shape": ["batch", 10]}
-    assert description["model"]["image_size"] == 32
-    assert description["mean"]
-    assert description["weights_sha256"]
-
-
-def test_the_graph_is_of_plain_operators_and_its_batch_has_a_name(exported):
-    model = onnx.load(exported / "best.onnx")
-    onnx.checker.check_model(model, full_check=True)
-    operators = [node.op_type for node in model.graph.node]
-    assert operators.count("AveragePool") == 2
-    assert operators.count("Conv") == 3
-    assert not {"Shape", "Slice", "Squeeze"} & set(operators)
-    [shape] = [i.type.tensor_type.shape for i in model.graph.input]
-    assert [d.dim_param or d.dim_value for d in shape.dim] == ["batch", 1, 32, 32]
-
-
 @pytest.mark.parametrize("kind", FORMATS)
 def test_one_image_of_probabilities(finished, digits, tmp_path, capsys, kind):
     path = tmp_path / "model"
@@ -171,9 +134,8 @@ def test_p4_no_pickle_and_no_path_of_this_machine_is_in_the_file(exported, name)
         assert not any(one["use_pickle"] for one in config.values())
 
 
-@pytest.mark.parametrize(
-    ("model", "size"), [("vit_tiny", 32), ("googlenet", 16), ("torchvision:squeezenet1_1", 32)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "size"), [("vit_tiny", 8), ("googlenet", 16)])
 def test_other_networks(model, size):
     """googlenet has auxiliary classifiers, vit a token that is repeated for each image."""
     arguments = {"name": model, "num_classes": 3, "in_chans": 3, "image_size": size}
@@ -206,18 +168,6 @@ def test_a_file_that_computes_something_else_is_not_kept(fails, finished, monkey
         r"the outputs of the exported file differ by \S+, more than \S+, from those", message
     )
     assert message.endswith("Try the other --format.")
-
-
-def test_an_output_that_is_no_number_is_infinitely_far_off():
-    description = {"input": {"shape": [1, 1, 4, 4]}, "output": {"name": "logits"},
-             "arithmetic": "float32", "temperature": 1.0}  # fmt: skip
-    model = torch.nn.Flatten()
-    plain = BatchTransform([0.0], [1.0], (), "cpu")
-    wrong = [lambda x: model(plain(x)) * float("nan"), lambda x: model(plain(x))[:, :3]]
-    for run in wrong:
-        assert exporting.largest_difference(run, description, model, plain, (1,))[0] == float("inf")
-    right = exporting.largest_difference(lambda x: model(plain(x)), description, model, plain, (1,))
-    assert right[0] == 0 < right[1]
 
 
 def test_p7_a_missing_extra_is_named(fails, finished, monkeypatch):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from mistakes import matches
-from resuming import cut_off, resume, same_end, start
+from resuming import cut_off, same_end, start
 from shapes import write_shapes
 from sklearn.linear_model import LogisticRegression
 from torchvision import models as torchvisions
@@ -115,24 +115,6 @@ def test_the_weights_that_models_name_are_torchvisions():
             assert torchvisions.get_model_weights(spec.weights).DEFAULT.url.endswith(".pth")
 
 
-def test_a_downloaded_file_is_read_and_used(hub, tmp_path, capsys):
-    source = imagenets("mobilenet_v3_small")
-    hub.mkdir(parents=True)
-    url = torchvisions.get_model_weights("mobilenet_v3_small").DEFAULT.url
-    torch.save(source.state_dict(), hub / Path(url).name)
-    words = [w for w in SMALL if w != "--quiet"]
-    words += ["--dataset", str(write_shapes(tmp_path / "shapes", 60))]
-    start(tmp_path, *words, "--pretrained", "--freeze", "backbone")
-    told = " ".join(capsys.readouterr().out.split())
-    number = len(source.state_dict())
-    assert f"{number - 2} of {number} tensors loaded" in told
-    assert "newly initialized: classifier.3.weight, classifier.3.bias" in told
-    tensors = weights_module.read_tensors(tmp_path / "run" / "best.safetensors")
-    for name, tensor in source.state_dict().items():
-        if not name.startswith("classifier.3."):
-            assert torch.equal(tensor, tensors[name]), name  # statistics of BatchNorm included
-
-
 def test_densenets_older_names_find_their_places(hub):
     names = imagenets("densenet121").state_dict()
     hub.mkdir(parents=True)
@@ -147,7 +129,7 @@ def test_densenets_older_names_find_their_places(hub):
     assert pretrained.fetch("densenet121").keys() == names.keys()
 
 
-@pytest.mark.parametrize("name", ["mobilenet_v2", NAME, "efficientnet_b0"])
+@pytest.mark.parametrize("name", ["mobilenet_v2", "efficientnet_b0"])
 def test_an_unchanged_network_says_what_torchvisions_says(monkeypatch, name):
     """From 64 pixels; grayscale images give the logits of the same images in color."""
     source = imagenets(MODELS[name].weights, num_classes=10)
@@ -163,11 +145,11 @@ def test_an_unchanged_network_says_what_torchvisions_says(monkeypatch, name):
 
 
 def test_what_ports_do_to_the_channels_is_in_the_weights(monkeypatch):
-    """Inception v3 expects another range of values, which torchvision's model converts to."""
-    source = imagenets("inception_v3", num_classes=10, init_weights=True, transform_input=True)
-    model = build_model(**model_of("torchvision:inception_v3", image_size=299)).eval()
-    taken(model, "inception_v3", monkeypatch, source.state_dict(), set())
-    images = torch.randn(1, 3, 299, 299)
+    """GoogLeNet's expect another range of values, which torchvision's model converts to."""
+    source = imagenets("googlenet", num_classes=10, init_weights=False, transform_input=True)
+    model = build_model(**model_of("googlenet", image_size=64)).eval()
+    taken(model, "googlenet", monkeypatch, source.state_dict(), set())
+    images = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(model(images), source(images), rtol=1e-3, atol=1e-3)
 
@@ -282,42 +264,6 @@ def test_batchnorm_keeps_its_statistics_and_all_parameters_are_trained(trained):
     assert {"features.0.0.weight", "classifier.3.weight"} & same == set()
 
 
-def test_p3_a_frozen_run_resumes_to_the_same_bits_without_its_first_weights(
-    tmp_path, monkeypatch, trained
-):
-    weights = tmp_path / "first.safetensors"
-    weights.write_bytes((trained / "best.safetensors").read_bytes())
-    words = [
-        *SMALL,
-        "--dataset",
-        "digits",
-        "--init-checkpoint",
-        str(weights),
-        "--freeze",
-        "backbone",
-    ]
-    words += ["--checkpoint-every", "2", "--epochs", "2"]
-    start(tmp_path, *words, name="whole")
-    cut_off(monkeypatch, 4, lambda: start(tmp_path, *words))
-    weights.unlink()
-    assert resume(tmp_path / "run").exit_code == 0
-    same_end(tmp_path / "run", tmp_path / "whole")
-    config = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert config["freeze"] == "backbone"
-
-
-def test_few_steps_from_random_weights_are_warned_of(capsys):
-    def told(num_batches, **given):
-        config = resolve({"dataset": "digits", "epochs": 3, **given})
-        init_weights.warn_of_few_steps(config, num_batches)
-        return capsys.readouterr().err
-
-    words = "warning: only 297 steps in total: too few to learn much from random weights. Give "
-    assert told(99, model="lenet5") == words + "a smaller --batch-size or more --epochs.\n"
-    assert told(99, model="mobilenet_v2").startswith(words + "--pretrained, a smaller --batch-size")
-    assert told(100) == told(99, max_steps=9) == told(99, init_checkpoint="w") == ""
-
-
 # The recipe finetune
 
 
@@ -370,10 +316,11 @@ def test_p3_finetuning_your_own_images(hub, tmp_path, monkeypatch, capsys):
     hub.mkdir(parents=True)
     url = torchvisions.get_model_weights("mobilenet_v3_small").DEFAULT.url
     torch.save(source.state_dict(), hub / Path(url).name)
-    words = ["--dataset", str(write_shapes(tmp_path / "shapes", 60)), "--epochs", "3"]
+    words = ["--dataset", str(write_shapes(tmp_path / "shapes", 60)), "--epochs", "2"]
     words += ["--model", "torchvision:mobilenet_v3_small", "--image-size", "40", "--threads", "1"]
-    words += ["--batch-size", "16", "--log-every", "1", "--workers", "2"]
+    words += ["--batch-size", "16", "--log-every", "1", "--workers", "0"]
     words += ["--augment", "resized-crop,flip,trivialaugment,erasing,cutmix"]
+    words += ["--freeze", "batchnorm"]
     whole = start(tmp_path, *words, name="whole").path
     out = " ".join(capsys.readouterr().out.split())
     assert "linear probe: accuracy" in out
@@ -387,7 +334,7 @@ def test_p3_finetuning_your_own_images(hub, tmp_path, monkeypatch, capsys):
     cut_off(monkeypatch, 5, lambda: start(tmp_path, *words, "--checkpoint-every", "2", name="cut"))
     shutil.rmtree(hub)
     capsys.readouterr()
-    train.main(["--resume", str(tmp_path / "cut"), "--workers", "0"])
+    train.main(["--resume", str(tmp_path / "cut")])
     assert "linear probe" not in capsys.readouterr().out
     same_end(tmp_path / "cut", whole)
 

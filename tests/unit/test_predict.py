@@ -2,7 +2,6 @@
 
 import csv
 import errno
-import io
 import json
 import os
 import shlex
@@ -14,12 +13,10 @@ import pytest
 import torch
 from PIL import Image
 from resuming import start
-from worlds import run, torchrun
+from worlds import python, run_all, world_by_hand
 
 import evaluate
 import predict
-from lab import console, inference
-from lab.data import DataConfig, load_split
 from lab.data.transforms import to_grayscale
 
 CLASSES = ("dark", "light", "striped")
@@ -53,11 +50,6 @@ def call(*words):
     return predict.main([str(word) for word in (*words, "--threads", "1", "--workers", "0")])
 
 
-def stdin(text):
-    """Standard input that holds `text`."""
-    return io.TextIOWrapper(io.BytesIO(text.encode()))
-
-
 def read_csv(path):
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
@@ -76,25 +68,6 @@ def test_predictions_are_those_of_evaluate(trained, tmp_path, tta, folder):
     assert [row["confidence1"] for row in found] == [row["confidence"] for row in expected]
     assert [row["path"] for row in found] == sorted(map(str, pictures.glob("*/*")))
     assert len({row["class1"] for row in found}) > 1
-
-
-def test_pictures_of_one_channel(tmp_path):
-    """The digits' test split, written as PNG files, is told apart as evaluation does it."""
-    start(tmp_path, "--dataset", "digits", *FEW, "--max-steps", "60", "--epochs", "6")
-    run_folder = tmp_path / "run"
-    config = json.loads((run_folder / "config.json").read_text())
-    digits, _ = load_split(DataConfig(**{k: config[k] for k in DataConfig.__annotations__}),
-                           "test", 1e9, 1)  # fmt: skip
-    (tmp_path / "pictures").mkdir()
-    for i, image in enumerate(digits.images):
-        Image.fromarray(image[0].numpy()).save(tmp_path / "pictures" / f"{i:04}.png")
-    call(run_folder, tmp_path / "pictures", "--json", tmp_path / "out.jsonl")
-    found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    expected = read_csv(run_folder / "predictions.csv")
-    for one, row in zip(found, expected, strict=True):
-        assert one["classes"][0]["class"] == row["prediction"]
-        assert one["classes"][0]["confidence"] == pytest.approx(float(row["confidence"]), abs=1e-5)
-    assert all(len(f["classes"]) == 3 for f in found)
 
 
 def test_what_is_grey_keeps_its_values():
@@ -119,37 +92,6 @@ def test_a_picture_that_cannot_be_read_is_named_and_the_others_go_on(trained, tm
     assert all(len(row["classes"]) == 3 for row in (rows[0], rows[2]))
     [warning] = capsys.readouterr().err.splitlines()
     assert warning.startswith(f"warning: cannot read the image {broken}")
-
-
-def test_any_kind_of_picture_is_taken(trained, tmp_path):
-    image = picture(1, 0)
-    kinds = {"grey.png": "L", "palette.png": "P", "alpha.png": "RGBA", "cmyk.jpg": "CMYK",
-             "bits.png": "1"}  # fmt: skip
-    for name, mode in kinds.items():
-        image.convert(mode).save(tmp_path / name)
-    Image.fromarray(np.full((9, 5), 40_000, dtype=np.uint16)).save(tmp_path / "sixteen.png")
-    assert call(trained[0], *tmp_path.iterdir(), "--quiet") == 0
-
-
-def test_paths_come_from_standard_input_in_their_order(trained, tmp_path, monkeypatch, capsys):
-    paths = sorted(map(str, trained[1].glob("*/00*")), reverse=True)
-    monkeypatch.setattr("sys.stdin", stdin("".join(f"{path}\n" for path in paths)))
-    call(trained[0], "-", "--json", "-")
-    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [row["path"] for row in rows] == paths
-    for row in rows:
-        confidences = [c["confidence"] for c in row["classes"]]
-        assert confidences == sorted(confidences, reverse=True)
-        assert sum(confidences) == pytest.approx(1, abs=1e-5)  # of three classes, all three
-
-
-def test_a_name_that_is_no_utf8_keeps_its_bytes(trained, tmp_path, capfdbinary):
-    path = os.fsencode(tmp_path) + b"/\xff.png"
-    with open(path, "wb") as file:
-        picture(0, 1).save(file, "PNG")
-    assert call(trained[0], tmp_path, "--csv", "-", "--top-k", "1") == 0
-    sys.stdout.flush()
-    assert capfdbinary.readouterr().out.splitlines()[1].startswith(path + b",,")
 
 
 def test_json_is_utf8_and_keeps_names_that_are_not(trained, tmp_path, capfdbinary):
@@ -188,35 +130,6 @@ def test_a_directory_that_cannot_be_read_is_named(trained, tmp_path, monkeypatch
     assert [row["path"] for row in rows[:-1]] == ([] if top else [str(locked.parent / "a.png")])
 
 
-def test_what_is_left_out_of_a_folder_is_told(trained, tmp_path, capsys):
-    picture(0, 1).save(tmp_path / "a.png")
-    picture(0, 1).save(tmp_path / "b.gif")
-    assert call(trained[0], tmp_path, "--quiet") == 0
-    warning = capsys.readouterr().err
-    assert warning.startswith(f"warning: ignoring 1 files in directories, such as {tmp_path}/b.gif")
-
-
-def test_a_picture_has_one_row_whatever_its_name(capsys):
-    console.predictions_table([("a\nb\udcff.png", [("dark", 1.0)])])
-    (row,) = (line for line in capsys.readouterr().out.splitlines() if "dark" in line)
-    assert row.split() == ["a?b\\udcff.png", "dark", "1.0000"]
-
-
-def test_the_table_names_the_likeliest(trained, capsys):
-    path = next(trained[1].glob("striped/*"))
-    call(trained[0], path, "--top-k", "9")
-    out = capsys.readouterr().out
-    assert str(path) in out
-    assert all(name in out for name in CLASSES)
-
-
-def test_csv_has_a_column_for_every_class_asked_for(trained, tmp_path):
-    path = next(trained[1].glob("dark/*"))
-    text = inference.csv_rows([inference.ImagePrediction(str(path), (("a", 0.75), ("b", 0.25)))], 2)
-    expected = f"path,error,class1,confidence1,class2,confidence2\n{path},,a,0.750000,b,0.250000\n"
-    assert text.decode() == expected
-
-
 def test_p1_two_processes_answer_for_each_path_on_standard_input(trained, tmp_path):
     """The rows are those of one process, in order, and each warning is printed once."""
     broken = tmp_path / "broken.png"
@@ -228,15 +141,15 @@ def test_p1_two_processes_answer_for_each_path_on_standard_input(trained, tmp_pa
     words = ["--top-k", "1", "--batch-size", "7", "--csv"]
     assert call(trained[0], *paths, tmp_path, *words, tmp_path / "one.csv") == 1
     words = ["-", tmp_path, *words, tmp_path / "two.csv", "--threads", "1"]
-    words += ["--explain", tmp_path / "overlays"]
-    command = torchrun(2, "predict.py", trained[0], *words)
-    script = f"exec {shlex.join(command)} < {shlex.quote(str(tmp_path / 'list'))}"
-    ended = run(["sh", "-c", script], limit=200)
+    command = shlex.join(python("predict.py", trained[0], *words))
+    script = f"exec {command} < {shlex.quote(str(tmp_path / 'list'))}"
+    ends = run_all([["sh", "-c", script]] * 2, limit=200, envs=world_by_hand(2))
     assert [row["path"] for row in read_csv(tmp_path / "two.csv")] == [*paths, str(broken)]
-    assert len([f for f in (tmp_path / "overlays").rglob("*.png") if f.is_file()]) == len(paths)
     assert (tmp_path / "two.csv").read_bytes() == (tmp_path / "one.csv").read_bytes()
-    warnings = [line for line in ended.stderr.splitlines() if line.startswith("warning: ")]
-    assert len(warnings) == 2, ended.stderr
+    warnings = [
+        line for end in ends for line in end.stderr.splitlines() if line.startswith("warning: ")
+    ]
+    assert len(warnings) == 2
     assert warnings[1].startswith(f"warning: cannot read the image {broken}")
 
 
@@ -246,10 +159,6 @@ def test_p1_two_processes_answer_for_each_path_on_standard_input(trained, tmp_pa
         (
             "",
             "there are no images to classify. Give image files, or directories that contain some.",
-        ),
-        (
-            "gone.png",
-            "there is no file gone.png. Give image files, or directories that contain some.",
         ),
         (
             "empty",

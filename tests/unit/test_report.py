@@ -1,6 +1,5 @@
 """The plots, images and page of a finished run."""
 
-import dataclasses
 import html
 import json
 import re
@@ -16,9 +15,9 @@ import compare
 from lab.checkpoint.run_dir import RunDir
 from lab.config import recipes
 from lab.data.loaders import ResidentLoader
-from lab.data.sampler import ShardedBatchSampler, random_bits
-from lab.data.transforms import AUGMENTATIONS, BatchTransform
-from lab.errors import UserError, run_script
+from lab.data.sampler import ShardedBatchSampler
+from lab.data.transforms import BatchTransform
+from lab.errors import UserError
 from lab.report import explain, mistakes, plots, results
 from lab.report import html as html_module
 from lab.report.run_reader import read_run
@@ -32,18 +31,8 @@ MAX_PAGE_BYTES = 3_000_000
 def hostile(tmp_path_factory):
     """Return a run with plots and page, whose classes have hostile names."""
     path = make_run(tmp_path_factory.mktemp("made") / "hostile", augment="crop,cutout")
-    plots.draw(path)
-    html_module.write(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def hundred(tmp_path_factory):
-    """Return a run of 100 classes with 2,000 mistakes, whose images of noise do not compress."""
-    names = [f"class number {k}" for k in range(100)]
-    path = make_run(tmp_path_factory.mktemp("made") / "hundred", names, num_test=5000, size=40)
-    plots.draw(path)
-    html_module.write(path)
+    (path / "README.md").write_text("edited")
+    compare.main([str(path)])
     return path
 
 
@@ -60,32 +49,22 @@ def test_training_writes_plots_images_and_page(finished):
     assert len(load_file(finished / "images.safetensors")["batch"]) == 32
 
 
-def test_compare_of_one_run_restores_plots_and_page(hostile, tmp_path, capsys):
-    path = shutil.copytree(hostile, tmp_path / "run")
-    shutil.rmtree(path / "plots")
-    (path / "report.html").unlink()
-    (path / "README.md").write_text("edited")
-    compare.main([str(path)])
-    assert capsys.readouterr().out == f"written: {path}/plots\nwritten: {path}/report.html\n"
-    assert (path / "README.md").read_text() == "edited"
-    for name in PLOTS:
-        assert (path / "plots" / name).read_bytes() == (hostile / "plots" / name).read_bytes()
-    page = (path / "report.html").read_text().replace(str(path), str(hostile))
-    assert page == (hostile / "report.html").read_text()
+def test_compare_of_one_run_draws_its_plots_and_page_and_leaves_the_card(hostile):
+    assert {p.name for p in (hostile / "plots").iterdir()} == PLOTS
+    assert (hostile / "report.html").exists()
+    assert (hostile / "README.md").read_text() == "edited"
 
 
-@pytest.mark.parametrize("run", ["hostile", pytest.param("hundred", marks=pytest.mark.slow)])
-def test_no_plot_is_blank_and_all_are_opaque(run, request):
+def test_no_plot_is_blank_and_all_are_opaque(hostile):
     for name in PLOTS:
-        with Image.open(request.getfixturevalue(run) / "plots" / name) as plot:
+        with Image.open(hostile / "plots" / name) as plot:
             assert plot.convert("RGBA").getpixel((0, 0)) == (255, 255, 255, 255)
             assert max(plot.size) < 4000
             assert len(plot.convert("RGB").reduce(4).getcolors(10**6)) > 20
 
 
-@pytest.mark.parametrize("run", ["hostile", pytest.param("hundred", marks=pytest.mark.slow)])
-def test_a_page_is_small_and_self_contained(run, request):
-    page = request.getfixturevalue(run) / "report.html"
+def test_a_page_is_small_and_self_contained(hostile):
+    page = hostile / "report.html"
     assert page.stat().st_size < MAX_PAGE_BYTES
     text = page.read_text()
     links = re.findall(r'(?:src|href)="([^"]*)"', text)
@@ -105,9 +84,8 @@ def test_p4_hostile_names_stay_text(hostile):
     )
 
 
-@pytest.mark.parametrize("run", ["hostile", pytest.param("hundred", marks=pytest.mark.slow)])
-def test_the_page_has_the_metrics_of_the_run(run, request):
-    path = request.getfixturevalue(run)
+def test_the_page_has_the_metrics_of_the_run(hostile):
+    path = hostile
     run, text = read_run(path), (path / "report.html").read_text()
     for key in ("accuracy", "macro_f1", "balanced_accuracy", "calibration_error", "loss"):
         assert f"<dd>{run.report[key]:.4f}</dd>" in text
@@ -128,34 +106,6 @@ def test_the_page_has_the_metrics_of_the_run(run, request):
         assert run.confidence[index] == pytest.approx(confidence, abs=1e-4)
 
 
-def test_settings_that_differ_from_the_recipe_are_highlighted(hostile):
-    rows = html_module.settings(read_run(hostile).config)
-    highlighted = {name: (value, default) for name, value, default, differs in rows if differs}
-    assert highlighted == {"augment": ("crop,cutout", "crop")}
-    # Recipes do not set these.
-    assert {default for name, _, default, _ in rows if name in ("image_size", "threads")} == {None}
-    assert "name" not in {name for name, *_ in rows}
-
-
-def test_long_names_are_shortened_in_the_middle():
-    names = [f"class number {k:03}" for k in range(100)]
-    for width in (9, 11, 12, 15):
-        assert len({plots.short(name, width) for name in names}) == 100
-        assert {len(plots.short(name, width)) for name in names} == {width}
-    assert plots.short("class number 007", 12) == "class …r 007"
-    assert [plots.short("cat", width) for width in (3, 2, 1)] == ["cat", "c…", "…"]
-
-
-@pytest.mark.parametrize("num_epochs", [1, 2])
-def test_the_ticks_of_epochs_are_integers(hostile, num_epochs):
-    run = read_run(hostile)
-    figure = plots.curves(dataclasses.replace(run, history=run.history[:num_epochs]))
-    for axes in figure.axes[:2]:
-        low, high = axes.get_xlim()
-        ticks = [x for x in axes.get_xticks() if low <= x <= high]
-        assert ticks == {1: [1], 2: [1, 2]}[num_epochs]
-
-
 def test_p6_the_page_says_on_which_split_the_epoch_was_selected(hostile, tmp_path):
     path = shutil.copytree(hostile, tmp_path / "run")
     report = json.loads((path / "report.json").read_text()) | {"selection_split": "test"}
@@ -164,33 +114,12 @@ def test_p6_the_page_says_on_which_split_the_epoch_was_selected(hostile, tmp_pat
     assert "<strong>Note:</strong>" not in (hostile / "report.html").read_text()
 
 
-def test_the_page_has_the_warnings_of_the_report(hostile, tmp_path):
-    path = shutil.copytree(hostile, tmp_path / "run")
-    report = json.loads((path / "report.json").read_text()) | {"warnings": ["<i>few</i> images"]}
-    (path / "report.json").write_text(json.dumps(report))
-    expected = "<strong>Warning:</strong> &lt;i&gt;few&lt;/i&gt; images."
-    assert expected in html_module.write(path).read_text()
-    assert "<strong>Warning:</strong>" not in (hostile / "report.html").read_text()
-
-
-def test_a_page_of_a_thousand_classes_lists_confusions_instead_of_the_matrix(tmp_path):
-    path = make_run(tmp_path / "run", [str(k) for k in range(1000)], num_test=2000)
+def test_a_page_of_many_classes_lists_confusions_instead_of_the_matrix(tmp_path):
+    path = make_run(tmp_path / "run", [str(k) for k in range(130)], num_test=400)
     text = html_module.write(path).read_text()
     assert len(text) < MAX_PAGE_BYTES
     assert 'id="matrix"' not in text
     assert text.count("data-cell=") == html_module.NUM_CONFUSIONS
-
-
-def test_p2_the_saved_batch_is_what_the_model_sees():
-    config = recipes.resolve({"dataset": "digits", "augment": "crop,flip,cutout", "batch_size": 50})
-    data = splits("ab", num_test=2)
-    images, index = mistakes.first_batch(config, data)
-    assert len(index) == 50
-    bits = random_bits(config.seed, 1, 80, "cpu")[index]
-    expected = data.train.images[index]
-    for name in ("crop", "flip", "cutout"):
-        expected = AUGMENTATIONS[name](expected, bits)
-    assert torch.equal(images, expected)
 
 
 @pytest.mark.parametrize(
@@ -233,98 +162,18 @@ def test_the_most_confident_mistakes_of_every_cell_are_selected():
         assert selected_of_cell == cell[: len(selected_of_cell)]
 
 
-def test_large_images_are_resized_and_a_run_may_have_no_mistakes(tmp_path):
-    path = make_run(tmp_path / "run", "ab", num_test=60, size=100)
-    assert load_file(path / "images.safetensors")["batch"].shape == (64, 3, 64, 64)
-    data, run = splits("ab", num_test=60, size=100), RunDir(path)
-    config = recipes.resolve({"dataset": "digits"})
-    perfect = predicted(data.test, right=1.1)
-    run.write_report(
-        {"split": "test", **perfect.report(), "best_epoch": 3, "selection_split": "test"}
-    )
-    run.write_predictions(perfect.csv(), perfect.safetensors())
-    mistakes.save_images(run, config, data, perfect)
-    plots.draw(path)
-    assert "Images of 0 of the 0 mistakes are included" in html_module.write(path).read_text()
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("config.json", "is not the directory of a run: it has no config.json. Give a directory"),
-        ("report.json", "is not finished. Finish it: train.py --resume "),
-        ("history.jsonl", "is damaged: history.jsonl (No such file or directory). Restore it"),
-    ],
-)
-def test_p7_a_missing_file_is_an_error_of_one_line(hostile, tmp_path, capsys, name, message):
-    path = shutil.copytree(hostile, tmp_path / "run")
-    (path / name).unlink()
-    assert run_script(lambda: compare.main([str(path)])) == 2
-    [line] = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: ")
-    assert message in line
-
-
-@pytest.mark.parametrize(("num_logged", "label"), [(0, "epoch"), (1, "epoch"), (3, "step")])
-def test_the_learning_rate_is_plotted_by_epoch_if_few_steps_were_logged(
-    hostile, tmp_path, num_logged, label
-):
-    path = shutil.copytree(hostile, tmp_path / "run")
-    lines = (path / "steps.jsonl").read_text().splitlines(keepends=True)
-    (path / "steps.jsonl").write_text("".join(lines[:num_logged]))
-    axes = plots.curves(read_run(path)).axes[2]
-    [line] = axes.get_lines()
-    assert axes.get_xlabel() == label
-    assert list(line.get_ydata()) == pytest.approx([0.1, 0.05, 0.1 / 3])
-    assert line.get_marker() == "o"
-
-
-def test_the_page_has_the_metrics_of_each_epoch(hostile, tmp_path):
-    path = shutil.copytree(hostile, tmp_path / "run")
-    rows = [json.loads(line) for line in (path / "history.jsonl").read_text().splitlines()]
-    for k, row in enumerate(rows):
-        row["val_macro_f1"] = 0.4321 + k
-    del rows[2]["val_macro_f1"]  # may be missing
-    (path / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    text = html_module.write(path).read_text()
-    table = text[text.index(">Epochs</caption>") :].partition("</table>")[0]
-    headings = [heading.strip() for heading in re.findall(r"<th[^>]*>([^<]*)</th>", table)]
-    column = headings.index("validation macro-F1") - 1  # the epoch is the heading of its row
-    cells = [re.findall(r"<td[^>]*>([^<]*)</td>", row) for row in table.split("<tr")[2:]]
-    assert [row[column] for row in cells] == ["0.4321", "1.4321", "-"]
-
-
-def test_class_names_are_not_shortened_if_there_is_room(tmp_path):
-    names = ["cat", "Tomato Yellow Leaf Curl Virus", "n01494475 hammerhead shark",
-             "thirty-six characters of a long name"]  # fmt: skip
-    run = read_run(make_run(tmp_path / "run", names))
-    for draw in (plots.confusion_matrix, plots.per_class):
-        figure = draw(run)
-        figure.draw_without_rendering()
-        labels = figure.axes[0].get_yticklabels()
-        shown = [re.sub(r" \(\d+\)$", "", label.get_text()) for label in labels]
-        assert sorted(shown) == sorted(names)
-        assert min(label.get_window_extent().x0 for label in labels) >= 0
-    page = html_module.write(run.path).read_text()
-    for name in names:
-        assert f"<span>{name}</span></th>" in page
-
-
-@pytest.mark.parametrize("name", ["images.safetensors", "predictions.csv"])
-def test_without_images_the_other_plots_are_drawn(hostile, tmp_path, capsys, name):
-    path = shutil.copytree(hostile, tmp_path / "run", ignore=shutil.ignore_patterns("plots", name))
+def test_without_predictions_the_other_plots_are_drawn(hostile, tmp_path, capsys):
+    ignored = shutil.ignore_patterns("plots", "predictions.csv")
+    path = shutil.copytree(hostile, tmp_path / "run", ignore=ignored)
     plots.draw(path)
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("warning: no plots of images")
-    missing = {"mistakes.png", "batch.png"}
-    missing |= {"calibration.png"} if name == "predictions.csv" else set()
+    missing = {"mistakes.png", "batch.png", "calibration.png"}
     assert {p.name for p in (path / "plots").iterdir()} == PLOTS - missing
     assert embedded(html_module.write(path))["mistakes"] == []
 
 
-@pytest.mark.parametrize(
-    "damage", [{"batch": torch.zeros(1)}, {"mistakes_labels": torch.full((175,), 10)}, {}]
-)
+@pytest.mark.parametrize("damage", [{"batch": torch.zeros(1)}, {}])
 def test_p7_damaged_images_are_an_error(hostile, tmp_path, damage):
     path = shutil.copytree(hostile, tmp_path / "run")
     file = path / "images.safetensors"

@@ -1,30 +1,25 @@
 """Splits: how they are read, divided, limited and resized, and their statistics; P6."""
 
-import builtins
-import errno
 import gzip
 import hashlib
-import io
 import math
 import os
 import pickle
 from collections import Counter
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import pytest
 import sklearn.datasets
 import torch
 from mistakes import make_picture
-from safetensors import safe_open
 from torchvision import datasets
 from torchvision.transforms import v2
 
 import train
 from lab.config.schema import TrainConfig
 from lab.data import DATASETS, DataConfig, load_split, load_splits, loaders
-from lab.data.digits import DIGITS_FILE, load_digits
+from lab.data.digits import load_digits
 from lab.data.splits import (
     channel_statistics,
     in_memory,
@@ -33,7 +28,6 @@ from lab.data.splits import (
     sample_positions,
     stratified_sample,
     stratified_split,
-    subsample,
 )
 from lab.data.types import Split
 from lab.errors import UserError
@@ -69,7 +63,7 @@ def labeled_images(split):
     return Counter((bytes(image), label) for image, label in rows)
 
 
-SIZES = ([10, 10, 10], [1, 2, 97], [7], [0, 5, 0, 6], [1] * 11, [33, 33, 34], [1000, 1, 999])
+SIZES = ([10, 10, 10], [1, 2, 97], [7], [0, 5, 0, 6], [1000, 1, 999])
 
 
 @pytest.mark.parametrize("sizes", SIZES)
@@ -87,31 +81,8 @@ def test_a_stratified_sample_keeps_each_class_within_one_of_its_share(sizes):
             assert of_class <= size
 
 
-@pytest.mark.parametrize("count", [1, 199, 10_000, 20_099, 20_100])
-def test_a_large_stratified_sample_has_the_size_asked_for(count):
-    labels = make_labels([97 + k % 8 for k in range(200)])
-    chosen = stratified_sample(labels, count, seed=0)
-    assert len(chosen) == count
-    share = labels.bincount() * (count / len(labels))
-    assert (labels[chosen].bincount(minlength=200) - share).abs().max() < 1 + 1e-3
-
-
-def test_remaining_samples_go_to_the_largest_remainders():
-    # Shares of 4 from (5, 3, 2): 2.0, 1.2, 0.8.
-    labels = make_labels([5, 3, 2])
-    assert labels[stratified_sample(labels, 4, seed=0)].bincount().tolist() == [2, 1, 1]
-
-
-def test_samples_are_seeded_and_leave_global_randomness_alone():
-    labels, before = make_labels([20, 30]), torch.get_rng_state()
-    samples = [stratified_sample(labels, 10, seed) for seed in (0, 0, 1)]
-    assert torch.equal(samples[0], samples[1])
-    assert not torch.equal(samples[0], samples[2])
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-@pytest.mark.parametrize("fraction", [0.01, 0.1, 0.25, 0.9])
-@pytest.mark.parametrize("num_samples", [2, 99, 100, 101])
+@pytest.mark.parametrize("fraction", [0.01, 0.25, 0.9])
+@pytest.mark.parametrize("num_samples", [2, 101])
 def test_a_split_in_two_keeps_the_order(num_samples, fraction):
     images = torch.arange(num_samples, dtype=torch.uint8).view(-1, 1, 1, 1)
     rest, part = stratified_split(Split(images, make_labels([num_samples]), ("a",)), fraction, 3)
@@ -119,18 +90,6 @@ def test_a_split_in_two_keeps_the_order(num_samples, fraction):
     found = [s.images.flatten().tolist() for s in (rest, part)]
     assert found == [sorted(part) for part in found]
     assert sorted(found[0] + found[1]) == list(range(num_samples))
-
-
-@pytest.mark.parametrize("count", [1, 49, 50])
-def test_subsample_takes_that_many_samples_or_all(count):
-    images = torch.arange(50, dtype=torch.uint8).view(-1, 1, 1, 1)
-    split = Split(images, make_labels([20, 30]), ("a", "b"))
-    limited = subsample(split, count, seed=1)
-    assert len(limited.labels) == len(limited.images) == count
-    position = limited.images.flatten().long()
-    assert torch.equal(limited.labels, split.labels[position])
-    for none in (0, 50, 51):
-        assert subsample(split, none, seed=1) is split
 
 
 def resized(images, size):
@@ -145,7 +104,7 @@ def resized(images, size):
     return found
 
 
-@pytest.mark.parametrize("size", [7, 28, 32, 64])
+@pytest.mark.parametrize("size", [7, 32])
 @pytest.mark.parametrize(("num_images", "in_chans", "height"), [(1, 1, 28), (3, 3, 17)])
 def test_resize_equals_torchvision_on_the_whole(num_images, in_chans, height, size):
     generator = torch.Generator().manual_seed(0)
@@ -156,19 +115,7 @@ def test_resize_equals_torchvision_on_the_whole(num_images, in_chans, height, si
     assert torch.equal(found, v2.Resize((size, size), antialias=True)(images))
 
 
-@pytest.mark.parametrize("num_images", [4095, 4096, 4097, 8193])
-def test_resize_by_parts_equals_torchvision_on_the_whole(num_images):
-    images = torch.arange(16 * num_images).remainder(251).to(torch.uint8).view(-1, 1, 4, 4)
-    found = resized(images, 6)
-    assert torch.equal(found, v2.Resize((6, 6), antialias=True)(images))
-
-
-def test_resize_to_the_same_size_changes_nothing():
-    split = Split(torch.zeros(2, 1, 8, 8, dtype=torch.uint8), torch.zeros(2).long(), ("a",))
-    assert resize(split, 8) is split
-
-
-@pytest.mark.parametrize("num_images", [1, 999, 1000, 1001])
+@pytest.mark.parametrize("num_images", [1, 1001])
 def test_channel_statistics_equal_naive_mean_and_std(num_images):
     generator = torch.Generator().manual_seed(1)
     shape = (num_images, 3, 5, 4)
@@ -187,13 +134,7 @@ def test_channel_statistics_of_one_grey_can_be_divided_by():
     assert std[0] > 0
 
 
-def test_channel_statistics_sample_all_of_a_large_set():
-    images = torch.zeros(30_000, 1, 2, 2, dtype=torch.uint8)
-    images[15_000:] = 255
-    assert channel_statistics(images)[0][0] == pytest.approx(0.5, abs=1e-3)
-
-
-@pytest.mark.parametrize("num_images", [1, 9999, 10_000, 10_001, 45_000, 2**24, 20_000_000])
+@pytest.mark.parametrize("num_images", [1, 10_001, 20_000_000])
 def test_sampled_positions_are_within_any_number_of_images(num_images):
     """Of 20 million images the last was at position 20,000,000: float32 rounds 19,999,999 up."""
     found = sample_positions(num_images)
@@ -219,21 +160,6 @@ def test_images_are_resized_in_memory_only_where_all_splits_fit():
         assert torch.equal(images[torch.arange(len(images))], getattr(eager, name).images)
     assert (lazy.mean, lazy.std) == (eager.mean, eager.std)
     assert lazy.fingerprints == eager.fingerprints
-
-
-def test_splits_are_resident_only_where_all_of_them_fit_together():
-    splits = load("digits")
-    needed = sum(map(memory_of, (splits.train, splits.val, splits.test)))
-    assert splits.choose_loader("auto", needed) == "resident"
-    assert splits.choose_loader("auto", needed - 1) == "streaming"
-    assert memory_of(splits.train) < needed - 1  # ... which alone would fit
-    for kind in ("resident", "streaming"):
-        assert splits.choose_loader(kind, 0) == kind
-    same = load("digits", val_fraction=0.0)  # val and test are one
-    needed = memory_of(same.train) + memory_of(same.test)
-    assert same.choose_loader("auto", needed) == "resident"
-    lazy = load_splits(config("digits", image_size=40), 0, 1)
-    assert lazy.choose_loader("auto", math.inf) == "streaming"
 
 
 @pytest.mark.parametrize(("missing", "kind"), [(0, "resident"), (1, "streaming")])
@@ -289,35 +215,6 @@ def test_idx_files_are_read_as_they_are_or_gzipped(tmp_path, dataset, folder, su
         assert split.labels.dtype == torch.int64
         assert len(split.class_names) == 10
     assert (splits.mean, splits.std) == (DATASETS[dataset].mean, DATASETS[dataset].std)
-
-
-@pytest.mark.parametrize(
-    ("dataset", "file"),
-    [
-        ("mnist", "MNIST/raw/t10k-labels-idx1-ubyte"),
-        ("cifar10", "cifar-10-batches-py/data_batch_1"),
-    ],
-)
-def test_p7_an_unreadable_file_is_not_called_damaged_or_missing(
-    tmp_path, monkeypatch, dataset, file
-):
-    write_idx(tmp_path / "MNIST" / "raw")
-    (tmp_path / "cifar-10-batches-py").mkdir()
-    (tmp_path / "cifar-10-batches-py/data_batch_1").write_bytes(b"x")
-    opened, io_opened = builtins.open, io.open
-
-    def refuse(path, *args, real, **kwargs):  # root may read everything
-        if str(path) == str(tmp_path / file):
-            raise PermissionError(errno.EACCES, "Permission denied", str(path))
-        return real(path, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "open", partial(refuse, real=opened))
-    monkeypatch.setattr(io, "open", partial(refuse, real=io_opened))
-    with pytest.raises(UserError) as raised:
-        load(dataset, data_dir=str(tmp_path))
-    assert str(raised.value) == (
-        f"cannot read {tmp_path / file} (Permission denied). Check its permissions."
-    )
 
 
 class Payload:
@@ -459,23 +356,6 @@ def test_p6_the_cut_follows_split_seed_and_nothing_else():
         assert labeled_images(getattr(first, name)) != labeled_images(getattr(other, name))
 
 
-def test_limits_hold_for_each_split():
-    splits = load("digits", max_train_samples=101, max_eval_samples=33)
-    assert [len(s.labels) for s in (splits.train, splits.val, splits.test)] == [101, 33, 33]
-    whole = load("digits")
-    for name in ("train", "val", "test"):
-        assert labeled_images(getattr(splits, name)) <= labeled_images(getattr(whole, name))
-
-
-def test_images_come_in_the_size_asked_for():
-    splits = load("digits", image_size=28, max_train_samples=20, max_eval_samples=10)
-    for split in (splits.train, splits.val, splits.test):
-        assert split.images.shape[1:] == (1, 28, 28)
-    assert splits.mean == pytest.approx(
-        (splits.train.images.double().mean().item() / 255,), abs=1e-4
-    )
-
-
 def test_digits_are_the_published_ones():
     images, labels = load_digits()
     assert (images.shape, images.dtype) == ((1797, 1, 8, 8), torch.uint8)
@@ -486,12 +366,3 @@ def test_digits_are_the_published_ones():
     levels = (images[:, 0] * (16 / 255)).round()  # exact: levels lie 16 grey values apart
     assert np.array_equal(levels, published.images)
     assert np.array_equal(labels, published.target)
-
-
-def test_digits_file_is_small_and_names_its_source():
-    assert DIGITS_FILE.stat().st_size < 200_000
-    with safe_open(DIGITS_FILE, framework="pt") as file:
-        metadata = file.metadata()
-    assert list(metadata) == ["about"]
-    assert "10.24432/C50P49" in metadata["about"]
-    assert "CC BY 4.0" in metadata["about"]

@@ -2,7 +2,7 @@
 
 import math
 import os
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,10 +11,8 @@ from mistakes import make_picture, matches
 import evaluate
 import train
 from lab.checkpoint import weights
-from lab.config.schema import EvalConfig
 from lab.data import DataConfig, cache, decode, load_split, load_splits
 from lab.data import splits as splits_module
-from lab.data.decode import FileImages, UnreadableImages
 from lab.errors import UserError
 
 CONFIG = DataConfig("", "data", 32, 0.25, 0.25, 0, 0, 0)
@@ -71,21 +69,6 @@ def assert_all_are_named(config, damaged):
     assert all(f"{config.dataset}/{name}" in caught.value.what for name in damaged)
 
 
-def test_a_batch_names_all_of_its_images_that_cannot_be_read(images):
-    paths, _ = images
-    for i in (1, 2):
-        paths[i].write_bytes(b"")
-    with pytest.raises(UnreadableImages) as caught:
-        FileImages(tuple(map(str, paths)), 32)[torch.arange(4)]
-    assert list(caught.value.reasons) == [str(paths[1]), str(paths[2])]
-
-
-def test_of_many_unreadable_images_some_are_named_and_all_counted():
-    error = UnreadableImages({f"{i}.png": "" for i in range(25)})
-    assert error.what.startswith("cannot read 25 images: 0.png, 1.png, ")
-    assert error.what.endswith(", 19.png and 5 more")
-
-
 @KINDS
 def test_skipped_images_are_left_out_of_their_splits_and_listed(
     images, monkeypatch, capsys, memory
@@ -131,32 +114,12 @@ def test_a_named_pipe_and_a_link_to_nothing_are_skipped_without_waiting(images):
         load_splits(replace(config, skip_unreadable=False), math.inf, 1)
 
 
-def test_the_list_follows_the_files(images):
-    paths, config = images
-    config = replace(config, skip_unreadable=True)
-    content = paths[3].read_bytes()
-    paths[3].write_bytes(b"")
-    assert len(load_split(config, "all", 0, 1)[0].labels) == 47
-    paths[3].write_bytes(content)
-    assert len(load_split(config, "all", 0, 1)[0].labels) == 48
-    paths[3].unlink()
-    paths[3].symlink_to("nowhere")
-    assert len(load_split(config, "all", 0, 1)[0].labels) == 47
-
-
 def test_a_class_without_readable_training_images_is_an_error(images):
     paths, config = images
     for path in paths[:24]:
         path.write_bytes(b"")
     with pytest.raises(UserError, match="none of the training images of a can be read"):
         load_splits(replace(config, skip_unreadable=True), math.inf, 1)
-
-
-def test_only_a_directory_of_images_has_any_to_skip(fails):
-    assert fails(train, "--dataset", "digits", "--skip-unreadable", "--quiet") == (
-        "--skip-unreadable is for a directory of images or a manifest. "
-        "Leave it out: digits has no image files."
-    )
 
 
 def test_weights_say_what_their_evaluation_skips(images, tmp_path, monkeypatch, fails, capfd):
@@ -185,15 +148,3 @@ def test_weights_say_what_their_evaluation_skips(images, tmp_path, monkeypatch, 
     del metadata["data"]["skip_unreadable"]  # as in weights of an earlier version
     weights._check_metadata(metadata)
     assert not DataConfig(**metadata["data"]).skip_unreadable
-
-
-def test_another_dataset_does_not_inherit_the_option():
-    trained = asdict(replace(CONFIG, skip_unreadable=True))
-    for given, expected in (
-        ({}, True),
-        ({"dataset": "new"}, False),
-        ({"dataset": "digits"}, False),
-        ({"dataset": "new", "skip_unreadable": True}, True),
-    ):
-        config = EvalConfig(weights="x", **given)
-        assert DataConfig(**trained | config.data_overrides()).skip_unreadable == expected
