@@ -1,10 +1,13 @@
-"""Cross-validate training from scratch, of the head only, and fine-tuning on a folder of images.
+"""Measure training from scratch, of the head only, and fine-tuning on a folder of images.
 
   python benchmarks/finetune.py IMAGES --init-checkpoint efficientnet_lite0.safetensors
+  python benchmarks/finetune.py cifar10-jpg --per-class 30 --init-checkpoint ...
 
-IMAGES has one directory for each class. In each fold, a fifth of every class is the test split and
-a tenth of the rest the validation split. The weights are those of benchmarks/pretrained.py. All
-folds together count each image once; the intervals are 95 % bootstrap intervals over images.
+The weights are those of benchmarks/pretrained.py. In the first command, IMAGES has one directory
+for each class, and five folds are trained: in each, a fifth of every class is the test split, and
+together they count each image once. In the second, the training images are a random part of
+IMAGES/train, and the test images the first hundred of each class in IMAGES/test. A tenth of the
+training images is the validation split. The intervals are 95 % bootstrap intervals over images.
 """
 
 import argparse
@@ -19,6 +22,7 @@ import numpy as np
 from common import write_json
 
 NUM_FOLDS = 5
+NUM_TEST_IMAGES = 100  # of each class, with --per-class
 METHODS = {
     "scratch": "--recipe default --epochs 20 --batch-size 32",
     "head": "--recipe finetune --freeze backbone --epochs 1",
@@ -37,6 +41,7 @@ def main() -> None:
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--seeds", default="42,0,1")
     parser.add_argument("--folds", default=",".join(map(str, range(NUM_FOLDS))))
+    parser.add_argument("--per-class", type=int, default=0, help="training images of each class")
     parser.add_argument("--options", default="", help="more options of train.py")
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
@@ -47,10 +52,11 @@ def main() -> None:
             options += ["--model", args.model]
             if method != "scratch":
                 options += ["--init-checkpoint", args.init_checkpoint]
-            folds = [
-                train_fold(args.images, int(k), options) | {"fold": int(k)}
-                for k in args.folds.split(",")
-            ]
+            if args.per_class:
+                rows_of = [sample_rows(args.images, args.per_class, int(seed))]
+            else:
+                rows_of = [fold_rows(args.images, int(k)) for k in args.folds.split(",")]
+            folds = [train_fold(args.images, rows, options) for rows in rows_of]
             rows.append({"method": method, "seed": int(seed), **summary(folds), "folds": folds})
             shown = {k: v for k, v in rows[-1].items() if k != "folds"}
             print(json.dumps(shown), flush=True)
@@ -58,23 +64,38 @@ def main() -> None:
         write_json(args.json, {"rows": rows})
 
 
-def write_manifest(images: Path, fold: int, path: Path) -> None:
-    """Write the manifest of a fold: of every class, image i is tested in fold i % NUM_FOLDS.
+def list_classes(images: Path) -> dict[str, list[str]]:
+    """Return the sorted file names of each class directory."""
+    directories = sorted(path for path in images.iterdir() if path.is_dir())
+    return {directory.name: sorted(os.listdir(directory)) for directory in directories}
+
+
+def fold_rows(images: Path, fold: int) -> list[tuple[str, str, str]]:
+    """Return (file, label, split) of each image: of every class, image i is tested in fold i % 5.
 
     The images of a class are in a random order that does not depend on the fold.
     """
-    with open(path, "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(("file", "label", "split"))
-        for directory in sorted(p for p in images.iterdir() if p.is_dir()):
-            names = sorted(os.listdir(directory))
-            for i, k in enumerate(np.random.RandomState(0).permutation(len(names))):
-                split = "test" if i % NUM_FOLDS == fold else "train"
-                writer.writerow((f"{directory.name}/{names[k]}", directory.name, split))
+    rows = []
+    for label, names in list_classes(images).items():
+        for i, k in enumerate(np.random.RandomState(0).permutation(len(names))):
+            split = "test" if i % NUM_FOLDS == fold else "train"
+            rows.append((f"{label}/{names[k]}", label, split))
+    return rows
 
 
-def train_fold(images: Path, fold: int, options: list[str]) -> dict:
-    """Train one fold; return its test labels and predictions, and the seconds it took."""
+def sample_rows(images: Path, per_class: int, seed: int) -> list[tuple[str, str, str]]:
+    """Return (file, label, split) of `per_class` random training images and of the test images."""
+    rows = []
+    for label, names in list_classes(images / "train").items():
+        chosen = np.random.RandomState(seed).permutation(len(names))[:per_class]
+        rows += [(f"train/{label}/{names[k]}", label, "train") for k in chosen]
+    for label, names in list_classes(images / "test").items():
+        rows += [(f"test/{label}/{name}", label, "test") for name in names[:NUM_TEST_IMAGES]]
+    return rows
+
+
+def train_fold(images: Path, rows: list[tuple[str, str, str]], options: list[str]) -> dict:
+    """Train on `rows` of a manifest; return test labels, predictions, and the seconds it took."""
     import train
 
     with tempfile.TemporaryDirectory() as output:
@@ -83,19 +104,20 @@ def train_fold(images: Path, fold: int, options: list[str]) -> dict:
         for path in images.iterdir():
             (directory / path.name).symlink_to(path.resolve())
         manifest = directory / "fold.csv"
-        write_manifest(images, fold, manifest)
+        with manifest.open("w", newline="") as file:
+            csv.writer(file).writerows([("file", "label", "split"), *rows])
         start = time.perf_counter()
         words = ["--dataset", str(manifest), "--output-dir", output, "--name", "run", "--quiet"]
         run = train.main([*words, *options])
         seconds = time.perf_counter() - start
-        rows = list(csv.DictReader((run.path / "predictions.csv").open()))
+        results = list(csv.DictReader((run.path / "predictions.csv").open()))
         history = (run.path / "history.jsonl").read_text().splitlines()
-    labels, predictions = ([int(row[key]) for row in rows] for key in ("label", "prediction"))
+    labels, predictions = ([int(row[key]) for row in results] for key in ("label", "prediction"))
     first_loss = json.loads(history[0])["train_loss"]
     fold_result = {"labels": labels, "predictions": predictions, "seconds": round(seconds, 1)}
     fold_result |= {"epochs": len(history), "first_epoch_loss": first_loss}
     accuracy = np.mean(np.equal(labels, predictions))
-    print(f"  fold {fold}: {accuracy:.4f} in {seconds:.0f} s, {len(history)} epochs", flush=True)
+    print(f"  accuracy {accuracy:.4f} in {seconds:.0f} s, {len(history)} epochs", flush=True)
     return fold_result
 
 

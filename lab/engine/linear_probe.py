@@ -19,7 +19,7 @@ from lab.distributed import no_cudnn_benchmark
 from lab.models import classifier_param_names
 
 MAX_IMAGES = 10_000  # that the classifier is fitted on
-PENALTY = 1e-3  # of the squared weights, relative to the mean cross-entropy
+PENALTY = 1e-5  # of the squared weights, relative to the mean cross-entropy
 
 
 def find_classifier(model: nn.Module, param_names: set[str]) -> nn.Linear | None:
