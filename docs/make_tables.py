@@ -250,12 +250,10 @@ def speed() -> str:
         ("one checkpoint and best.safetensors, share of an epoch (AlexNet, AdamW, 178 and 59 MB)",
          "`saving.py --rounds 8`", "2 %", f"{spread(shares)} %"),
         ("2 processes over gloo against 1, AlexNet †", "`worlds.py --rounds 3`", "0.85",
-         of_one(epyc, "2 processes") + ", with the bf16 hook "
-         + of_one(epyc, "2 processes, bf16 hook") + bound
+         of_one(epyc, "2 processes") + bound
          + of_one(epyc, "2 processes, no exchange")),
         ("the same in bfloat16, on the first machine", "`worlds.py --rounds 3`", "0.85",
-         of_one(xeon, "2 processes") + ", with the bf16 hook "
-         + of_one(xeon, "2 processes, bf16 hook") + bound
+         of_one(xeon, "2 processes") + bound
          + of_one(xeon, "2 processes, no exchange") + ": not met"),
     ]  # fmt: skip
     return markdown(("what", "command", "target", "measured"), rows)

@@ -105,10 +105,7 @@ class BatchReader:
         while code is None and time.monotonic() < deadline:  # it is set soon after the exit
             time.sleep(0.01)
             code = next((process.exitcode for process in processes if process.exitcode), None)
-        for process in processes:
-            process.kill()
-        # Or the pool would wait for the rest of a batch that was cut off.
-        pool._result_queue._writer.close()  # type: ignore[attr-defined]
+        _kill(processes, pool._result_queue)
         code = 1 if code is None else code
         how = f"exit code {code}" if code > 0 else signal.Signals(-code).name
         hint = f"The system may be out of memory: decrease --workers, or give {self.fallback}"
@@ -121,14 +118,20 @@ class BatchReader:
         pool, self._pool = self._pool, None
         if pool is None:
             return
-        processes = list(pool._processes.values())
-        pool.shutdown(wait=False, cancel_futures=True)
-        deadline = time.monotonic() + EXIT_SECONDS
-        for process in processes:
-            process.join(max(0.0, deadline - time.monotonic()))
-            if process.is_alive():  # stopped, or blocked in a system call
-                process.kill()
-                process.join()
+        # Workers may be stopped, or blocked in a system call.
+        timer = threading.Timer(
+            EXIT_SECONDS, _kill, (list(pool._processes.values()), pool._result_queue)
+        )
+        timer.start()
+        pool.shutdown(cancel_futures=True)
+        timer.cancel()
+
+
+def _kill(processes: list[Any], queue: Any) -> None:
+    """Kill the workers of a pool that sends its results through `queue`."""
+    for process in processes:
+        process.kill()
+    queue._writer.close()  # or the pool would wait for the rest of a batch that was cut off
 
 
 _function: Callable[[Tensor], Any]  # of a worker process

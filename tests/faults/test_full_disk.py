@@ -58,7 +58,7 @@ def test_p3_a_run_continues_when_the_disk_is_full(small_disk, tmp_path, monkeypa
 
     monkeypatch.setattr(manager, "write_checkpoint", on_a_full_disk)
     capsys.readouterr()
-    assert train.main([*words, str(small_disk)]).exit_code == 0
+    assert train.main([*words, "--output-dir", str(small_disk)]).exit_code == 0
     [warning] = capsys.readouterr().err.splitlines()
     assert f"{calls[2]} is not written: cannot write" in warning
     assert "No space left on device" in warning

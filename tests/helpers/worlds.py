@@ -162,7 +162,8 @@ def _run_script(words: Sequence[str], env: dict[str, str], *files: Path) -> None
     os.chdir(ROOT)
     os.environ.clear()
     os.environ.update(env)
-    libraries = [path for path in sys.path if not path.startswith(str(ROOT))]
+    # The environment may be a directory of the project.
+    libraries = [p for p in sys.path if p.startswith(sys.prefix) or not p.startswith(str(ROOT))]
     sys.path = [os.path.dirname(words[0]), *env["PYTHONPATH"].split(os.pathsep), *libraries]
     del sys.modules[__name__]
     for stream, path in zip((sys.stdout, sys.stderr), files, strict=True):
