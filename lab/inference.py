@@ -120,7 +120,7 @@ class _ImageDataset:
             item = self.items[i]
             try:
                 if not isinstance(item, Tensor):
-                    item = decode(item) if isinstance(item, str) else pixels(item)
+                    item = decode(item, self.size) if isinstance(item, str) else pixels(item)
                 images.append(self.square(item))
                 readable.append(i)
             except UserError as error:

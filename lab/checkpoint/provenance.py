@@ -11,7 +11,7 @@ import lab
 def versions() -> dict[str, str]:
     """Return the version of each library that results depend on."""
     result = {"lab": lab.__version__, "python": sys.version.split()[0]}
-    for name in ("torch", "torchvision", "accelerate", "safetensors"):
+    for name in ("torch", "torchvision", "pillow", "accelerate", "safetensors"):
         try:
             result[name] = version(name)
         except PackageNotFoundError:

@@ -68,6 +68,7 @@ def run_metadata(config: TrainConfig, splits: Splits, precision: str) -> dict[st
         "monitor": config.monitor,
         "selection_split": splits.selection_split,
         "versions": versions(),
+        "decoder": splits.decoder,
     }
 
 
@@ -204,6 +205,7 @@ def _check_metadata(metadata: dict[str, Any]) -> None:
         "image_size": architecture["image_size"] == data["image_size"],
         "precision": metadata["precision"] in ("no", "bf16", "fp16"),
         "temperature": type(temperature) in (int, float) and 0 < temperature < math.inf,
+        "decoder": isinstance(metadata.get("decoder", ""), str),
     }
     for name, is_valid in valid.items():
         if not is_valid:
@@ -227,8 +229,13 @@ def load_model(path: Path, metadata: Mapping[str, Any]) -> nn.Module:
     """Return the model that a weights file holds and its metadata describe, on the CPU.
 
     Metadata of unknown origin may ask for millions of classes: they are compared with the header
-    of the file before memory is allocated. Raise `UserError` if they do not match.
+    of the file before memory is allocated. Raise `UserError` if they do not match. Warn if image
+    files are not decoded as in training.
     """
+    if metadata.get("decoder"):
+        from lab.data.decode import warn_of_other_pixels
+
+        warn_of_other_pixels(metadata["decoder"])
     with torch.device("meta"):
         check_shapes(path, build_model(**metadata["model"]))
     model = build_model(**metadata["model"])

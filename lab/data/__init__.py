@@ -134,6 +134,15 @@ class Splits:
 
         return class_size_warnings(self.train.class_names, self.class_counts()["training"])
 
+    @property
+    def decoder(self) -> str:
+        """Return what decodes the image files (`describe_decoder`); "" if the images are none."""
+        if self.train.paths is None:
+            return ""
+        from lab.data.decode import describe_decoder  # imports torchvision
+
+        return describe_decoder()
+
     def choose_loader(self, kind: str, memory: float) -> str:
         """Return the kind of loader to use: "resident" or "streaming".
 

@@ -2,35 +2,44 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import os
 import stat
 import warnings
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cache as cache_result
 from typing import Any
 
+import PIL
 import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
+from lab import console
 from lab.data import cache
 from lab.data.transforms import SampleTransform, square
 from lab.data.types import LazyImages, UnreadableImages
 from lab.data.workers import BatchReader
 from lab.errors import UserError
 
-try:
-    from torchvision.io import decode_jpeg
-except ImportError:  # deprecated in torchvision 0.29; Pillow decodes these files, too
-    decode_jpeg = None
-
 # Files are opened in these formats only, whatever their names are. Pillow supports others, but EPS,
 # for example, starts Ghostscript.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
 MAX_PIXELS = 100_000_000  # a file of a few kB may claim billions of pixels
+REDUCED = 2  # sides of a JPEG that is decoded at a reduced scale / sides of the result, at least
+REFERENCE = base64.b64decode(  # a JPEG of 16 x 16 pixels, for `decoder_digest`
+    "/9j/4AAQSkZJRgABAQAAAQABAAD/2wBDAAYEBQYFBAYGBQYHBwYIChAKCgkJChQODwwQFxQYGBcUFhYaHSUfGhsj"
+    "HBYWICwgIyYnKSopGR8tMC0oMCUoKSj/2wBDAQcHBwoIChMKChMoGhYaKCgoKCgoKCgoKCgoKCgoKCgoKCgoKCgo"
+    "KCgoKCgoKCgoKCgoKCgoKCgoKCgoKCgoKCj/wAARCAAQABADASIAAhEBAxEB/8QAFgABAQEAAAAAAAAAAAAAAAAA"
+    "BQQG/8QAIBAAAgEEAgMBAAAAAAAAAAAAAQIRAAQFIRIxQVHwkf/EABUBAQEAAAAAAAAAAAAAAAAAAAME/8QAGhEA"
+    "AgIDAAAAAAAAAAAAAAAAABEEBQYiQf/aAAwDAQACEQMRAD8AEsscFVEWSSIMCTHoCn7LH8CV9QAAZ6Pn7zV9jYwQ"
+    "UUM2lk6gzWgx2NYRygr1Krs6+/atu8nT2Dh1q4f/2Q=="
+)
 
 
 @dataclass(frozen=True)
@@ -68,7 +77,7 @@ class FileImages(LazyImages):
         images, reasons = [], {}
         for i, bits in index.tolist():
             try:
-                images.append(transform(decode(self.paths[i]), bits))
+                images.append(transform(decode(self.paths[i], transform.size), bits))
             except UserError as error:
                 reasons[i] = error.what
         self._check(reasons)
@@ -152,7 +161,8 @@ class FileImages(LazyImages):
         reasons = {}
         for image, i in zip(images, index.tolist(), strict=True):
             try:
-                image.copy_(square(decode(self.paths[i]), self.size, self.fit, self.crop_pct))
+                decoded = decode(self.paths[i], self.size)
+                image.copy_(square(decoded, self.size, self.fit, self.crop_pct))
             except UserError as error:
                 reasons[i] = error.what
         return images, reasons
@@ -174,14 +184,16 @@ def in_workers(
         yield reader.read(batches)
 
 
-def decode(path: str) -> Tensor:
+def decode(path: str, size: int = 0) -> Tensor:
     """Return an image as uint8 [3, H, W], in its EXIF orientation.
 
-    Transparency is dropped, and the first image of an animation is used. Raises `UserError` if the
-    file is damaged, not an image, or has more than `MAX_PIXELS`.
+    If it will be resized to `size` pixels, a JPEG is decoded at 1/2, 1/4 or 1/8 of its scale, as
+    long as its sides stay at least `REDUCED` times as long as that. Transparency is dropped, and
+    the first image of an animation is used. Raises `UserError` if the file is damaged, not an
+    image, or has more than `MAX_PIXELS`.
     """
     try:
-        return _decode(_read(path))
+        return _decode(_read(path), size)
     except Exception as error:  # Pillow's decoders raise exceptions of many types
         reason = getattr(error, "strerror", None) or str(error)
         if isinstance(error, UnidentifiedImageError):
@@ -200,7 +212,7 @@ def _read(path: str) -> bytes:
         return file.read()
 
 
-def _decode(content: bytes) -> Tensor:
+def _decode(content: bytes, size: int) -> Tensor:
     """Return the image in a file's content as uint8 [3, H, W], in its EXIF orientation."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about metadata; they do not name the file
@@ -208,21 +220,32 @@ def _decode(content: bytes) -> Tensor:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise Image.DecompressionBombError
-            decoded = _decode_jpeg(content) if content.startswith(b"\xff\xd8\xff") else None
-            return pixels(image) if decoded is None else _orient(decoded, image)
+            if size:  # the discrete cosine transform of a JPEG can be inverted to fewer pixels
+                image.draft(None, (REDUCED * size, REDUCED * size))
+            return pixels(image)
 
 
-def _decode_jpeg(content: bytes) -> Tensor | None:
-    """Return a JPEG decoded by torchvision, which is faster than Pillow; None if it fails.
+@cache_result
+def describe_decoder() -> str:
+    """Return the version of Pillow, and a checksum of a JPEG that was decoded and resized.
 
-    torchvision's PNG decoder is not used: some damaged files make it crash the process (0.29).
+    The checksum differs if a version of Pillow or torchvision decodes or resizes to other pixels.
     """
-    if decode_jpeg is None:
-        return None
-    try:
-        return decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8), "RGB")
-    except RuntimeError:
-        return None
+    image = square(_decode(REFERENCE, 4), 4)
+    return f"Pillow {PIL.__version__}, pixels {zlib.crc32(image.numpy().tobytes()):08x}"
+
+
+def warn_of_other_pixels(trained: str) -> None:
+    """Warn if files are decoded to other pixels than in training.
+
+    `trained` is the result of `describe_decoder` there.
+    """
+    current = describe_decoder()
+    if trained.split()[-1:] != current.split()[-1:]:
+        console.warn(
+            f"image files are decoded to other pixels than in training ({current}; in training "
+            f"{trained}): predictions may differ slightly"
+        )
 
 
 def pixels(image: Image.Image) -> Tensor:

@@ -1,5 +1,6 @@
 """A linear probe: logistic regression on the features of a pretrained model."""
 
+from collections.abc import Collection
 from contextlib import closing
 from typing import Any
 
@@ -22,7 +23,7 @@ MAX_IMAGES = 10_000  # that the classifier is fitted on
 PENALTY = 1e-5  # of the squared weights, relative to the mean cross-entropy
 
 
-def find_classifier(model: nn.Module, param_names: set[str]) -> nn.Linear | None:
+def find_classifier(model: nn.Module, param_names: Collection[str]) -> nn.Linear | None:
     """Return the layer that consists of the parameters `param_names`; None if it is not linear."""
     modules = {name.rpartition(".")[0] for name in param_names}
     layer = model.get_submodule(modules.pop()) if len(modules) == 1 else None

@@ -154,14 +154,17 @@ def report(
 def is_better(row: Mapping[str, float], best: Mapping[str, float], by: str) -> bool:
     """Return whether an epoch's row of history.jsonl is better than the `best` row so far.
 
-    `best` is empty before the first epoch. In a tie the earlier epoch stays the best. A value that
-    is not finite is never better than a finite one.
+    `best` is empty before the first epoch. In a tie, which small validation splits often have, the
+    epoch with the lower loss is better. A value that is not finite is never better than a finite
+    one.
     """
     if not best:
         return True
     new, old = row[f"val_{by}"], best[f"val_{by}"]
     if not math.isfinite(new):
         return False
+    if new == old:
+        return row["val_loss"] < best["val_loss"]
     return not math.isfinite(old) or (new < old if by == "loss" else new > old)
 
 

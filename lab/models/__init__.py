@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -92,16 +93,17 @@ def build_model(
     module, factory, *more = find_model(name).factory.split(":")
     build = getattr(importlib.import_module(f"lab.models.{module}"), factory)
     model = build(num_classes, in_chans, image_size, *more)
-    if init == "kaiming":
+    if init != "default":
         from lab.models.alexnet import kaiming_init
 
-        kaiming_init(model)
+        kaiming_init(model, zero_classifier=init == "kaiming-zero-classifier")
     return model
 
 
+@functools.cache  # it builds the model twice, and is called for several purposes
 def classifier_param_names(
     name: str, *, num_classes: int, in_chans: int, image_size: int
-) -> set[str]:
+) -> frozenset[str]:
     """Return the names of the parameters whose shape depends on the number of classes.
 
     All other parameters are the backbone's.
@@ -116,4 +118,4 @@ def classifier_param_names(
         return {name: tensor.shape for name, tensor in model.state_dict().items()}
 
     other = shapes(num_classes + 1)
-    return {name for name, shape in shapes(num_classes).items() if shape != other[name]}
+    return frozenset(name for name, size in shapes(num_classes).items() if size != other[name])

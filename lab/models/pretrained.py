@@ -1,6 +1,7 @@
 """torchvision's ImageNet weights."""
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ SCALE = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1) / 0.5
 SHIFT = (torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1) - 0.5) / 0.5
 
 
-def load_pretrained(model: nn.Module, source: str, heads: set[str]) -> list[str]:
+def load_pretrained(model: nn.Module, source: str, heads: Collection[str]) -> list[str]:
     """Load the weights of torchvision's model `source`, except for the parameters `heads`.
 
     Returns messages for the user: how many tensors were loaded, which ones were adapted, and which

@@ -39,7 +39,7 @@ def files(tmp_path):
 def decoded(monkeypatch):
     """The paths that were decoded so far."""
     paths, original = [], decode.decode
-    monkeypatch.setattr(decode, "decode", lambda p: paths.append(p) or original(p))
+    monkeypatch.setattr(decode, "decode", lambda p, size: paths.append(p) or original(p, size))
     return paths
 
 

@@ -88,7 +88,7 @@ def test_p5_metadata_holds_all_that_is_needed(saved, splits):
     assert (metadata["seed"], metadata["recipe"], metadata["precision"]) == (42, "smoke", "no")
     assert torch.__version__.startswith(metadata["versions"]["torch"].split("+")[0])
     assert metadata["versions"].keys() == {
-        "lab", "python", "torch", "torchvision", "accelerate", "safetensors",
+        "lab", "python", "torch", "torchvision", "pillow", "accelerate", "safetensors",
     }  # fmt: skip
 
 

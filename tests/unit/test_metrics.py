@@ -147,8 +147,11 @@ def test_p1_labels_and_predictions_of_different_samples_raise(counts):
 
 
 @pytest.mark.parametrize("by", ["accuracy", "macro_f1", "loss"])
-def test_a_tie_keeps_the_earlier_epoch(by):
-    assert not is_better({f"val_{by}": 0.5}, {f"val_{by}": 0.5}, by)
+def test_in_a_tie_the_lower_loss_is_better_and_the_earlier_epoch_stays(by):
+    equal = {"val_accuracy": 0.5, "val_macro_f1": 0.5, "val_loss": 0.5}
+    assert not is_better(equal, equal, by)
+    assert is_better(equal | {"val_loss": 0.4}, equal, by)
+    assert not is_better(equal | {"val_loss": 0.6}, equal, by)
 
 
 def test_only_the_chosen_number_decides():
@@ -160,9 +163,10 @@ def test_only_the_chosen_number_decides():
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("by", ["accuracy", "loss"])
 def test_a_number_that_is_not_finite_is_never_better_than_a_finite_one(by, bad):
-    assert not is_better({f"val_{by}": bad}, {f"val_{by}": 0.0}, by)
-    assert is_better({f"val_{by}": 0.0}, {f"val_{by}": bad}, by)
-    assert not is_better({f"val_{by}": bad}, {f"val_{by}": bad}, by)
+    good, bad = ({"val_loss": 0.0, f"val_{by}": value} for value in (0.0, bad))
+    assert not is_better(bad, good, by)
+    assert is_better(good, bad, by)
+    assert not is_better(bad, bad, by)
 
 
 @pytest.mark.parametrize(

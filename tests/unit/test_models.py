@@ -1,9 +1,13 @@
 """LeNet-5 and AlexNet have the published layers."""
 
+import math
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
+from lab.config.recipes import resolve
 from lab.models import build_model
 
 CLASSIC = ("lenet5", "alexnet")  # the others: test_adapted.py
@@ -127,6 +131,18 @@ def test_p2_initial_weights_are_a_function_of_the_seed(init):
     first, second, other = weights(1), weights(1), weights(2)
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert not any(torch.equal(first[n], other[n]) for n in first if n.endswith("weight"))
+
+
+@pytest.mark.parametrize(
+    "model", ["lenet5", "alexnet", "densenet", "mobilenet_v3_small", "efficientnet_b0", "vit_tiny"]
+)
+def test_the_first_loss_on_images_of_ones_own_is_that_of_a_guess(model):
+    config = resolve({"dataset": "images/", "model": model})
+    torch.manual_seed(0)
+    images = torch.randn(36, 3, 32, 32)
+    logits = build(model, 9, init=config.init).train()(images)
+    loss = F.cross_entropy(logits, torch.arange(36) % 9).item()
+    assert loss < 1.2 * math.log(9)
 
 
 def test_kaiming_keeps_the_variance_through_relus():
