@@ -163,10 +163,10 @@ def die(files):
     """Decode, and kill this process at the third image."""
     original = decode.decode
 
-    def killed(path):
+    def killed(path, size):
         if path == files.paths[2]:
             os.kill(os.getpid(), 9)
-        return original(path)
+        return original(path, size)
 
     decode.decode = killed
     files.decode_all(1)
@@ -186,10 +186,10 @@ def decode_slowly(files, results):
     """Put (number of decoded images, the sum of all pixels) into the queue `results`."""
     original, paths = decode.decode, []
 
-    def slow(path):
+    def slow(path, size):
         paths.append(path)
         time.sleep(0.2)
-        return original(path)
+        return original(path, size)
 
     decode.decode = slow
     total = int(files.decode_all(1).long().sum())
