@@ -61,7 +61,8 @@ def main() -> None:
             shown = {k: v for k, v in rows[-1].items() if k != "folds"}
             print(json.dumps(shown), flush=True)
     if args.json:
-        write_json(args.json, {"rows": rows})
+        content = {"images": args.images.name, "per_class": args.per_class, "rows": rows}
+        write_json(args.json, content)
 
 
 def list_classes(images: Path) -> dict[str, list[str]]:

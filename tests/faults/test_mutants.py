@@ -28,8 +28,8 @@ def test_the_text_of_each_mutant_occurs_exactly_once():
 def tree(tmp_path_factory):
     """A copy of the code and its tests."""
     copy = tmp_path_factory.mktemp("mutants") / "tree"
-    ignored = shutil.ignore_patterns("__pycache__")
-    for name in ("lab", "tests"):
+    ignored = shutil.ignore_patterns("__pycache__", "logs")
+    for name in ("lab", "tests", "benchmarks"):
         shutil.copytree(ROOT / name, copy / name, ignore=ignored)
     for path in (*ROOT.glob("*.py"), ROOT / "pyproject.toml"):
         shutil.copy(path, copy)
