@@ -75,7 +75,7 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
         ),
         "alexnet/cifar10": dict(augment="crop,flip,cutout"),
         "alexnet/cifar100": dict(augment="crop,flip,cutout"),
-        "alexnet/folder": dict(augment="crop,flip,cutout", init="kaiming-zero-classifier"),
+        "alexnet/folder": dict(augment="crop,flip,cutout"),
         "googlenet": dict(label_smoothing=0.1, epochs=20),
         "densenet": dict(label_smoothing=0.1, epochs=20),
         "densenet121": dict(label_smoothing=0.1, epochs=20),

@@ -223,9 +223,8 @@ class TrainConfig:
         "batch uses one of them",
         above=0.0, high=100.0, metavar="A", from_recipe=True)
     init: str = option("default", TRAINING,
-        "weight initialization: PyTorch's default or Kaiming normal, with zeros in the last layer "
-        "or not",
-        choices=("default", "kaiming", "kaiming-zero-classifier"), from_recipe=True)
+        "weight initialization: PyTorch's default or Kaiming normal",
+        choices=("default", "kaiming"), from_recipe=True)
     pretrained: bool = option(False, TRAINING,
         "start from torchvision's ImageNet weights, which are downloaded once, with a new "
         "classifier", from_recipe=True)

@@ -93,10 +93,10 @@ def build_model(
     module, factory, *more = find_model(name).factory.split(":")
     build = getattr(importlib.import_module(f"lab.models.{module}"), factory)
     model = build(num_classes, in_chans, image_size, *more)
-    if init != "default":
+    if init == "kaiming":
         from lab.models.alexnet import kaiming_init
 
-        kaiming_init(model, zero_classifier=init == "kaiming-zero-classifier")
+        kaiming_init(model)
     return model
 
 

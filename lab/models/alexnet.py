@@ -51,17 +51,14 @@ class AlexNet(nn.Module):
 
 
 @torch.no_grad()
-def kaiming_init(model: nn.Module, zero_classifier: bool = False) -> None:
+def kaiming_init(model: nn.Module) -> None:
     """Initialize weights so that ReLUs preserve the variance of activations (He et al. 2015, 2.2).
 
     PyTorch's default weights are smaller: after eight layers the signal vanishes, and AlexNet's
-    loss stays at log(10) for hundreds of steps. With `zero_classifier`, the weights of the last
-    layer are 0, so that the first loss is log(K) for K classes; otherwise it is several times that.
+    loss stays at log(10) for hundreds of steps.
     """
-    layers = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
-    for layer in layers:
-        nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-        if layer.bias is not None:
-            nn.init.zeros_(layer.bias)
-    if zero_classifier:
-        nn.init.zeros_(layers[-1].weight)
+    for module in model.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)

@@ -134,7 +134,7 @@ def test_p2_initial_weights_are_a_function_of_the_seed(init):
 
 
 @pytest.mark.parametrize(
-    "model", ["lenet5", "alexnet", "densenet", "mobilenet_v3_small", "efficientnet_b0", "vit_tiny"]
+    "model", ["lenet5", "densenet", "mobilenet_v3_small", "efficientnet_b0", "vit_tiny"]
 )
 def test_the_first_loss_on_images_of_ones_own_is_that_of_a_guess(model):
     config = resolve({"dataset": "images/", "model": model})
