@@ -25,7 +25,7 @@ from common import ratios, spread  # noqa: E402
 
 from lab.report.run_reader import RunResult, read_run  # noqa: E402
 
-PAGES = ("README.md", "docs/architectures.md", "docs/training.md", "benchmarks/RESULTS.md")
+PAGES = ("README.md", "docs/architectures.md", "benchmarks/RESULTS.md")
 BLOCK = r"(<!-- table (\w+): docs/make_tables\.py -->\n).*?(<!-- end -->)"
 
 
@@ -50,34 +50,6 @@ def log(name: str) -> dict[str, Any]:
 def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Return a Markdown table."""
     return "\n".join(f"| {' | '.join(c)} |" for c in (heads, ["---"] * len(heads), *rows))
-
-
-# docs/training.md
-
-
-def finetune() -> str:
-    """Return the table of training methods on small folders, means over the seeds."""
-    titles = {"scratch": "random weights", "head": "`--freeze backbone --epochs 1`",
-              "finetune": "the default"}  # fmt: skip
-    lines = []
-    for path in sorted(LOGS.glob("finetune_*.json")):
-        content = json.loads(path.read_text())
-        per_class = content["per_class"]
-        images = f"CIFAR-10, {per_class} of each class" if per_class else "photographs, 5 folds"
-        for method, title in titles.items():
-            rows = [row for row in content["rows"] if row["method"] == method]
-            if rows:
-                cells = [images, title, str(len(rows))]
-                for metric in ("accuracy", "macro_f1"):
-                    mean = statistics.mean(row[metric] for row in rows)
-                    low, high = (
-                        statistics.mean(row[f"{metric}_interval"][i] for row in rows)
-                        for i in (0, 1)
-                    )
-                    cells.append(f"{mean:.3f} ({low:.3f} to {high:.3f})")
-                lines.append((per_class, cells))
-    heads = ("images", "training", "seeds", "accuracy", "macro-F1")
-    return markdown(heads, [cells for _, cells in sorted(lines, key=lambda line: line[0])])
 
 
 # README
@@ -363,7 +335,6 @@ def muon() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     function.__name__: function
     for function in (
-        finetune,
         results,
         models,
         fewer_images,

@@ -1,5 +1,6 @@
 """P3 and P7: a run of which one process is killed or stops responding."""
 
+import json
 from pathlib import Path
 
 import pytest

@@ -107,7 +107,7 @@ def test_no_step_is_interrupted_by_the_death_of_a_worker():
         assert first_indices(reader) == IN_ORDER
         assert signal.getsignal(signal.SIGCHLD) is before
         os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
-        with pytest.raises(UserError, match="died"):
+        with pytest.raises(UserError, match="died"):  # noqa: PT012
             for _ in range(1000):  # the pool notices it after a moment
                 first_indices(reader)
 
