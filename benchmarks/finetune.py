@@ -1,13 +1,14 @@
-"""Measure training from scratch, of the head only, and fine-tuning on a folder of images.
+"""Compare training from scratch, training only the classifier, and fine-tuning all layers.
 
   python benchmarks/finetune.py IMAGES --init-checkpoint efficientnet_lite0.safetensors
   python benchmarks/finetune.py cifar10-jpg --per-class 30 --init-checkpoint ...
 
-The weights are those of benchmarks/pretrained.py. In the first command, IMAGES has one directory
-for each class, and five folds are trained: in each, a fifth of every class is the test split, and
-together they count each image once. In the second, the training images are a random part of
-IMAGES/train, and the test images the first hundred of each class in IMAGES/test. A tenth of the
-training images is the validation split. The intervals are 95 % bootstrap intervals over images.
+benchmarks/pretrained.py writes the pretrained weights. The first command runs five-fold
+cross-validation on IMAGES, which has one directory for each class: each fold tests on a fifth of
+every class, and each image is tested once. The second command trains on a random sample of
+IMAGES/train, and tests on the first hundred images of each class in IMAGES/test. A tenth of the
+training images is held out for validation. The intervals are 95 % bootstrap intervals over the test
+images.
 """
 
 import argparse
@@ -31,7 +32,7 @@ METHODS = {
 
 
 def main() -> None:
-    """Measure as the command line says."""
+    """Run the benchmark with the settings of the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -72,9 +73,10 @@ def list_classes(images: Path) -> dict[str, list[str]]:
 
 
 def fold_rows(images: Path, fold: int) -> list[tuple[str, str, str]]:
-    """Return (file, label, split) of each image: of every class, image i is tested in fold i % 5.
+    """Return (file, label, split) of each image in a fold of the cross-validation.
 
-    The images of a class are in a random order that does not depend on the fold.
+    The images of each class are shuffled, in the same order for every fold. Image i of a class is a
+    test image in fold i % 5.
     """
     rows = []
     for label, names in list_classes(images).items():
@@ -85,7 +87,10 @@ def fold_rows(images: Path, fold: int) -> list[tuple[str, str, str]]:
 
 
 def sample_rows(images: Path, per_class: int, seed: int) -> list[tuple[str, str, str]]:
-    """Return (file, label, split) of `per_class` random training images and of the test images."""
+    """Return (file, label, split) of all test images and of `per_class` training images per class.
+
+    The training images are drawn at random with `seed`.
+    """
     rows = []
     for label, names in list_classes(images / "train").items():
         chosen = np.random.RandomState(seed).permutation(len(names))[:per_class]
@@ -96,7 +101,11 @@ def sample_rows(images: Path, per_class: int, seed: int) -> list[tuple[str, str,
 
 
 def train_fold(images: Path, rows: list[tuple[str, str, str]], options: list[str]) -> dict:
-    """Train on `rows` of a manifest; return test labels, predictions, and the seconds it took."""
+    """Train on a manifest with these rows.
+
+    Return the labels and predictions of the test images, the duration in seconds, the number of
+    epochs and the training loss of the first epoch.
+    """
     import train
 
     with tempfile.TemporaryDirectory() as output:
@@ -123,7 +132,7 @@ def train_fold(images: Path, rows: list[tuple[str, str, str]], options: list[str
 
 
 def summary(folds: list[dict]) -> dict:
-    """Return accuracy and macro-F1 over the images of all folds, with their intervals."""
+    """Return accuracy and macro-F1 on the test images of all folds, with bootstrap intervals."""
     labels, predictions = (
         np.concatenate([fold[key] for fold in folds]) for key in ("labels", "predictions")
     )
@@ -144,7 +153,7 @@ def summary(folds: list[dict]) -> dict:
 
 
 def scores(labels: np.ndarray, predictions: np.ndarray) -> tuple[float, float]:
-    """Return accuracy and macro-F1 over the classes that occur."""
+    """Return accuracy, and macro-F1 over the classes that occur or are predicted."""
     f1 = []
     for k in np.union1d(labels, predictions):
         correct = np.sum((labels == k) & (predictions == k))

@@ -1,14 +1,15 @@
-"""Compare lab's reading of image files with torchvision's ImageFolder and with other loaders.
+"""Measure how fast lab, torchvision's ImageFolder and other loaders read image files.
 
   python benchmarks/folder.py DATA/cifar10-jpg/train
   python benchmarks/folder.py DATA/photos --training --num-images 10000
 
-The first command reads all images once, as uint8 of 32 x 32: lab's first and second start. With
---training, random photographs of the directory are cropped and written as JPEG files of --size
-pixels, and an epoch of batches for training at 224 pixels is read: random resized crop, flip and
-normalization. timm and Hugging Face datasets take part if they are installed; "decoding" reads and
-decodes the files without any transform. All contenders have two workers. They run in turn, each in
-its own process.
+The first command reads all images once and resizes them to 32 x 32 pixels, as lab does when a
+training starts: lab is measured without its cache (first start) and with it (second start). The
+second command, with --training, reads one epoch of training batches at 224 pixels, with random
+resized crops, flips and normalization. Its files are generated: random crops of the photographs in
+the directory, saved as JPEG files that are --size pixels wide. timm and Hugging Face datasets are
+included if they are installed. "decoding" reads and decodes the files without any transform. Every
+loader has two workers. The loaders run in turn, each in its own process.
 """
 
 import argparse
@@ -28,7 +29,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def read_with_torchvision(root: str) -> int:
-    """Read torchvision's ImageFolder with a DataLoader; return the number of images."""
+    """Read all images with torchvision's ImageFolder and a DataLoader; return their number."""
     from torch.utils.data import DataLoader
     from torchvision import datasets
     from torchvision.transforms import v2
@@ -39,7 +40,7 @@ def read_with_torchvision(root: str) -> int:
 
 
 def read_with_lab(root: str) -> int:
-    """Read the directory with lab, from the cache if LAB_CACHE contains it; return the count."""
+    """Read all images with lab, from the cache if LAB_CACHE contains them; return their number."""
     from lab.data import DataConfig
     from lab.data.image_folder import read_folder
     from lab.data.splits import in_memory
@@ -49,7 +50,7 @@ def read_with_lab(root: str) -> int:
 
 
 def train_transform():
-    """Return the transform of lab's contenders: random resized crop, flip, normalization."""
+    """Return random resized crop, flip and normalization, for the loaders that take transforms."""
     import torch
     from torchvision.transforms import v2
 
@@ -67,7 +68,7 @@ def train_transform():
 
 
 def train_with_torchvision(root: str) -> int:
-    """Read an epoch of torchvision's ImageFolder with a DataLoader; return the count."""
+    """Read an epoch with torchvision's ImageFolder and a DataLoader; return the image count."""
     from torch.utils.data import DataLoader
     from torchvision import datasets
 
@@ -77,7 +78,7 @@ def train_with_torchvision(root: str) -> int:
 
 
 def train_with_timm(root: str) -> int:
-    """Read an epoch of timm's dataset and loader; return the count."""
+    """Read an epoch with timm's dataset and loader; return the image count."""
     import torch
     from timm.data import create_dataset, create_loader
 
@@ -100,7 +101,7 @@ def train_with_timm(root: str) -> int:
 
 
 def train_with_datasets(root: str) -> int:
-    """Read an epoch of Hugging Face datasets' imagefolder with a DataLoader; return the count."""
+    """Read an epoch with Hugging Face's imagefolder and a DataLoader; return the image count."""
     from datasets import load_dataset
     from torch.utils.data import DataLoader
 
@@ -114,7 +115,7 @@ def train_with_datasets(root: str) -> int:
 
 
 def train_with_lab(root: str) -> int:
-    """Read an epoch of lab's training batches; return the count."""
+    """Read an epoch of lab's training batches; return the image count."""
     from dataclasses import replace
 
     import torch
@@ -142,7 +143,7 @@ def train_with_lab(root: str) -> int:
 
 
 def decode_only(root: str) -> int:
-    """Read and decode all files, a process for each worker; return the count."""
+    """Read and decode all files in worker processes, without transforms; return the image count."""
     from concurrent.futures import ProcessPoolExecutor
 
     paths = [str(path) for path in Path(root).glob("*/*")]
@@ -168,9 +169,10 @@ READERS = {
 
 
 def write_photographs(source: Path, target: Path, num_images: int, width: int) -> None:
-    """Write `num_images` JPEG files of `width` x 3/4 `width` pixels, crops of random photographs.
+    """Write `num_images` random crops of photographs as JPEG files of aspect ratio 4:3.
 
-    Small crops are enlarged, so that the files have fewer details than a camera's.
+    They are `width` pixels wide. Smaller crops are enlarged, and then have less detail than
+    photographs of that size.
     """
     from PIL import Image
 
@@ -189,7 +191,7 @@ def write_photographs(source: Path, target: Path, num_images: int, width: int) -
 
 
 def run_one(reader: str, root: str) -> dict:
-    """Return the number of images read and the seconds without imports."""
+    """Return the number of images read, the seconds without imports, and the images per second."""
     import torch
     from torchvision import datasets, transforms  # noqa: F401
 
@@ -199,7 +201,7 @@ def run_one(reader: str, root: str) -> dict:
         import timm.data  # noqa: F401
     if "datasets" in reader:
         import datasets  # noqa: F401
-    torch.set_num_threads(1)  # of the main process: the workers use both cores
+    torch.set_num_threads(1)  # in the main process, because the workers use both cores
     start = time.perf_counter()
     count = READERS[reader](root)
     seconds = time.perf_counter() - start
@@ -207,7 +209,7 @@ def run_one(reader: str, root: str) -> dict:
 
 
 def compare_training(args: argparse.Namespace) -> dict:
-    """Time all loaders on generated photographs, and print and return the results."""
+    """Measure all loaders on generated photographs; print and return the results."""
     installed = {"timm": find_spec("timm"), "datasets": find_spec("datasets")}
     with tempfile.TemporaryDirectory() as directory:
         write_photographs(Path(args.root), Path(directory), args.num_images, args.size)
@@ -228,7 +230,7 @@ def compare_training(args: argparse.Namespace) -> dict:
 
 
 def compare_reading(args: argparse.Namespace) -> dict:
-    """Time the first and the second start on a directory, and print and return the results."""
+    """Measure lab's first and second start, and ImageFolder; print and return the results."""
     with tempfile.TemporaryDirectory() as cache:
         child(__file__, args.root, "--one", "lab", LAB_CACHE=cache)  # also warms the page cache
 
@@ -252,7 +254,7 @@ def compare_reading(args: argparse.Namespace) -> dict:
 
 
 def main() -> None:
-    """Measure as the command line says."""
+    """Run the benchmark with the settings of the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
