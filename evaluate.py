@@ -1,17 +1,18 @@
 """Evaluate saved weights on a split: exact metrics, metrics per class, confusion matrix.
 
   python evaluate.py runs/lenet5-mnist                   test split of the training dataset
-  python evaluate.py best.safetensors --split val        another split, from the file alone
+  python evaluate.py best.safetensors --split val        another split, with only the weights file
   python evaluate.py best.safetensors --dataset IMAGES --split all
-  python evaluate.py runs/alexnet-cifar10 --tta flip     also with test-time augmentation
-  python evaluate.py runs/lenet5-mnist --calibrate       fit the confidence on validation
+  python evaluate.py runs/alexnet-cifar10 --tta flip     without and with test-time augmentation
+  python evaluate.py runs/lenet5-mnist --calibrate       fit a temperature on the validation split
   accelerate launch --config_file accelerate_configs/multi_gpu.yaml evaluate.py runs/lenet5-mnist
 
-Writes report.json, predictions.csv and predictions.safetensors, which holds the probabilities. The
-results do not depend on the number of processes.
+The script writes report.json, predictions.csv and predictions.safetensors, which contains the
+probabilities. The results do not depend on the number of processes.
 
---calibrate stores a temperature in the weights (Guo et al. 2017), which this script, predict.py and
-export.py divide the logits by: confidence becomes comparable with accuracy, no prediction changes.
+--calibrate stores a temperature (Guo et al. 2017) in the metadata of the weights. This script,
+predict.py and export.py then divide the logits by it, so that the confidence is close to the
+accuracy. Predictions do not change.
 """
 
 import sys
@@ -25,7 +26,7 @@ from lab.errors import UserError, name_some, run_script
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Evaluate weights as the command line `argv` says. Raises `UserError`."""
+    """Evaluate weights with the arguments `argv`. Raises `UserError`."""
     config = EvalConfig(
         **parse_arguments(EvalConfig, argv, prog="evaluate.py", description=__doc__)
     )
@@ -124,9 +125,9 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def calibrate(accelerator, model, loader):
-    """Return the temperature that fits the loader's split, and print what it changes.
+    """Return the temperature fitted on the loader's split, and print the metrics without it.
 
-    All processes hold all logits, and so find the same temperature.
+    All processes have all logits, so all fit the same temperature.
     """
     from lab.engine.calibration import fit_temperature
     from lab.engine.evaluation import predict_all
@@ -143,10 +144,10 @@ def calibrate(accelerator, model, loader):
 
 
 def has_changed(metadata, data, split_name, raw, fingerprint):
-    """Return whether the evaluated split differs from that of the training: another dataset, too.
+    """Return whether the evaluated split differs from the one in training.
 
     `data` is the `DataConfig` of the evaluation, `raw` the dataset that was read for it, and
-    `fingerprint` that of the evaluated split.
+    `fingerprint` the fingerprint of the evaluated split.
     """
     import torch
 
@@ -154,7 +155,7 @@ def has_changed(metadata, data, split_name, raw, fingerprint):
     from lab.data.fingerprint import changed_splits
 
     limits = {name: metadata["data"][name] for name in ("max_train_samples", "max_eval_samples")}
-    as_trained = replace(data, **limits)  # with the number of samples of the training
+    as_trained = replace(data, **limits)  # with the number of samples in training
     current = {split_name: fingerprint}
     if split_name == "all" or data != as_trained:
         current = load_fingerprints(as_trained, raw, torch.get_num_threads())
@@ -164,7 +165,7 @@ def has_changed(metadata, data, split_name, raw, fingerprint):
 
 
 def warn_of_other_data(split, split_name, changed):
-    """Warn of data that has changed since the training, and of classes without samples."""
+    """Warn if the data has changed since the training, or lacks samples of some classes."""
     if changed:
         console.warn(
             f"{'the data' if split_name == 'all' else f'the {split_name} split'} has changed "

@@ -3,11 +3,11 @@
   python predict.py runs/mine IMAGE.jpg                the top three classes
   python predict.py best.safetensors IMAGES --csv classes.csv
   python predict.py best.safetensors IMAGES --min-confidence 0.8
-  python predict.py runs/mine IMAGES --explain out     and where it looked (Grad-CAM)
+  python predict.py runs/mine IMAGES --explain out     also write Grad-CAM overlays to out/
   find . -name '*.png' | python predict.py best.safetensors - --json - --top-k 1
   accelerate launch --config_file accelerate_configs/multi_gpu.yaml predict.py WEIGHTS IMAGES
 
-If a file or directory cannot be read, a warning and the output say so, the other images are
+If a file or directory cannot be read, a warning and the output report it, the other images are
 classified, and the exit code is 1.
 """
 
@@ -75,7 +75,7 @@ class PredictConfig:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Classify images as the command line `argv` says. Return the exit code. Raises `UserError`."""
+    """Classify images with the arguments `argv`. Return the exit code. Raises `UserError`."""
     config = PredictConfig(
         **parse_arguments(PredictConfig, argv, prog="predict.py", description=__doc__)
     )

@@ -9,9 +9,9 @@
   python train.py --config runs/lenet5-mnist/config.json --seed 1
   accelerate launch --config_file accelerate_configs/multi_gpu.yaml train.py --model alexnet
 
-The run's directory, runs/MODEL-DATASET, receives config.json, history.jsonl, steps.jsonl,
-best.safetensors, report.json, predictions.csv, report.html, plots/, README.md (a model card) and
-checkpoints/ to resume from. From Python: train.main(["--dataset", "digits"]) returns the run.
+The run directory, runs/MODEL-DATASET, contains config.json, history.jsonl, steps.jsonl,
+best.safetensors, report.json, predictions.csv, report.html, plots/, README.md (a model card), and
+checkpoints/ to resume from. In Python, train.main(["--dataset", "digits"]) returns the run.
 """
 
 import sys
@@ -31,7 +31,7 @@ from lab.models import check_model
 
 
 def main(argv: list[str] | None = None) -> RunDir:
-    """Train as the command line `argv` says, and return the run directory. Raises `UserError`."""
+    """Train with the arguments `argv`, and return the run directory. Raises `UserError`."""
     start_time = time.monotonic()
     overrides = parse_arguments(TrainConfig, argv, prog="train.py", description=__doc__)
     print_only = overrides.pop("print_config", False)
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> RunDir:
         if checkpoint and checkpoint.is_finished(config):
             console.info(f"{run.path} is finished; to train it further, raise --epochs")
         else:
-            # A checkpoint may be somebody else's: nothing is downloaded to a directory it names.
+            # A checkpoint may come from a stranger: download nothing to a directory that it names.
             download = not checkpoint or "data_dir" in overrides
             train(run, config, checkpoint, start_time, download)
         if not run.exit_code:
@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> RunDir:
 
 
 def train(run, config, checkpoint, start_time, download):
-    """Train and test; `checkpoint` is the one to resume from, or None for a new run."""
+    """Train and test a model. `checkpoint` is the one to resume from, or None for a new run."""
     import torch
 
     from lab.checkpoint.atomic_io import AsyncWriter
@@ -131,7 +131,7 @@ def train(run, config, checkpoint, start_time, download):
     # Run directory
     settings = asdict(config) | describe(accelerator) | model_stats(**metadata["model"])
     settings["fingerprints"] = splits.fingerprints
-    with raise_on_all_ranks(accelerator):  # last: a run that cannot start replaces no other
+    with raise_on_all_ranks(accelerator):  # last: a run that fails before must not replace another
         state, best = begin_run(run, train_step, checkpoint, settings)
         loggers = Loggers(run, settings | {"selection_split": splits.selection_split}, state.step)
     console.run_summary(config, splits, train_loader, describe(accelerator))
@@ -159,7 +159,7 @@ def train(run, config, checkpoint, start_time, download):
             eval_start = time.perf_counter()
             scores = predict_all(accelerator, train_step.eval_model, val_loader).scores()
             row = history_row(state, metrics, scores, time.perf_counter() - eval_start)
-            # An epoch that --max-steps ended early is selected only if there is no other: resuming
+            # An epoch that --max-steps ended early is selected only if it is the first: resuming
             # the run completes that epoch and evaluates it again.
             complete = state.batch == num_steps
             improved = (complete or not best) and is_better(row, best, config.monitor)
@@ -178,7 +178,7 @@ def train(run, config, checkpoint, start_time, download):
         if not checkpoints.stop_reason:
             best_weights.load(accelerator, train_step.eval_model)
 
-    # Test: the test split is read once, with the weights as their file holds them.
+    # Test: the test split is read once, with the saved weights of the best epoch.
     if checkpoints.stop_reason:
         checkpoints.report_interruption()
         loggers.finish()

@@ -19,7 +19,7 @@ from lab.config.schema import (
 )
 from lab.errors import UserError, suggestion
 
-IMAGES_MODEL = "torchvision:efficientnet_b0"  # of images of one's own, if no --model is given
+IMAGES_MODEL = "torchvision:efficientnet_b0"  # default --model for a folder or a manifest
 
 RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     # Exactly the settings of the two university notebooks, which select the best epoch on the
@@ -86,7 +86,8 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
         "vit/digits": dict(lr=2e-4),  # its warmup is only 20 steps
         "torchvision": dict(lr=3e-4, max_grad_norm=1.0, label_smoothing=0.1, epochs=20),
     },
-    # Pretrained weights on images of one's own; docs/training.md has the measurements.
+    # Fine-tuning on a folder or a manifest. docs/training.md explains it; benchmarks/finetune.py
+    # compares it with training from scratch.
     "finetune": {
         "*": dict(
             pretrained=True,

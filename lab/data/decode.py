@@ -30,9 +30,9 @@ from lab.errors import UserError
 # Files are opened in these formats only, whatever their names are. Pillow supports others, but EPS,
 # for example, starts Ghostscript.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
-MAX_PIXELS = 100_000_000  # a file of a few kB may claim billions of pixels
-REDUCED = 2  # sides of a JPEG that is decoded at a reduced scale / sides of the result, at least
-REFERENCE = base64.b64decode(  # a JPEG of 16 x 16 pixels, for `decoder_digest`
+MAX_PIXELS = 100_000_000  # a file of a few kB may declare billions of pixels
+REDUCED = 2  # the sides of a JPEG decoded at a reduced scale have at least this times `size` pixels
+REFERENCE = base64.b64decode(  # a JPEG of 16 x 16 pixels, for `describe_decoder`
     "/9j/4AAQSkZJRgABAQAAAQABAAD/2wBDAAYEBQYFBAYGBQYHBwYIChAKCgkJChQODwwQFxQYGBcUFhYaHSUfGhsj"
     "HBYWICwgIyYnKSopGR8tMC0oMCUoKSj/2wBDAQcHBwoIChMKChMoGhYaKCgoKCgoKCgoKCgoKCgoKCgoKCgoKCgo"
     "KCgoKCgoKCgoKCgoKCgoKCgoKCgoKCgoKCj/wAARCAAQABADASIAAhEBAxEB/8QAFgABAQEAAAAAAAAAAAAAAAAA"
@@ -62,17 +62,17 @@ class FileImages(LazyImages):
     def __getitem__(self, index: Tensor) -> Tensor:
         """Return the images at `index`, int64 [n], as uint8 [n, 3, size, size].
 
-        Raises `UnreadableImages` with all of them that cannot be decoded.
+        Raises `UnreadableImages` if some of them cannot be decoded.
         """
         images, reasons = self._decode(index)
         self._check(reasons)
         return images
 
     def augment(self, index: Tensor, transform: SampleTransform) -> Tensor:
-        """Return images of their own size after `transform`, uint8 [n, 3, size, size].
+        """Return the images after `transform`, which crops and resizes, uint8 [n, 3, size, size].
 
         `index` is int64 [n, 2], the position and the random bits of each image. Raises
-        `UnreadableImages` with all of them that cannot be decoded.
+        `UnreadableImages` if some of them cannot be decoded.
         """
         images, reasons = [], {}
         for i, bits in index.tolist():
@@ -100,15 +100,15 @@ class FileImages(LazyImages):
     def decode_all(self, num_workers: int, use_cache: bool | None = None) -> Tensor:
         """Return all images, uint8 [N, 3, size, size], decoded or from the cache.
 
-        `use_cache` is whether to use the cache; None: if there are enough images. Raises
-        `UnreadableImages` with every image that cannot be decoded.
+        By default, the cache is used for at least `cache.MIN_IMAGES` images. Raises
+        `UnreadableImages`, which lists all images that cannot be decoded.
         """
         if use_cache is None:
             use_cache = len(self) >= cache.MIN_IMAGES
 
         def fill(images: Tensor) -> None:
             if use_cache and (known := cache.load_json(self._unreadable_key())):
-                self[torch.tensor([i for i, _ in known])]  # another process may just have failed
+                self[torch.tensor([i for i, _ in known])]  # raises if they still are unreadable
             batches = self._batches(num_workers)
             reasons: dict[int, str] = {}
             with in_workers(self._decode, batches, num_workers) as results:
@@ -177,7 +177,8 @@ def in_workers(
 ) -> Iterator[Iterator[Any]]:
     """Yield an iterator of `function(batch)` for each batch, computed by worker processes.
 
-    Threads would wait for each other: decoding small images is mostly Python.
+    Threads would hardly run in parallel, because most of the time for small images is spent in
+    Python code.
     """
     num_workers = min(num_workers, len(batches)) if num_workers > 1 else 0
     with BatchReader(function, num_workers, fallback="--threads 1") as reader:
@@ -187,10 +188,10 @@ def in_workers(
 def decode(path: str, size: int = 0) -> Tensor:
     """Return an image as uint8 [3, H, W], in its EXIF orientation.
 
-    If it will be resized to `size` pixels, a JPEG is decoded at 1/2, 1/4 or 1/8 of its scale, as
-    long as its sides stay at least `REDUCED` times as long as that. Transparency is dropped, and
-    the first image of an animation is used. Raises `UserError` if the file is damaged, not an
-    image, or has more than `MAX_PIXELS`.
+    `size` is the number of pixels that the image will be resized to; 0 if it is unknown. A large
+    JPEG is decoded at 1/2, 1/4 or 1/8 of its scale, so that its sides have at least
+    `REDUCED * size` pixels. Transparency is dropped, and only the first image of an animation is
+    decoded. Raises `UserError` if the file is damaged, not an image, or has more than `MAX_PIXELS`.
     """
     try:
         return _decode(_read(path), size)
@@ -220,7 +221,7 @@ def _decode(content: bytes, size: int) -> Tensor:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise Image.DecompressionBombError
-            if size:  # the discrete cosine transform of a JPEG can be inverted to fewer pixels
+            if size:  # affects JPEG only, whose inverse cosine transform can give fewer pixels
                 image.draft(None, (REDUCED * size, REDUCED * size))
             return pixels(image)
 
@@ -229,7 +230,7 @@ def _decode(content: bytes, size: int) -> Tensor:
 def describe_decoder() -> str:
     """Return the version of Pillow, and a checksum of a JPEG that was decoded and resized.
 
-    The checksum differs if a version of Pillow or torchvision decodes or resizes to other pixels.
+    The checksum changes if another version of Pillow or torchvision gives other pixels.
     """
     image = square(_decode(REFERENCE, 4), 4)
     return f"Pillow {PIL.__version__}, pixels {zlib.crc32(image.numpy().tobytes()):08x}"
@@ -238,7 +239,7 @@ def describe_decoder() -> str:
 def warn_of_other_pixels(trained: str) -> None:
     """Warn if files are decoded to other pixels than in training.
 
-    `trained` is the result of `describe_decoder` there.
+    `trained` is the result of `describe_decoder` in training.
     """
     current = describe_decoder()
     if trained.split()[-1:] != current.split()[-1:]:
@@ -269,7 +270,7 @@ ORIENTATIONS: Mapping[Any, tuple[bool, list[int]]] = {
 
 
 def _orient(pixels: Tensor, image: Image.Image) -> Tensor:
-    """Return the pixels [3, H, W] in the orientation that the image's EXIF data give."""
+    """Return the pixels [3, H, W] rotated and flipped according to the image's EXIF data."""
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
     except Exception:  # damaged metadata; Pillow raises exceptions of many types

@@ -1,8 +1,9 @@
-"""Worker processes that read batches ahead: started, watched, and shut down explicitly.
+"""Worker processes that read batches ahead, are monitored, and are shut down explicitly.
 
-PyTorch's DataLoader is not used: with it, a killed worker raises an exception in the middle of a
-training step, a batch that does not fit into shared memory is lost and waited for forever, and
-workers live until an iterator is garbage-collected. Here, batches are sent through pipes.
+PyTorch's DataLoader is not used for three reasons: a killed worker raises an exception in the
+middle of a training step; a batch that does not fit into shared memory is lost, and the main
+process waits for it forever; and workers run until an iterator is garbage-collected. Here, batches
+are sent through pipes.
 """
 
 from __future__ import annotations
@@ -27,20 +28,20 @@ from lab.errors import UserError
 BATCHES_PER_WORKER = 2  # read ahead
 POLL_SECONDS = 1  # interval of the checks that all workers are alive
 TIMEOUT_SECONDS = 300  # per batch
-EXIT_SECONDS = 5  # for workers to finish their batches when they are closed
+EXIT_SECONDS = 5  # for workers to finish their batches when the reader is closed
 
 
 class BatchReader:
-    """Calls a function of indices in worker processes, in order; with 0 workers, in this process.
+    """Calls a function on batches of indices in worker processes, and yields the results in order.
 
-    Use it in a `with` statement, or call `close`. The workers live until then, unless an epoch is
-    left midway.
+    With 0 workers, the function is called in this process. Use the reader in a `with` statement, or
+    call `close`. The workers run until then, or until an iteration is ended early.
     """
 
     def __init__(
         self, function: Callable[[Tensor], Any], num_workers: int, fallback: str = "--workers 0"
     ):
-        """`fallback` is the option that avoids workers, for error messages."""
+        """Create a reader. Error messages suggest the option `fallback`, which avoids workers."""
         self.function, self.num_workers, self.fallback = function, num_workers, fallback
         self._pool: ProcessPoolExecutor | None = None
 
@@ -53,7 +54,7 @@ class BatchReader:
     def read(self, batches: Iterable[Tensor]) -> Iterator[Any]:
         """Yield `function(indices)` for each of `batches`, int64 tensors.
 
-        Raises the `UserError` of the function, or one if a worker process is killed or hangs.
+        Raises `UserError` if the function raises it, or if a worker process is killed or hangs.
         """
         try:
             yield from (
@@ -88,7 +89,7 @@ class BatchReader:
     def _result(self, pool: ProcessPoolExecutor, future: Future[Any]) -> Any:
         deadline = time.monotonic() + TIMEOUT_SECONDS
         while not wait([future], POLL_SECONDS).done:
-            # The pool does not notice if a worker was killed while it sent a batch.
+            # The pool does not detect that a worker was killed while it sent a batch.
             if any(process.exitcode for process in pool._processes.values()):
                 raise BrokenExecutor
             if time.monotonic() > deadline:
@@ -102,7 +103,7 @@ class BatchReader:
         """Return the error for a worker process that exited unexpectedly, and end the others."""
         processes, code = list(pool._processes.values()), None
         deadline = time.monotonic() + EXIT_SECONDS
-        while code is None and time.monotonic() < deadline:  # it is set soon after the exit
+        while code is None and time.monotonic() < deadline:  # known only some time after the exit
             time.sleep(0.01)
             code = next((process.exitcode for process in processes if process.exitcode), None)
         _kill(processes, pool._result_queue)
@@ -114,11 +115,11 @@ class BatchReader:
         return UserError(f"a worker process that reads images died ({how})", hint)
 
     def close(self) -> None:
-        """End the worker processes, if any. Reading again starts new ones."""
+        """End the worker processes, if there are any. Reading again starts new ones."""
         pool, self._pool = self._pool, None
         if pool is None:
             return
-        # Workers may be stopped, or blocked in a system call.
+        # Workers that are stopped or blocked in a system call do not exit: kill them later.
         timer = threading.Timer(
             EXIT_SECONDS, _kill, (list(pool._processes.values()), pool._result_queue)
         )
@@ -131,10 +132,10 @@ def _kill(processes: list[Any], queue: Any) -> None:
     """Kill the workers of a pool that sends its results through `queue`."""
     for process in processes:
         process.kill()
-    queue._writer.close()  # or the pool would wait for the rest of a batch that was cut off
+    queue._writer.close()  # otherwise the pool would wait for the rest of an incomplete batch
 
 
-_function: Callable[[Tensor], Any]  # of a worker process
+_function: Callable[[Tensor], Any]  # that this worker process calls
 
 
 def _call(indices: np.ndarray) -> Any:
@@ -142,9 +143,9 @@ def _call(indices: np.ndarray) -> Any:
 
 
 def _convert(batch: Any, kind: type, function: Callable[[Any], Any]) -> Any:
-    """Return a batch, or a tuple of its parts, with all parts of one type converted.
-
-    Tensors are sent as arrays: PyTorch would use shared memory, of which containers have little.
+    """Return a batch with `function` applied to it, or to each part of a tuple, if it is a `kind`.
+    Tensors are sent as NumPy arrays, because PyTorch sends tensors through shared memory, which is
+    small in containers.
     """
     if isinstance(batch, tuple):
         return tuple(_convert(part, kind, function) for part in batch)
@@ -154,8 +155,8 @@ def _convert(batch: Any, kind: type, function: Callable[[Any], Any]) -> Any:
 def _init_worker(function: Callable[[Tensor], Any]) -> None:
     """Set up a worker process.
 
-    It ignores the signals that a terminal, torchrun or Slurm sends to the whole process group: the
-    main process may need more batches before it stops, and ends the workers then.
+    It ignores the signals that a terminal, torchrun or Slurm sends to the whole process group,
+    because the main process may need more batches before it stops and ends the workers.
     """
     global _function
     _function = function
@@ -166,7 +167,7 @@ def _init_worker(function: Callable[[Tensor], Any]) -> None:
 
 
 def _exit_with_parent() -> None:
-    """End this process when the main process has ended, which may have been killed."""
+    """End this process as soon as the main process has ended, even if it was killed."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

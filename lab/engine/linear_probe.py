@@ -19,8 +19,8 @@ from lab.data.transforms import BatchTransform
 from lab.distributed import no_cudnn_benchmark
 from lab.models import classifier_param_names
 
-MAX_IMAGES = 10_000  # that the classifier is fitted on
-PENALTY = 1e-5  # of the squared weights, relative to the mean cross-entropy
+MAX_IMAGES = 10_000  # maximum number of training images that the classifier is fitted on
+PENALTY = 1e-5  # L2 penalty: factor of half the sum of squared weights in the loss
 
 
 def find_classifier(model: nn.Module, param_names: Collection[str]) -> nn.Linear | None:
@@ -39,12 +39,13 @@ def fit_classifier(
     config: TrainConfig,
     options: LoaderOptions,
 ) -> None:
-    """Fit the classifier of a pretrained model to the training split, and print its accuracy there.
+    """Fit the classifier of a pretrained model to the training split, and print its accuracy.
 
-    "Head first" keeps fine-tuning from distorting the features by the gradients of a random
-    classifier (Kumar et al. 2022, "Fine-tuning can distort pretrained features"). Images are not
-    augmented; of more than `MAX_IMAGES`, a stratified sample is used. The result is the same on any
-    number of processes. `architecture` holds the arguments that `build_model` made the model of.
+    Fine-tuning that starts with a fitted classifier distorts the features less than with a random
+    one (Kumar et al. 2022, "Fine-Tuning can Distort Pretrained Features and Underperform
+    Out-of-Distribution"). Images are not augmented. If there are more than `MAX_IMAGES`, a
+    stratified sample is used. The result is the same on any number of processes. `architecture`
+    contains the arguments of `build_model` for this model.
     """
     classifier = find_classifier(model, classifier_param_names(**architecture))
     if classifier is None:
@@ -105,7 +106,7 @@ def fit_logistic_regression(
 ) -> tuple[Tensor, Tensor]:
     """Return the weight [K, D] and the bias [K] of multinomial logistic regression.
 
-    They minimize the mean cross-entropy plus `PENALTY` times half the squared weights, by L-BFGS.
+    L-BFGS minimizes the mean cross-entropy plus `PENALTY` / 2 times the sum of squared weights.
     """
     weight = features.new_zeros(num_classes, features.shape[1], requires_grad=True)
     bias = features.new_zeros(num_classes, requires_grad=True)
