@@ -194,7 +194,7 @@ def speed() -> str:
     alexnet, alexnet_floor = (
         log(n)["cases"]["AlexNet, photographs"] for n in ("alexnet", "alexnet-floor")
     )
-    timm, folder = log("timm")["cases"]["LeNet-5, MNIST"], log("folder")["results"]
+    timm = log("timm")["cases"]["LeNet-5, MNIST"]
     epyc, xeon = log("worlds")["results"], log("worlds-amx")["results"]
 
     def against(results: dict, name: str, key: str = "both_seconds") -> str:
@@ -242,11 +242,6 @@ def speed() -> str:
          "as that"),
         ("evaluation against the notebook's", "the same as the first", "5",
          against(alexnet, "notebook", "eval_seconds")),
-        ("folder of 50,000 JPEG files, first decode, against ImageFolder",
-         "`folder.py data/cifar10-jpg/train`", "2",
-         spread(ratios(folder, "ImageFolder, 2 workers", "lab, first start", "seconds"))),
-        ("its second start", "the same", "1 s",
-         f"{median(folder['lab, second start'], 'seconds'):.2f} s"),
         ("one checkpoint and best.safetensors, share of an epoch (AlexNet, AdamW, 178 and 59 MB)",
          "`saving.py --rounds 8`", "2 %", f"{spread(shares)} %"),
         ("2 processes over gloo against 1, AlexNet †", "`worlds.py --rounds 3`", "0.85",
