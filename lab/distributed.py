@@ -268,7 +268,7 @@ def check_same_data(world: Accelerator | PartialState, fingerprints: Mapping[str
     ranks = [str(rank) for rank, values in enumerate(gathered) if values != gathered[0]]
     if ranks:
         raise UserError(
-            f"processes have other data than process 0: {name_some(ranks, 8)}",
+            f"processes with other data than process 0: {name_some(ranks, 8)}",
             "Give every machine a copy of the same files",
         )
 

@@ -1,4 +1,4 @@
-"""File writes that are atomic, in the background if wanted, with user errors; and JSON."""
+"""Atomic file writes, also in the background, whose failures are user errors; and JSON."""
 
 import errno
 import json

@@ -132,7 +132,7 @@ def _best_metrics(run: RunDir, metadata: Mapping[str, Any]) -> dict[str, Any]:
         read_tensors(run.best)  # or only the end of the run would find that they are damaged
         # Metrics that are not finite are null in the file.
         metrics = {k: math.nan if v is None else v for k, v in weights_metadata["metrics"].items()}
-        check_types(metrics, {f"val_{metadata['config']['monitor']}": float})
+        check_types(metrics, {f"val_{metadata['config']['monitor']}": float, "val_loss": float})
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         console.warn(f"{error} The best epoch is selected again.")
         return {}

@@ -136,7 +136,7 @@ class Splits:
 
     @property
     def decoder(self) -> str:
-        """Return what decodes the image files (`describe_decoder`); "" if the images are none."""
+        """Return the result of `describe_decoder`, or "" if the images do not come from files."""
         if self.train.paths is None:
             return ""
         from lab.data.decode import describe_decoder  # imports torchvision

@@ -183,7 +183,7 @@ def check(raw: RawSplits, image_size: int, num_workers: int) -> DataCheck:
         warnings.append(f"exact duplicates in one class ({count:,}): "
                         f"{name_some([*map(equal, copies)], NUM_NAMED)}")  # fmt: skip
     for what, positions in (
-        (f"smaller than {image_size} x {image_size} pixels, and enlarged by a training", small),
+        (f"smaller than {image_size} x {image_size} pixels, which training enlarges", small),
         ("animated, of which the first frame is used", animated),
     ):
         if positions:

@@ -31,7 +31,7 @@ from lab.errors import UserError
 # for example, starts Ghostscript.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
 MAX_PIXELS = 100_000_000  # a file of a few kB may declare billions of pixels
-REDUCED = 2  # the sides of a JPEG decoded at a reduced scale have at least this times `size` pixels
+REDUCED = 2  # a JPEG decoded at a reduced scale has sides of at least `REDUCED * size` pixels
 REFERENCE = base64.b64decode(  # a JPEG of 16 x 16 pixels, for `describe_decoder`
     "/9j/4AAQSkZJRgABAQAAAQABAAD/2wBDAAYEBQYFBAYGBQYHBwYIChAKCgkJChQODwwQFxQYGBcUFhYaHSUfGhsj"
     "HBYWICwgIyYnKSopGR8tMC0oMCUoKSj/2wBDAQcHBwoIChMKChMoGhYaKCgoKCgoKCgoKCgoKCgoKCgoKCgoKCgo"

@@ -12,6 +12,8 @@ from resuming import start
 
 import evaluate
 import predict
+from lab.checkpoint import weights
+from lab.data.decode import describe_decoder
 from lab.report import html, plots
 from lab.report.run_reader import read_run
 
@@ -40,6 +42,16 @@ def trained(tmp_path_factory):
                 pytest.skip("the file system refuses such names")
     start(folder, *SHORT, "--model", "lenet5", "--dataset", f"{folder}/data")
     return folder / "run", folder / "data"
+
+
+def test_p5_weights_record_how_files_are_decoded(trained, capsys):
+    path = trained[0] / "best.safetensors"
+    metadata = weights.read_metadata(path)
+    assert metadata["decoder"] == describe_decoder()
+    weights.load_model(path, metadata)
+    assert capsys.readouterr().err == ""
+    weights.load_model(path, metadata | {"decoder": "Pillow 1.0, pixels 00000000"})
+    assert "decoded to other pixels than in training" in capsys.readouterr().err
 
 
 def rows_of(path: Path) -> list[dict]:

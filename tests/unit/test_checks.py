@@ -121,7 +121,7 @@ def test_every_problem_is_named(tmp_path, run, monkeypatch):
         "the held-out split may separate files with the same pixels: "
         "train/a/01.png = train/a/saved again.bmp",
     ]
-    assert warnings[0].startswith("images smaller than 41 x 41 pixels, and enlarged by a training")
+    assert warnings[0].startswith("images smaller than 41 x 41 pixels, which training enlarges")
     assert warnings[1].startswith(
         "the classes are unbalanced: a has 104 training images, b has 10 "
     )

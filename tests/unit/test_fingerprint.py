@@ -120,7 +120,7 @@ def test_processes_that_differ_are_named(monkeypatch):
     with pytest.raises(UserError) as raised:
         check_same_data(World, {"test": "x"})
     assert str(raised.value) == (
-        "processes have other data than process 0: 10, 11, 12, 13, 14, 15, 16, 17 and 2 more. "
+        "processes with other data than process 0: 10, 11, 12, 13, 14, 15, 16, 17 and 2 more. "
         "Give every machine a copy of the same files."
     )
 
@@ -142,8 +142,8 @@ def test_p7_processes_with_other_data_neither_train_nor_evaluate(tmp_path, monke
     assert [ended.code for ended in ends] == [2, 2]
     assert [ended.errors for ended in ends] == [
         [
-            "error: processes have other data than process 0: 1. Give every machine a copy of the "
-            "same files."
+            "error: processes with other data than process 0: 1. Give every machine a copy of "
+            "the same files."
         ],
         [],
     ]
