@@ -27,16 +27,25 @@ from lab.config.recipes import resolve, resolve_epochs
 from lab.config.schema import TrainConfig
 from lab.data import check_dataset
 from lab.errors import run_script
-from lab.models import check_model
+from lab.models import check_model, with_input_defaults
 
 
-def main(argv: list[str] | None = None) -> RunDir:
-    """Train with the arguments `argv`, and return the run directory. Raises `UserError`."""
+def main(argv: list[str] | None = None, model=None) -> RunDir:
+    """Train with the arguments `argv`, and return the run directory. Raises `UserError`.
+
+    `model` is a module or a function (num_classes, in_chans, image_size) that returns one, instead
+    of --model.
+    """
     start_time = time.monotonic()
     overrides = parse_arguments(TrainConfig, argv, prog="train.py", description=__doc__)
     print_only = overrides.pop("print_config", False)
+    if model is not None:
+        from lab.models.own import register_object
+
+        overrides["model"] = register_object(model)
     config = resolve(overrides)
     check_model(config.model, config.pretrained)
+    config = with_input_defaults(config)
     check_dataset(config.dataset, overrides.get("data_dir"))
     if print_only:
         print_config(config)  # and exit
