@@ -25,7 +25,7 @@ from common import ratios, spread  # noqa: E402
 
 from lab.report.run_reader import RunResult, read_run  # noqa: E402
 
-PAGES = ("README.md", "docs/architectures.md", "benchmarks/RESULTS.md")
+PAGES = ("README.md", "docs/architectures.md", "docs/training.md", "benchmarks/RESULTS.md")
 BLOCK = r"(<!-- table (\w+): docs/make_tables\.py -->\n).*?(<!-- end -->)"
 
 
@@ -50,6 +50,36 @@ def log(name: str) -> dict[str, Any]:
 def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Return a Markdown table."""
     return "\n".join(f"| {' | '.join(c)} |" for c in (heads, ["---"] * len(heads), *rows))
+
+
+# docs/training.md
+
+
+def finetune() -> str:
+    """Return the table of training methods on small folders, means over the seeds.
+
+    The runs of one line may be in several logs.
+    """
+    titles = {"scratch": "random weights, 96 pixels", "head": "`--freeze backbone --epochs 1`",
+              "finetune": "the default"}  # fmt: skip
+    found: dict[tuple[int, str], list[dict]] = {}
+    for path in sorted(LOGS.glob("finetune_*.json")):
+        content = json.loads(path.read_text())
+        for row in content["rows"]:
+            found.setdefault((content["per_class"], row["method"]), []).append(row)
+    lines = []
+    for per_class, method in sorted(found, key=lambda key: (key[0], [*titles].index(key[1]))):
+        rows = found[per_class, method]
+        images = f"CIFAR-10, {per_class} of each class" if per_class else "378 photographs"
+        cells = [images, titles[method], str(len(rows))]
+        for metric in ("accuracy", "macro_f1"):
+            mean = statistics.mean(row[metric] for row in rows)
+            low, high = (
+                statistics.mean(row[f"{metric}_interval"][i] for row in rows) for i in (0, 1)
+            )
+            cells.append(f"{mean:.3f} ({low:.3f} to {high:.3f})")
+        lines.append(cells)
+    return markdown(("images", "training", "seeds", "accuracy", "macro-F1"), lines)
 
 
 # README

@@ -1,7 +1,7 @@
 """Models of other libraries, as these build them: `torchvision:NAME` and `timm:NAME`."""
 
+import functools
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -84,19 +84,8 @@ def torchvision_model(num_classes: int, in_chans: int, image_size: int, name: st
 
     Raises `UserError` if it cannot take images of this size.
     """
-    settings: dict[str, Any] = {"num_classes": num_classes}
-    if name.startswith("vit_"):
-        settings["image_size"] = image_size
-    elif name.startswith("maxvit_"):
-        settings["input_size"] = (image_size, image_size)
-    elif name in ("googlenet", "inception_v3"):
-        settings["init_weights"] = True  # torchvision warns if it is not set
-
-    def build() -> nn.Module:
-        return fit_channels(models.get_model(name, **settings), in_chans)
-
-    _check_image_size(build, f"torchvision:{name}", in_chans, image_size)
-    model = build()
+    _check_image_size(_create_torchvision_model, name, in_chans, image_size)
+    model = _create_torchvision_model(name, num_classes, in_chans, image_size)
     if name in ("googlenet", "inception_v3"):  # a plain attribute
         object.__setattr__(model, "auxiliary_weight", 0.3)
     return model
@@ -107,9 +96,21 @@ def timm_model(num_classes: int, in_chans: int, image_size: int, name: str) -> n
 
     Raises `UserError` if it cannot take images of this size.
     """
-    build = partial(create_timm_model, name, num_classes, in_chans, image_size)
-    _check_image_size(build, f"timm:{name}", in_chans, image_size)
-    return build()
+    _check_image_size(create_timm_model, name, in_chans, image_size)
+    return create_timm_model(name, num_classes, in_chans, image_size)
+
+
+def _create_torchvision_model(
+    name: str, num_classes: int, in_chans: int, image_size: int
+) -> nn.Module:
+    settings: dict[str, Any] = {"num_classes": num_classes}
+    if name.startswith("vit_"):
+        settings["image_size"] = image_size
+    elif name.startswith("maxvit_"):
+        settings["input_size"] = (image_size, image_size)
+    elif name in ("googlenet", "inception_v3"):
+        settings["init_weights"] = True  # torchvision warns if it is not set
+    return fit_channels(models.get_model(name, **settings), in_chans)
 
 
 def create_timm_model(
@@ -122,8 +123,9 @@ def create_timm_model(
     return timm.create_model(name, num_classes=num_classes, in_chans=in_chans, **settings)
 
 
+@functools.cache  # a model is built several times
 def _check_image_size(
-    build: Callable[[], nn.Module], name: str, in_chans: int, image_size: int
+    create: Callable[..., nn.Module], name: str, in_chans: int, image_size: int
 ) -> None:
     """Raise `UserError` if the model cannot take images of this size.
 
@@ -133,7 +135,8 @@ def _check_image_size(
 
     def try_shapes(device: str) -> None:
         with torch.device(device), torch.no_grad():
-            build()(torch.empty(2, in_chans, image_size, image_size))
+            model = create(name, 2, in_chans, image_size)
+            model(torch.empty(2, in_chans, image_size, image_size))
 
     try:
         try:
@@ -142,7 +145,8 @@ def _check_image_size(
             try_shapes("cpu")
     except (RuntimeError, ValueError, AssertionError) as error:
         reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
+        library = "timm" if create is create_timm_model else "torchvision"
         raise UserError(
-            f"{name} cannot take images of {image_size} pixels ({reason})",
+            f"{library}:{name} cannot take images of {image_size} pixels ({reason})",
             "Give another --image-size; most were made for 224",
         ) from error

@@ -44,31 +44,53 @@ def model_of(name, image_size=32, num_classes=10, in_chans=1):
     }  # fmt: skip
 
 
+EXPORTED = ("vit_tiny_patch16_224", "resnet18", "mobilenetv4_conv_small")  # others take longer
+IN_A_WORLD = ("resnet18", "vit_tiny_patch16_224", "convnext_atto", "regnetx_002")
+
+
+def words_of(name, output):
+    words = [*SMALL, "--model", f"timm:{name}", "--image-size", str(FAMILIES[name])]
+    return [*words, "--output-dir", str(output), "--name", name]
+
+
 @pytest.mark.parametrize(
     "name", [n if n.startswith("vit_tiny_p") else pytest.param(n, marks=pytest.mark.slow)
              for n in FAMILIES]
 )  # fmt: skip
 def test_family_is_trained_resumed_evaluated_and_exported(name, tmp_path):
-    argv = [*SMALL, "--model", f"timm:{name}", "--image-size", str(FAMILIES[name])]
-    argv += ["--output-dir", str(tmp_path)]
-    whole = train.main([*argv, "--max-steps", "4", "--name", "whole"])
-    cut = train.main([*argv, "--max-steps", "2", "--name", "cut"])
+    run = train.main([*words_of(name, tmp_path), "--max-steps", "2"])
+    train.main(["--resume", str(run.path), "--max-steps", "4", "--quiet"])
+    evaluate.main([str(run.path), "--quiet", "--output", str(tmp_path / "evaluated")])
+    reports = [json.loads((path / "report.json").read_text())
+               for path in (run.path, tmp_path / "evaluated")]  # fmt: skip
+    assert reports[0]["confusion_matrix"] == reports[1]["confusion_matrix"]
+    images = torch.randint(256, (2, 1, 40, 50), dtype=torch.uint8)
+    assert lab.predict(images, run.path).probabilities.shape == (2, 10)
+    if name in EXPORTED:
+        output = tmp_path / "model.pt2"
+        export.main([str(run.path), "--format", "torch-export", "--output", str(output)])
+
+
+@pytest.mark.slow
+def test_families_are_trained_on_two_processes(tmp_path):
+    script = tmp_path / "train_all.py"
+    commands = [" ".join([*words_of(name, tmp_path), "--max-steps", "2"]) for name in IN_A_WORLD]
+    script.write_text(f"import train\nfor words in {commands!r}:\n    train.main(words.split())\n")
+    ended = run_world(2, script, limit=400)
+    assert [e.code for e in ended] == [0, 0], ended[0].stderr
+    for name in IN_A_WORLD:
+        report = json.loads((tmp_path / name / "report.json").read_text())
+        assert sum(map(sum, report["confusion_matrix"])) == report["num_samples"] == 20
+
+
+@pytest.mark.slow
+def test_a_resumed_training_ends_with_the_same_weights(tmp_path):
+    whole = train.main([*words_of("vit_tiny_patch16_224", tmp_path / "whole"), "--max-steps", "4"])
+    cut = train.main([*words_of("vit_tiny_patch16_224", tmp_path / "cut"), "--max-steps", "2"])
     train.main(["--resume", str(cut.path), "--max-steps", "4", "--quiet"])
     tensors = [safetensors.torch.load_file(run.best) for run in (whole, cut)]
     assert tensors[0].keys() == tensors[1].keys()
     assert all(torch.equal(tensors[0][key], tensors[1][key]) for key in tensors[0])
-    evaluate.main([str(whole.path), "--quiet", "--output", str(tmp_path / "evaluated")])
-    reports = [json.loads((path / "report.json").read_text())
-               for path in (whole.path, tmp_path / "evaluated")]  # fmt: skip
-    assert reports[0]["confusion_matrix"] == reports[1]["confusion_matrix"]
-    images = torch.randint(256, (2, 1, 40, 50), dtype=torch.uint8)
-    assert lab.predict(images, whole.path).probabilities.shape == (2, 10)
-    output = tmp_path / "model.pt2"
-    export.main([str(whole.path), "--format", "torch-export", "--output", str(output)])
-    ended = run_world(2, "train.py", *argv, "--max-steps", 2, "--name", "two", limit=200)
-    assert [e.code for e in ended] == [0, 0], ended[0].stderr
-    report = json.loads((tmp_path / "two" / "report.json").read_text())
-    assert sum(map(sum, report["confusion_matrix"])) == report["num_samples"] == 20
 
 
 @pytest.fixture
