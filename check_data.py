@@ -35,7 +35,9 @@ def main(argv: list[str] | None = None) -> int:
     from lab.data import TITLES, DataConfig, read_dataset
     from lab.data.checks import check
 
-    settings = TrainConfig(dataset=config.dataset)
+    settings = TrainConfig(
+        dataset=config.dataset, image_column=config.image_column, label_column=config.label_column
+    )
     with console.status(f"checking {config.dataset}"):
         raw = read_dataset(DataConfig.of(settings))
         found = check(raw, config.image_size, config.threads or torch.get_num_threads())

@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> None:
     import torch
 
     from lab.checkpoint import run_dir, weights
-    from lab.data import DataConfig, check_dataset, load_split, read_dataset
+    from lab.data import DataConfig, check_dataset, is_named, load_split, read_dataset
     from lab.data.loaders import LoaderOptions, build_loader, eval_batch_size
     from lab.data.transforms import BatchTransform
     from lab.distributed import build_accelerator, check_same_data, describe, raise_on_all_ranks
@@ -52,8 +52,9 @@ def main(argv: list[str] | None = None) -> None:
             f"--calibrate needs a validation split, and {path} was trained without one",
             "Train with --val-fraction 0.1",
         )
-    data = DataConfig(**metadata["data"] | config.data_overrides())
-    check_dataset(data.dataset, config.data_dir)
+    given = config.data_overrides(metadata["data"])
+    data = DataConfig(**metadata["data"] | given)
+    check_dataset(data.dataset, given)
 
     # Distributed setup
     accelerator = build_accelerator(
@@ -69,8 +70,8 @@ def main(argv: list[str] | None = None) -> None:
     # Model and data
     with raise_on_all_ranks(accelerator), console.status(f"reading {data.dataset}"):
         model = to_device(weights.load_model(path, metadata), model_name, accelerator.device)
-        # Download only to a directory that the user names, never to one in the metadata.
-        raw = read_dataset(data, download=config.data_dir is not None)
+        # Download and import only what the user names, never what the metadata name.
+        raw = read_dataset(data, download=is_named(data.dataset, given))
         num_threads = torch.get_num_threads()
         split, fingerprint = load_split(data, config.split, options.memory, num_threads, raw=raw)
         changed = has_changed(metadata, data, config.split, raw, fingerprint)

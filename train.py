@@ -17,24 +17,25 @@ checkpoints/ to resume from. In Python, train.main(["--dataset", "digits"]) retu
 import sys
 import time
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 
-from lab import console
+from lab import console, own_code
 from lab.checkpoint.run_dir import RunDir
 from lab.config.cli import parse_arguments, print_config
 from lab.config.recipes import resolve, resolve_epochs
 from lab.config.schema import TrainConfig
-from lab.data import check_dataset
+from lab.data import check_dataset, is_named
 from lab.errors import run_script
 from lab.models import check_model, with_input_defaults
 
 
-def main(argv: list[str] | None = None, model=None) -> RunDir:
+def main(argv: list[str] | None = None, model=None, datasets=None) -> RunDir:
     """Train with the arguments `argv`, and return the run directory. Raises `UserError`.
 
     `model` is a module or a function (num_classes, in_chans, image_size) that returns one, instead
-    of --model.
+    of --model. `datasets`, instead of --dataset, is what a function of your own may return, see
+    docs/extending.md.
     """
     start_time = time.monotonic()
     overrides = parse_arguments(TrainConfig, argv, prog="train.py", description=__doc__)
@@ -43,10 +44,12 @@ def main(argv: list[str] | None = None, model=None) -> RunDir:
         from lab.models.own import register_object
 
         overrides["model"] = register_object(model)
+    if datasets is not None:
+        overrides["dataset"] = own_code.register(own_code.DATASETS, datasets)
     config = resolve(overrides)
     check_model(config.model, config.pretrained)
     config = with_input_defaults(config)
-    check_dataset(config.dataset, overrides.get("data_dir"))
+    check_dataset(config.dataset, overrides)
     if print_only:
         print_config(config)  # and exit
 
@@ -64,8 +67,8 @@ def main(argv: list[str] | None = None, model=None) -> RunDir:
         if checkpoint and checkpoint.is_finished(config):
             console.info(f"{run.path} is finished; to train it further, raise --epochs")
         else:
-            # A checkpoint may come from a stranger: download nothing to a directory that it names.
-            download = not checkpoint or "data_dir" in overrides
+            # A checkpoint may come from a stranger: download and import nothing that it names.
+            download = not checkpoint or is_named(config.dataset, overrides)
             train(run, config, checkpoint, start_time, download)
         if not run.exit_code:
             hub.upload(run, config)
@@ -120,7 +123,7 @@ def train(run, config, checkpoint, start_time, download):
         checkpoint.check_same_splits(splits)
     train_loader, val_loader, test_loader = build_loaders(splits, config, options)
     num_steps = train_loader.sampler.num_batches  # of an epoch
-    config = resolve_epochs(config, num_steps)
+    config = replace(resolve_epochs(config, num_steps), revision=splits.revision)
 
     # Model and optimizer
     metadata = run_metadata(config, splits, accelerator.mixed_precision)

@@ -11,6 +11,7 @@ Accelerate's save_state is not used because it writes pickles, and not atomicall
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -121,6 +122,8 @@ class Checkpoint:
                 moved = True
             if name in MUTABLE_ON_RESUME or moved:
                 changed[name] = value
+            elif name == "revision" and not re.fullmatch("[0-9a-f]{40}", value):
+                continue  # a branch or tag: the run keeps the commit it began with
             elif value != stored[name] and not is_default:
                 raise UserError(
                     f"{flag(name)} {value} differs from the run's, which is {stored[name]}",

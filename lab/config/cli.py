@@ -94,12 +94,15 @@ def parse_arguments(config: type, argv: list[str] | None, *, prog: str, descript
     if config is TrainConfig and "config" in settings:
         path = settings.pop("config")
         from_file = read_config(Path(path))
-        if is_code(from_file.get("model", "")) and "model" not in settings:
-            raise UserError(
-                f"the model in {path} is {from_file['model']}, code that runs only if you name it "
-                "yourself",
-                f"If you trust that file, add --model {from_file['model']}",
-            )
+        for name in ("model", "dataset"):
+            if is_code(from_file.get(name, "")) and name not in settings:
+                raise UserError(
+                    f"the {name} in {path} is {from_file[name]}, code that runs only if you name "
+                    "it yourself",
+                    f"If you trust that file, add {flag(name)} {from_file[name]}",
+                )
+        if "dataset" in settings:  # the file's revision is that of its own dataset
+            from_file.pop("revision", None)
         settings = from_file | settings
     return settings
 

@@ -72,8 +72,10 @@ OPTIMIZERS = ("sgd", "nesterov", "adamw", "muon")
 BATCH_AUGMENTATIONS = ("crop", "flip", "cutout", "mixup", "cutmix")  # on the device
 SAMPLE_AUGMENTATIONS = ("resized-crop", "trivialaugment", "randaugment", "erasing")  # in workers
 AUGMENTATIONS = BATCH_AUGMENTATIONS + SAMPLE_AUGMENTATIONS
-# The datasets that have a name; any other is the path of a directory of images or of a manifest.
+# The datasets that have a name; any other is of the user: the path of a directory of images or of a
+# manifest, a Hugging Face dataset (HUB and its name or path), or code (`is_code`).
 NAMED_DATASETS = ("mnist", "fashion-mnist", "cifar10", "cifar100", "digits")
+HUB = "hf:"
 TRACKERS = ("tensorboard", "wandb")  # each an extra of pyproject.toml, too
 EVAL_BATCH_SIZE = 100
 AUTO_STEPS, MIN_AUTO_EPOCHS, MAX_AUTO_EPOCHS = 1000, 5, 10  # of --epochs 0
@@ -81,7 +83,7 @@ TIMEOUT_SECONDS, MONTH = 600, 30 * 24 * 3600
 
 
 def is_code(name: str) -> bool:
-    """Return whether a model is `FILE.py:FUNCTION`, code of the user's."""
+    """Return whether a model or a dataset is `FILE.py:FUNCTION`, code of the user's."""
     return ".py:" in name
 
 
@@ -94,16 +96,24 @@ def model_title(model: str) -> str:
 
 
 def is_path(dataset: str) -> bool:
-    """Return whether a dataset is a directory of images or a manifest, not a named dataset."""
+    """Return whether a dataset is the user's, for example a directory, not a named dataset."""
     return dataset not in NAMED_DATASETS
 
 
 def dataset_title(dataset: str) -> str:
-    """Return the name of a dataset to show: the last component of a path, without `.csv`."""
+    """Return the name of a dataset to show: the last component of a path, without its suffix."""
     if not is_path(dataset):
         return dataset
-    name = os.path.basename(os.path.abspath(dataset)) or "images"
+    name = os.path.basename(os.path.abspath(dataset.removeprefix(HUB))) or "images"
+    if is_code(name):
+        return name.replace(".py:", ":")
     return name.removesuffix(".csv").removesuffix(".jsonl")
+
+
+def is_same_dataset(given: str, trained: str) -> bool:
+    """Return whether a dataset is that of a training, whose Python file may have been moved."""
+    moved = is_code(given) and is_code(trained) and dataset_title(given) == dataset_title(trained)
+    return given == trained or moved
 
 
 TASK, TRAINING = "model and data", "training"  # of train.py
@@ -116,6 +126,10 @@ TRAINED_WEIGHTS = partial(option, "", WEIGHTS, "directory of a run, or its .safe
 OWN_MODEL = partial(option, "", WEIGHTS, "the model's code, if it is a function of yours, as in "
                     "training",
                     metavar="FILE.py:FUNCTION")  # fmt: skip
+IMAGE_COLUMN = partial(option, "", TASK, "column of a Hugging Face dataset that contains the "
+                       "images; default: found by its type", metavar="NAME")  # fmt: skip
+LABEL_COLUMN = partial(option, "", TASK, "column of a Hugging Face dataset that contains the "
+                       "labels; default: found by its type or name", metavar="NAME")  # fmt: skip
 TTA = partial(option, "none", WEIGHTS, "test-time augmentation; flip: average the probabilities "
               "with those of the mirror image", choices=("none", "flip"))  # fmt: skip
 MIXED_PRECISION = partial(option, "auto", MACHINE, "precision of the computation; auto: depends on "
@@ -144,8 +158,15 @@ class TrainConfig:
         "FILE.py:FUNCTION, a function of yours (docs/extending.md); for images of your own, the "
         "default is torchvision:efficientnet_b0")
     dataset: str = option("", TASK,
-        f"dataset: {', '.join(NAMED_DATASETS)}, a directory of images, or a manifest (.csv or "
-        ".jsonl); default: the one that belongs to the model", metavar="NAME|PATH")
+        f"dataset: {', '.join(NAMED_DATASETS)}, a directory of images, a manifest (.csv or "
+        ".jsonl), hf:NAME or hf:PATH, a Hugging Face dataset, or FILE.py:FUNCTION, a function of "
+        "yours (docs/extending.md); default: the one that belongs to the model",
+        metavar="NAME|PATH")
+    image_column: str = IMAGE_COLUMN()
+    label_column: str = LABEL_COLUMN()
+    revision: str = option("", TASK,
+        "commit, tag or branch of a dataset on the Hugging Face Hub; the run records the commit",
+        metavar="NAME")
     data_dir: str = option("data", TASK,
         "directory of named datasets, which downloads go to", metavar="DIR")
     recipe: str = option("default", TASK,
@@ -397,6 +418,12 @@ class EvalConfig:
     model: str = OWN_MODEL()
     dataset: str | None = option(None, WEIGHTS,
         "dataset, as for train.py; default: the training dataset", metavar="NAME|PATH")
+    image_column: str | None = option(None, WEIGHTS,
+        "as for train.py; default: as in training", metavar="NAME")
+    label_column: str | None = option(None, WEIGHTS,
+        "as for train.py; default: as in training", metavar="NAME")
+    revision: str | None = option(None, WEIGHTS,
+        "as for train.py; default: as in training", metavar="NAME")
     data_dir: str | None = option(None, WEIGHTS,
         "directory of named datasets, which downloads go to; default: as in training, without a "
         "download", metavar="DIR")
@@ -444,12 +471,17 @@ class EvalConfig:
             return self.split
         return f"{self.split}-{self.max_eval_samples or 'all'}"
 
-    def data_overrides(self) -> dict[str, Any]:
-        """Return the data settings that replace those of the training run."""
+    def data_overrides(self, trained: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the data settings that replace those of the training run, which are `trained`."""
         default = 0 if self.split == "all" else None
         limit = default if self.max_eval_samples is None else self.max_eval_samples
         other_data = self.dataset is not None or self.data_dir is not None
-        overrides = {
+        same = self.dataset is None or is_same_dataset(self.dataset, trained["dataset"])
+        names = ("image_column", "label_column", "revision")
+        of_hub = {name: getattr(self, name) for name in names}
+        if not same:
+            of_hub = {name: value or "" for name, value in of_hub.items()}
+        overrides = of_hub | {
             "dataset": self.dataset,
             "data_dir": self.data_dir,
             "max_train_samples" if self.split == "train" else "max_eval_samples": limit,
@@ -464,7 +496,9 @@ class CheckConfig:
 
     # fmt: off
     dataset: str = option("", TASK,
-        "directory of images, or a manifest (.csv or .jsonl)", positional=True)
+        "directory of images, a manifest (.csv or .jsonl), or hf:PATH", positional=True)
+    image_column: str = IMAGE_COLUMN()
+    label_column: str = LABEL_COLUMN()
     image_size: int = option(224, TASK,
         "warn about images smaller than this number of pixels; 0: never", low=0, high=4096)
     threads: int = THREADS()

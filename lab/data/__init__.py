@@ -8,12 +8,12 @@ from __future__ import annotations
 import importlib
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from lab import console
-from lab.config.schema import is_path
+from lab.config.schema import HUB, flag, is_code, is_path
 from lab.errors import UserError, name_some, suggestion
 
 if TYPE_CHECKING:
@@ -31,7 +31,8 @@ class DatasetSpec:
     mean: Numbers | None = None  # of each channel, for pixels from 0 to 1; None: measured
     std: Numbers | None = None
     uses_data_dir: bool = True
-    downloads: bool = False  # `read` takes a second argument: whether it may download
+    # `read` takes a second argument, which says whether it may download, or import the user's code.
+    downloads: bool = False
 
 
 DATASETS = {
@@ -53,28 +54,51 @@ DATASETS = {
     ),
     "digits": DatasetSpec("digits:read_digits", uses_data_dir=False),
 }
-# Any other `dataset` is a path.
+# Any other `dataset` begins with HUB, is FILE.py:FUNCTION, or is a path.
+HUGGING_FACE = DatasetSpec("hugging_face:read_hub", uses_data_dir=False, downloads=True)
+OWN = DatasetSpec("own_dataset:read_own", uses_data_dir=False, downloads=True)
 FOLDER = DatasetSpec("image_folder:read_folder", uses_data_dir=False)
 
 
 def find_dataset(dataset: str) -> DatasetSpec:
-    """Return the spec of a dataset, which is a name or a path."""
-    return FOLDER if is_path(dataset) else DATASETS[dataset]
+    """Return the spec of a dataset, as `--dataset` gives it."""
+    if not is_path(dataset):
+        return DATASETS[dataset]
+    if dataset.startswith(HUB):
+        return HUGGING_FACE
+    return OWN if is_code(dataset) else FOLDER
 
 
-def check_dataset(dataset: str, data_dir: str | None) -> None:
-    """Raise `UserError` if the dataset is unknown, or --data-dir is given and has no effect.
+def is_named(dataset: str, given: Collection[str]) -> bool:
+    """Return whether the user named what the dataset is downloaded to, or imported from.
 
-    A path that contains a separator is not checked: only one process reports a missing directory.
+    `given` are the names of the settings that the user gave, and no weights or checkpoint.
+    """
+    return ("data_dir" if find_dataset(dataset).uses_data_dir else "dataset") in given
+
+
+def check_dataset(dataset: str, given: Mapping[str, Any]) -> None:
+    """Raise `UserError` if the dataset is unknown, or an option is given and has no effect.
+
+    `given` are the settings that the user gave. A path that contains a separator is not checked:
+    only one process reports a missing directory.
     """
     if is_path(dataset) and not any(c in dataset for c in "/\\.") and not os.path.exists(dataset):
         hint = suggestion(dataset, [*DATASETS, "a directory of images"])
         raise UserError(f"unknown dataset {dataset}", hint)
-    if data_dir is not None and not find_dataset(dataset).uses_data_dir:
+    spec = find_dataset(dataset)
+    if given.get("data_dir") is not None and not spec.uses_data_dir:
         raise UserError(
-            f"{dataset} is not read from --data-dir {data_dir}",
+            f"{dataset} is not read from --data-dir {given['data_dir']}",
             "Leave it out; for a directory of images, give --dataset DIRECTORY",
         )
+    for name in ("image_column", "label_column", "revision"):
+        # A run that is resumed has a dataset of its own, which is not known yet.
+        if given.get(name) and spec is not HUGGING_FACE and not given.get("resume"):
+            raise UserError(
+                f"{flag(name)} is for a Hugging Face dataset, not for {dataset}",
+                f"Leave it out, or give --dataset {HUB}NAME",
+            )
 
 
 @dataclass(frozen=True)
@@ -96,6 +120,11 @@ class DataConfig:
     fit: str = "crop"
     crop_pct: float = 1.0
     interpolation: str = "bilinear"
+    image_column: str = ""
+    label_column: str = ""
+    # The version of the data: the commit of a Hugging Face dataset, or the SHA-256 of the file of
+    # FILE.py:FUNCTION.
+    revision: str = ""
 
     @classmethod
     def of(cls, settings: Any) -> DataConfig:
@@ -118,6 +147,7 @@ class Splits:
     std: Numbers
     selection_split: str  # "validation" or "test"
     fingerprints: dict[str, str]  # of "train", "test" and, if it is a split of its own, "val"
+    revision: str = ""  # see `DataConfig`
 
     def class_counts(self) -> dict[str, list[int]]:
         """Return the number of images of each class in the training, validation and test split."""
@@ -220,7 +250,9 @@ def load_splits(
     selection_split = "validation" if "val" in sized else "test"
     val = sized.get("val", sized["test"])
     fingerprints = {name: fingerprint(split) for name, split in splits.items()}
-    return Splits(sized["train"], val, sized["test"], mean, std, selection_split, fingerprints)
+    return Splits(
+        sized["train"], val, sized["test"], mean, std, selection_split, fingerprints, raw.revision
+    )
 
 
 def load_split(
@@ -345,7 +377,7 @@ def _skip_unreadable(
     for name, split in splits.items():
         if not isinstance(split.images, FileImages):
             raise UserError(
-                "--skip-unreadable is for a directory of images or a manifest",
+                "--skip-unreadable is for images in files",
                 f"Leave it out: {config.dataset} has no image files",
             )
         unreadable = split.images.unreadable(num_workers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from lab.data import cache
-from lab.data.decode import FORMATS, FileImages, decode, in_workers
+from lab.data.decode import FORMATS, FileImages, in_workers
 from lab.data.splits import class_size_warnings
 from lab.data.transforms import square
 from lab.data.types import RawSplits, join
@@ -48,7 +49,7 @@ def identical_files(raw: RawSplits) -> Groups:
         return []
     if len(images) < cache.MIN_IMAGES:
         return _identical_files(images)
-    key = f"{cache.key_of(images.paths, images.file_stats(), 0)}-identical"
+    key = f"{images.key(0)}-identical"
     return cache.cached_json(key, lambda: _identical_files(images))
 
 
@@ -59,7 +60,7 @@ def _identical_files(images: FileImages) -> Groups:
         positions = [i for group in groups for i in group]
 
         def digest(i: int, num_bytes: int = num_bytes) -> tuple[int, str]:
-            return sizes[i], _file_digest(images.paths[i], num_bytes and sizes[i] - num_bytes)
+            return sizes[i], _file_digest(images, i, num_bytes and sizes[i] - num_bytes)
 
         with ThreadPoolExecutor(NUM_READERS) as readers:
             digests = [*readers.map(digest, positions)]
@@ -67,17 +68,12 @@ def _identical_files(images: FileImages) -> Groups:
     return groups
 
 
-def _file_digest(path: str, offset: int) -> str:
+def _file_digest(images: FileImages, i: int, offset: int) -> str:
     """Return a digest of a file from `offset` on; empty if it cannot be read."""
-    digest = hashlib.blake2b(digest_size=16)
     try:
-        with open(path, "rb", buffering=0) as file:
-            file.seek(max(0, offset))
-            while block := file.read(2**20):
-                digest.update(block)
-    except OSError:
+        return hashlib.blake2b(images.read(i, max(0, offset)), digest_size=16).hexdigest()
+    except (OSError, ValueError):
         return ""
-    return digest.hexdigest()
 
 
 def _groups(keys: Iterable[tuple[int, Any]]) -> Groups:
@@ -195,7 +191,7 @@ def check(raw: RawSplits, image_size: int, num_workers: int) -> DataCheck:
     }
     warnings += class_size_warnings(whole.class_names, counts["train"])
     samples = [
-        [(files[i], square(decode(images.paths[i]), SAMPLE_SIZE)) for i in positions]
+        [(files[i], square(images.decode(i), SAMPLE_SIZE)) for i in positions]
         for positions in _sample_positions(whole.labels, readable, len(whole.class_names))
     ]
     facts = _facts([records[i] for i in readable])
@@ -222,26 +218,26 @@ def inspect(images: FileImages, num_workers: int) -> list[list[Any]]:
     def compute() -> list[list[Any]]:
         size = max(1, min(64, len(images) // (8 * max(1, num_workers))))
         batches = torch.arange(len(images)).split(size)
-        with in_workers(partial(_inspect_batch, images.paths), batches, num_workers) as results:
+        with in_workers(partial(_inspect_batch, images), batches, num_workers) as results:
             return [record for batch in results for record in batch]
 
-    key = cache.key_of(images.paths, images.file_stats(), 0, change_time=True)
+    key = images.key(0, change_time=True)
     return cache.cached_json(f"{key}-checks", compute)
 
 
-def _inspect_batch(paths: Sequence[str], index: Tensor) -> list[list[Any]]:
-    return [_inspect(paths[i]) for i in index.tolist()]
+def _inspect_batch(images: FileImages, index: Tensor) -> list[list[Any]]:
+    return [_inspect(images, i) for i in index.tolist()]
 
 
-def _inspect(path: str) -> list[Any]:
+def _inspect(images: FileImages, i: int) -> list[Any]:
     try:
-        pixels = decode(path)
+        pixels = images.decode(i)
     except UserError as error:
         return [error.what]
     kind, mode, frames = "unknown", "unknown", 1
     with suppress(Exception), warnings.catch_warnings():  # Pillow raises exceptions of many types
         warnings.simplefilter("ignore")
-        with Image.open(path, formats=FORMATS) as image:  # reads only the header
+        with Image.open(io.BytesIO(images.read(i)), formats=FORMATS) as image:
             kind, mode = image.format or kind, image.mode
             if kind in ANIMATED:
                 frames = getattr(image, "n_frames", 1)

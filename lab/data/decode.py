@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache as cache_result
-from typing import Any
+from typing import Any, Self
 
 import PIL
 import torch
@@ -53,6 +53,12 @@ class FileImages(LazyImages):
     crop_pct: float = 1.0
     interpolation: str = "bilinear"
 
+    @classmethod
+    def create(cls, paths: Sequence[str], stats: Tensor, config: Any) -> Self:
+        """Return the images in `paths`, resized as `config`, a `DataConfig`, says."""
+        transform = (config.fit, config.crop_pct, config.interpolation)
+        return cls(tuple(paths), config.image_size, stats, *transform)
+
     @property
     def shape(self) -> Sequence[int]:
         return (len(self.paths), 3, self.size, self.size)
@@ -78,25 +84,37 @@ class FileImages(LazyImages):
         images, reasons = [], {}
         for i, bits in index.tolist():
             try:
-                images.append(transform(decode(self.paths[i], transform.size), bits))
+                images.append(transform(self.decode(i, transform.size), bits))
             except UserError as error:
                 reasons[i] = error.what
         self._check(reasons)
         return torch.stack(images)
 
-    def select(self, index: Tensor) -> FileImages:
+    def select(self, index: Tensor) -> Self:
         stats = None if self.stats is None else self.stats[index]
         return replace(self, paths=tuple(self.paths[i] for i in index.tolist()), stats=stats)
 
-    def join(self, others: Sequence[FileImages]) -> FileImages:
+    def join(self, others: Sequence[Self]) -> Self:
         """Return the concatenation of several sets of images."""
         sets = (self, *others)
         paths = tuple(path for files in sets for path in files.paths)
         return replace(self, paths=paths, stats=torch.cat([s.file_stats() for s in sets]))
 
+    def read(self, i: int, offset: int = 0, num_bytes: int = -1) -> bytes:
+        """Return the content of a file from `offset` on, or its next `num_bytes`."""
+        return _read(self.paths[i], offset, num_bytes)
+
+    def decode(self, i: int, size: int = 0) -> Tensor:
+        """Return the image at position `i` as `decode` does."""
+        return decode(self.paths[i], size)
+
     def file_stats(self) -> Tensor:
         """Return the result of `stat_files`, int64 [N, 3]."""
         return cache.stat_files(self.paths) if self.stats is None else self.stats
+
+    def key(self, transform: Any, change_time: bool = False) -> str:
+        """Return the result of `cache.key_of` for these images."""
+        return cache.key_of(self.paths, self.file_stats(), transform, change_time)
 
     def decode_all(self, num_workers: int, use_cache: bool | None = None) -> Tensor:
         """Return all images, uint8 [N, 3, size, size], decoded or from the cache.
@@ -141,7 +159,7 @@ class FileImages(LazyImages):
     def _key(self, change_time: bool = False) -> str:
         transform: Any = (self.size, self.fit, self.crop_pct, self.interpolation)
         transform = self.size if transform[1:] == ("crop", 1.0, "bilinear") else transform
-        return cache.key_of(self.paths, self.file_stats(), transform, change_time)
+        return self.key(transform, change_time)
 
     def _unreadable_key(self) -> str:
         return f"{self._key(change_time=True)}-unreadable"
@@ -162,7 +180,7 @@ class FileImages(LazyImages):
         reasons = {}
         for image, i in zip(images, index.tolist(), strict=True):
             try:
-                decoded = decode(self.paths[i], self.size)
+                decoded = self.decode(i, self.size)
                 transform = (self.size, self.fit, self.crop_pct, self.interpolation)
                 image.copy_(square(decoded, *transform))
             except UserError as error:
@@ -195,8 +213,13 @@ def decode(path: str, size: int = 0) -> Tensor:
     `REDUCED * size` pixels. Transparency is dropped, and only the first image of an animation is
     decoded. Raises `UserError` if the file is damaged, not an image, or has more than `MAX_PIXELS`.
     """
+    return decode_content(path, lambda: _read(path), size)
+
+
+def decode_content(name: str, read: Callable[[], bytes], size: int) -> Tensor:
+    """Return the image whose content `read` returns as `decode` does; errors contain `name`."""
     try:
-        return _decode(_read(path), size)
+        return _decode(read(), size)
     except Exception as error:  # Pillow's decoders raise exceptions of many types
         reason = getattr(error, "strerror", None) or str(error)
         if isinstance(error, UnidentifiedImageError):
@@ -204,15 +227,16 @@ def decode(path: str, size: int = 0) -> Tensor:
         elif isinstance(error, Image.DecompressionBombError):
             reason = f"more than {MAX_PIXELS // 10**6} million pixels"
         raise UserError(
-            f"cannot read the image {path} ({reason})", "Replace or delete the file"
+            f"cannot read the image {name} ({reason})", "Replace or delete the file"
         ) from error
 
 
-def _read(path: str) -> bytes:
+def _read(path: str, offset: int = 0, num_bytes: int = -1) -> bytes:
     if not stat.S_ISREG(os.stat(path).st_mode):  # opening a named pipe would block
         raise ValueError("not a regular file")
     with open(path, "rb", buffering=0) as file:
-        return file.read()
+        file.seek(offset)
+        return file.read(num_bytes)
 
 
 def _decode(content: bytes, size: int) -> Tensor:

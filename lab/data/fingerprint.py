@@ -6,13 +6,12 @@ import hashlib
 import os
 import unicodedata
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from lab.errors import UserError
 
 if TYPE_CHECKING:
     import numpy as np
-    from torch import Tensor
 
     from lab.data.types import Split
 
@@ -29,7 +28,7 @@ def fingerprint(split: Split) -> str:
     """
     digest = hashlib.blake2b(_little_endian(split.labels.numpy()), digest_size=8)
     files = split.files()
-    if files is not None and split.paths is not None:
+    if files is not None:
         names = unicodedata.normalize("NFC", "\0".join(files))
         digest.update(names.encode("utf-8", "surrogateescape"))
         digest.update(_little_endian(_file_sizes(split)))
@@ -79,14 +78,17 @@ def _file_sizes(split: Split) -> np.ndarray:
 
 def _content(split: Split, position: int) -> bytes:
     """Return the beginning of an image's file, or the pixels of an image in memory."""
-    if split.paths is None:
-        return cast("Tensor", split.images)[position].contiguous().numpy().tobytes()
-    path = split.paths[position]
-    try:
-        with open(path, "rb", buffering=0) as file:
-            return file.read(BYTES_HASHED)
-    except OSError as error:
-        raise _unreadable(path, error.strerror) from error
+    from lab.data.decode import FileImages
+
+    images = split.images
+    if isinstance(images, FileImages):
+        try:
+            return images.read(position, num_bytes=BYTES_HASHED)
+        except OSError as error:
+            raise _unreadable(images.paths[position], error.strerror) from error
+    import torch
+
+    return images[torch.tensor([position])].contiguous().numpy().tobytes()
 
 
 def _little_endian(array: np.ndarray) -> bytes:

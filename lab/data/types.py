@@ -70,6 +70,7 @@ class RawSplits:
     val: Split | None = None
     test: Split | None = None
     warnings: tuple[str, ...] = ()  # about files that are ignored
+    revision: str = ""  # see `DataConfig`
 
     def named(self) -> dict[str, Split]:
         """Return the splits that are not None, by name."""

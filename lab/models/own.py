@@ -6,18 +6,15 @@ what the user gave on the command line. `own_model` builds nothing else.
 """
 
 import copy
-import hashlib
-import importlib.util
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from lab.config.schema import is_code
 from lab.errors import UserError
+from lab.own_code import file_sha256, import_function, raised
 
 ModelFunction = Callable[[int, int, int], nn.Module]  # of num_classes, in_chans and image_size
 
@@ -41,8 +38,8 @@ def register(name: str) -> OwnModel:
     function, or if the file raises an exception.
     """
     if name not in REGISTERED:
-        function, sha256 = import_function(name)
-        REGISTERED[name] = OwnModel(function, sha256)
+        sha256 = file_sha256(name)
+        REGISTERED[name] = OwnModel(import_function(name), sha256)
     return REGISTERED[name]
 
 
@@ -74,36 +71,6 @@ def check_same(source: str, trained: str, trained_sha256: str, given: str) -> No
             f"{given.rpartition(':')[0]} has changed since the training of {source}",
             "Give the file as it was in training",
         )
-
-
-def import_function(name: str) -> tuple[Callable, str]:
-    """Return the function of `FILE.py:FUNCTION`, and the SHA-256 of the file in hexadecimal."""
-    file, _, function_name = name.rpartition(":")
-    path = Path(file)
-    try:
-        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError as error:
-        raise UserError(f"cannot read {file} ({error.strerror})", "Check the path") from error
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(path.resolve().parent))
-    sys.modules.setdefault(path.stem, module)  # dataclasses look their module up
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise raised(file, error) from error
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        raise UserError(f"{file} has no function {function_name}".rstrip(), "Check its name")
-    return function, sha256
-
-
-def raised(what: str, error: Exception) -> UserError:
-    """Return the error for an exception in the user's code."""
-    reason = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(".!")
-    return UserError(f"{what} raised {reason}", "Correct it; --debug shows the traceback")
 
 
 def own_model(num_classes: int, in_chans: int, image_size: int, name: str) -> nn.Module:

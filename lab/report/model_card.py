@@ -10,7 +10,7 @@ from typing import Any
 
 from lab.checkpoint.atomic_io import write_atomically
 from lab.checkpoint.run_dir import BEST, CARD, CONFIG, PLOTS, RunDir
-from lab.config.schema import TrainConfig, is_path
+from lab.config.schema import HUB, TrainConfig, is_code, is_path
 from lab.errors import UserError
 from lab.report.markdown import code, escaped, table
 from lab.report.run_reader import RunResult, read_run
@@ -58,6 +58,8 @@ def _metadata(title: str, config: TrainConfig, report: Mapping[str, Any]) -> str
     from huggingface_hub import EvalResult, ModelCardData
 
     hub_dataset = HUB_DATASETS.get(config.dataset)
+    if _is_on_hub(config):
+        hub_dataset = config.dataset.removeprefix(HUB).partition(":")[0]
     measured: dict[str, Any] = {
         "task_type": "image-classification",
         "dataset_type": hub_dataset or config.dataset_title,
@@ -183,14 +185,27 @@ def _origin(config: TrainConfig) -> str:
         text = "The weights were initialized from those of another run (WEIGHTS below)."
     if config.freeze == "backbone":
         text += " Only the classifier was trained."
-    folder = " (IMAGES is the directory of images)" if is_path(config.dataset) else ""
+    placeholder = _placeholder(config)
+    folder = f" ({placeholder} stands for the dataset)" if placeholder else ""
     return f"{text} To train the model again with the settings in {CONFIG}{folder}:"
+
+
+def _is_on_hub(config: TrainConfig) -> bool:
+    return config.dataset.startswith(HUB) and config.revision != ""
+
+
+def _placeholder(config: TrainConfig) -> str:
+    """Return what stands for a path of the user's in a command; "" if the data have a name."""
+    if is_code(config.dataset):
+        return "FILE.py:FUNCTION"
+    return "IMAGES" if is_path(config.dataset) and not _is_on_hub(config) else ""
 
 
 def _command(config: TrainConfig) -> str:
     """Return the command that trains the model again; placeholders replace paths."""
     command = f"python train.py --config {CONFIG}"
-    command += " --dataset IMAGES" if is_path(config.dataset) else ""
+    placeholder = _placeholder(config)
+    command += f" --dataset {placeholder}" if placeholder else ""
     return command + (" --init-checkpoint WEIGHTS" if config.init_checkpoint else "")
 
 
@@ -202,7 +217,7 @@ def _limits(config: TrainConfig, report: Mapping[str, Any]) -> str:
         else f"Its confidence is not calibrated: the expected calibration error is {error:.4f} on "
         "the test split."
     )
-    data = "the directory it was trained on" if is_path(config.dataset) else config.dataset
+    data = "the dataset it was trained on" if _placeholder(config) else config.dataset
     return "\n".join(
         [
             f"- The model is for images like those of {data}. It was not evaluated on others.",

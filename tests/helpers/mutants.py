@@ -235,6 +235,14 @@ MUTANTS = (
         "faults/test_damage.py::test_p4_a_pickle_is_never_read",
     ),
     Mutant(
+        "P4: code that a weights file names is not imported",
+        "it is imported without `--dataset`",
+        "lab/data/own_dataset.py",
+        "if not named:",
+        "if False:",
+        "unit/test_own_dataset.py::test_p4_only_the_command_line_makes_a_file_be_imported",
+    ),
+    Mutant(
         "P4: weights are written as safetensors",
         "weights are written with `torch.save`",
         "lab/checkpoint/weights.py",

@@ -24,7 +24,7 @@ LAYERS = [
     {"checkpoint"},
     {"data", "models"},
     {"config"},
-    {"cuda_graph", "distributed"},
+    {"cuda_graph", "distributed", "own_code"},
     {"errors"},
     {"console"},
 ]
@@ -35,6 +35,8 @@ OWNERS = {
     "huggingface_hub": ("lab.report", "lab.models.pretrained"),
     "timm": ("lab.models.external", "lab.engine.optimizer"),
     "captum": ("lab.report.explain",),
+    "datasets": ("lab.data.hugging_face",),
+    "pyarrow": ("lab.data.hugging_face",),
 }
 NO_ACCELERATE = ("lab.data", "lab.models", "lab.engine.metrics")
 

@@ -37,6 +37,8 @@ NOT_RUN = {
     "timm:convnext_tiny": "downloads weights; test_timm.py has a stand-in for them",
     "timm:vit_small_patch16_224.augreg_in21k": "downloads weights, too",
     "--push-to-hub": "needs a login; test_hub.py has a stand-in for the server",
+    "hf:NAME": "stands for any dataset; test_hf_data.py reads some",
+    "my_data.py:birds": "is a file of the reader; test_the_code_to_add_your_own_works runs it",
     "--print-config": "exits; test_config.py runs it",
 }
 # Options that make the commands fast.
@@ -225,7 +227,7 @@ def test_links_and_files_exist(page):
 
 
 FILE = r"[\w/.*-]+\.(py|md|yaml|sbatch|json|txt|svg)|(lab|docs)/[\w/.*-]+"
-OF_THE_READER = {"tiny.py", "lab/models/tiny.py", "lab/data/tensors.py"}
+OF_THE_READER = {"tiny.py", "my_data.py", "lab/models/tiny.py", "lab/data/tensors.py"}
 WRITTEN = {"config.json", "report.json", "state.json", "history.jsonl", "log.txt",
            "lab.json", "comparison.md"}  # fmt: skip
 
@@ -250,7 +252,9 @@ def test_commands_md_is_what_help_prints():
 
 
 def test_the_code_to_add_your_own_works(tmp_path, monkeypatch):
-    model, model_line, reader, reader_line, recipe = blocks(ROOT / "docs/extending.md", "python")
+    model, model_line, own, reader, reader_line, recipe = blocks(
+        ROOT / "docs/extending.md", "python"
+    )
     for name, code in {"lab.models.tiny": model, "lab.data.tensors": reader}.items():
         module = types.ModuleType(name)
         exec(code, vars(module))
@@ -276,6 +280,12 @@ def test_the_code_to_add_your_own_works(tmp_path, monkeypatch):
     evaluate.main(["runs/tiny-tensors", *ALONE])
     report = json.loads(Path("runs/tiny-tensors/evaluate-test/report.json").read_text())
     assert (report["class_names"], report["num_samples"]) == (["cat", "dog"], 8)
+    project = types.ModuleType("my_project")
+    project.Birds = lambda _: [(image, i % 2) for i, image in enumerate(images)]
+    monkeypatch.setitem(sys.modules, "my_project", project)
+    Path("my_data.py").write_text(own)
+    assert train.main([*words.split()[:2], "--dataset", "my_data.py:birds", *ALONE]).exit_code == 0
+    assert Path("runs/tiny-my_data-birds/report.json").exists()
 
 
 METRICS = ROOT / "docs" / "metrics.md"
