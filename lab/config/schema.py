@@ -174,6 +174,8 @@ class TrainConfig:
         "number of parts to split each batch into to save memory; the global batch size does "
         "not change",
         low=1)
+    grad_checkpointing: bool = option(False, TRAINING,
+        "recompute the activations of the model's blocks in the backward pass, to save memory")
     optimizer: str = option("nesterov", TRAINING,
         "optimizer", choices=OPTIMIZERS, from_recipe=True)
     lr: float = option(0.05, TRAINING,
@@ -324,6 +326,10 @@ class TrainConfig:
                 raise UserError("--freeze would freeze random weights", hint)
             if self.linear_probe:
                 raise UserError("--linear-probe needs pretrained weights", hint)
+        if self.grad_checkpointing and self.compile:
+            raise UserError(
+                "--grad-checkpointing cannot be combined with --compile", "Give only one of them"
+            )
         if self.loader == "resident" and self.sample_augmentations:
             raise UserError(
                 f"--augment {self.sample_augmentations[0]} needs worker processes",

@@ -53,17 +53,21 @@ def identical_files(raw: RawSplits) -> Groups:
 
 
 def _identical_files(images: FileImages) -> Groups:
-    sizes = images.file_stats()[:, 0].tolist()
-    groups = _groups((i, size) for i, size in enumerate(sizes) if size > 0)
+    all_sizes = images.file_stats()[:, 0]
+    _, inverse, counts = all_sizes.unique(return_inverse=True, return_counts=True)
+    positions = ((counts[inverse] > 1) & (all_sizes > 0)).nonzero().flatten().tolist()
+    sizes, groups = all_sizes.tolist(), []
     for num_bytes in (TAIL_BYTES, 0):
-        positions = [i for group in groups for i in group]
 
-        def digest(i: int, num_bytes: int = num_bytes) -> tuple[int, str]:
-            return sizes[i], _file_digest(images.paths[i], num_bytes and sizes[i] - num_bytes)
+        def digests(part: list[int], num_bytes: int = num_bytes) -> list[tuple[int, str]]:
+            offsets = [num_bytes and sizes[i] - num_bytes for i in part]
+            return [(i, _file_digest(images.paths[i], n)) for i, n in zip(part, offsets, strict=True)]
 
+        parts = (positions[i : i + 100] for i in range(0, len(positions), 100))
         with ThreadPoolExecutor(NUM_READERS) as readers:
-            digests = [*readers.map(digest, positions)]
-        groups = _groups((i, key) for i, key in zip(positions, digests, strict=True) if key[1])
+            found = [item for part in readers.map(digests, parts) for item in part]
+        groups = _groups((i, (sizes[i], digest)) for i, digest in found if digest)
+        positions = [i for group in groups for i in group]
     return groups
 
 
