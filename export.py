@@ -56,7 +56,15 @@ from pathlib import Path
 from lab import console
 from lab.checkpoint.atomic_io import write_atomically
 from lab.config.cli import parse_arguments
-from lab.config.schema import DEBUG, REPORT, THREADS, TRAINED_WEIGHTS, check_fields, option
+from lab.config.schema import (
+    DEBUG,
+    REPORT,
+    THREADS,
+    TRAINED_WEIGHTS,
+    check_fields,
+    check_output,
+    option,
+)
 from lab.errors import UserError, run_script
 
 
@@ -78,6 +86,7 @@ class ExportConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        check_output(self.weights, self.output)
 
 
 def main(argv: list[str] | None = None) -> None:

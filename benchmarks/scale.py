@@ -13,17 +13,19 @@ seconds and in the peak memory that they add. Takes ten minutes on 2 cores and 8
 import argparse
 import json
 import os
+import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from common import ROOT, child, write_json
 
 NUM_CLASSES = 1000
-WORLD_SIZE = 64
+WORLD_SIZE, RANKS = 64, (0, 31, 63)  # the ranks whose work is measured
 BATCH_SIZE = 4096
 
 
@@ -59,7 +61,7 @@ def measure(name: str, measured: dict[str, Any], num: int = 1) -> Iterator[None]
 
 
 def peak_mb() -> float:
-    """Return the peak memory of this process since it was last reset."""
+    """Return the peak memory of this process since it was last reset, in MB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
 
@@ -94,28 +96,27 @@ def dataset(num_files: int, folder: Path) -> dict[str, Any]:
         subsample(split, 10_000, 0)
     with measure("fingerprint", measured):
         fingerprint.fingerprint(split)
-    read = _first_path(split.images)
-    with measure("a worker process that walks over all paths", measured):
-        with BatchReader(read, 1) as reader:
+    with measure("a worker process that has read every path", measured):
+        with BatchReader(PathReader(split.images.paths), 1) as reader:
             [memory] = reader.read([torch.arange(1)])
-    measured["a worker process that walks over all paths"]["worker_mb"] = round(memory)
+    measured["a worker process that has read every path"]["worker_mb"] = round(memory)
     return measured
 
 
-class _first_path:
-    """Walks over the paths in a worker process, and returns the memory that is not shared, in MB."""
+@dataclass
+class PathReader:
+    """Read every path in a worker process, and return the memory that it then has for itself."""
 
-    def __init__(self, images: Any):
-        self.images = images
+    paths: Sequence[str]
 
-    def __call__(self, index: Any) -> float:
+    def __call__(self, _: Any) -> float:
         before = private_mb()
-        assert all(self.images.paths[i] for i in range(len(self.images)))
+        assert all(self.paths[i] for i in range(len(self.paths)))
         return private_mb() - before
 
 
 def private_mb() -> float:
-    """Return the memory that this process shares with no other."""
+    """Return the memory of this process that no other process shares, in MB."""
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
     return sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) / 1024
 
@@ -142,18 +143,18 @@ def orders(num_samples: int, folder: Path) -> dict[str, Any]:
     weights = balanced_class_weights(labels, NUM_CLASSES)
 
     def first_batch(**options: Any) -> None:
-        for rank in range(0, WORLD_SIZE, WORLD_SIZE // 4):
+        for rank in RANKS:
             sampler = ShardedBatchSampler(
                 num_samples, BATCH_SIZE, 0, rank, WORLD_SIZE, labels=labels, **options
             )
             loader = StreamingLoader(split, sampler, transform, torch.device("cpu"), 0)
             next(loader.batches(1))
 
-    with measure("first batch of an epoch", measured, num=4):
+    with measure("first batch of an epoch", measured, num=len(RANKS)):
         first_batch()
-    with measure("with class weights", measured, num=4):
+    with measure("with class weights", measured, num=len(RANKS)):
         first_batch(class_weights=weights)
-    with measure("with balanced sampling", measured, num=4):
+    with measure("with balanced sampling", measured, num=len(RANKS)):
         first_batch(balanced_sampling=True)
     sampler = ShardedBatchSampler(num_samples, BATCH_SIZE, 0, WORLD_SIZE - 1, WORLD_SIZE)
     with measure("all slices of an epoch", measured):
@@ -164,9 +165,6 @@ def orders(num_samples: int, folder: Path) -> dict[str, Any]:
 
 def results(num_samples: int, folder: Path) -> dict[str, Any]:
     """Measure the files of a finished run with a large test split."""
-    import json
-    import shutil
-
     import torch
 
     from lab.checkpoint.run_dir import PAGE, PREDICTIONS, PROBABILITIES, REPORT
@@ -220,7 +218,7 @@ def directory(num_files: int, folder: Path) -> dict[str, Any]:
     config = DataConfig(str(folder), "", 224, 0.1, 0.2, 0, 0, 0)
     with measure("list the directory and stat its files", measured):
         raw = image_folder.read_folder(config)
-    cache.MIN_IMAGES = 10**9
+    cache.MIN_IMAGES = num_files + 1  # do not cache
     with measure("find equal files: all have the same size, so all are read", measured):
         checks.identical_files(raw)
     return measured
@@ -242,14 +240,12 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
     if args.part:
-        import torchvision  # noqa: F401
+        from lab.data import decode  # noqa: F401, so that no part measures the imports
 
-        from lab.data import decode  # noqa: F401
-
-        torchvision.disable_beta_transforms_warning()
         with tempfile.TemporaryDirectory() as folder:
-            os.environ["LAB_CACHE"] = folder + "-cache"
-            print(json.dumps(PARTS[args.part](args.sizes[0], Path(folder))))
+            os.environ["LAB_CACHE"] = f"{folder}/cache"
+            (Path(folder) / "data").mkdir()
+            print(json.dumps(PARTS[args.part](args.sizes[0], Path(folder) / "data")))
         return
     measured: dict[str, dict[str, Any]] = {}
     for part in args.parts:

@@ -77,6 +77,7 @@ NAMED_DATASETS = ("mnist", "fashion-mnist", "cifar10", "cifar100", "digits")
 TRACKERS = ("tensorboard", "wandb")  # each an extra of pyproject.toml, too
 EVAL_BATCH_SIZE = 100
 AUTO_STEPS, MIN_AUTO_EPOCHS, MAX_AUTO_EPOCHS = 1000, 5, 10  # of --epochs 0
+HUB = "hf://"  # begins the name of weights on the Hugging Face Hub
 TIMEOUT_SECONDS, MONTH = 600, 30 * 24 * 3600
 
 
@@ -93,13 +94,24 @@ def dataset_title(dataset: str) -> str:
     return name.removesuffix(".csv").removesuffix(".jsonl")
 
 
+def is_on_hub(weights: str) -> bool:
+    """Return whether weights are in a repository of the Hugging Face Hub, `hf://USER/NAME`."""
+    return weights.startswith(HUB)
+
+
+def check_output(weights: str, output: str) -> None:
+    """Raise `UserError` if a script would write beside weights that are in the Hub's cache."""
+    if is_on_hub(weights) and not output:
+        raise UserError(f"{weights} is on the Hub: results cannot be beside it", "Add --output")
+
+
 TASK, TRAINING = "model and data", "training"  # of train.py
 WEIGHTS, REPORT = "weights and data", "output"  # of the other scripts
 MACHINE, OUTPUT = "devices and processes", "runs and logging"
 
 # Options of several scripts, as functions that return a field.
-TRAINED_WEIGHTS = partial(option, "", WEIGHTS, "directory of a run, or its .safetensors file",
-                          positional=True)  # fmt: skip
+TRAINED_WEIGHTS = partial(option, "", WEIGHTS, "directory of a run, its .safetensors file, or "
+                          "hf://USER/NAME[@REVISION] on the Hugging Face Hub", positional=True)  # fmt: skip
 TTA = partial(option, "none", WEIGHTS, "test-time augmentation; flip: average the probabilities "
               "with those of the mirror image", choices=("none", "flip"))  # fmt: skip
 MIXED_PRECISION = partial(option, "auto", MACHINE, "precision of the computation; auto: depends on "
@@ -231,7 +243,8 @@ class TrainConfig:
         "start from torchvision's ImageNet weights, which are downloaded once, with a new "
         "classifier", from_recipe=True)
     init_checkpoint: str = option("", TRAINING,
-        "start from these weights of the same model; a classifier of other classes is new",
+        "start from these weights of the same model, a file, the directory of a run or "
+        "hf://USER/NAME[@REVISION]; a classifier of other classes is new",
         metavar="FILE")
     linear_probe: bool = option(False, TRAINING,
         "first fit the new classifier of pretrained weights by logistic regression on their "
@@ -406,6 +419,12 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        check_output(self.weights, self.output)
+        if self.calibrate and is_on_hub(self.weights):
+            raise UserError(
+                f"--calibrate changes the weights, and {self.weights} is on the Hub",
+                "Give the run's directory, and upload it again",
+            )
         if self.calibrate and self.split in ("train", "all"):
             raise UserError(
                 f"--calibrate fits on the validation split, not on --split {self.split}",

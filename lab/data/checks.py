@@ -61,7 +61,9 @@ def _identical_files(images: FileImages) -> Groups:
 
         def digests(part: list[int], num_bytes: int = num_bytes) -> list[tuple[int, str]]:
             offsets = [num_bytes and sizes[i] - num_bytes for i in part]
-            return [(i, _file_digest(images.paths[i], n)) for i, n in zip(part, offsets, strict=True)]
+            return [
+                (i, _file_digest(images.paths[i], n)) for i, n in zip(part, offsets, strict=True)
+            ]
 
         parts = (positions[i : i + 100] for i in range(0, len(positions), 100))
         with ThreadPoolExecutor(NUM_READERS) as readers:

@@ -31,23 +31,29 @@ def checkpoint_gradients(model: nn.Module, name: str) -> None:
     for block in blocks:
         # An instance attribute, so that the names of the weights stay those of the plain model;
         # copies of the model get their own.
-        block.forward = partial(_checkpointed, block.forward)  # type: ignore[method-assign]
+        block.forward = partial(_checkpointed, block.forward)
 
 
 def find_blocks(module: nn.Module) -> list[nn.Module]:
-    """Return the modules with layers of their own that an `nn.Sequential` or `ModuleList` lists.
+    """Return the modules with layers of their own that a list of modules contains.
 
     These are the residual blocks of a ResNet or the encoder blocks of a transformer. Of nested
     lists, as in a stage that is a module with a list of blocks, the inner one counts.
     """
-    containers = (nn.Sequential, nn.ModuleList)
     found = []
     for child in module.children():
         inner = find_blocks(child)
-        is_listed = isinstance(module, containers) and not isinstance(child, containers)
+        is_listed = _is_list(module) and not _is_list(child)
         is_block = is_listed and any(child.children()) and len(inner) < 2
         found += [child] if is_block else inner
     return found
+
+
+def _is_list(module: nn.Module) -> bool:
+    """Return whether a module is one of PyTorch's lists, or has children of one class only."""
+    children = [*module.children()]
+    same_class = len({*map(type, children)}) == 1 and any(children[0].children())
+    return isinstance(module, (nn.Sequential, nn.ModuleList)) or same_class
 
 
 def _checkpointed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -55,6 +61,8 @@ def _checkpointed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any
     block = forward.__self__  # type: ignore[attr-defined]
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
+    # DenseNet extends the list that it gives to its layers before they are called again.
+    args = tuple(list(arg) if isinstance(arg, list) else arg for arg in args)
     contexts = partial(_contexts, block)
     return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)
 

@@ -32,7 +32,7 @@ OWNERS = {
     "rich": ("lab.console",),
     "matplotlib": ("lab.report",),
     "jinja2": ("lab.report",),
-    "huggingface_hub": ("lab.report",),
+    "huggingface_hub": ("lab.report", "lab.checkpoint.weights"),
     "captum": ("lab.report.explain",),
 }
 NO_ACCELERATE = ("lab.data", "lab.models", "lab.engine.metrics")
