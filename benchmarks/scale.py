@@ -91,14 +91,16 @@ def dataset(num_files: int, folder: Path) -> dict[str, Any]:
     with measure("find equal files, without reading", measured):
         checks.identical_files(RawSplits(split))
     with measure("hold out a test split", measured):
-        train, _ = stratified_split(split, 0.2, 0)
+        stratified_split(split, 0.2, 0)
     with measure("sample 10,000", measured):
         subsample(split, 10_000, 0)
     with measure("fingerprint", measured):
         fingerprint.fingerprint(split)
-    with measure("a worker process that has read every path", measured):
-        with BatchReader(PathReader(split.images.paths), 1) as reader:
-            [memory] = reader.read([torch.arange(1)])
+    with (
+        measure("a worker process that has read every path", measured),
+        BatchReader(PathReader(split.images.paths), 1) as reader,
+    ):
+        [memory] = reader.read([torch.arange(1)])
     measured["a worker process that has read every path"]["worker_mb"] = round(memory)
     return measured
 

@@ -111,7 +111,8 @@ MACHINE, OUTPUT = "devices and processes", "runs and logging"
 
 # Options of several scripts, as functions that return a field.
 TRAINED_WEIGHTS = partial(option, "", WEIGHTS, "directory of a run, its .safetensors file, or "
-                          "hf://USER/NAME[@REVISION] on the Hugging Face Hub", positional=True)  # fmt: skip
+                          "hf://USER/NAME[@REVISION] on the Hugging Face Hub",
+                          positional=True)  # fmt: skip
 TTA = partial(option, "none", WEIGHTS, "test-time augmentation; flip: average the probabilities "
               "with those of the mirror image", choices=("none", "flip"))  # fmt: skip
 MIXED_PRECISION = partial(option, "auto", MACHINE, "precision of the computation; auto: depends on "
