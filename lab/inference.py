@@ -254,10 +254,12 @@ def load_model(weights: File, device: str | torch.device = "auto") -> tuple[nn.M
 
     `weights` is the directory of a run, its best.safetensors, or `hf://USER/NAME`, possibly with
     `@REVISION`, a repository of the Hugging Face Hub that --push-to-hub created. `device` "auto" is
-    an accelerator if one is available. The model maps images float32 [n, C, size, size], normalized
-    as `(pixels / 255 - mean) / std`, to logits float32 [n, K]. The metadata contain "class_names" (K),
-    "mean" and "std" (C, of pixels from 0 to 1), "model" with "image_size" in pixels, "metrics",
-    "temperature" (divide the logits by it; 1.0 without calibration) and more. Raises `UserError`.
+    an accelerator if one is available.
+
+    The model maps images float32 [n, C, size, size], normalized as `(pixels / 255 - mean) / std`,
+    to logits float32 [n, K]. The metadata contain "class_names" (K), "mean" and "std" (C, of pixels
+    from 0 to 1), "model" with "image_size" in pixels, "metrics", "temperature" (divide the logits
+    by it; 1.0 without calibration) and more. Raises `UserError`.
     """
     path = weights_module.find_weights(os.fspath(weights))
     metadata = weights_module.read_metadata(path)
