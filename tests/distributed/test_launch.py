@@ -13,7 +13,12 @@ import train
 from lab import distributed
 from lab.errors import UserError
 
-CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
+OTHER_LAUNCHERS = ("sky.yaml", "trainjob.yaml")
+CONFIGS = sorted(
+    path
+    for path in (ROOT / "accelerate_configs").glob("*.yaml")
+    if path.name not in OTHER_LAUNCHERS
+)
 OPTIONS = [
     *("--recipe", "smoke", "--dataset", "digits"),
     *("--log-every", "1", "--threads", "1", "--quiet"),
