@@ -78,7 +78,7 @@ def dataset(num_files: int, folder: Path) -> dict[str, Any]:
     measured: dict[str, Any] = {}
     image_folder.stat_files = made_up_stats  # no file exists
     fingerprint._content = lambda split, position: b""
-    checks._file_digest = lambda path, offset: path[-13:]  # no two files are equal
+    checks._file_digest = lambda path, *_: (hash(path), 1)  # no two files are equal
     manifest = folder / "manifest.csv"
     with open(manifest, "w") as file:
         file.write("file,label\n")

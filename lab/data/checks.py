@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import struct
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -53,37 +54,45 @@ def identical_files(raw: RawSplits) -> Groups:
 
 
 def _identical_files(images: FileImages) -> Groups:
-    all_sizes = images.file_stats()[:, 0]
-    _, inverse, counts = all_sizes.unique(return_inverse=True, return_counts=True)
-    positions = ((counts[inverse] > 1) & (all_sizes > 0)).nonzero().flatten().tolist()
-    sizes, groups = all_sizes.tolist(), []
+    sizes = images.file_stats()[:, 0]
+    positions = ((sizes > 0) & _is_repeated(sizes)).nonzero().flatten()
     for num_bytes in (TAIL_BYTES, 0):
 
-        def digests(part: list[int], num_bytes: int = num_bytes) -> list[tuple[int, str]]:
-            offsets = [num_bytes and sizes[i] - num_bytes for i in part]
-            return [
-                (i, _file_digest(images.paths[i], n)) for i, n in zip(part, offsets, strict=True)
+        def read(part: Tensor, num_bytes: int = num_bytes) -> Tensor:
+            digests = [
+                _file_digest(images.paths[i], size, num_bytes and size - num_bytes)
+                for i, size in zip(part.tolist(), sizes[part].tolist(), strict=True)
             ]
+            return torch.tensor(digests, dtype=torch.int64).view(-1, 2)
 
-        parts = (positions[i : i + 100] for i in range(0, len(positions), 100))
         with ThreadPoolExecutor(NUM_READERS) as readers:
-            found = [item for part in readers.map(digests, parts) for item in part]
-        groups = _groups((i, (sizes[i], digest)) for i, digest in found if digest)
-        positions = [i for group in groups for i in group]
-    return groups
+            digests = torch.cat([*readers.map(read, positions.split(100))])
+        # Half of a digest is enough to find candidates, and is compared without Python objects.
+        is_candidate = digests.any(1) & _is_repeated(digests[:, 0])
+        positions, digests = positions[is_candidate], digests[is_candidate]
+    return _groups(zip(positions.tolist(), map(tuple, digests.tolist()), strict=True))
 
 
-def _file_digest(path: str, offset: int) -> str:
-    """Return a digest of a file from `offset` on; empty if it cannot be read."""
-    digest = hashlib.blake2b(digest_size=16)
+def _is_repeated(values: Tensor) -> Tensor:
+    """Return whether each value occurs several times, bool [N]."""
+    _, inverse, counts = values.unique(return_inverse=True, return_counts=True)
+    return counts[inverse] > 1
+
+
+def _file_digest(path: str, size: int, offset: int) -> tuple[int, int]:
+    """Return a digest of a file's size and of its content from `offset` on, as two int64.
+
+    They are zero if the file cannot be read.
+    """
+    digest = hashlib.blake2b(size.to_bytes(8, "little"), digest_size=16)
     try:
         with open(path, "rb", buffering=0) as file:
             file.seek(max(0, offset))
             while block := file.read(2**20):
                 digest.update(block)
     except OSError:
-        return ""
-    return digest.hexdigest()
+        return 0, 0
+    return struct.unpack("<2q", digest.digest())
 
 
 def _groups(keys: Iterable[tuple[int, Any]]) -> Groups:
