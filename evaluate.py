@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # Weights
     path = weights.find_weights(config.weights)
-    metadata = weights.read_metadata(path)
+    metadata = weights.read_metadata(path, config.model)
     model_name, selection_split = metadata["model"]["name"], metadata["selection_split"]
     if config.calibrate and selection_split == "test":
         raise UserError(

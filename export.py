@@ -8,7 +8,7 @@ ONNX needs `pip install -e '.[onnx]'`. The input is uint8 [N, C, H, W], 0 to 255
 model normalizes; N is 1 without --dynamic-batch. The output is float32 [N, K]. The metadata, as
 JSON, contain the name and shape of input and output, the class names and more; docs/training.md
 lists the keys. Prepare images as lab does: rotate them according to their EXIF data, crop a part
-of the central square, and resize it with a bilinear, antialiased filter (for `--fit crop`):
+of the central square, and resize it with an antialiased filter (for `--fit crop`):
 
     import numpy as np
     from PIL import Image, ImageOps
@@ -19,7 +19,8 @@ of the central square, and resize it with a bilinear, antialiased filter (for `-
         side = round(min(image.size) * description["input"]["crop_pct"])
         left, top = round((image.width - side) / 2), round((image.height - side) / 2)
         image = image.crop((left, top, left + side, top + side))
-        image = image.resize((width, height), Image.Resampling.BILINEAR)
+        filter = description["input"]["resize"].split(",")[0].upper()  # BILINEAR or BICUBIC
+        image = image.resize((width, height), Image.Resampling[filter])
         return np.asarray(image).reshape(height, width, channels).transpose(2, 0, 1)
 
 With ONNX Runtime:
@@ -58,6 +59,7 @@ from lab.checkpoint.atomic_io import write_atomically
 from lab.config.cli import parse_arguments
 from lab.config.schema import (
     DEBUG,
+    OWN_MODEL,
     REPORT,
     THREADS,
     TRAINED_WEIGHTS,
@@ -74,6 +76,7 @@ class ExportConfig:
 
     # fmt: off
     weights: str = TRAINED_WEIGHTS()
+    model: str = OWN_MODEL()
     format: str = option("onnx", REPORT,
         "onnx, or a program of torch.export (.pt2)", choices=("onnx", "torch-export"))
     dynamic_batch: bool = option(False, REPORT, "accept any number of images instead of one")
@@ -105,7 +108,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # Weights
     path = weights.find_weights(config.weights)
-    metadata = weights.read_metadata(path)
+    metadata = weights.read_metadata(path, config.model)
     output = (
         Path(config.output) if config.output else path.with_suffix(export.SUFFIXES[config.format])
     )

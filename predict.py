@@ -21,6 +21,7 @@ from lab.config.cli import parse_arguments
 from lab.config.schema import (
     DEBUG,
     MACHINE,
+    OWN_MODEL,
     QUIET,
     REPORT,
     THREADS,
@@ -40,6 +41,7 @@ class PredictConfig:
 
     # fmt: off
     weights: str = TRAINED_WEIGHTS()
+    model: str = OWN_MODEL()
     images: tuple[str, ...] = option((), WEIGHTS,
         "image files, directories, or - for paths on standard input", positional=True, nargs="*")
     top_k: int = option(3, REPORT, "number of classes to output per image", low=1)
@@ -96,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
         if file != "-":
             check_output_file(flag, Path(file))
     path = weights.find_weights(config.weights)
-    metadata = weights.read_metadata(path)
+    metadata = weights.read_metadata(path, config.model)
 
     # Distributed setup
     accelerator = build_accelerator(

@@ -27,16 +27,25 @@ from lab.config.recipes import resolve, resolve_epochs
 from lab.config.schema import TrainConfig
 from lab.data import check_dataset
 from lab.errors import run_script
-from lab.models import check_model
+from lab.models import check_model, with_input_defaults
 
 
-def main(argv: list[str] | None = None) -> RunDir:
-    """Train with the arguments `argv`, and return the run directory. Raises `UserError`."""
+def main(argv: list[str] | None = None, model=None) -> RunDir:
+    """Train with the arguments `argv`, and return the run directory. Raises `UserError`.
+
+    `model` is a module or a function (num_classes, in_chans, image_size) that returns one, instead
+    of --model.
+    """
     start_time = time.monotonic()
     overrides = parse_arguments(TrainConfig, argv, prog="train.py", description=__doc__)
     print_only = overrides.pop("print_config", False)
+    if model is not None:
+        from lab.models.own import register_object
+
+        overrides["model"] = register_object(model)
     config = resolve(overrides)
     check_model(config.model, config.pretrained)
+    config = with_input_defaults(config)
     check_dataset(config.dataset, overrides.get("data_dir"))
     if print_only:
         print_config(config)  # and exit
@@ -77,7 +86,7 @@ def train(run, config, checkpoint, start_time, download):
     from lab.distributed import build_accelerator, check_same_data, describe, raise_on_all_ranks
     from lab.engine.ema import ModelEma
     from lab.engine.evaluation import predict_all
-    from lab.engine.linear_probe import fit_classifier
+    from lab.engine.linear_probe import fit_classifier, resolve_linear_probe
     from lab.engine.metrics import is_better
     from lab.engine.optimizer import build_optimizer
     from lab.engine.training import TrainStep, configure_model, history_row, train_one_epoch
@@ -119,9 +128,12 @@ def train(run, config, checkpoint, start_time, download):
     with raise_on_all_ranks(accelerator):
         model = build_initial_model(metadata["model"], config, bool(checkpoint), num_steps)
         model = configure_model(model, config, accelerator.device)
+    config = resolve_linear_probe(config, model, metadata["model"])
     if config.linear_probe and not checkpoint:
         fit_classifier(accelerator, model, metadata["model"], splits, config, options)
-    ema = ModelEma(model, config.ema_decay) if config.ema_decay else None
+    ema = None
+    if config.ema_decay:
+        ema = ModelEma(model, config.ema_decay, warmup=not config.linear_probe)
     optimizer = build_optimizer(model, config, accelerator)
     wrapped_model = accelerator.prepare(model)
     if accelerator.scaler:  # fp16 needs Accelerate's wrapper; otherwise it only slows each step

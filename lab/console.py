@@ -86,7 +86,7 @@ def run_summary(config: Any, splits: Any, loader: Any, device: Mapping[str, Any]
         "loader": loader.description,
         "device": device_summary(device),
     }
-    settings(f"{config.model} on {config.dataset_title}", rows)
+    settings(f"{config.model_title} on {config.dataset_title}", rows)
     if splits.train.paths is not None:
         class_counts(splits.train.class_names, splits.class_counts())
     for warning in splits.balance_warnings():

@@ -33,10 +33,10 @@ class UserError(ValueError):
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:
-    """Return a hint for an unknown name: the `known` names similar to it, or all of them."""
+    """Return a hint for an unknown name: the `known` names similar to it, or up to 30 of them."""
     known = list(known)
     close = difflib.get_close_matches(word, known, 3)
-    return f"Did you mean {' or '.join(close)}?" if close else f"Known: {', '.join(known)}"
+    return f"Did you mean {' or '.join(close)}?" if close else f"Known: {name_some(known, 30)}"
 
 
 def name_some(names: Sequence[str], count: int = 5) -> str:

@@ -69,7 +69,7 @@ def describe(metadata: dict[str, Any], *, dynamic_batch: bool, softmax: bool) ->
             ],
             "fit": data.fit,  # after rotation according to the EXIF data
             "crop_pct": data.crop_pct,
-            "resize": "bilinear, antialiased",
+            "resize": f"{data.interpolation}, antialiased",
         },
         "output": {
             "name": PROBABILITIES if softmax else LOGITS,

@@ -37,6 +37,7 @@ from lab.distributed import choose_precision
 from lab.engine.evaluation import predict_logits
 from lab.engine.training import to_device
 from lab.errors import UserError
+from lab.models import own
 
 if TYPE_CHECKING:
     import numpy as np
@@ -100,7 +101,13 @@ def find_images(arguments: Sequence[str]) -> tuple[list[str], list[ImagePredicti
 def eval_transform(metadata: Mapping[str, Any]) -> Callable[[Tensor], Tensor]:
     """Return the function that crops and resizes uint8 images as in the evaluation of weights."""
     data = DataConfig(**metadata["data"])
-    return partial(square, size=data.image_size, fit=data.fit, crop_pct=data.crop_pct)
+    return partial(
+        square,
+        size=data.image_size,
+        fit=data.fit,
+        crop_pct=data.crop_pct,
+        interpolation=data.interpolation,
+    )
 
 
 class _ImageDataset:
@@ -249,7 +256,11 @@ class Prediction:
     errors: dict[str, str]  # of unreadable files and directories, by path
 
 
-def load_model(weights: File, device: str | torch.device = "auto") -> tuple[nn.Module, dict]:
+def load_model(
+    weights: File,
+    device: str | torch.device = "auto",
+    model: str | nn.Module | Callable[[int, int, int], nn.Module] = "",
+) -> tuple[nn.Module, dict]:
     """Return the model in evaluation mode, and the metadata of its weights.
 
     `weights` is the directory of a run, its best.safetensors, or `hf://USER/NAME`, possibly with
@@ -259,14 +270,18 @@ def load_model(weights: File, device: str | torch.device = "auto") -> tuple[nn.M
     The model maps images float32 [n, C, size, size], normalized as `(pixels / 255 - mean) / std`,
     to logits float32 [n, K]. The metadata contain "class_names" (K), "mean" and "std" (C, of pixels
     from 0 to 1), "model" with "image_size" in pixels, "metrics", "temperature" (divide the logits
-    by it; 1.0 without calibration) and more. Raises `UserError`.
+    by it; 1.0 without calibration) and more.
+
+    Weights of a model of your own do not contain its code: give as `model` what it was trained
+    with, `FILE.py:FUNCTION` or the argument of `train.main`. Raises `UserError`.
     """
     path = weights_module.find_weights(os.fspath(weights))
-    metadata = weights_module.read_metadata(path)
-    model = weights_module.load_model(path, metadata)
+    name = model if isinstance(model, str) else own.register_object(model)
+    metadata = weights_module.read_metadata(path, name)
+    loaded = weights_module.load_model(path, metadata)
     if device == "auto":
         device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    return to_device(model, metadata["model"]["name"], torch.device(device)).eval(), metadata
+    return to_device(loaded, metadata["model"]["name"], torch.device(device)).eval(), metadata
 
 
 @torch.no_grad()

@@ -7,12 +7,11 @@ from torch import nn
 from lab import console
 from lab.checkpoint import weights
 from lab.checkpoint.train_state import Checkpoint
-from lab.config.schema import TrainConfig
+from lab.config.schema import TrainConfig, is_code
 from lab.errors import UserError
-from lab.models import build_model, classifier_param_names, find_model
+from lab.models import build_model, classifier_param_names, find_model, input_spec
 
 FEW_STEPS = 300
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def build_initial_model(
@@ -37,9 +36,10 @@ def load_init_weights(model: nn.Module, architecture: dict[str, Any], config: Tr
         from lab.models.pretrained import load_pretrained
 
         source = find_model(config.model).weights
-        with console.status(f"loading torchvision's ImageNet weights of {source}"):
-            remarks = load_pretrained(model, source, classifier_param_names(**architecture))
-        console.info(f"ImageNet weights of {source}; " + "; ".join(remarks))
+        with console.status(f"loading the pretrained weights of {source}"):
+            heads = classifier_param_names(**architecture)
+            remarks = load_pretrained(model, source, heads, architecture)
+        console.info(f"pretrained weights of {source}; " + "; ".join(remarks))
     elif config.init_checkpoint:
         new_params = _load_file(model, architecture, config.init_checkpoint)
         head = f"new head: {', '.join(new_params)}" if new_params else "its head too"
@@ -57,7 +57,8 @@ def initial_normalization(
         mean, std = checkpoint.metadata["normalization"]
         return mean, std
     if config.pretrained:
-        return IMAGENET_MEAN, IMAGENET_STD
+        spec = input_spec(config.model)
+        return spec.mean, spec.std
     if config.init_checkpoint:
         metadata = weights.read_metadata(weights.find_weights(config.init_checkpoint))
         return metadata["mean"], metadata["std"]
@@ -82,7 +83,8 @@ def _load_file(model: nn.Module, architecture: dict[str, Any], init_checkpoint: 
     """Load a weights file into the model; return the names of head tensors left as initialized."""
     path = weights.find_weights(init_checkpoint)
     source = weights.read_metadata(path)["model"]
-    if find_model(source["name"]) != find_model(architecture["name"]):
+    both_code = is_code(source["name"]) and is_code(architecture["name"])
+    if not both_code and find_model(source["name"]) != find_model(architecture["name"]):
         raise UserError(
             f"{path} holds {source['name']}, not {architecture['name']}",
             f"Give --model {source['name']}",

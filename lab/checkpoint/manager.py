@@ -34,6 +34,7 @@ from lab.config.schema import TrainConfig
 from lab.data import Splits
 from lab.distributed import raise_on_all_ranks
 from lab.errors import UserError
+from lab.models import own
 
 
 @contextmanager
@@ -260,6 +261,7 @@ class CheckpointManager:
             "config": asdict(config),
             "fingerprints": self.fingerprints,
             "normalization": self.normalization,
+            "model_sha256": own.sha256(config.model),
             "precision": accelerator.mixed_precision,
             "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
             "world_size": accelerator.num_processes,

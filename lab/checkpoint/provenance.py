@@ -11,7 +11,8 @@ import lab
 def versions() -> dict[str, str]:
     """Return the version of each library that results depend on."""
     result = {"lab": lab.__version__, "python": sys.version.split()[0]}
-    for name in ("torch", "torchvision", "pillow", "accelerate", "safetensors"):
+    used = [name for name in ("timm", "datasets") if name in sys.modules]
+    for name in ("torch", "torchvision", "pillow", "accelerate", "safetensors", *used):
         try:
             result[name] = version(name)
         except PackageNotFoundError:

@@ -30,10 +30,11 @@ from lab.checkpoint.atomic_io import (
     write_atomically,
 )
 from lab.checkpoint.run_dir import RunDir
-from lab.config.schema import TIMEOUT_SECONDS, TrainConfig, flag, is_path
+from lab.config.schema import TIMEOUT_SECONDS, TrainConfig, flag, is_code, is_path
 from lab.data import Splits
 from lab.data.fingerprint import changed_splits
 from lab.errors import UserError
+from lab.models import own
 
 
 @dataclass
@@ -115,6 +116,10 @@ class Checkpoint:
         for name, value in overrides.items():
             is_default = name == "image_size" and value == 0  # the model's own image size
             moved = name == "dataset" and is_path(value) and is_path(stored[name])
+            if name == "model" and is_code(stored[name]) and is_code(value):
+                sha256 = self.metadata.get("model_sha256", "")
+                own.check_same(str(self.run.path), stored[name], sha256, value)
+                moved = True
             if name in MUTABLE_ON_RESUME or moved:
                 changed[name] = value
             elif value != stored[name] and not is_default:

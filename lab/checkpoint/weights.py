@@ -25,7 +25,7 @@ from lab.data import DataConfig, Splits
 from lab.data.types import Split, normalized
 from lab.distributed import raise_on_all_ranks
 from lab.errors import UserError, name_some
-from lab.models import build_model, find_model
+from lab.models import build_model, build_without_memory, find_model, own
 
 # All metadata is one JSON text under one key: safetensors does not keep the order of several keys,
 # so equal weights would not give equal bytes.
@@ -57,6 +57,7 @@ def run_metadata(config: TrainConfig, splits: Splits, precision: str) -> dict[st
             "in_chans": splits.train.images.shape[1],
             "image_size": config.image_size,
         },
+        "model_sha256": own.sha256(config.model),
         "data": asdict(DataConfig.of(config)),
         "class_names": splits.train.class_names,
         "mean": splits.mean,
@@ -182,10 +183,12 @@ def _download(url: str) -> Path:
         raise UserError(f"cannot download {url} ({reason})", "Try again") from error
 
 
-def read_metadata(path: Path) -> dict[str, Any]:
+def read_metadata(path: Path, own_model: str = "") -> dict[str, Any]:
     """Return the metadata of a weights file. Raise `UserError` if they are damaged or missing.
 
-    Without calibration, the key "temperature", by which logits are divided, is 1.0.
+    Without calibration, the key "temperature", by which logits are divided, is 1.0. `own_model` is
+    the `FILE.py:FUNCTION` that the user gives for weights of such a model: it takes the place of
+    the name in the metadata, which is never imported, and must have the same content.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -209,6 +212,10 @@ def read_metadata(path: Path) -> dict[str, Any]:
             f"{path} has format {metadata['format']}, not {FORMAT}", "Use a newer version of lab"
         )
     metadata.setdefault("temperature", 1.0)
+    metadata.setdefault("model_sha256", "")
+    if own_model:
+        own.check_same(str(path), metadata["model"]["name"], metadata["model_sha256"], own_model)
+        metadata["model"]["name"] = own_model
     # In Unicode form NFC, like the names of class directories.
     metadata["class_names"] = [normalized(name) for name in metadata["class_names"]]
     return metadata
@@ -219,7 +226,7 @@ def _check_metadata(metadata: dict[str, Any]) -> None:
     check_types(metadata, METADATA_TYPES)
     architecture, data = metadata["model"], metadata["data"]
     check_types(architecture, MODEL_TYPES)
-    find_model(architecture["name"])
+    find_model(architecture["name"])  # imports no code of FILE.py:FUNCTION
     check_types(
         asdict(DataConfig(**data)), get_type_hints(DataConfig)
     )  # TypeError for other fields
@@ -236,6 +243,7 @@ def _check_metadata(metadata: dict[str, Any]) -> None:
         "precision": metadata["precision"] in ("no", "bf16", "fp16"),
         "temperature": type(temperature) in (int, float) and 0 < temperature < math.inf,
         "decoder": isinstance(metadata.get("decoder", ""), str),
+        "model_sha256": isinstance(metadata.get("model_sha256", ""), str),
     }
     for name, is_valid in valid.items():
         if not is_valid:
@@ -266,8 +274,7 @@ def load_model(path: Path, metadata: Mapping[str, Any]) -> nn.Module:
         from lab.data.decode import warn_of_other_pixels
 
         warn_of_other_pixels(metadata["decoder"])
-    with torch.device("meta"):
-        check_shapes(path, build_model(**metadata["model"]))
+    check_shapes(path, build_without_memory(**metadata["model"]))
     model = build_model(**metadata["model"])
     load_weights(path, model)
     return model

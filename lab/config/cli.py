@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from lab import console
-from lab.config.schema import MACHINE, InvalidSettingError, TrainConfig, flag
+from lab.config.schema import MACHINE, InvalidSettingError, TrainConfig, flag, is_code
 from lab.errors import UserError, suggestion
 
 KINDS = {bool: "true or false", int: "an integer", float: "a number", str: "a text"}
@@ -92,7 +92,15 @@ def parse_arguments(config: type, argv: list[str] | None, *, prog: str, descript
                 expected = KINDS[kinds[f.name]]
                 raise InvalidSettingError(flag(f.name), settings[f.name], expected) from None
     if config is TrainConfig and "config" in settings:
-        settings = read_config(Path(settings.pop("config"))) | settings
+        path = settings.pop("config")
+        from_file = read_config(Path(path))
+        if is_code(from_file.get("model", "")) and "model" not in settings:
+            raise UserError(
+                f"the model in {path} is {from_file['model']}, code that runs only if you name it "
+                "yourself",
+                f"If you trust that file, add --model {from_file['model']}",
+            )
+        settings = from_file | settings
     return settings
 
 

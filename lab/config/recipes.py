@@ -15,11 +15,13 @@ from lab.config.schema import (
     MAX_AUTO_EPOCHS,
     MIN_AUTO_EPOCHS,
     TrainConfig,
+    is_code,
     is_path,
 )
 from lab.errors import UserError, suggestion
 
 IMAGES_MODEL = "torchvision:efficientnet_b0"  # default --model for a folder or a manifest
+LIBRARIES = ("torchvision:", "timm:")  # how the names of their models begin
 
 RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     # Exactly the settings of the two university notebooks, which select the best epoch on the
@@ -85,6 +87,7 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
         "vit": dict(lr=5e-4, max_grad_norm=1.0, warmup_epochs=2.0, label_smoothing=0.1, epochs=40),
         "vit/digits": dict(lr=2e-4),  # its warmup is only 20 steps
         "torchvision": dict(lr=3e-4, max_grad_norm=1.0, label_smoothing=0.1, epochs=20),
+        "timm": dict(lr=3e-4, max_grad_norm=1.0, label_smoothing=0.1, epochs=20),
     },
     # Fine-tuning on a folder or a manifest. docs/training.md explains it; benchmarks/finetune.py
     # compares it with training from scratch.
@@ -93,11 +96,10 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
             pretrained=True,
             linear_probe=True,
             freeze="batchnorm",
-            crop_pct=0.875,
             epochs=0,
             batch_size=32,
             optimizer="adamw",
-            lr=1e-4,
+            lr=1e-3,
             layer_decay=0.75,
             weight_decay=0.05,
             schedule="cosine",
@@ -109,6 +111,7 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
             patience=5,
             max_grad_norm=1.0,
         ),
+        "efficientnet_lite0": dict(crop_pct=0.875),
     },
     # A few seconds on a laptop: for tests and to check an installation.
     "smoke": {
@@ -126,13 +129,19 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
         "alexnet": dict(lr=5e-4, init="kaiming"),
         "vit": dict(lr=5e-4, max_grad_norm=1.0),
         "torchvision": dict(lr=3e-4, max_grad_norm=1.0),
+        "timm": dict(lr=3e-4, max_grad_norm=1.0),
     },
 }
 
 
 def model_defaults(model: str) -> tuple[str, int]:
-    """Return the dataset and the image size in pixels that a model is trained on by default."""
-    if model.startswith("torchvision:") or model == "efficientnet_lite0":
+    """Return the dataset and the image size in pixels that a model is trained on by default.
+
+    The size is 0 for a model of torchvision or timm, which knows its own.
+    """
+    if model.startswith(LIBRARIES):
+        return "cifar10", 0
+    if model == "efficientnet_lite0":
         return "cifar10", 224
     return ("mnist", 32) if model == "lenet5" else ("cifar10", 32)
 
@@ -147,18 +156,25 @@ def resolve(overrides: dict[str, Any]) -> TrainConfig:
     model = overrides.get("model", IMAGES_MODEL if own_images else TrainConfig.model)
     default_dataset, image_size = model_defaults(model)
     dataset = dataset or default_dataset
+    of_library = model.startswith(LIBRARIES)
     layer = "folder" if own_images else dataset
     starts_trained = overrides.get("init_checkpoint") or (
-        model.startswith("torchvision:") and overrides.get("pretrained", True)
+        of_library and overrides.get("pretrained", True)
     )
     name = overrides.get("recipe", "finetune" if own_images and starts_trained else "default")
     if name not in RECIPES:
         raise UserError(f"unknown recipe {name}", suggestion(name, RECIPES))
     settings: dict[str, Any] = {"image_size": image_size}
-    family = re.split("[-:_]", model)[0]
+    family = "" if is_code(model) else re.split("[-:_]", model)[0]
+    if is_code(model) and own_images:
+        settings["image_size"] = 224
     for key in ("*", layer, family, model, f"{family}/{layer}", f"{model}/{layer}"):
         settings |= RECIPES[name].get(key, {})
     settings |= {k: v for k, v in overrides.items() if not (k == "image_size" and v == 0)}
+    if not of_library:  # `lab.models.with_input_defaults` knows what its weights expect
+        settings["crop_pct"] = settings.get("crop_pct") or 1.0
+        if settings.get("interpolation", "auto") == "auto":
+            settings["interpolation"] = "bilinear"
     if overrides.get("init_checkpoint") and "pretrained" not in overrides:
         settings["pretrained"] = False
     epochs = settings.get("epochs", TrainConfig.epochs)

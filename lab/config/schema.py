@@ -81,6 +81,19 @@ HUB = "hf://"  # begins the name of weights on the Hugging Face Hub
 TIMEOUT_SECONDS, MONTH = 600, 30 * 24 * 3600
 
 
+def is_code(name: str) -> bool:
+    """Return whether a model is `FILE.py:FUNCTION`, code of the user's."""
+    return ".py:" in name
+
+
+def model_title(model: str) -> str:
+    """Return the name of a model to show: `FILE:FUNCTION`, without directories, if it is code."""
+    if not is_code(model):
+        return model
+    file, _, function = model.rpartition(":")
+    return f"{os.path.basename(file).removesuffix('.py')}:{function}"
+
+
 def is_path(dataset: str) -> bool:
     """Return whether a dataset is a directory of images or a manifest, not a named dataset."""
     return dataset not in NAMED_DATASETS
@@ -113,6 +126,9 @@ MACHINE, OUTPUT = "devices and processes", "runs and logging"
 TRAINED_WEIGHTS = partial(option, "", WEIGHTS, "directory of a run, its .safetensors file, or "
                           "hf://USER/NAME[@REVISION] on the Hugging Face Hub",
                           positional=True)  # fmt: skip
+OWN_MODEL = partial(option, "", WEIGHTS, "the model's code, if it is a function of yours, as in "
+                    "training",
+                    metavar="FILE.py:FUNCTION")  # fmt: skip
 TTA = partial(option, "none", WEIGHTS, "test-time augmentation; flip: average the probabilities "
               "with those of the mirror image", choices=("none", "flip"))  # fmt: skip
 MIXED_PRECISION = partial(option, "auto", MACHINE, "precision of the computation; auto: depends on "
@@ -137,8 +153,9 @@ class TrainConfig:
 
     # fmt: off
     model: str = option("lenet5", TASK,
-        "model architecture: a name in lab/models/__init__.py, or torchvision:NAME; for images of "
-        "your own, the default is torchvision:efficientnet_b0")
+        "model architecture: a name in lab/models/__init__.py, torchvision:NAME, timm:NAME, or "
+        "FILE.py:FUNCTION, a function of yours (docs/extending.md); for images of your own, the "
+        "default is torchvision:efficientnet_b0")
     dataset: str = option("", TASK,
         f"dataset: {', '.join(NAMED_DATASETS)}, a directory of images, or a manifest (.csv or "
         ".jsonl); default: the one that belongs to the model", metavar="NAME|PATH")
@@ -153,9 +170,12 @@ class TrainConfig:
         "how images become square in evaluation; crop: cut off the longer sides, pad: add black "
         "borders, squash: change the aspect ratio", choices=("crop", "pad", "squash"),
         from_recipe=True)
-    crop_pct: float = option(1.0, TASK,
-        "fraction of the shorter side that --fit crop keeps in evaluation", above=0.0, high=1.0,
-        from_recipe=True)
+    crop_pct: float = option(0.0, TASK,
+        "fraction of the shorter side that --fit crop keeps in evaluation; 0: as for the model's "
+        "pretrained weights", low=0.0, high=1.0, from_recipe=True)
+    interpolation: str = option("auto", TASK,
+        "filter that resizes images; auto: as for the model's pretrained weights",
+        choices=("auto", "bilinear", "bicubic"))
     val_fraction: float = option(0.1, TASK,
         "fraction of the training split held out to select the best epoch, if the dataset has "
         "no validation split; 0: select on the test split",
@@ -241,8 +261,8 @@ class TrainConfig:
         "weight initialization: PyTorch's default or Kaiming normal",
         choices=("default", "kaiming"), from_recipe=True)
     pretrained: bool = option(False, TRAINING,
-        "start from torchvision's ImageNet weights, which are downloaded once, with a new "
-        "classifier", from_recipe=True)
+        "start from the weights that torchvision or timm publishes, which are downloaded once, "
+        "with a new classifier", from_recipe=True)
     init_checkpoint: str = option("", TRAINING,
         "start from these weights of the same model, a file, the directory of a run or "
         "hf://USER/NAME[@REVISION]; a classifier of other classes is new",
@@ -365,6 +385,11 @@ class TrainConfig:
             )
 
     @property
+    def model_title(self) -> str:
+        """Return the name of the model to show."""
+        return model_title(self.model)
+
+    @property
     def dataset_title(self) -> str:
         """Return the name of the dataset to show."""
         return dataset_title(self.dataset)
@@ -389,6 +414,7 @@ class EvalConfig:
     split: str = option("test", WEIGHTS,
         "split to evaluate; all: every sample of the dataset",
         choices=("test", "val", "train", "all"))
+    model: str = OWN_MODEL()
     dataset: str | None = option(None, WEIGHTS,
         "dataset, as for train.py; default: the training dataset", metavar="NAME|PATH")
     data_dir: str | None = option(None, WEIGHTS,

@@ -95,6 +95,7 @@ class DataConfig:
     skip_unreadable: bool = False
     fit: str = "crop"
     crop_pct: float = 1.0
+    interpolation: str = "bilinear"
 
     @classmethod
     def of(cls, settings: Any) -> DataConfig:
@@ -210,7 +211,9 @@ def load_splits(
         except UnreadableImages:
             raise _unreadable_images(splits, num_workers) from None
     if augment:
-        transform = SampleTransform(augment, config.image_size, mean, config.fit)
+        transform = SampleTransform(
+            augment, config.image_size, mean, config.fit, config.interpolation
+        )
         images: Any = splits["train"].images
         images = AugmentedImages(images, sized["train"].images, transform)
         sized["train"] = replace(sized["train"], images=images)
@@ -405,7 +408,7 @@ def _resize_and_decode(
                 "Add images, or change --test-fraction or --val-fraction",
             )
     sized = {
-        name: resize(split, config.image_size, config.fit, config.crop_pct)
+        name: resize(split, config.image_size, config.fit, config.crop_pct, config.interpolation)
         for name, split in splits.items()
     }
     decoded: dict[str, Split] = {}

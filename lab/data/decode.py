@@ -49,8 +49,9 @@ class FileImages(LazyImages):
     paths: Sequence[str]
     size: int  # pixels per side
     stats: Tensor | None = field(default=None, compare=False)  # of `stat_files`, if they are known
-    fit: str = "crop"  # see `square`, also for `crop_pct`
+    fit: str = "crop"  # see `square`, also for the next two
     crop_pct: float = 1.0
+    interpolation: str = "bilinear"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "paths", Paths.of(self.paths))
@@ -141,8 +142,8 @@ class FileImages(LazyImages):
         return dict(cache.cached_json(self._unreadable_key(), check))
 
     def _key(self, change_time: bool = False) -> str:
-        transform: Any = (self.size, self.fit, self.crop_pct)
-        transform = self.size if transform[1:] == ("crop", 1.0) else transform
+        transform: Any = (self.size, self.fit, self.crop_pct, self.interpolation)
+        transform = self.size if transform[1:] == ("crop", 1.0, "bilinear") else transform
         return cache.key_of(self.paths, self.file_stats(), transform, change_time)
 
     def _unreadable_key(self) -> str:
@@ -165,7 +166,8 @@ class FileImages(LazyImages):
         for image, i in zip(images, index.tolist(), strict=True):
             try:
                 decoded = decode(self.paths[i], self.size)
-                image.copy_(square(decoded, self.size, self.fit, self.crop_pct))
+                transform = (self.size, self.fit, self.crop_pct, self.interpolation)
+                image.copy_(square(decoded, *transform))
             except UserError as error:
                 reasons[i] = error.what
         return images, reasons

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
+from torch import Tensor
 
 from lab.data.cache import stat_files
 from lab.data.decode import FileImages
@@ -55,9 +56,7 @@ def read_folder(config: DataConfig) -> RawSplits:
     for name, directories in class_dirs.items():
         _check_same_classes(split_dirs[name], directories, class_names)
         paths, labels = _list_split(directories, other_files)
-        images = FileImages(
-            paths, config.image_size, stat_files(paths), config.fit, config.crop_pct
-        )
+        images = file_images(paths, stat_files(paths), config)
         splits[name] = Split(images, torch.tensor(labels), class_names, images.paths, str(root))
     warnings = []
     outside = [name for name in _list_directory(split_dirs["train"])[1] if _is_image(name)]
@@ -127,10 +126,16 @@ def read_manifest(path: Path, config: DataConfig) -> RawSplits:
                     f"{path} lists files that do not exist or cannot be read: {name_some(missing)}",
                     "Paths are relative to the directory of the manifest",
                 )
-            images = FileImages(paths, config.image_size, stats, config.fit, config.crop_pct)
+            images = file_images(paths, stats, config)
             numbers = torch.tensor([class_labels[label] for label in labels.values()])
             splits[split] = Split(images, numbers, class_names, images.paths, str(root))
     return RawSplits(splits["train"], splits.get("val"), splits.get("test"))
+
+
+def file_images(paths: Sequence[str], stats: Tensor, config: DataConfig) -> FileImages:
+    """Return the images in files, resized as `config` says; `stats` is that of `stat_files`."""
+    transform = (config.fit, config.crop_pct, config.interpolation)
+    return FileImages(paths, config.image_size, stats, *transform)
 
 
 def _manifest_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -107,15 +107,13 @@ def in_memory(split: Split, num_workers: int, use_cache: bool | None = None) -> 
 
 @dataclass(frozen=True)
 class ResizedImages(LazyImages):
-    """Images in memory that are resized when indexed, because all resized images may not fit.
-
-    Resizing is bilinear and antialiased, and rounds to uint8.
-    """
+    """Images in memory that are resized when indexed, because all resized images may not fit."""
 
     images: Tensor  # uint8 [N, C, H, W]
     size: int
-    fit: str = "squash"  # see `square`, also for `crop_pct`
+    fit: str = "squash"  # see `square`, also for the next two
     crop_pct: float = 1.0
+    interpolation: str = "bilinear"
 
     @property
     def shape(self) -> Sequence[int]:
@@ -144,16 +142,23 @@ class ResizedImages(LazyImages):
     def _resize(self, images: Tensor) -> Tensor:
         if not len(images):
             return torch.empty(0, *self.shape[1:], dtype=torch.uint8)
-        return square(images, self.size, self.fit, self.crop_pct)
+        return square(images, self.size, self.fit, self.crop_pct, self.interpolation)
 
 
-def resize(split: Split, size: int, fit: str = "squash", crop_pct: float = 1.0) -> Split:
+def resize(
+    split: Split,
+    size: int,
+    fit: str = "squash",
+    crop_pct: float = 1.0,
+    interpolation: str = "bilinear",
+) -> Split:
     """Return the split with images that are `square(...)` when indexed."""
     if not isinstance(split.images, Tensor):  # files are decoded to their size
         return split
     if split.images.shape[-2:] == (size, size) and (fit != "crop" or crop_pct == 1):
         return split
-    return replace(split, images=ResizedImages(split.images, size, fit, crop_pct))
+    images = ResizedImages(split.images, size, fit, crop_pct, interpolation)
+    return replace(split, images=images)
 
 
 @dataclass(frozen=True)

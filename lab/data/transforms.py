@@ -18,6 +18,7 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -64,28 +65,37 @@ def cutout(images: Tensor, bits: Tensor) -> Tensor:
     return images.masked_fill((in_rows[:, :, None] & in_columns[:, None, :])[:, None], 0)
 
 
-def square(images: Tensor, size: int, fit: str = "crop", crop_pct: float = 1.0) -> Tensor:
+def square(
+    images: Tensor,
+    size: int,
+    fit: str = "crop",
+    crop_pct: float = 1.0,
+    interpolation: str = "bilinear",
+) -> Tensor:
     """Return uint8 images [..., C, H, W] as [..., C, size, size], as they are evaluated.
 
     With `fit` "crop", this is the central square whose side is `crop_pct` of the shorter side, as
     when the shorter side is resized to `size` / `crop_pct` before a center crop. "pad" adds black
-    borders to the whole image, "squash" changes its aspect ratio.
+    borders to the whole image, "squash" changes its aspect ratio. `interpolation` is "bilinear" or
+    "bicubic"; both are antialiased and round to uint8.
     """
-    from torchvision.transforms.v2 import functional as TF  # takes a second to import
+    from torchvision.transforms.v2 import InterpolationMode  # takes a second to import
+    from torchvision.transforms.v2 import functional as TF
 
+    resize = partial(TF.resize, interpolation=InterpolationMode(interpolation), antialias=True)
     height, width = images.shape[-2:]
     if fit == "pad" and height != width:
         scale = size / max(height, width)
         shape = [max(1, round(height * scale)), max(1, round(width * scale))]
         top, left = (size - shape[0]) // 2, (size - shape[1]) // 2
         borders = [left, top, size - shape[1] - left, size - shape[0] - top]
-        return TF.pad(TF.resize(images, shape, antialias=True), borders)
+        return TF.pad(resize(images, shape), borders)
     # Crop first: resizing an image of 1 x 5000 pixels would make it huge.
     if fit == "crop":
         images = TF.center_crop(images, [max(1, round(min(height, width) * crop_pct))])
     if images.shape[-2:] == (size, size):
         return images
-    return TF.resize(images, [size, size], antialias=True)
+    return resize(images, [size, size])
 
 
 def to_grayscale(images: Tensor) -> Tensor:
@@ -103,16 +113,26 @@ class SampleTransform:
     """Augments single images by torchvision's transforms, as `names` of the schema say.
 
     `fill` is the color of erased rectangles, one value from 0 to 1 for each channel. Without
-    resized-crop, images become square as `fit` says.
+    resized-crop, images become square as `fit` says. `interpolation` is that of resizing.
     """
 
-    def __init__(self, names: Sequence[str], size: int, fill: Sequence[float], fit: str = "crop"):
+    def __init__(
+        self,
+        names: Sequence[str],
+        size: int,
+        fill: Sequence[float],
+        fit: str = "crop",
+        interpolation: str = "bilinear",
+    ):
         from torchvision.transforms import v2
 
-        self.size, self.fit, self.crops = size, fit, "resized-crop" in names
+        self.crops = "resized-crop" in names
+        self.square = partial(square, size=size, fit=fit, interpolation=interpolation)
+        self.size = size
+        mode = v2.InterpolationMode(interpolation)
         erased = [round(255 * value) for value in fill]
         transforms = {
-            "resized-crop": v2.RandomResizedCrop(size, scale=CROP_AREA, antialias=True),
+            "resized-crop": v2.RandomResizedCrop(size, scale=CROP_AREA, interpolation=mode),
             "trivialaugment": v2.TrivialAugmentWide(interpolation=v2.InterpolationMode.BILINEAR),
             "randaugment": v2.RandAugment(interpolation=v2.InterpolationMode.BILINEAR),
             "erasing": v2.RandomErasing(p=0.25, value=erased),
@@ -122,7 +142,7 @@ class SampleTransform:
     def __call__(self, image: Tensor, seed: int) -> Tensor:
         """Return a uint8 image [C, H, W] as [C, size, size], a function of the image and `seed`."""
         if not self.crops:
-            image = square(image, self.size, self.fit)
+            image = self.square(image)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed % 2**32)
             for transform in self.transforms:

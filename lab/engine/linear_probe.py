@@ -2,6 +2,7 @@
 
 from collections.abc import Collection
 from contextlib import closing
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,6 +31,18 @@ def find_classifier(model: nn.Module, param_names: Collection[str]) -> nn.Linear
     return layer if isinstance(layer, nn.Linear) else None
 
 
+def resolve_linear_probe(
+    config: TrainConfig, model: nn.Module, architecture: dict[str, Any]
+) -> TrainConfig:
+    """Return the settings without --linear-probe if the model has no single linear classifier."""
+    if config.linear_probe and not find_classifier(model, classifier_param_names(**architecture)):
+        console.info(
+            f"--linear-probe has no effect: {config.model} has no single linear classifier"
+        )
+        return replace(config, linear_probe=False)
+    return config
+
+
 @torch.no_grad()
 def fit_classifier(
     accelerator: Accelerator,
@@ -48,11 +61,7 @@ def fit_classifier(
     contains the arguments of `build_model` for this model.
     """
     classifier = find_classifier(model, classifier_param_names(**architecture))
-    if classifier is None:
-        console.info(
-            f"--linear-probe has no effect: {config.model} has no single linear classifier"
-        )
-        return
+    assert classifier is not None
     device = accelerator.device
     loader = build_loader(
         subsample(splits.train, MAX_IMAGES, config.split_seed),

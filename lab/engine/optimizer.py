@@ -57,11 +57,19 @@ def layer_scales(model: nn.Module, layer_decay: float) -> dict[float, list[nn.Pa
     The last block of the model has factor 1, each block before it `layer_decay` times the factor of
     the next (Bao et al. 2022, "BEiT", and Howard, Ruder 2018 before it). A block is all parameters
     with the same name up to its first part with a digit, such as `features.3`, `layer1` or
-    `encoder.layers.encoder_layer_0`; the blocks are in the order of `model.parameters()`.
+    `encoder.layers.encoder_layer_0`; the blocks are in the order of `model.parameters()`. The
+    models of timm define their blocks themselves.
     """
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if layer_decay == 1:
         return {1.0: [p for _, p in trained]}
+    if hasattr(model, "group_matcher"):
+        from timm.optim import param_groups_layer_decay  # type: ignore[attr-defined]
+
+        scales: dict[float, list[nn.Parameter]] = {}
+        for group in param_groups_layer_decay(model, layer_decay=layer_decay):
+            scales.setdefault(group["lr_scale"], []).extend(group["params"])
+        return scales
     blocks: dict[str, list[nn.Parameter]] = {}
     for name, parameter in trained:
         parts = name.split(".")

@@ -1,21 +1,35 @@
 """Models by name. This module does not import torch, so that --help is fast.
 
-`torchvision:NAME` is any other classifier of torchvision, unchanged.
+`torchvision:NAME` and `timm:NAME` are the other classifiers of these libraries, unchanged.
+`FILE.py:FUNCTION` is code of the user's, see `lab.models.own`.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
+from lab.config.schema import TrainConfig, is_code
 from lab.errors import UserError, suggestion
 
 if TYPE_CHECKING:
     from torch import nn
 
-TORCHVISION = "torchvision:"
+TORCHVISION, TIMM = "torchvision:", "timm:"
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """How images are prepared for the weights that a library publishes."""
+
+    image_size: int = 0  # pixels
+    crop_pct: float = 1.0
+    interpolation: str = "bilinear"
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
 
 
 @dataclass(frozen=True)
@@ -23,7 +37,7 @@ class ModelSpec:
     """Properties of a model that are needed before it is built."""
 
     factory: str  # "module:function" in this package, or "module:function:argument"
-    weights: str = ""  # the torchvision model whose ImageNet weights --pretrained loads
+    weights: str = ""  # that --pretrained loads: the name of a torchvision model, or timm:NAME
     benefits_from_bf16: bool = True  # bfloat16 and channels_last make it faster
     cpu_bf16: bool = True  # on CPUs, too; depthwise convolutions are slower in bfloat16 there
 
@@ -53,32 +67,77 @@ MODELS = {
 }
 
 
+@functools.cache
 def find_model(name: str) -> ModelSpec:
     """Return the spec of a model. Raises `UserError` for an unknown name."""
+    library_name = name.partition(":")[2]
+    if is_code(name):
+        return ModelSpec(f"own:own_model:{name}")
     if name.startswith(TORCHVISION):
         from lab.models.external import check_torchvision_name
 
-        torchvision_name = name.removeprefix(TORCHVISION)
-        check_torchvision_name(torchvision_name)
-        return ModelSpec(f"external:torchvision_model:{torchvision_name}", torchvision_name)
+        check_torchvision_name(library_name)
+        return ModelSpec(f"external:torchvision_model:{library_name}", library_name)
+    if name.startswith(TIMM):
+        from lab.models.external import check_timm_name, has_timm_weights
+
+        check_timm_name(library_name)
+        weights = name if has_timm_weights(library_name) else ""
+        return ModelSpec(f"external:timm_model:{library_name}", weights)
     if name not in MODELS:
         from torchvision import models  # takes seconds to import
 
         if name in models.list_models(module=models):
             raise UserError(f"unknown model {name}", f"Did you mean {TORCHVISION}{name}?")
-        hint = suggestion(name, [*MODELS, f"{TORCHVISION}NAME"])
+        hint = suggestion(name, [*MODELS, f"{TORCHVISION}NAME", f"{TIMM}NAME"])
         raise UserError(f"unknown model {name}", hint)
     return MODELS[name]
 
 
 def check_model(name: str, pretrained: bool) -> None:
-    """Raise `UserError` for an unknown model, or if `pretrained` and it has no ImageNet weights."""
+    """Raise `UserError` for an unknown model, or if `pretrained` and it has no pretrained weights.
+
+    The user named the model: code of `FILE.py:FUNCTION` is imported.
+    """
+    if is_code(name):
+        from lab.models.own import register
+
+        register(name)
     if pretrained and not find_model(name).weights:
         known = ", ".join(name for name, spec in MODELS.items() if spec.weights)
         raise UserError(
-            f"there are no ImageNet weights for {name}", f"Known: {known}, {TORCHVISION}NAME"
+            f"there are no pretrained weights for {name}",
+            f"Known: {known}, and most of {TORCHVISION}NAME and {TIMM}NAME",
         )
     find_model(name)
+
+
+def input_spec(name: str) -> InputSpec:
+    """Return how images are prepared for the weights that --pretrained loads for a model."""
+    library_name = name.partition(":")[2]
+    if name.startswith(TORCHVISION):
+        from lab.models.external import torchvision_input
+
+        return InputSpec(**torchvision_input(library_name))
+    if name.startswith(TIMM):
+        from lab.models.external import timm_input
+
+        return InputSpec(**timm_input(library_name))
+    return InputSpec()
+
+
+def with_input_defaults(config: TrainConfig) -> TrainConfig:
+    """Return the settings with the image size, crop and interpolation of the model's weights.
+
+    A model of torchvision or timm from random weights only takes over their image size.
+    """
+    spec = input_spec(config.model)
+    size = config.image_size or spec.image_size
+    if not (config.pretrained or config.init_checkpoint):
+        spec = InputSpec()
+    interpolation = spec.interpolation if config.interpolation == "auto" else config.interpolation
+    crop_pct = config.crop_pct or spec.crop_pct
+    return replace(config, image_size=size, crop_pct=crop_pct, interpolation=interpolation)
 
 
 def build_model(
@@ -90,7 +149,7 @@ def build_model(
     losses are weighted by its attribute `auxiliary_weight`. Raises `UserError` if the model cannot
     take images of this size.
     """
-    module, factory, *more = find_model(name).factory.split(":")
+    module, factory, *more = find_model(name).factory.split(":", 2)
     build = getattr(importlib.import_module(f"lab.models.{module}"), factory)
     model = build(num_classes, in_chans, image_size, *more)
     if init == "kaiming":
@@ -98,6 +157,23 @@ def build_model(
 
         kaiming_init(model)
     return model
+
+
+def build_without_memory(name: str, **architecture: Any) -> nn.Module:
+    """Return the model of `build_model` on the meta device, which allocates nothing.
+
+    A model that computes with the values of tensors when it is built, and code of the user's, is
+    built in memory.
+    """
+    import torch
+
+    if is_code(name):
+        return build_model(name, **architecture)
+    try:
+        with torch.device("meta"):
+            return build_model(name, **architecture)
+    except NotImplementedError:
+        return build_model(name, **architecture)
 
 
 @functools.cache  # it builds the model twice, and is called for several purposes
@@ -108,13 +184,11 @@ def classifier_param_names(
 
     All other parameters are the backbone's.
     """
-    import torch
 
-    def shapes(num_classes: int) -> dict[str, torch.Size]:
-        with torch.device("meta"):
-            model = build_model(
-                name, num_classes=num_classes, in_chans=in_chans, image_size=image_size
-            )
+    def shapes(num_classes: int) -> dict[str, Any]:
+        model = build_without_memory(
+            name, num_classes=num_classes, in_chans=in_chans, image_size=image_size
+        )
         return {name: tensor.shape for name, tensor in model.state_dict().items()}
 
     other = shapes(num_classes + 1)

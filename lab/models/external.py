@@ -1,5 +1,7 @@
-"""`--model torchvision:NAME`: any other torchvision classifier, as torchvision builds it."""
+"""Models of other libraries, as these build them: `torchvision:NAME` and `timm:NAME`."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,11 +12,71 @@ from lab.errors import UserError, suggestion
 from lab.models.small_images import fit_channels
 
 
+def import_timm() -> Any:
+    """Return the module timm. Raises `UserError` if it is not installed."""
+    try:
+        import timm
+    except ImportError as error:
+        raise UserError(
+            "--model timm:NAME needs timm", "Install it with `pip install -e '.[timm]'`"
+        ) from error
+    return timm
+
+
 def check_torchvision_name(name: str) -> None:
     """Raise `UserError` if torchvision has no classifier of this name."""
     known = models.list_models(module=models)
     if name not in known:
         raise UserError(f"torchvision has no classifier {name}".rstrip(), suggestion(name, known))
+
+
+def check_timm_name(name: str) -> None:
+    """Raise `UserError` if timm has no model of this name, which may end in `.` and a weights tag.
+
+    timm creates models that have no list of weights, too.
+    """
+    timm = import_timm()
+    architecture, _, tag = name.partition(".")
+    if not timm.is_model(architecture):
+        known = timm.list_models()
+        raise UserError(f"timm has no model {architecture}".rstrip(), suggestion(name, known))
+    tags = timm.list_pretrained(f"{architecture}.*")
+    if tag and name not in tags:
+        raise UserError(f"timm has no weights {tag} of {architecture}", suggestion(name, tags))
+
+
+def has_timm_weights(name: str) -> bool:
+    """Return whether timm publishes weights of its model `name`."""
+    return import_timm().models.get_pretrained_cfg(name).hf_hub_id is not None
+
+
+def torchvision_input(name: str) -> dict[str, Any]:
+    """Return the fields of `InputSpec` for torchvision's default weights of its model `name`."""
+    preprocessing = models.get_model_weights(name).DEFAULT.transforms()
+    size = preprocessing.crop_size[0]
+    return dict(
+        image_size=size,
+        crop_pct=size / preprocessing.resize_size[0],
+        interpolation=preprocessing.interpolation.value,
+        mean=tuple(preprocessing.mean),
+        std=tuple(preprocessing.std),
+    )
+
+
+def timm_input(name: str) -> dict[str, Any]:
+    """Return the fields of `InputSpec` for timm's default weights of its model `name`."""
+    timm = import_timm()
+    config = timm.data.resolve_data_config(
+        pretrained_cfg=timm.models.get_pretrained_cfg(name).to_dict()
+    )
+    bicubic = config["interpolation"] in ("bicubic", "random")
+    return dict(
+        image_size=config["input_size"][-1],
+        crop_pct=config["crop_pct"],
+        interpolation="bicubic" if bicubic else "bilinear",
+        mean=tuple(config["mean"]),
+        std=tuple(config["std"]),
+    )
 
 
 def torchvision_model(num_classes: int, in_chans: int, image_size: int, name: str) -> nn.Module:
@@ -29,18 +91,58 @@ def torchvision_model(num_classes: int, in_chans: int, image_size: int, name: st
         settings["input_size"] = (image_size, image_size)
     elif name in ("googlenet", "inception_v3"):
         settings["init_weights"] = True  # torchvision warns if it is not set
-    try:
-        # Try the shapes, without arithmetic, in training mode to include auxiliary classifiers.
-        with torch.device("meta"):
-            model = fit_channels(models.get_model(name, **settings), in_chans)
-            model(torch.empty(2, in_chans, image_size, image_size))
-    except (RuntimeError, ValueError, AssertionError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise UserError(
-            f"torchvision:{name} cannot take images of {image_size} pixels ({reason})",
-            "Give another --image-size; most were made for 224",
-        ) from error
-    model = fit_channels(models.get_model(name, **settings), in_chans)
+
+    def build() -> nn.Module:
+        return fit_channels(models.get_model(name, **settings), in_chans)
+
+    _check_image_size(build, f"torchvision:{name}", in_chans, image_size)
+    model = build()
     if name in ("googlenet", "inception_v3"):  # a plain attribute
         object.__setattr__(model, "auxiliary_weight", 0.3)
     return model
+
+
+def timm_model(num_classes: int, in_chans: int, image_size: int, name: str) -> nn.Module:
+    """Return timm's model `name` for this number of classes and channels.
+
+    Raises `UserError` if it cannot take images of this size.
+    """
+    build = partial(create_timm_model, name, num_classes, in_chans, image_size)
+    _check_image_size(build, f"timm:{name}", in_chans, image_size)
+    return build()
+
+
+def create_timm_model(
+    name: str, num_classes: int, in_chans: int, image_size: int, **settings: Any
+) -> nn.Module:
+    """Return `timm.create_model` of these arguments, with `img_size` if the model takes it."""
+    timm = import_timm()
+    if timm.models.get_pretrained_cfg(name).fixed_input_size:
+        settings["img_size"] = image_size
+    return timm.create_model(name, num_classes=num_classes, in_chans=in_chans, **settings)
+
+
+def _check_image_size(
+    build: Callable[[], nn.Module], name: str, in_chans: int, image_size: int
+) -> None:
+    """Raise `UserError` if the model cannot take images of this size.
+
+    Shapes are tried without arithmetic, in training mode to include auxiliary classifiers. Some
+    models, such as RegNet, cannot be built on the meta device.
+    """
+
+    def try_shapes(device: str) -> None:
+        with torch.device(device), torch.no_grad():
+            build()(torch.empty(2, in_chans, image_size, image_size))
+
+    try:
+        try:
+            try_shapes("meta")
+        except NotImplementedError:
+            try_shapes("cpu")
+    except (RuntimeError, ValueError, AssertionError) as error:
+        reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
+        raise UserError(
+            f"{name} cannot take images of {image_size} pixels ({reason})",
+            "Give another --image-size; most were made for 224",
+        ) from error

@@ -1,15 +1,19 @@
-"""torchvision's ImageNet weights."""
+"""The weights that torchvision and timm publish."""
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
+import safetensors.torch
 import torch
 from filelock import FileLock
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torchvision import models
 
 from lab.errors import UserError
+from lab.models import TIMM
 
 # With pretrained weights, these models rescale images from ImageNet's mean and deviation to the
 # range -1 to 1, as in TensorFlow. Here the first convolution includes that rescaling.
@@ -18,12 +22,17 @@ SCALE = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1) / 0.5
 SHIFT = (torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1) - 0.5) / 0.5
 
 
-def load_pretrained(model: nn.Module, source: str, heads: Collection[str]) -> list[str]:
-    """Load the weights of torchvision's model `source`, except for the parameters `heads`.
+def load_pretrained(
+    model: nn.Module, source: str, heads: Collection[str], architecture: Mapping[str, Any]
+) -> list[str]:
+    """Load the weights of a torchvision model or of `timm:NAME`, except for the parameters `heads`.
 
+    `architecture` contains the arguments of `build_model` for this model.
     Returns messages for the user: how many tensors were loaded, which ones were adapted, and which
     keep their initial values. Raises `UserError` if the weights cannot be loaded.
     """
+    if source.startswith(TIMM):
+        return _load_timm(model, source.removeprefix(TIMM), heads, architecture)
     weights, expected = fetch(source), model.state_dict()
     # Images are normalized to mean 0 and deviation 1, like those that the weights were trained on.
     first = next(n for n, m in model.named_modules() if isinstance(m, nn.Conv2d)) + ".weight"
@@ -45,10 +54,42 @@ def load_pretrained(model: nn.Module, source: str, heads: Collection[str]) -> li
         and not re.match("aux|AuxLogits", name)
         and weights[name].shape == tensor.shape
     }
-    model.load_state_dict(matching, strict=False)
-    missing = [n for n, _ in model.named_parameters() if n not in matching]
-    messages.insert(0, f"{len(matching)} of {len(expected)} tensors loaded")
+    loaded, *missing = _load(model, matching)
+    return [loaded, *messages, *missing]
+
+
+def _load(model: nn.Module, tensors: dict[str, Tensor]) -> list[str]:
+    """Load these tensors into the model, and return messages about them and about the others."""
+    model.load_state_dict(tensors, strict=False)
+    missing = [name for name, _ in model.named_parameters() if name not in tensors]
+    messages = [f"{len(tensors)} of {len(model.state_dict())} tensors loaded"]
     return [*messages, f"newly initialized: {', '.join(missing)}"] if missing else messages
+
+
+def _load_timm(
+    model: nn.Module, name: str, heads: Collection[str], architecture: Mapping[str, Any]
+) -> list[str]:
+    """Load the weights of timm's model `name`, which timm adapts to the images' size and channels.
+
+    timm reads a pickle if a repository has no safetensors file; this function does not.
+    """
+    from huggingface_hub import hf_hub_download
+
+    from lab.models.external import create_timm_model, import_timm
+
+    repository = import_timm().models.get_pretrained_cfg(name).hf_hub_id
+    try:
+        tensors = safetensors.torch.load_file(hf_hub_download(repository, "model.safetensors"))
+    except (OSError, SafetensorError) as error:  # the Hub's errors are OSErrors
+        raise UserError(
+            f"timm's weights {repository} cannot be loaded ({str(error).splitlines()[0]})",
+            "Connect to the Hugging Face Hub, give other weights with --init-checkpoint, or train "
+            "from random ones with --no-pretrained",
+        ) from error
+    shape = (architecture[key] for key in ("num_classes", "in_chans", "image_size"))
+    overlay = {"state_dict": tensors}
+    source = create_timm_model(name, *shape, pretrained=True, pretrained_cfg_overlay=overlay)
+    return _load(model, {k: v for k, v in source.state_dict().items() if k not in heads})
 
 
 def adapt_input_conv(kernel: Tensor, shape: torch.Size) -> Tensor:

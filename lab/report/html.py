@@ -12,9 +12,10 @@ from lab import console
 from lab.checkpoint.atomic_io import write_atomically
 from lab.checkpoint.run_dir import PAGE, PLOTS
 from lab.config.recipes import resolve
-from lab.config.schema import OUTPUT, TrainConfig, dataset_title
+from lab.config.schema import OUTPUT, TrainConfig, dataset_title, model_title
 from lab.data import TITLES
 from lab.errors import UserError
+from lab.models import with_input_defaults
 from lab.report import plots
 from lab.report.run_reader import RunResult, read_run
 
@@ -87,7 +88,7 @@ def _run_context(run: RunResult) -> dict[str, Any]:
     names, matrix = _names(run), report["confusion_matrix"]
     mistakes = _mistakes(run)
     return {
-        "title": f"{config['model']} on {dataset_title(config['dataset'])}",
+        "title": f"{model_title(config['model'])} on {dataset_title(config['dataset'])}",
         "path": str(run.path),
         "report": report,
         "warnings": report.get("warnings", []),
@@ -128,7 +129,8 @@ def settings(config: dict[str, Any]) -> list[tuple[str, Any, Any, bool]]:
     """
     try:
         names = ("model", "dataset", "recipe")
-        recipe = dataclasses.asdict(resolve({name: config[name] for name in names}))
+        defaults = with_input_defaults(resolve({name: config[name] for name in names}))
+        recipe = dataclasses.asdict(defaults)
     except UserError:  # a model, dataset or recipe that this version does not have
         recipe = {}
     rows = []

@@ -68,7 +68,7 @@ def _metadata(title: str, config: TrainConfig, report: Mapping[str, Any]) -> str
     data = ModelCardData(
         library_name="lab",
         pipeline_tag="image-classification",
-        tags=["image-classification", "pytorch", config.model],
+        tags=["image-classification", "pytorch", config.model_title],
         datasets=[hub_dataset] if hub_dataset else None,
         metrics=["accuracy", "f1"],
         model_name=title,
@@ -89,7 +89,7 @@ def _metadata(title: str, config: TrainConfig, report: Mapping[str, Any]) -> str
 def _body(title: str, config: TrainConfig, run: RunResult) -> str:
     """Return the card below its metadata in Markdown."""
     settings, report = run.config, run.report
-    model, dataset = escaped(config.model), escaped(config.dataset_title)
+    model, dataset = escaped(config.model_title), escaped(config.dataset_title)
     names, matrix = report["class_names"], report["confusion_matrix"]
     num_samples = int(report["num_samples"])
     num_correct = sum(row[k] for k, row in enumerate(matrix))

@@ -7,6 +7,7 @@ import shlex
 from typing import TYPE_CHECKING, Any
 
 from lab import console
+from lab.config.schema import is_code
 from lab.distributed import raise_on_all_ranks
 from lab.engine.metrics import selection_bias_note
 from lab.report import explain, html, mistakes, model_card, plots
@@ -48,11 +49,14 @@ def write_results(
     with raise_on_all_ranks(accelerator):
         run.write_predictions(predictions.csv(splits.test.files()), predictions.safetensors())
         run.write_report(report)
+    command = ["python", "evaluate.py", str(run.path)]
+    if is_code(config.model):  # scripts do not run code that only the weights name
+        command += ["--model", config.model]
     console.report(
         report,
-        title=f"{config.model} on {config.dataset_title}",
+        title=f"{config.model_title} on {config.dataset_title}",
         files={"run": str(run.path)},
-        command=f"python evaluate.py {shlex.quote(str(run.path))}",
+        command=shlex.join(command),
         note=selection_bias_note("test", splits.selection_split),
     )
     if run.is_main_process:

@@ -15,12 +15,18 @@ from worlds import ROOT, python, run_all, world_by_hand
 
 import train
 from lab import distributed
-from lab.config.recipes import model_defaults
+from lab.config.recipes import resolve
 from lab.config.schema import TrainConfig
 from lab.data.types import Batch
 from lab.distributed import choose_precision
 from lab.errors import UserError
-from lab.models import MODELS, build_model, classifier_param_names, find_model
+from lab.models import (
+    MODELS,
+    build_model,
+    classifier_param_names,
+    find_model,
+    with_input_defaults,
+)
 from lab.models.efficientnet_lite import SamePadConv2d
 
 FACTS = {  # parameters; multiply-adds of an image of 32 pixels, forwards; 10 classes, 3 channels
@@ -140,7 +146,8 @@ def test_any_other_classifier_of_torchvision(name, image_size, heads):
         assert built_model(torch.empty(2, 1, image_size, image_size)).shape == (2, 7)
     assert classifier_param_names(f"torchvision:{name}", **model) == heads
     assert find_model(f"torchvision:{name}").weights == name
-    assert model_defaults(f"torchvision:{name}") == ("cifar10", 224)
+    config = with_input_defaults(resolve({"model": f"torchvision:{name}"}))
+    assert (config.dataset, config.image_size) == ("cifar10", 224)
 
 
 def test_p7_a_last_batch_of_one_image_of_one_pixel_is_an_error(fails):

@@ -32,7 +32,8 @@ OWNERS = {
     "rich": ("lab.console",),
     "matplotlib": ("lab.report",),
     "jinja2": ("lab.report",),
-    "huggingface_hub": ("lab.report", "lab.checkpoint.weights"),
+    "huggingface_hub": ("lab.report", "lab.checkpoint.weights", "lab.models.pretrained"),
+    "timm": ("lab.models.external", "lab.engine.optimizer"),
     "captum": ("lab.report.explain",),
 }
 NO_ACCELERATE = ("lab.data", "lab.models", "lab.engine.metrics")

@@ -137,7 +137,7 @@ def test_every_recipe_resolves_for_every_pair():
 
 
 def test_recipes_have_known_keys_and_settings():
-    families = {re.split("[-:_]", model)[0] for model in [*MODELS, "torchvision:x"]}
+    families = {re.split("[-:_]", model)[0] for model in [*MODELS, "torchvision:x", "timm:x"]}
     models = {*MODELS, *families}
     pairs = {f"{model}/{dataset}" for model in models for dataset in ["folder", *DATASETS]}
     for layers in RECIPES.values():
@@ -152,7 +152,6 @@ def test_a_model_has_a_default_dataset_and_image_size():
     for model, expected in {
         "lenet5": ("mnist", 32),
         "alexnet": ("cifar10", 32),
-        "torchvision:resnet18": ("cifar10", 224),
         "efficientnet_lite0": ("cifar10", 224),
     }.items():
         config = resolve({"model": model})
@@ -215,6 +214,7 @@ PUBLISHED = {
     "patience": 0,
     "fit": "crop",
     "crop_pct": 1.0,
+    "interpolation": "bilinear",
     "monitor": "accuracy",
     "seed": 42,
 }

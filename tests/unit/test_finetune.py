@@ -24,7 +24,7 @@ from lab.config.recipes import resolve, resolve_epochs
 from lab.data.types import Batch
 from lab.engine import linear_probe
 from lab.engine.linear_probe import fit_logistic_regression
-from lab.models import MODELS, build_model, pretrained
+from lab.models import IMAGENET_MEAN, IMAGENET_STD, MODELS, build_model, pretrained
 
 NAME = "mobilenet_v3_small"
 SMALL = ["--model", NAME, "--image-size", "16", "--recipe", "smoke", "--threads", "1", "--quiet"]
@@ -73,7 +73,7 @@ def imagenets(name, **settings):
 
 def taken(model, source, monkeypatch, found, heads):
     monkeypatch.setattr(pretrained, "fetch", lambda _: dict(found))
-    return pretrained.load_pretrained(model, source, heads)
+    return pretrained.load_pretrained(model, source, heads, {})
 
 
 def test_p7_pretrained_without_a_network_is_one_line(fails, hub):
@@ -89,7 +89,7 @@ def test_p7_pretrained_without_a_network_is_one_line(fails, hub):
 
 def test_p7_pretrained_is_for_networks_with_such_weights(fails):
     message = fails(train, "--pretrained", "--dataset", "digits")
-    assert message.startswith("there are no ImageNet weights for lenet5. Known: googlenet, ")
+    assert message.startswith("there are no pretrained weights for lenet5. Known: googlenet, ")
     assert "vit" not in message
 
 
@@ -327,8 +327,8 @@ def test_p3_finetuning_your_own_images(hub, tmp_path, monkeypatch, capsys):
     config = json.loads((whole / "config.json").read_text())
     assert (config["recipe"], config["pretrained"], config["crop_pct"]) == ("finetune", True, 0.875)
     metadata = weights_module.read_metadata(whole / "best.safetensors")
-    assert metadata["mean"] == list(init_weights.IMAGENET_MEAN)
-    assert metadata["std"] == list(init_weights.IMAGENET_STD)
+    assert metadata["mean"] == list(IMAGENET_MEAN)
+    assert metadata["std"] == list(IMAGENET_STD)
     assert metadata["data"]["crop_pct"] == 0.875
 
     cut_off(monkeypatch, 5, lambda: start(tmp_path, *words, "--checkpoint-every", "2", name="cut"))

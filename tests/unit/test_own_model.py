@@ -1,0 +1,153 @@
+"""Models that are code of the user's: `--model FILE.py:FUNCTION` and `train.main(model=...)`."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import evaluate
+import export
+import lab
+import predict
+import train
+from lab.errors import UserError
+from lab.models import build_model, own
+
+CODE = """
+from pathlib import Path
+
+from parts_of_own_net import hidden
+from torch import nn
+
+Path(__file__).with_suffix(".imported").touch()
+
+def net(num_classes, in_chans, image_size):
+    return nn.Sequential(nn.Flatten(), hidden(in_chans * image_size**2), nn.Linear(8, num_classes))
+
+def wrong(num_classes, in_chans, image_size):
+    return nn.Flatten()
+
+def fails(num_classes, in_chans, image_size):
+    return {}["depth"]
+
+def nothing(num_classes, in_chans, image_size):
+    pass
+"""
+PARTS = """
+from torch import nn
+
+def hidden(num_inputs):
+    return nn.Sequential(nn.Linear(num_inputs, 8), nn.ReLU())
+"""
+SMALL = ["--dataset", "digits", "--recipe", "smoke", "--threads", "1", "--quiet"]
+
+
+def write_code(folder, code=CODE):
+    (folder / "parts_of_own_net.py").write_text(PARTS)
+    (folder / "own_net.py").write_text(code)
+    return str(folder / "own_net.py")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Return the file of a model and the run that trained it, without its registration."""
+    folder = tmp_path_factory.mktemp("own")
+    file = write_code(folder)
+    run = train.main([*SMALL, "--model", f"{file}:net", "--output-dir", str(folder / "runs")])
+    forget(folder)
+    return folder, f"{file}:net", str(run.path)
+
+
+def forget(folder):
+    """Undo the imports of this process, so that it is like a new one."""
+    own.REGISTERED.clear()
+    (folder / "own_net.imported").unlink(missing_ok=True)
+
+
+def test_own_model_is_trained_evaluated_and_exported(trained, tmp_path):
+    folder, name, run = trained
+    assert run.endswith("own_net-net-digits")
+    evaluate.main([run, "--model", name, "--quiet", "--output", str(tmp_path / "evaluated")])
+    reports = [json.loads((folder / path / "report.json").read_text())
+               for path in (run, tmp_path / "evaluated")]  # fmt: skip
+    assert reports[0]["confusion_matrix"] == reports[1]["confusion_matrix"]
+    export.main([run, "--model", name, "--format", "torch-export", "--output", str(tmp_path / "x")])
+    model, metadata = lab.load_model(run, "cpu", model=name)
+    assert model(torch.zeros(1, 1, 32, 32)).shape == (1, 10)
+    assert metadata["model_sha256"] == own.sha256(name)
+    train.main(["--resume", run, "--model", name, "--epochs", "3", "--max-steps", "0", "--quiet"])
+    forget(folder)
+
+
+def test_p4_no_script_imports_code_that_a_file_names(trained, tmp_path, capsys):
+    """Weights, a run or a settings file of a stranger would run the stranger's code."""
+    folder, _, run = trained
+    scripts = (
+        (evaluate, [run]),
+        (predict, [run, "docs/report.png"]),
+        (export, [run]),
+        (train, ["--resume", run, "--epochs", "9"]),
+        (train, ["--config", f"{run}/config.json", "--output-dir", str(tmp_path)]),
+        (train, ["--init-checkpoint", run, "--dataset", "digits", "--output-dir", str(tmp_path)]),
+    )
+    for script, argv in scripts:
+        with pytest.raises(UserError, match=r"own_net\.py:net") as caught:
+            script.main(argv)
+        assert "model" in caught.value.hint
+    with pytest.raises(UserError, match="runs only if you name it"):
+        lab.load_model(run)
+    assert not (folder / "own_net.imported").exists()
+
+
+def test_code_that_has_changed_is_refused(trained, tmp_path):
+    _, _, run = trained
+    file = write_code(tmp_path, CODE + "\n# another version\n")
+    for script, argv in ((evaluate, [run]), (train, ["--resume", run, "--epochs", "9"])):
+        with pytest.raises(UserError, match="has changed since the training"):
+            script.main([*argv, "--model", f"{file}:net"])
+    with pytest.raises(UserError, match="Give the function of training"):
+        evaluate.main([run, "--model", f"{file}:wrong"])
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        ("net2", "own_net.py has no function net2. Check its name."),
+        ("wrong", "own_net.py:wrong returned [2, 1024] for images [2, 1, 32, 32], not logits "
+         "[2, 10]. Its arguments are num_classes, in_chans and image_size."),
+        ("fails", "own_net.py:fails raised KeyError: 'depth'. Correct it; --debug shows the "
+         "traceback."),
+        ("nothing", "own_net.py:nothing returned NoneType, not a torch.nn.Module. Return a model."),
+    ],
+)  # fmt: skip
+def test_p7_errors_of_own_code(fails, tmp_path_factory, function, message):
+    file = write_code(tmp_path_factory.mktemp("code"))
+    assert fails(train, *SMALL, "--model", f"{file}:{function}").endswith(message)
+
+
+def test_p7_files_that_cannot_be_imported(fails, tmp_path, tmp_path_factory):
+    missing = tmp_path / "missing.py"
+    message = f"cannot read {missing} (No such file or directory). Check the path."
+    assert fails(train, *SMALL, "--model", f"{missing}:net") == message
+    file = write_code(tmp_path_factory.mktemp("code"), "import no_such_module\n")
+    message = f"{file} raised ModuleNotFoundError: No module named 'no_such_module'. Correct it; "
+    assert fails(train, *SMALL, "--model", f"{file}:net").startswith(message)
+
+
+def test_model_of_a_notebook(tmp_path):
+    def tiny(num_classes, in_chans, image_size):
+        return nn.Sequential(nn.Flatten(), nn.Linear(in_chans * image_size**2, num_classes))
+
+    argv = [*SMALL, "--output-dir", str(tmp_path)]
+    run = train.main(argv, model=tiny)
+    of_module = train.main(argv, model=tiny(10, 1, 32))
+    assert [run.path.name, of_module.path.name] == [
+        "python-tiny-digits",
+        "python-Sequential-digits",
+    ]
+    model, _ = lab.load_model(run.path, "cpu", model=tiny)
+    assert model(torch.zeros(1, 1, 32, 32)).shape == (1, 10)
+    own.REGISTERED.clear()
+    with pytest.raises(UserError, match="runs only if you name it"):
+        build_model("python.py:tiny", num_classes=10, in_chans=1, image_size=32)
