@@ -64,6 +64,7 @@ from lab.config.schema import (
     THREADS,
     TRAINED_WEIGHTS,
     check_fields,
+    check_output,
     option,
 )
 from lab.errors import UserError, run_script
@@ -88,6 +89,7 @@ class ExportConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        check_output(self.weights, self.output)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -357,6 +357,28 @@ def muon() -> str:
     return choices.table(results, "float32 (auto)", "updates_per_second").strip()
 
 
+def scale() -> str:
+    """Return the table of what millions of files cost: CPU seconds and added memory."""
+    results = log("scale")["results"]
+    sizes = [*results["dataset"]]
+    rows = []
+    for part in ("dataset", "orders", "results"):
+        for name in results[part][sizes[0]]:
+            steps = [results[part].get(size, {}).get(name) for size in sizes]
+            if name != "bytes":
+                rows.append([name, *(cost(step) for step in steps)])
+    heads = [f"{int(size):,} files" for size in sizes]
+    return markdown(("", *heads), rows)
+
+
+def cost(step: dict[str, Any] | None) -> str:
+    """Return the cost of a step of scale.py."""
+    if step is None:
+        return "-"
+    memory = step.get("worker_mb", step["peak_mb"])
+    return f"{step['cpu_seconds']:#.2g} s, {memory:,} MB"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     function.__name__: function
     for function in (
@@ -370,6 +392,7 @@ TABLES: dict[str, Callable[[], str]] = {
         gpu_epochs,
         precisions,
         muon,
+        scale,
     )
 }
 

@@ -18,7 +18,6 @@ from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import (
     DistributedDataParallelKwargs,
-    DistributedType,
     gather_object,
 )
 
@@ -102,10 +101,6 @@ def build_accelerator(
         cpu=device_type == "cpu",
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
-    if accelerator.distributed_type == DistributedType.FSDP:
-        raise UserError(
-            "lab does not support FSDP", "Launch with accelerate_configs/multi_gpu.yaml"
-        )
     keep_freed_memory()
     torch.set_num_threads(threads or default_threads())
     if device_type == "cuda":
@@ -124,8 +119,10 @@ def init_distributed(
 ) -> PartialState:
     """Connect this process to all processes of its launcher, and return their shared state.
 
-    Raises `UserError` if the launcher's processes would each train alone.
+    Raises `UserError` if the launcher's processes would each train alone, or each have a part of
+    the model.
     """
+    _check_sharding()
     _check_cpu_launch()
     _check_restarts()
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -275,6 +272,27 @@ def check_same_data(world: Accelerator | PartialState, fingerprints: Mapping[str
 
 def _flag(name: str) -> bool:
     return os.environ.get(name, "").lower() in ("1", "true", "yes", "on")
+
+
+# What Accelerate's configuration files and options may ask for, by the variable that they set.
+SHARDING = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism configuration",
+}
+
+
+def _check_sharding() -> None:
+    """Raise `UserError` if the launcher's configuration divides the model among the processes."""
+    for variable, name in SHARDING.items():
+        if _flag(variable):
+            raise UserError(
+                f"the launcher's configuration asks for {name}, but lab gives each process the "
+                "whole model",
+                "Launch with accelerate_configs/multi_gpu.yaml; docs/launching.md says how to save "
+                "memory",
+            )
 
 
 def _check_restarts() -> None:

@@ -263,11 +263,14 @@ def load_model(
 ) -> tuple[nn.Module, dict]:
     """Return the model in evaluation mode, and the metadata of its weights.
 
-    `weights` is the directory of a run or its best.safetensors. `device` "auto" is an accelerator
-    if one is available. The model maps images float32 [n, C, size, size], normalized as
-    `(pixels / 255 - mean) / std`, to logits float32 [n, K]. The metadata contain "class_names" (K),
-    "mean" and "std" (C, of pixels from 0 to 1), "model" with "image_size" in pixels, "metrics",
-    "temperature" (divide the logits by it; 1.0 without calibration) and more.
+    `weights` is the directory of a run, its best.safetensors, or `hf://USER/NAME`, possibly with
+    `@REVISION`, a repository of the Hugging Face Hub that --push-to-hub created. `device` "auto" is
+    an accelerator if one is available.
+
+    The model maps images float32 [n, C, size, size], normalized as `(pixels / 255 - mean) / std`,
+    to logits float32 [n, K]. The metadata contain "class_names" (K), "mean" and "std" (C, of pixels
+    from 0 to 1), "model" with "image_size" in pixels, "metrics", "temperature" (divide the logits
+    by it; 1.0 without calibration) and more.
 
     Weights of a model of your own do not contain its code: give as `model` what it was trained
     with, `FILE.py:FUNCTION` or the argument of `train.main`. Raises `UserError`.
@@ -291,9 +294,9 @@ def predict(
     """Return labels, class names and probabilities of images, preprocessed as in evaluation.
 
     `images` are paths of files or directories, Pillow images, or uint8 [N, C, H, W] from 0 to 255
-    with one (gray) or three (RGB) channels. `weights` is the directory of a run, its
-    best.safetensors, or the result of `load_model`, which saves loading it again. Images are
-    cropped and resized as in training; `batch_size` of them are classified at a time.
+    with one (gray) or three (RGB) channels. `weights` are those of `load_model`, or its result,
+    which saves loading the model again. Images are cropped and resized as in training; `batch_size`
+    of them are classified at a time.
 
     Unreadable directories and files in directories are left out: each is in `errors`, with a
     warning on standard error. Raises `UserError` if a file that is given itself is missing or not

@@ -90,9 +90,10 @@ SCALER_TYPES = {
 # Settings that may change when a run is resumed: where it runs, for how long, and what it writes.
 MUTABLE_ON_RESUME = (
     "epochs", "max_steps", "patience", "max_hours", "on_nonfinite", "data_dir",
-    "grad_accum_steps", "mixed_precision", "sync_bn", "deterministic", "compile", "cuda_graphs",
-    "loader", "workers", "threads", "timeout_seconds", "checkpoint_every", "keep_checkpoints",
-    "output_dir", "name", "resume", "log_every", "tracker", "push_to_hub", "quiet", "debug",
+    "grad_accum_steps", "grad_checkpointing", "mixed_precision", "sync_bn", "deterministic",
+    "compile", "cuda_graphs", "loader", "workers", "threads", "timeout_seconds", "checkpoint_every",
+    "keep_checkpoints", "output_dir", "name", "resume", "log_every", "tracker", "push_to_hub",
+    "quiet", "debug",
 )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lab.checkpoint.atomic_io import AsyncWriter, check_types, to_json, write_atomically
 from lab.checkpoint.provenance import versions
 from lab.checkpoint.run_dir import BEST, RunDir
-from lab.config.schema import TrainConfig
+from lab.config.schema import HUB_WEIGHTS, TrainConfig, is_on_hub
 from lab.data import DataConfig, Splits
 from lab.data.types import Split, normalized
 from lab.distributed import raise_on_all_ranks
@@ -137,8 +137,11 @@ def checksum(tensors: Mapping[str, Tensor]) -> str:
 def find_weights(path: str) -> Path:
     """Return the weights file of a run directory, or `path` itself if it is a file.
 
-    Raise `UserError` if there is none.
+    `hf://USER/NAME` or `hf://USER/NAME@REVISION` is downloaded from the Hugging Face Hub, unless it
+    is in its cache. Raise `UserError` if there is no such file.
     """
+    if is_on_hub(path):
+        return _download(path)
     is_directory = os.path.isdir(path)  # Path.is_dir raises for a name that is too long
     file = Path(path) / BEST if is_directory else Path(path)
     try:
@@ -151,6 +154,33 @@ def find_weights(path: str) -> Path:
     if is_directory:
         raise UserError(f"{path} contains no {BEST}", "Give the directory of a finished run")
     raise _missing(file)
+
+
+def _download(url: str) -> Path:
+    """Return the weights of a Hub repository that --push-to-hub created, in the Hub's cache."""
+    from huggingface_hub import errors, hf_hub_download
+
+    name, _, revision = url.removeprefix(HUB_WEIGHTS).partition("@")
+    give = "Give hf://USER/NAME or hf://USER/NAME@REVISION of a repository that --push-to-hub made"
+    try:
+        return Path(hf_hub_download(name, BEST, revision=revision or None))
+    except errors.HFValidationError as error:
+        raise UserError(f"{url} is not the name of a repository", give) from error
+    except errors.RepositoryNotFoundError as error:
+        hint = "Check the name; if the repository is private, run hf auth login or set HF_TOKEN"
+        raise UserError(f"the Hub has no repository {name} that you may read", hint) from error
+    except errors.RevisionNotFoundError as error:
+        raise UserError(f"{name} has no revision {revision}", "Give one of its commits") from error
+    except errors.LocalEntryNotFoundError as error:
+        raise UserError(
+            f"{url} is not in the cache of the Hub, and the Hub cannot be reached",
+            "Connect to it, or unset HF_HUB_OFFLINE",
+        ) from error
+    except errors.EntryNotFoundError as error:
+        raise UserError(f"{url} contains no {BEST}", give) from error
+    except OSError as error:  # of the network or the disk
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise UserError(f"cannot download {url} ({reason})", "Try again") from error
 
 
 def read_metadata(path: Path, own_model: str = "") -> dict[str, Any]:

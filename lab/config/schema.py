@@ -79,6 +79,7 @@ HUB = "hf:"
 TRACKERS = ("tensorboard", "wandb")  # each an extra of pyproject.toml, too
 EVAL_BATCH_SIZE = 100
 AUTO_STEPS, MIN_AUTO_EPOCHS, MAX_AUTO_EPOCHS = 1000, 5, 10  # of --epochs 0
+HUB_WEIGHTS = "hf://"  # begins the name of weights on the Hugging Face Hub
 TIMEOUT_SECONDS, MONTH = 600, 30 * 24 * 3600
 
 
@@ -116,12 +117,24 @@ def is_same_dataset(given: str, trained: str) -> bool:
     return given == trained or moved
 
 
+def is_on_hub(weights: str) -> bool:
+    """Return whether weights are in a repository of the Hugging Face Hub, `hf://USER/NAME`."""
+    return weights.startswith(HUB_WEIGHTS)
+
+
+def check_output(weights: str, output: str) -> None:
+    """Raise `UserError` if a script would write beside weights that are in the Hub's cache."""
+    if is_on_hub(weights) and not output:
+        raise UserError(f"{weights} is on the Hub: results cannot be beside it", "Add --output")
+
+
 TASK, TRAINING = "model and data", "training"  # of train.py
 WEIGHTS, REPORT = "weights and data", "output"  # of the other scripts
 MACHINE, OUTPUT = "devices and processes", "runs and logging"
 
 # Options of several scripts, as functions that return a field.
-TRAINED_WEIGHTS = partial(option, "", WEIGHTS, "directory of a run, or its .safetensors file",
+TRAINED_WEIGHTS = partial(option, "", WEIGHTS, "directory of a run, its .safetensors file, or "
+                          "hf://USER/NAME[@REVISION] on the Hugging Face Hub",
                           positional=True)  # fmt: skip
 OWN_MODEL = partial(option, "", WEIGHTS, "the model's code, if it is a function of yours, as in "
                     "training",
@@ -215,6 +228,8 @@ class TrainConfig:
         "number of parts to split each batch into to save memory; the global batch size does "
         "not change",
         low=1)
+    grad_checkpointing: bool = option(False, TRAINING,
+        "recompute the activations of the model's blocks in the backward pass, to save memory")
     optimizer: str = option("nesterov", TRAINING,
         "optimizer", choices=OPTIMIZERS, from_recipe=True)
     lr: float = option(0.05, TRAINING,
@@ -270,7 +285,8 @@ class TrainConfig:
         "start from the weights that torchvision or timm publishes, which are downloaded once, "
         "with a new classifier", from_recipe=True)
     init_checkpoint: str = option("", TRAINING,
-        "start from these weights of the same model; a classifier of other classes is new",
+        "start from these weights of the same model, a file, the directory of a run or "
+        "hf://USER/NAME[@REVISION]; a classifier of other classes is new",
         metavar="FILE")
     linear_probe: bool = option(False, TRAINING,
         "first fit the new classifier of pretrained weights by logistic regression on their "
@@ -365,6 +381,10 @@ class TrainConfig:
                 raise UserError("--freeze would freeze random weights", hint)
             if self.linear_probe:
                 raise UserError("--linear-probe needs pretrained weights", hint)
+        if self.grad_checkpointing and self.compile:
+            raise UserError(
+                "--grad-checkpointing cannot be combined with --compile", "Give only one of them"
+            )
         if self.loader == "resident" and self.sample_augmentations:
             raise UserError(
                 f"--augment {self.sample_augmentations[0]} needs worker processes",
@@ -453,6 +473,12 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        check_output(self.weights, self.output)
+        if self.calibrate and is_on_hub(self.weights):
+            raise UserError(
+                f"--calibrate changes the weights, and {self.weights} is on the Hub",
+                "Give the run's directory, and upload it again",
+            )
         if self.calibrate and self.split in ("train", "all"):
             raise UserError(
                 f"--calibrate fits on the validation split, not on --split {self.split}",

@@ -172,10 +172,11 @@ def key_of(paths: Sequence[str], stats: Tensor, transform: Any, change_time: boo
     """Return a key that changes with the decoder, what `transform` is, the files and their order.
 
     A file is identified by its path, size and modification time and, with `change_time`, by its
-    permissions. `stats` are those of `stat_files`.
+    permissions. `stats` are those of `stat_files`. The paths are all absolute or all relative.
     """
     key = hashlib.blake2b(repr((DECODERS, transform)).encode(), digest_size=16)
-    directory = os.getcwd()
-    key.update(os.fsencode("\0".join(os.path.join(directory, path) for path in paths)))
+    is_absolute = any(map(os.path.isabs, paths[:1]))
+    prefix = "" if is_absolute else os.path.join(os.getcwd(), "")
+    key.update(os.fsencode("\0".join(prefix + path for path in paths)))
     key.update(stats[:, : 3 if change_time else 2].numpy().tobytes())
     return key.hexdigest()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import struct
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -54,26 +55,42 @@ def identical_files(raw: RawSplits) -> Groups:
 
 
 def _identical_files(images: FileImages) -> Groups:
-    sizes = images.file_stats()[:, 0].tolist()
-    groups = _groups((i, size) for i, size in enumerate(sizes) if size > 0)
+    sizes = images.file_stats()[:, 0]
+    positions = ((sizes > 0) & _is_repeated(sizes)).nonzero().flatten()
     for num_bytes in (TAIL_BYTES, 0):
-        positions = [i for group in groups for i in group]
 
-        def digest(i: int, num_bytes: int = num_bytes) -> tuple[int, str]:
-            return sizes[i], _file_digest(images, i, num_bytes and sizes[i] - num_bytes)
+        def read(part: Tensor, num_bytes: int = num_bytes) -> Tensor:
+            digests = [
+                _file_digest(images, i, size, num_bytes and size - num_bytes)
+                for i, size in zip(part.tolist(), sizes[part].tolist(), strict=True)
+            ]
+            return torch.tensor(digests, dtype=torch.int64).view(-1, 2)
 
         with ThreadPoolExecutor(NUM_READERS) as readers:
-            digests = [*readers.map(digest, positions)]
-        groups = _groups((i, key) for i, key in zip(positions, digests, strict=True) if key[1])
-    return groups
+            digests = torch.cat([*readers.map(read, positions.split(100))])
+        # Half of a digest is enough to find candidates, and is compared without Python objects.
+        is_candidate = digests.any(1) & _is_repeated(digests[:, 0])
+        positions, digests = positions[is_candidate], digests[is_candidate]
+    return _groups(zip(positions.tolist(), map(tuple, digests.tolist()), strict=True))
 
 
-def _file_digest(images: FileImages, i: int, offset: int) -> str:
-    """Return a digest of a file from `offset` on; empty if it cannot be read."""
+def _is_repeated(values: Tensor) -> Tensor:
+    """Return whether each value occurs several times, bool [N]."""
+    _, inverse, counts = values.unique(return_inverse=True, return_counts=True)
+    return counts[inverse] > 1
+
+
+def _file_digest(images: FileImages, i: int, size: int, offset: int) -> tuple[int, int]:
+    """Return a digest of a file's size and of its content from `offset` on, as two int64.
+
+    They are zero if the file cannot be read.
+    """
+    digest = hashlib.blake2b(size.to_bytes(8, "little"), digest_size=16)
     try:
-        return hashlib.blake2b(images.read(i, max(0, offset)), digest_size=16).hexdigest()
+        digest.update(images.read(i, max(0, offset)))
     except (OSError, ValueError):
-        return ""
+        return 0, 0
+    return struct.unpack("<2q", digest.digest())
 
 
 def _groups(keys: Iterable[tuple[int, Any]]) -> Groups:

@@ -23,7 +23,7 @@ from torchvision.transforms.v2 import functional as F
 from lab import console
 from lab.data import cache
 from lab.data.transforms import SampleTransform, square
-from lab.data.types import LazyImages, UnreadableImages
+from lab.data.types import LazyImages, Paths, UnreadableImages
 from lab.data.workers import BatchReader
 from lab.errors import UserError
 
@@ -46,7 +46,7 @@ REFERENCE = base64.b64decode(  # a JPEG of 16 x 16 pixels, for `describe_decoder
 class FileImages(LazyImages):
     """Images in files, decoded when they are indexed."""
 
-    paths: tuple[str, ...]
+    paths: Sequence[str]
     size: int  # pixels per side
     stats: Tensor | None = field(default=None, compare=False)  # of `stat_files`, if they are known
     fit: str = "crop"  # see `square`, also for the next two
@@ -57,7 +57,10 @@ class FileImages(LazyImages):
     def create(cls, paths: Sequence[str], stats: Tensor, config: Any) -> Self:
         """Return the images in `paths`, resized as `config`, a `DataConfig`, says."""
         transform = (config.fit, config.crop_pct, config.interpolation)
-        return cls(tuple(paths), config.image_size, stats, *transform)
+        return cls(Paths.of(paths), config.image_size, stats, *transform)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "paths", Paths.of(self.paths))
 
     @property
     def shape(self) -> Sequence[int]:
@@ -92,12 +95,12 @@ class FileImages(LazyImages):
 
     def select(self, index: Tensor) -> Self:
         stats = None if self.stats is None else self.stats[index]
-        return replace(self, paths=tuple(self.paths[i] for i in index.tolist()), stats=stats)
+        return replace(self, paths=Paths.of(self.paths)[index.numpy()], stats=stats)
 
     def join(self, others: Sequence[Self]) -> Self:
         """Return the concatenation of several sets of images."""
         sets = (self, *others)
-        paths = tuple(path for files in sets for path in files.paths)
+        paths = Paths(path for files in sets for path in files.paths)
         return replace(self, paths=paths, stats=torch.cat([s.file_stats() for s in sets]))
 
     def read(self, i: int, offset: int = 0, num_bytes: int = -1) -> bytes:

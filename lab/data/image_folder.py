@@ -6,6 +6,7 @@ import csv
 import errno
 import json
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -14,7 +15,7 @@ import torch
 
 from lab.data.cache import stat_files
 from lab.data.decode import FileImages
-from lab.data.types import RawSplits, Split, normalized
+from lab.data.types import Paths, RawSplits, Split, normalized
 from lab.errors import UserError, name_some
 
 if TYPE_CHECKING:
@@ -83,9 +84,11 @@ def read_manifest(path: Path, config: DataConfig) -> RawSplits:
     names = {name: split for split, spellings in SPLIT_NAMES.items() for name in spellings}
     listed: dict[str, dict[str, str]] = {split: {} for split in SPLIT_NAMES}  # file: label
     lines: dict[str, int] = {}  # file: line
+    known_columns = set(COLUMNS)
     for line, row in _manifest_rows(path):
         where = f"line {line} of {path}"
-        if unknown := sorted(set(row) - set(COLUMNS)):
+        if not row.keys() <= known_columns:
+            unknown = sorted(row.keys() - known_columns)
             raise UserError(
                 f"{where} has the unknown column {unknown[0]!r}", f"Use {', '.join(COLUMNS)} only"
             )
@@ -105,7 +108,7 @@ def read_manifest(path: Path, config: DataConfig) -> RawSplits:
                 f"{where} lists {row['file']} again, like line {lines[file]}", "Delete one of them"
             )
         lines[file] = line
-        listed[names[split]][file] = normalized(row["label"].strip())
+        listed[names[split]][file] = sys.intern(normalized(row["label"].strip()))
     if not listed["train"]:
         raise UserError(f"{path} lists no training images", "Add some")
     class_names = tuple(sorted(set(listed["train"].values())))
@@ -114,10 +117,10 @@ def read_manifest(path: Path, config: DataConfig) -> RawSplits:
     for split, labels in listed.items():
         if labels:
             _check_same_classes(f"the {split} split of {path}", set(labels.values()), class_names)
-            paths = [str(root / file) for file in labels]
+            prefix = str(root / "_")[:-1]  # joining each file by pathlib would take as long
+            paths = Paths(prefix + file for file in labels)
             stats = stat_files(paths)
-            missing = [p for p, size in zip(paths, stats[:, 0].tolist(), strict=True) if size < 0]
-            if missing:
+            if missing := [paths[i] for i in (stats[:, 0] < 0).nonzero().flatten().tolist()]:
                 raise UserError(
                     f"{path} lists files that do not exist or cannot be read: {name_some(missing)}",
                     "Paths are relative to the directory of the manifest",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -108,12 +109,12 @@ class StreamingLoader:
     def batches(self, epoch: int = 0, first: int = 0) -> Iterator[Batch]:
         """Yield this process's part of each batch of an epoch, starting at batch `first`."""
         order, bits, weights = _draw_epoch(self, epoch)
-        mixes, slices = self.mixup is not None, list(self.sampler.slices(first))
-        items = self.sampler.order(epoch)
+        mixes, slices = self.mixup is not None, partial(self.sampler.slices, first)
+        items = order.cpu()
         if self.augments:  # workers need the random bits of each sample, too
             items = torch.stack((items, self.sampler.bits(epoch, items)), 1)
-        batches = self.reader.read(self.sampler.take(items, s, mixes) for s in slices)
-        for batch_slice, images in zip(slices, batches, strict=True):
+        batches = self.reader.read(self.sampler.take(items, s, mixes) for s in slices())
+        for batch_slice, images in zip(slices(), batches, strict=True):
             indices = self.sampler.take(order, batch_slice, mixes)
             if self.device.type == "cuda":  # a copy from pageable memory would wait for the GPU
                 images = images.pin_memory()

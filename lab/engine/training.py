@@ -25,6 +25,7 @@ from lab.data.loaders import Loader
 from lab.data.sampler import derive_seed, shard
 from lab.data.types import Batch
 from lab.engine.ema import ModelEma
+from lab.engine.grad_checkpointing import checkpoint_gradients
 from lab.engine.lr_schedule import learning_rate
 from lab.engine.optimizer import set_learning_rate
 from lab.errors import UserError
@@ -59,9 +60,10 @@ def to_device(model: nn.Module, name: str, device: torch.device) -> nn.Module:
 
 
 def configure_model(model: nn.Module, config: TrainConfig, device: torch.device) -> nn.Module:
-    """Return the model on the device, with --sync-bn, --dropout and --compile applied.
+    """Return the model on the device, with --sync-bn, --dropout, --grad-checkpointing and
+    --compile applied.
 
-    Raises `UserError` if the device or the machine cannot do what these options ask for.
+    Raises `UserError` if the model, the device or the machine cannot do what these options ask for.
     """
     if config.sync_bn:
         if device.type != "cuda":
@@ -71,6 +73,8 @@ def configure_model(model: nn.Module, config: TrainConfig, device: torch.device)
         for module in model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = config.dropout
+    if config.grad_checkpointing:
+        checkpoint_gradients(model, config.model)
     model = to_device(model, config.model, device)
     if config.compile:
         if device.type == "cpu" and not shutil.which(os.environ.get("CXX", "c++")):

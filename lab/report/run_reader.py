@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 import json
 import shlex
 from collections.abc import Iterator
@@ -211,21 +210,38 @@ def read_run(path: Path) -> RunResult:
     labels = predictions = confidence = files = None
     if (path / PREDICTIONS).is_file():
         with _damage_as_user_error(path / PREDICTIONS) as file:
-            # File names need not be UTF-8.
-            text = file.read_bytes().decode("utf-8", "surrogateescape")
-            lines = list(csv.DictReader(io.StringIO(text, newline="")))
-            names = ("label", "prediction", "confidence")
-            rows = [tuple(float(line[name]) for name in names) for line in lines]
-            labels, predictions, confidence = np.array(rows).T
-            if "file" in lines[0]:
-                files = [line["file"] for line in lines]
-                if None in files:
-                    raise ValueError("a prediction has no file")
-            labels, predictions = labels.astype(np.int64), predictions.astype(np.int64)
+            table, files = _read_predictions(file)
+            confidence = table[:, 2].copy()
+            labels, predictions = table[:, :2].astype(np.int64).T
             for classes in (labels, predictions):
                 if not 0 <= classes.min() <= classes.max() < num_classes:
                     raise ValueError("a label or prediction is not a class")
     return RunResult(path, config, report, history, labels, predictions, confidence, files)
+
+
+def _read_predictions(file: Path) -> tuple[np.ndarray, list[str] | None]:
+    """Return (float64 [N, 3]: label, prediction, confidence; the images' files, if any).
+
+    Rows are converted one by one, as a dictionary for each of a million would take gigabytes.
+    """
+    import numpy as np
+
+    files: list[str] = []
+    # File names need not be UTF-8.
+    with open(file, encoding="utf-8", errors="surrogateescape", newline="") as text:
+        rows = csv.reader(text)
+        header = next(rows, [])
+        names = [header.index(name) for name in ("label", "prediction", "confidence")]
+        file_column = header.index("file") if "file" in header else None
+
+        def numbers() -> Iterator[tuple[float, ...]]:
+            for row in rows:
+                if file_column is not None:
+                    files.append(row[file_column])
+                yield tuple(float(row[i]) for i in names)
+
+        table = np.fromiter(numbers(), np.dtype((np.float64, 3)))
+    return table, files if file_column is not None else None
 
 
 @contextmanager

@@ -2,11 +2,9 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
-from accelerate.utils import DistributedType
 from test_lost import rows, steps_taken
 from worlds import ROOT, accelerate, python, run, run_all, torchrun
 
@@ -15,7 +13,12 @@ import train
 from lab import distributed
 from lab.errors import UserError
 
-CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
+OTHER_LAUNCHERS = ("sky.yaml", "trainjob.yaml")
+CONFIGS = sorted(
+    path
+    for path in (ROOT / "accelerate_configs").glob("*.yaml")
+    if path.name not in OTHER_LAUNCHERS
+)
 OPTIONS = [
     *("--recipe", "smoke", "--dataset", "digits"),
     *("--log-every", "1", "--threads", "1", "--quiet"),
@@ -137,9 +140,18 @@ def test_there_are_config_files():
     }
 
 
-def test_p7_a_launch_under_fsdp_is_rejected(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    sharded = SimpleNamespace(distributed_type=DistributedType.FSDP)
-    monkeypatch.setattr(distributed, "Accelerator", lambda **_: sharded)
-    with pytest.raises(UserError, match="does not support FSDP"):
-        distributed.build_accelerator(quiet=True)
+@pytest.mark.parametrize("variable", distributed.SHARDING)
+def test_p7_a_launch_that_divides_the_model_is_rejected(monkeypatch, variable):
+    monkeypatch.setenv(variable, "true")
+    with pytest.raises(UserError, match=f"asks for {distributed.SHARDING[variable]}, but lab"):
+        distributed.init_distributed(quiet=True)
+
+
+def test_p7_accelerate_launch_with_fsdp_ends_in_one_line(tmp_path):
+    """The variables are those that the launcher of this version of Accelerate sets."""
+    fsdp = accelerate("multi_gpu", "--use_fsdp", "--fsdp_version", 2, "--num_processes", 2)
+    ended = run([*fsdp, str(ROOT / "train.py"), *options_for(tmp_path)], limit=200)
+    [line] = [line for line in ended.stderr.splitlines() if line.startswith("error:")]
+    assert line.startswith("error: the launcher's configuration asks for FSDP, but lab gives")
+    assert ended.code == 1
+    assert not any(tmp_path.iterdir())

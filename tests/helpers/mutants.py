@@ -152,6 +152,14 @@ MUTANTS = (
         "ranks: list[str] = []",
         "unit/test_fingerprint.py::test_processes_that_differ_are_named",
     ),
+    Mutant(
+        "P2: gradient checkpointing changes no loss",
+        "BatchNorm statistics are updated again when activations are recomputed",
+        "lab/engine/grad_checkpointing.py",
+        "setattr(layer, name, buffer.clone())",
+        "setattr(layer, name, buffer)",
+        "unit/test_grad_checkpointing.py::test_p2_the_same_steps_with_less_memory[efficientnet_b0]",
+    ),
     # P3: nothing lost
     Mutant(
         "P3: a file is replaced atomically",

@@ -32,7 +32,7 @@ OWNERS = {
     "rich": ("lab.console",),
     "matplotlib": ("lab.report",),
     "jinja2": ("lab.report",),
-    "huggingface_hub": ("lab.report", "lab.models.pretrained"),
+    "huggingface_hub": ("lab.report", "lab.checkpoint.weights", "lab.models.pretrained"),
     "timm": ("lab.models.external", "lab.engine.optimizer"),
     "captum": ("lab.report.explain",),
     "datasets": ("lab.data.hugging_face",),

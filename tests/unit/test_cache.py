@@ -130,7 +130,7 @@ def test_the_least_recently_used_files_are_deleted_but_none_of_this_run(
 def test_a_folder_of_enough_images_is_decoded_once_whatever_its_splits_hold(
     files, decoded, tmp_path, monkeypatch
 ):
-    for i, path in enumerate(files.paths * 3):
+    for i, path in enumerate([*files.paths] * 3):
         (tmp_path / f"data/{'ab'[i % 2]}").mkdir(parents=True, exist_ok=True)
         copy = tmp_path / f"data/{'ab'[i % 2]}/{i}.png"
         shutil.copy(path, copy)

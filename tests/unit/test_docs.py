@@ -166,8 +166,10 @@ def check_other_program(program: str, words: list[str]) -> None:
         assert {word for word in words if "=" not in word} <= set(targets)
     elif program == "pip":  # downloads
         assert words[0] == "install"
-    elif program == "sbatch":  # test_slurm.py runs it
-        assert (ROOT / words[0]).is_file()
+    elif program in ("sbatch", "sky", "kubectl"):  # test_slurm.py, test_launch_files.py
+        assert (ROOT / words[-1]).is_file()
+    elif program == "docker":
+        assert (ROOT / "Dockerfile").is_file()
     else:
         assert program == "export"
         assert re.fullmatch(r"[A-Z_]+=\w+", words[0])

@@ -1,6 +1,7 @@
-"""Uploads by the client of huggingface_hub to a local server that imitates the Hub."""
+"""Uploads and downloads by the client of huggingface_hub; a local server imitates the Hub."""
 
 import base64
+import hashlib
 import json
 import shlex
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -8,16 +9,48 @@ from threading import Thread
 
 import pytest
 from huggingface_hub import constants
+from PIL import Image
 from resuming import LENET, resume, start
 
+import evaluate
+import export
+import lab
+import predict
 import train
 from lab.checkpoint.run_dir import RunDir
 from lab.config.recipes import resolve
 from lab.report import hub
 
+COMMITS = {"main": "a" * 40, "first": "b" * 40}
+
 
 class Handler(BaseHTTPRequestHandler):
-    """The part of the Hub's HTTP API that an upload uses."""
+    """The part of the Hub's HTTP API that an upload or the download of a file uses."""
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        repository, _, file = self.path.strip("/").partition("/resolve/")
+        revision, _, name = file.partition("/")
+        self.server.requested.append(self.path)
+        code = None
+        if repository != "me/digits":
+            code = "RepoNotFound"
+        elif revision not in ("main", "first"):
+            code = "RevisionNotFound"
+        elif name not in self.server.files:
+            code = "EntryNotFound"
+        if code:
+            return self.answer(404, {"error": code}, code)
+        content = self.server.files[name]
+        self.send_response(200)
+        self.send_header("X-Repo-Commit", COMMITS[revision])
+        self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
 
     def do_POST(self):
         server = self.server
@@ -52,7 +85,8 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(text)))
         self.end_headers()
-        self.wfile.write(text)
+        if self.command != "HEAD":
+            self.wfile.write(text)
 
     def log_message(self, *_):
         pass
@@ -62,16 +96,19 @@ class Handler(BaseHTTPRequestHandler):
 def server(monkeypatch, tmp_path):
     """Return a local Hub, with a valid token in the environment.
 
-    It records `created` repositories, `checked` cards and uploaded `files`.
+    It records `created` repositories, `checked` cards, uploaded `files` and `requested` paths.
     """
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.url = f"http://127.0.0.1:{server.server_port}"
-    server.created, server.checked, server.files = [], [], {}
+    server.created, server.checked, server.files, server.requested = [], [], {}, []
     thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, server.url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr(constants, "ENDPOINT", server.url)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setenv("HF_TOKEN", "hf_right")
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
@@ -163,3 +200,57 @@ def test_p7_an_impossible_upload_is_an_error_before_training(
     arguments = ["--dataset", "digits", "--threads", "1", "--push-to-hub", name]
     assert fails(train, *arguments).startswith(message)
     assert server.created == []
+
+
+def test_p4_weights_of_the_hub_are_downloaded_once_and_nothing_else_is(copied, server, tmp_path):
+    """`hf://me/digits` is what --push-to-hub uploaded, for load_model and every script."""
+    hub.upload(RunDir(copied), DIGITS)
+    server.requested.clear()
+    model, metadata = lab.load_model("hf://me/digits")
+    expected, _ = lab.load_model(copied)
+    assert metadata["class_names"] == [str(digit) for digit in range(10)]
+    for name, tensor in expected.state_dict().items():
+        assert tensor.equal(model.state_dict()[name])
+    lab.load_model("hf://me/digits@first")
+    assert {path.rpartition("/")[2] for path in server.requested} == {"best.safetensors"}
+    constants.HF_HUB_OFFLINE = True  # from now on from the cache; the fixture resets it
+    evaluate.main(["hf://me/digits", "--output", str(tmp_path / "evaluated"), "--quiet"])
+    evaluated, trained = (
+        json.loads((path / "report.json").read_text()) for path in (tmp_path / "evaluated", copied)
+    )
+    assert evaluated["accuracy"] == trained["accuracy"]
+    image = tmp_path / "image.png"
+    Image.new("L", (32, 32)).save(image)
+    csv = tmp_path / "classes.csv"
+    assert predict.main(["hf://me/digits", str(image), "--csv", str(csv), "--quiet"]) == 0
+    assert csv.read_text().count("\n") == 2
+
+
+NO_WEIGHTS = "hf://me/digits contains no best.safetensors. Give hf://USER/NAME or"
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "message"),
+    [
+        (predict, "hf://me/mnist", "the Hub has no repository me/mnist that you may read."),
+        (predict, "hf://me/digits@second", "me/digits has no revision second."),
+        (predict, "hf://me/digits", NO_WEIGHTS),
+        (predict, "hf://me/a/b", "hf://me/a/b is not the name of a repository."),
+        (evaluate, "hf://me/digits", "hf://me/digits is on the Hub: results cannot be beside it."),
+        (export, "hf://me/digits", "hf://me/digits is on the Hub: results cannot be beside it."),
+        (
+            evaluate,
+            "hf://me/digits --output out --calibrate",
+            "--calibrate changes the weights, and hf://me/digits is on the Hub.",
+        ),
+    ],
+)
+def test_p7_weights_that_the_hub_does_not_have(fails, server, script, words, message):
+    images = ["image.png"] if script is predict else []
+    assert fails(script, *words.split(), *images).startswith(message)
+
+
+def test_p7_offline_weights_that_are_not_in_the_cache(fails, server, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    message = "hf://me/digits is not in the cache of the Hub, and the Hub cannot be reached."
+    assert fails(predict, "hf://me/digits", "image.png").startswith(message)
