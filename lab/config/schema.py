@@ -390,7 +390,9 @@ class EvalConfig:
     """The settings of an evaluation. None: as in training, which the weights' metadata tell."""
 
     # fmt: off
-    weights: str = TRAINED_WEIGHTS()
+    weights: tuple[str, ...] = option((), WEIGHTS,
+        "directory of a run, or its .safetensors file; of several runs, the mean of their "
+        "probabilities is evaluated", positional=True, nargs="+")
     split: str = option("test", WEIGHTS,
         "split to evaluate; all: every sample of the dataset",
         choices=("test", "val", "train", "all"))
@@ -418,7 +420,8 @@ class EvalConfig:
     timeout_seconds: int = TIMEOUT()
     output: str = option("", REPORT,
         "directory of report.json and the predictions; default: evaluate-SPLIT beside the "
-        "weights, or evaluate-SPLIT-N with --max-eval-samples N",
+        "weights, or evaluate-SPLIT-N with --max-eval-samples N; for several runs: ensemble-SPLIT "
+        "in the working directory",
         metavar="DIR")
     quiet: bool = QUIET(group=REPORT)
     debug: bool = DEBUG(group=REPORT)
@@ -426,6 +429,8 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.calibrate and len(self.weights) > 1:
+            raise UserError("--calibrate fits the temperature of one run", "Give a single run")
         if self.calibrate and self.split in ("train", "all"):
             raise UserError(
                 f"--calibrate fits on the validation split, not on --split {self.split}",
