@@ -172,6 +172,11 @@ class TrainConfig:
     split_seed: int = option(0, TASK,
         "seed of the held-out fractions; independent of --seed",
         low=0, high=2**31 - 1)
+    folds: int = option(0, TASK,
+        "number of parts of the training images for cross-validation, of which each is the test "
+        "split of one run (see cross_validate.py); 0: no cross-validation", low=0, metavar="K")
+    fold: int = option(0, TASK,
+        "number of the part, from 1 to K, that is the test split of this run", low=0, metavar="I")
     max_train_samples: int = option(0, TASK,
         "maximum number of training samples; 0: all", low=0, metavar="N", from_recipe=True)
     max_eval_samples: int = option(0, TASK,
@@ -326,6 +331,12 @@ class TrainConfig:
             raise UserError(
                 f"--warmup-epochs {self.warmup_epochs:g} is not less than --epochs {self.epochs}",
                 "Give fewer warmup epochs, or the learning rate never reaches --lr",
+            )
+        if self.folds == 1 or not min(self.folds, 1) <= self.fold <= self.folds:
+            raise UserError(
+                f"--folds {self.folds} and --fold {self.fold} do not select a fold",
+                "Give at least 2 folds and the number of one of them, or train all of them with "
+                "cross_validate.py",
             )
         if self.class_weights != "none" and self.balanced_sampling:
             raise UserError(

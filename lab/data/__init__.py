@@ -96,6 +96,8 @@ class DataConfig:
     fit: str = "crop"
     crop_pct: float = 1.0
     interpolation: str = "bilinear"
+    folds: int = 0
+    fold: int = 0
 
     @classmethod
     def of(cls, settings: Any) -> DataConfig:
@@ -285,19 +287,23 @@ def _split(raw: RawSplits, config: DataConfig, whole: bool = False) -> dict[str,
 
     With `whole`, return one split "all" of all samples.
     """
-    from lab.data.splits import stratified_split, subsample
+    from lab.data.splits import stratified_fold, stratified_split, subsample
     from lab.data.types import join
 
     seed = config.split_seed
     if whole:
         return {"all": subsample(join([*raw.named().values()]), config.max_eval_samples, seed)}
     train, val, test = raw.train, raw.val, raw.test
+    if config.folds:
+        test = None  # a test split that the dataset comes with stays unused
     same = None
     if train.paths is not None and (test is None or val is None):
         from lab.data.checks import identical_files, originals  # imports torchvision
 
         same = originals(raw, identical_files(raw))
-    if test is None:
+    if config.folds:
+        train, test = stratified_fold(train, config.folds, config.fold, seed, same)
+    elif test is None:
         train, test = stratified_split(train, config.test_fraction, seed, same)
     if val is None and config.val_fraction > 0 and len(train.labels):
         train, val = stratified_split(train, config.val_fraction, seed, same)

@@ -48,25 +48,27 @@ class Predictions:
     class_names: tuple[str, ...]
 
     @classmethod
+    def of(cls, logits: Tensor, labels: Tensor, class_names: tuple[str, ...]) -> "Predictions":
+        """Return the predictions by logits float32 [N, K] for samples with labels int64 [N]."""
+        predictions, confidence, losses, ranks = _columns(logits, labels)
+        return cls(
+            labels, predictions, confidence.double(), losses.double(), ranks, logits, class_names
+        )
+
+    @classmethod
     def mean(cls, members: Sequence["Predictions"]) -> "Predictions":
         """Return the predictions by the mean probabilities of several models (an ensemble).
 
-        All `members` have logits and the same samples and classes. The result's logits are the
-        logarithms of the mean probabilities.
+        All `members` have logits and the same samples and classes. The softmax of the result's
+        logits is the mean.
         """
         first, *others = members
         if not others:
             return first
-        labels = first.labels
         logits = _log_probabilities(first)
         for member in others:
             logits = torch.logaddexp(logits, _log_probabilities(member))
-        logits = logits - math.log(len(members))
-        predictions, confidence, losses, ranks = _columns(logits, labels)
-        return cls(
-            labels, predictions, confidence.double(), losses.double(), ranks, logits,
-            first.class_names,
-        )  # fmt: skip
+        return cls.of(logits, first.labels, first.class_names)
 
     def csv(self, files: Sequence[str] | None = None) -> bytes:
         """Return a CSV file with one row for each sample: index, label, prediction, confidence
