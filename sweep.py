@@ -116,7 +116,7 @@ def open_study(
             study_name="sweep",
             load_if_exists=True,
             direction="minimize" if metric == "val_loss" else "maximize",
-            pruner=optuna.pruners.MedianPruner(n_warmup_steps=1)
+            pruner=optuna.pruners.MedianPruner(n_warmup_steps=2)
             if config.pruner == "median"
             else optuna.pruners.NopPruner(),
         )
@@ -200,41 +200,41 @@ class Job:
         words += ["--name", self.path.name, "--resume", "auto", "--quiet"]
         self.env, self.process = env, start_process([str(TRAIN), *words], self.log, env)
 
-    def poll(self) -> bool:
-        """Return whether the run has ended; report its epochs and its result to Optuna."""
-        code = self.process.poll()
-        if self.trial:
-            self._report()
-        if code is None:
-            return False
-        name, value = self.path.name, None
+    def report(self) -> None:
+        """Report new epochs of a trial to Optuna, and stop the run if it is pruned."""
+        for row in read_history(self.path) if self.trial else ():
+            if row["epoch"] > self.last_epoch and row[self.metric] is not None:
+                self.last_epoch = row["epoch"]
+                self.trial.report(row[self.metric], row["epoch"])
+        if self.trial and not self.pruned and self.trial.should_prune():
+            self.pruned = True
+            self.process.send_signal(signal.SIGTERM)
+
+    def finish(self, code: int) -> None:
+        """Report the result of a run that has ended with an exit code.
+
+        Raise `UserError` if it could not start, as the others could not either.
+        """
+        name, value, state = self.path.name, None, "FAIL"
         if code == 0:
             value = page.best_value(read_run(self.path), self.metric)
-        elif not self.pruned:
+            state = "FAIL" if value is None else "COMPLETE"
+        elif self.pruned:
+            state = "PRUNED"
+        else:
             lines = self.log.read_text(errors="replace").strip().splitlines() or ["no output"]
-            if not (self.path / CONFIG).exists():  # it did not start: nor would the others
-                raise UserError(f"{name} could not start ({lines[-1]})", f"See {self.log}")
-            console.warn(f"{name} failed (exit code {code}): {lines[-1]}")
-        state = "PRUNED" if self.pruned and code else "FAIL" if value is None else "COMPLETE"
+            reason = lines[-1].removeprefix("error: ")
+            if not (self.path / CONFIG).exists():
+                raise UserError(f"{name} could not start: {reason}", f"See {self.log}")
+            console.warn(f"{name} failed (exit code {code}): {reason}")
         if self.trial:
             from optuna.trial import TrialState
 
             self.study.tell(self.trial, value, TrialState[state])
-        result = state.lower() if value is None else f"{self.metric} {value:.4f}"
+        result = page.STATES[state] if value is None else f"{self.metric} {value:.4f}"
         settings = self.trial.params if self.trial else {"seed": self.settings["seed"]}
         shown = ", ".join(f"{key} {value}" for key, value in settings.items())
         console.info(f"{name}: {result} ({shown})")
-        return True
-
-    def _report(self) -> None:
-        """Report new epochs to Optuna, and stop the run if it is pruned."""
-        for row in read_history(self.path):
-            if row["epoch"] > self.last_epoch and row[self.metric] is not None:
-                self.last_epoch = row["epoch"]
-                self.trial.report(row[self.metric], row["epoch"])
-        if not self.pruned and self.trial.should_prune():
-            self.pruned = True
-            self.process.send_signal(signal.SIGTERM)
 
 
 def start_process(words: list[str], log: Path, env: Mapping[str, str]) -> subprocess.Popen:
@@ -261,10 +261,16 @@ def run_jobs(next_job: Callable[[], Job | None]) -> None:
             if not running:
                 return
             time.sleep(POLL_SECONDS)
-            for job in [job for job in running if job.poll()]:
-                running.remove(job)
-                free.append(job.env)
+            for job in [*running]:
+                code = job.process.poll()
+                job.report()
+                if code is not None:
+                    running.remove(job)
+                    free.append(job.env)
+                    job.finish(code)
     finally:
+        if running:
+            console.warn(f"stopping {len(running)} runs, which the same command resumes")
         for job in running:
             job.process.send_signal(signal.SIGTERM)
         for job in running:
@@ -294,8 +300,11 @@ def read_history(path: Path) -> list[dict[str, Any]]:
 def trials_of(study: Any) -> list[page.SweepTrial]:
     """Return the trials for the page."""
     return [
-        page.SweepTrial(name, t.state.name.lower(), t.params, t.value, len(t.intermediate_values))
+        page.SweepTrial(
+            name, page.STATES[t.state.name], t.params, t.value, len(t.intermediate_values)
+        )
         for name, t in last_trials(study).items()
+        if t.state.is_finished()
     ]
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MIN_TRIALS = 10  # completed ones, for the importance of the settings
+STATES = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed"}  # Optuna's, and in words
 NUM_TICKS = 5  # of an axis of numbers
 
 
@@ -27,7 +28,7 @@ class SweepTrial:
     """One trial of a sweep."""
 
     name: str  # of its run
-    state: str  # "complete", "pruned" or "fail"
+    state: str  # one of the words in STATES
     settings: Mapping[str, Any]  # the searched ones
     value: float | None  # of the metric; of a pruned trial, in its last epoch
     num_epochs: int
@@ -47,8 +48,8 @@ def write(
     are complete; `seeds` are the runs of the best settings with other seeds; `log_scale` names the
     settings that were searched on a logarithmic scale. Raise `UserError` if it cannot be written.
     """
-    sign = 1 if metric == "val_loss" else -1
-    complete = sorted((t for t in trials if t.state == "complete"), key=lambda t: sign * t.value)
+    complete = [trial for trial in trials if trial.state == "complete"]
+    complete.sort(key=lambda t: t.value or 0.0, reverse=metric != "val_loss")
     others = [t for t in trials if t.state != "complete"]
     rows = [
         (run.path.name, best_value(run, metric), run.report["accuracy"], run.report["macro_f1"])
@@ -60,7 +61,7 @@ def write(
         "trials": [*complete, *others],
         "names": list(complete[0].settings),
         "counts": {state: sum(t.state == state for t in trials)
-                   for state in ("complete", "pruned", "fail")},
+                   for state in STATES.values()},
         "seeds": rows,
         "summary": [summary(column) for column in [*zip(*rows, strict=True)][1:]]
         if len(rows) > 1 else [],
@@ -137,7 +138,7 @@ def scale(values: Sequence[Any], log: bool) -> tuple[list[float], list[tuple[flo
 def bars(importance: Mapping[str, float]) -> Figure:
     """Plot the importance of each setting, the largest at the top."""
     rows = sorted(importance.items(), key=lambda row: row[1])
-    figure = new_figure(7, 1.2 + 0.35 * len(rows))
+    figure = new_figure(11, 1.2 + 0.35 * len(rows))
     axes = figure.subplots()
     axes.barh([short(name) for name, _ in rows], [value for _, value in rows], color=BLUE)
     axes.set(xlabel="importance (PED-ANOVA); the sum is 1", xlim=(0, 1))
