@@ -119,7 +119,8 @@ class Splits:
     mean: Numbers
     std: Numbers
     selection_split: str  # "validation" or "test"
-    fingerprints: dict[str, str]  # of "train", "test" and, if it is a split of its own, "val"
+    # Of "train", "test" and, if it is a split of its own, "val"; with folds, of all images, "folds".
+    fingerprints: dict[str, str]
 
     def class_counts(self) -> dict[str, list[int]]:
         """Return the number of images of each class in the training, validation and test split."""
@@ -222,6 +223,8 @@ def load_splits(
     selection_split = "validation" if "val" in sized else "test"
     val = sized.get("val", sized["test"])
     fingerprints = {name: fingerprint(split) for name, split in splits.items()}
+    if config.folds:
+        fingerprints["folds"] = fingerprint(raw.train)
     return Splits(sized["train"], val, sized["test"], mean, std, selection_split, fingerprints)
 
 

@@ -15,8 +15,9 @@ import torch
 from lab import console
 from lab.checkpoint.atomic_io import os_errors_as_user_errors
 from lab.checkpoint.run_dir import PLOTS, PROBABILITIES, RunDir
+from lab.data.fingerprint import changed_splits
 from lab.engine.evaluation import Predictions
-from lab.errors import UserError, name_some
+from lab.errors import UserError
 from lab.report import plots
 from lab.report.results import DRAW_VARIABLE
 from lab.report.run_reader import RunResult, read_run
@@ -27,24 +28,26 @@ METRICS = {"accuracy": "accuracy", "macro_f1": "macro-F1"}  # of each fold, with
 def read_folds(paths: Sequence[Path]) -> list[RunResult]:
     """Return the finished runs of all folds.
 
-    Raise `UserError` if one is unfinished or damaged, or if an image was tested in two of them.
+    Raise `UserError` if one is unfinished or damaged, or if their images are not the same ones.
     """
     runs = [read_run(path) for path in paths]
-    tested: set[str] = set()
     for run in runs:
         if run.predictions is None or run.probabilities() is None:
             raise UserError(
                 f"{run.path} has no {PROBABILITIES}",
                 f"Write it again: evaluate.py {run.path} --output {run.path}",
             )
-        if repeated := sorted(tested & {*(run.files or ())}):
+        if changed_splits(_folds(runs[0]), _folds(run)):
             raise UserError(
-                f"the dataset has changed between the folds: {name_some(repeated)} "
-                "would be tested twice",
+                f"the images have changed between the training of {runs[0].path} and {run.path}",
                 "Start again with another --name",
             )
-        tested |= {*(run.files or ())}
     return runs
+
+
+def _folds(run: RunResult) -> dict[str, Any]:
+    """Return the fingerprint of all images that were divided into folds."""
+    return {"folds": run.config["fingerprints"]["folds"]}
 
 
 def write_results(directory: Path, paths: Sequence[Path]) -> None:
