@@ -121,7 +121,8 @@ def open_study(
             else optuna.pruners.NopPruner(),
         )
         # Another seed than in an earlier call, which would be drawn from again.
-        study.sampler = optuna.samplers.TPESampler(seed=config.seed + len(study.trials))
+        seed = config.seed + len(study.trials)
+        study.sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True)
         settings = json.loads(json.dumps([fixed, searched], default=asdict))
         if study.user_attrs.get("settings", settings) != settings:
             raise UserError(
@@ -310,11 +311,13 @@ def trials_of(study: Any) -> list[page.SweepTrial]:
 
 def importance_of(study: Any) -> dict[str, float]:
     """Return the importance of each searched setting; empty if too few trials are complete."""
-    from optuna.importance import get_param_importances
+    from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
     from optuna.trial import TrialState
 
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    return get_param_importances(study) if len(complete) >= page.MIN_TRIALS else {}
+    if len(complete) < page.MIN_TRIALS:
+        return {}
+    return get_param_importances(study, evaluator=PedAnovaImportanceEvaluator())
 
 
 if __name__ == "__main__":

@@ -119,7 +119,8 @@ class Splits:
     mean: Numbers
     std: Numbers
     selection_split: str  # "validation" or "test"
-    # Of "train", "test" and, if it is a split of its own, "val"; with folds, of all images, "folds".
+    # Of "train", "test" and, if it is a split of its own, "val"; with --folds, "folds" is that of
+    # all images that are divided.
     fingerprints: dict[str, str]
 
     def class_counts(self) -> dict[str, list[int]]:
@@ -297,14 +298,12 @@ def _split(raw: RawSplits, config: DataConfig, whole: bool = False) -> dict[str,
     if whole:
         return {"all": subsample(join([*raw.named().values()]), config.max_eval_samples, seed)}
     train, val, test = raw.train, raw.val, raw.test
-    if config.folds:
-        test = None  # a test split that the dataset comes with stays unused
     same = None
-    if train.paths is not None and (test is None or val is None):
+    if train.paths is not None and (config.folds or test is None or val is None):
         from lab.data.checks import identical_files, originals  # imports torchvision
 
         same = originals(raw, identical_files(raw))
-    if config.folds:
+    if config.folds:  # the test split that a dataset comes with is not used
         train, test = stratified_fold(train, config.folds, config.fold, seed, same)
     elif test is None:
         train, test = stratified_split(train, config.test_fraction, seed, same)

@@ -35,6 +35,7 @@ OWNERS = {
     "huggingface_hub": ("lab.report", "lab.models.pretrained"),
     "timm": ("lab.models.external", "lab.engine.optimizer"),
     "captum": ("lab.report.explain",),
+    "optuna": ("sweep",),
 }
 NO_ACCELERATE = ("lab.data", "lab.models", "lab.engine.metrics")
 

@@ -74,15 +74,20 @@ def test_p6_folds_of_a_named_dataset_divide_it():
     assert not torch.equal(other.images, parts[0]["test"].images)
 
 
-def test_p6_a_test_split_of_its_own_is_not_used(tmp_path):
-    for split in ("train", "test"):
+def test_p6_a_test_split_of_the_dataset_is_not_used(tmp_path):
+    """Its validation split selects the best epoch of every fold."""
+    for split in ("train", "val", "test"):
         for i in range(8):
             make_picture(tmp_path / split / ("cat", "dog")[i % 2] / f"{i}.png")
-    for fold in (1, 2):
-        parts = splits(tmp_path, 2, fold).values()
-        files = [file for part in parts for file in part.files()]
-        assert len(files) == 8
-        assert all(file.startswith("train/") for file in files)
+    for name in ("x", "y", "z"):
+        shutil.copy(tmp_path / "train/cat/0.png", tmp_path / f"train/cat/{name}.png")
+    for fold in (1, 2, 3):
+        parts = {name: part.files() for name, part in splits(tmp_path, 3, fold).items()}
+        assert len(parts["val"]) == 8
+        assert len(parts["train"]) + len(parts["test"]) == 11
+        assert all(file.startswith("train/") for file in parts["train"] + parts["test"])
+        copies = {f"train/cat/{name}.png" for name in "0xyz"}
+        assert len(copies & {*parts["test"]}) in (0, 4)
 
 
 WORDS = ["--dataset", "data", "--model", "lenet5", "--recipe", "smoke", "--max-steps", "0",

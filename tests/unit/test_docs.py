@@ -76,6 +76,8 @@ def parse(script: str, words: list[str], monkeypatch) -> object:
         with pytest.raises(Parsed) as caught:
             module.main(words)
     config, values = caught.value.args
+    if script == "cross_validate.py":
+        values = {"folds": 5, "fold": 1} | values
     return recipes.resolve(values) if config is TrainConfig else config(**values)
 
 
@@ -227,7 +229,7 @@ def test_links_and_files_exist(page):
 FILE = r"[\w/.*-]+\.(py|md|yaml|sbatch|json|txt|svg)|(lab|docs)/[\w/.*-]+"
 OF_THE_READER = {"tiny.py", "lab/models/tiny.py", "lab/data/tensors.py"}
 WRITTEN = {"config.json", "report.json", "state.json", "history.jsonl", "log.txt",
-           "lab.json", "comparison.md"}  # fmt: skip
+           "lab.json", "comparison.md", "trial-N.yaml"}  # fmt: skip
 
 
 def test_the_tree_of_the_readme_is_complete():

@@ -244,7 +244,7 @@ OF_TEST = "a sweep must not select settings on the test split, and val_fraction 
         ("seed: [1, 2]", "s.yaml searches seed, which cannot be searched. Give one value."),
         ("quiet: [true, false]", "s.yaml searches quiet, which cannot be searched. Give one value"),
         ("lr: [0.1, 0.2]\nrecipe: notebook", OF_TEST),
-        ("lr: [0.1, 0.2]\nrecipe: deafult", "unknown recipe deafult. Did you mean default?"),
+        ("lr: [0.1, 0.2]\nrecipe: smokes", "unknown recipe smokes. Did you mean smoke?"),
         ("lr: [0.1, 0.2]\nmodel: lenet", "unknown model lenet. Did you mean lenet5"),
         ("model: [lenet5, alexnet]", "model alexnet changes the default dataset. Write dataset in"),
         ("model: [lenet5, alexnot]\ndataset: digits", "unknown model alexnot. Did you mean alexne"),
@@ -297,6 +297,7 @@ def test_p7_a_run_that_cannot_start_ends_the_sweep(fails, tmp_path, monkeypatch)
     assert message.endswith(f"See {tmp_path}/out/trial-1.log.")
 
 
+@pytest.mark.slow
 def test_p3_a_killed_and_a_stopped_sweep_continue(tmp_path):
     """With real runs: SIGKILL of all processes, then SIGTERM of the sweep alone."""
     file, directory = tmp_path / "s.yaml", tmp_path / "sweep"
