@@ -2,7 +2,7 @@
 
   python cross_validate.py --dataset IMAGES --folds 5 --name mine
   python cross_validate.py --dataset digits --model lenet5
-  accelerate launch --config_file FILE cross_validate.py --dataset IMAGES
+  accelerate launch --config_file accelerate_configs/multi_gpu.yaml cross_validate.py --folds 5
 
 The options are those of train.py; --folds is 5 by default. The training images are divided into
 folds by class, and files with the same content are in the same fold. Run NAME/fold-I is tested on

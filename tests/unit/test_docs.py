@@ -95,7 +95,9 @@ def make_run(tmp_path_factory, finished):
             for i in range(20):
                 make_picture(Path(name) / ("cat", "dog")[i % 2] / f"{i}.jpg")
         make_picture(Path("IMAGE.jpg"))
-        Path("settings.yaml").write_text("model: lenet5\n")
+        Path("sweeps/lenet5").mkdir(parents=True)
+        for name in ("settings.yaml", "sweeps/lenet5/trial-7.yaml"):
+            Path(name).write_text("model: lenet5\n")
         words = ["--dataset", "IMAGES", *CHEAP["train.py"]]
         assert train.main([*words, "--name", "mine"]).exit_code == 0
         shutil.copy("runs/mine/best.safetensors", "best.safetensors")
