@@ -36,8 +36,8 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError(f"{flag(name)} is not an option of cross_validate.py", "Leave it out")
     num_folds = overrides.get("folds") or 5
     config = resolve(overrides | {"folds": num_folds, "fold": 1})
-    name = config.name or f"{config.model}-{config.dataset_title}-{num_folds}-folds"
-    directory = Path(config.output_dir) / name.replace(":", "-")
+    default = f"{config.model_title}-{config.dataset_title}-{num_folds}-folds".replace(":", "-")
+    directory = Path(config.output_dir) / (config.name or default)
     words = [*argv, "--folds", str(num_folds), "--output-dir", str(directory), "--resume", "auto"]
     runs = []
     for fold in range(1, num_folds + 1):

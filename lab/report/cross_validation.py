@@ -15,6 +15,7 @@ import torch
 from lab import console
 from lab.checkpoint.atomic_io import os_errors_as_user_errors
 from lab.checkpoint.run_dir import PLOTS, PROBABILITIES, RunDir
+from lab.config.schema import model_title
 from lab.data.fingerprint import changed_splits
 from lab.engine.evaluation import Predictions
 from lab.errors import UserError
@@ -88,5 +89,5 @@ def write_results(directory: Path, paths: Sequence[Path]) -> None:
     for text, key in (("mean", "mean"), ("standard deviation", "std")):
         rows.append((text, "", *(f"{report[f'{name}_{key}']:.4f}" for name in METRICS)))
     console.print_table(("fold", "samples", *METRICS.values()), rows)
-    title = f"{first.config['model']} on {first.dataset}, the predictions of all folds"
+    title = f"{model_title(first.config['model'])} on {first.dataset}, predictions of all folds"
     console.report(report, title=title, files={"report": str(directory)})
