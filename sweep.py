@@ -100,6 +100,7 @@ def open_study(
     Raises `UserError` if the directory has the sweep of other settings, or is locked.
     """
     import optuna
+    from sqlalchemy.exc import DatabaseError
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     directory = config.directory
@@ -135,6 +136,11 @@ def open_study(
                 study.enqueue_trial(trial.params, {RUN: trial.user_attrs[RUN]})
             study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
         yield study
+    except DatabaseError as error:
+        raise UserError(
+            f"cannot use the database {directory / STORAGE} ({error.orig})",
+            "Free some space, or start again with another --output",
+        ) from error
     finally:
         lock.release()
 

@@ -284,6 +284,16 @@ def test_p7_a_sweep_of_other_settings_is_not_continued(fake):
     assert len(fake.started) == 1
 
 
+def test_p7_a_damaged_database_is_one_line(fails, tmp_path):
+    (tmp_path / "s.yaml").write_text(SETTINGS)
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "sweep.db").write_text("not a database")
+    assert fails(sweep, "s.yaml", "--output", "x", leaves=("x/.lock",)) == (
+        "cannot use the database x/sweep.db (file is not a database). "
+        "Free some space, or start again with another --output."
+    )
+
+
 def test_p7_a_run_that_cannot_start_ends_the_sweep(fails, tmp_path, monkeypatch):
     def start_process(words, log, env):
         log.touch()
