@@ -5,6 +5,7 @@
   python evaluate.py best.safetensors --dataset IMAGES --split all
   python evaluate.py runs/alexnet-cifar10 --tta flip     without and with test-time augmentation
   python evaluate.py runs/lenet5-mnist --calibrate       fit a temperature on the validation split
+  python evaluate.py runs/one runs/two runs/three        an ensemble: the mean of the probabilities
   accelerate launch --config_file accelerate_configs/multi_gpu.yaml evaluate.py runs/lenet5-mnist
 
 The script writes report.json, predictions.csv and predictions.safetensors, which contains the
@@ -17,7 +18,9 @@ accuracy. Predictions do not change.
 
 import sys
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 from lab import console
 from lab.config.cli import parse_arguments
@@ -32,109 +35,196 @@ def main(argv: list[str] | None = None) -> None:
     )
 
     # Importing PyTorch takes seconds: --help and command-line mistakes are answered before.
-    import torch
-
     from lab.checkpoint import run_dir, weights
-    from lab.data import DataConfig, check_dataset, is_named, load_split, read_dataset
-    from lab.data.loaders import LoaderOptions, build_loader, eval_batch_size
-    from lab.data.transforms import BatchTransform
+    from lab.data import DataConfig, check_dataset, is_named
+    from lab.data.loaders import LoaderOptions
     from lab.distributed import build_accelerator, check_same_data, describe, raise_on_all_ranks
-    from lab.engine.evaluation import predict_all
+    from lab.engine.evaluation import Predictions
     from lab.engine.metrics import selection_bias_note
-    from lab.engine.training import to_device
 
     # Weights
-    path = weights.find_weights(config.weights)
-    metadata = weights.read_metadata(path, config.model)
-    model_name, selection_split = metadata["model"]["name"], metadata["selection_split"]
-    if config.calibrate and selection_split == "test":
-        raise UserError(
-            f"--calibrate needs a validation split, and {path} was trained without one",
-            "Train with --val-fraction 0.1",
-        )
-    given = config.data_overrides(metadata["data"])
-    data = DataConfig(**metadata["data"] | given)
-    check_dataset(data.dataset, given)
+    members = []
+    for path in map(weights.find_weights, config.weights):
+        metadata = weights.read_metadata(path, config.model)
+        given = config.data_overrides(metadata["data"])
+        data = DataConfig(**metadata["data"] | given)
+        check_dataset(data.dataset, given)
+        members.append(Member(path, metadata, data, is_named(data.dataset, given)))
+    check_weights(members, config)
+    first, paths = members[0], [str(member.path) for member in members]
 
     # Distributed setup
     accelerator = build_accelerator(
         training=False,
         mixed_precision=config.mixed_precision,
-        trained_precision=metadata["precision"],
+        trained_precision=first.metadata["precision"],
         threads=config.threads,
         timeout_seconds=config.timeout_seconds,
         quiet=config.quiet,
     )
     options = LoaderOptions.create(accelerator, config.loader, config.workers)
 
-    # Model and data
-    with raise_on_all_ranks(accelerator), console.status(f"reading {data.dataset}"):
-        model = to_device(weights.load_model(path, metadata), model_name, accelerator.device)
-        # Download and import only what the user names, never what the metadata name.
-        raw = read_dataset(data, download=is_named(data.dataset, given))
-        num_threads = torch.get_num_threads()
-        split, fingerprint = load_split(data, config.split, options.memory, num_threads, raw=raw)
-        changed = has_changed(metadata, data, config.split, raw, fingerprint)
+    # Models and data
+    with raise_on_all_ranks(accelerator), console.status(f"reading {first.data.dataset}"):
+        fingerprint = load_members(members, config, options)
     check_same_data(accelerator, {config.split: fingerprint})
     with raise_on_all_ranks(accelerator):
-        split = weights.align_classes(path, metadata, split)
-        part = config.part(metadata["data"])
+        for member in members:
+            member.split = weights.align_classes(member.path, member.metadata, member.split)
+        part = config.part(first.metadata["data"])
+        target = config.output or (f"ensemble-{part}" if len(members) > 1 else "")
         outputs = {  # without test-time augmentation first
-            tta: run_dir.evaluation_dir(path, part, config.output, accelerator.is_main_process, tta)
+            tta: run_dir.evaluation_dir(first.path, part, target, accelerator.is_main_process, tta)
             for tta in dict.fromkeys(("none", config.tta))
         }
-    transform = BatchTransform(metadata["mean"], metadata["std"], (), accelerator.device)
-    size = config.batch_size or eval_batch_size(accelerator.device, metadata["model"]["image_size"])
-    loader = build_loader(split, transform, options, batch_size=size, seed=None)
-    warn_of_other_data(split, config.split, changed)
+    warn_of_other_data(first.split, config.split, any(member.changed for member in members))
+    dataset, num_samples = dataset_title(first.data.dataset), len(first.split.labels)
+    model_names = " + ".join(member.model_name for member in members)
     rows = {
-        "data": f"{config.split} of {dataset_title(data.dataset)}: {len(split.labels):,} samples",
+        "data": f"{config.split} of {dataset}: {num_samples:,} samples",
         "device": console.device_summary(describe(accelerator)),
     }
-    console.settings(f"{model_name} of {path}", rows)
+    console.settings(f"{model_names} of {name_some(paths)}", rows)
 
     # Evaluation
-    temperature = metadata["temperature"]
     if config.calibrate:
-        temperature = calibrate(accelerator, model, loader)
+        first.metadata["temperature"] = calibrate(accelerator, first, config, options)
     for tta, output in outputs.items():
-        with closing(loader):
-            predictions = predict_all(accelerator, model, loader, tta, temperature)
-        title = f"{model_name} on {dataset_title(data.dataset)}"
-        report = {"split": config.split, **predictions.report()}
-        report |= {"best_epoch": metadata["best_epoch"], "selection_split": selection_split}
-        if temperature != 1:
-            report["temperature"] = temperature
+        predictions = Predictions.mean(
+            [predict_split(accelerator, member, config, options, tta) for member in members]
+        )
+        report = {"split": config.split, **predictions.report()} | origin(members)
+        title = f"{model_names} on {dataset}"
         if tta != "none":
             report["tta"] = tta
             title += f", averaged over each image and its mirror image (--tta {tta})"
         with raise_on_all_ranks(accelerator):
             if config.calibrate and tta == "none" and accelerator.is_main_process:
-                weights.write_temperature(path, temperature)
-            output.write_predictions(predictions.csv(split.files()), predictions.safetensors())
+                weights.write_temperature(first.path, first.metadata["temperature"])
+            output.write_predictions(
+                predictions.csv(first.split.files()), predictions.safetensors()
+            )
             output.write_report(report)  # last: if it exists, so do the predictions
         if tta == "none":
             console.class_table(report)
             console.confusion_matrix(report)
+        notes = [
+            selection_bias_note(config.split, None if m.changed else m.metadata["selection_split"])
+            for m in members
+        ]
         console.report(
             report,
             title=title,
-            files={"weights": str(path), "report": str(output.path)},
-            note=selection_bias_note(config.split, None if changed else selection_split),
+            files={"weights": ", ".join(paths), "report": str(output.path)},
+            note=next(filter(None, notes), ""),
         )
     accelerator.end_training()
 
 
-def calibrate(accelerator, model, loader):
-    """Return the temperature fitted on the loader's split, and print the metrics without it.
+@dataclass
+class Member:
+    """One of the models whose probabilities are averaged; usually there is only one."""
+
+    path: Path  # of the weights
+    metadata: dict[str, Any]  # of the weights
+    data: Any  # the `DataConfig` of the evaluation
+    is_named: bool  # whether the user named the dataset's code or directory
+    model: Any = None
+    split: Any = None  # the evaluated split, with the member's image size
+    changed: bool = False  # whether the split differs from the one in training
+
+    @property
+    def model_name(self) -> str:
+        """Return the name of the architecture."""
+        return self.metadata["model"]["name"]
+
+
+def check_weights(members, config):
+    """Raise `UserError` if weights cannot be evaluated together, or not with `config`."""
+    first, *others = members
+    for member in others:
+        if member.metadata["class_names"] != first.metadata["class_names"]:
+            raise UserError(
+                f"{first.path} and {member.path} were trained on different classes",
+                "Give runs with the same classes in the same order",
+            )
+        precisions = [m.metadata["precision"] for m in (first, member)]
+        if config.mixed_precision == "auto" and precisions[0] != precisions[1]:
+            raise UserError(
+                f"{first.path} and {member.path} were trained in the precisions "
+                f"{' and '.join(precisions)}",
+                "Choose one with --mixed-precision",
+            )
+    if config.calibrate and first.metadata["selection_split"] == "test":
+        raise UserError(
+            f"--calibrate needs a validation split, and {first.path} was trained without one",
+            "Train with --val-fraction 0.1",
+        )
+
+
+def load_members(members, config, options):
+    """Load the models and their splits, and return the fingerprint of the split.
+
+    Raise `UserError` if the splits of several models do not have the same samples.
+    """
+    import torch
+
+    from lab.checkpoint import weights
+    from lab.data import load_split, read_dataset
+    from lab.engine.evaluation import MAX_LOGITS_BYTES
+    from lab.engine.training import to_device
+
+    first, num_threads, loaded = members[0], torch.get_num_threads(), {}
+    for member in members:
+        model, data = weights.load_model(member.path, member.metadata), member.data
+        member.model = to_device(model, member.model_name, options.device)
+        if data not in loaded:
+            # Download and import only what the user names, never what the metadata name.
+            raw = read_dataset(data, download=member.is_named)
+            loaded[data] = (
+                raw,
+                *load_split(data, config.split, options.memory, num_threads, raw=raw),
+            )
+        raw, member.split, fingerprint = loaded[data]
+        member.changed = has_changed(member.metadata, data, config.split, raw, fingerprint)
+        if fingerprint != loaded[first.data][2]:
+            raise UserError(
+                f"the {config.split} splits of {first.path} and {member.path} have different "
+                "samples",
+                "Give runs with the same data and --split-seed, or a --dataset with --split all",
+            )
+    num_logits = len(first.split.labels) * len(first.metadata["class_names"])
+    if len(members) > 1 and 4 * num_logits > MAX_LOGITS_BYTES:
+        raise UserError(
+            "the mean needs the probabilities of all samples, and they take more than 200 MB",
+            "Evaluate fewer samples with --max-eval-samples",
+        )
+    return fingerprint
+
+
+def predict_split(accelerator, member, config, options, tta="none"):
+    """Return the predictions of a member for its split."""
+    from lab.data.loaders import build_loader, eval_batch_size
+    from lab.data.transforms import BatchTransform
+    from lab.engine.evaluation import predict_all
+
+    metadata, device = member.metadata, accelerator.device
+    transform = BatchTransform(metadata["mean"], metadata["std"], (), device)
+    size = config.batch_size or eval_batch_size(device, metadata["model"]["image_size"])
+    loader = build_loader(member.split, transform, options, batch_size=size, seed=None)
+    with closing(loader):
+        return predict_all(accelerator, member.model, loader, tta, metadata["temperature"])
+
+
+def calibrate(accelerator, member, config, options):
+    """Return the temperature fitted on the member's split, and print the metrics without it.
 
     All processes have all logits, so all fit the same temperature.
     """
     from lab.engine.calibration import fit_temperature
-    from lab.engine.evaluation import predict_all
 
-    with closing(loader):
-        uncalibrated = predict_all(accelerator, model, loader)
+    member.metadata["temperature"] = 1.0
+    uncalibrated = predict_split(accelerator, member, config, options)
     temperature = fit_temperature(uncalibrated.logits, uncalibrated.labels)
     before = uncalibrated.report()
     console.info(
@@ -142,6 +232,18 @@ def calibrate(accelerator, model, loader):
         f"calibration error {before['calibration_error']:.4f}"
     )
     return temperature
+
+
+def origin(members):
+    """Return the entries of a report that say which weights were evaluated."""
+    first, *others = (member.metadata for member in members)
+    splits = {member.metadata["selection_split"] for member in members}
+    entries = {"selection_split": "test" if "test" in splits else "validation"}
+    if others:
+        return {"weights": [str(member.path) for member in members]} | entries
+    if first["temperature"] != 1:
+        entries["temperature"] = first["temperature"]
+    return {"best_epoch": first["best_epoch"]} | entries
 
 
 def has_changed(metadata, data, split_name, raw, fingerprint):

@@ -113,15 +113,28 @@ def read_config(path: Path) -> dict[str, Any]:
     Of a run's config.json, what describes or names the run is left out. Raises `UserError` for a
     file that cannot be read, an unknown key or a value of the wrong type.
     """
+    hint = "Give a YAML file, or the config.json of a run"
+    content = read_settings(path, f"--config {path}", hint)
+    if path.suffix == ".json" and "versions" in content:
+        names = TrainConfig.__dataclass_fields__.keys() - RUN_SETTINGS
+        content = {name: value for name, value in content.items() if name in names}
+    settings = {name: typed_setting(name, value, path) for name, value in content.items()}
+    if settings.get("data_dir") == TrainConfig.data_dir:
+        del settings["data_dir"]  # datasets that are not downloaded accept none, but a run has one
+    return settings
+
+
+def read_settings(path: Path, name: str, hint: str) -> dict[Any, Any]:
+    """Return the content of a YAML or JSON file of settings.
+
+    If the file cannot be read, the `UserError` has its `name` in the command and the `hint`.
+    """
     is_json = path.suffix == ".json"
     try:
         text = path.read_text(encoding="utf-8")
         content = json.loads(text) if is_json else yaml.safe_load(text)
     except OSError as error:
-        raise UserError(
-            f"cannot read --config {path} ({error.strerror})",
-            "Give a YAML file, or the config.json of a run",
-        ) from None
+        raise UserError(f"cannot read {name} ({error.strerror})", hint) from None
     except (ValueError, RecursionError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         kind = "JSON" if is_json else "YAML"
@@ -130,18 +143,7 @@ def read_config(path: Path) -> dict[str, Any]:
         content = {}
     if not isinstance(content, dict):
         raise UserError(f"{path} is not a list of settings", "Write one `name: value` per line")
-    if is_json and "versions" in content:
-        names = TrainConfig.__dataclass_fields__.keys() - RUN_SETTINGS
-        content = {name: value for name, value in content.items() if name in names}
-    settings, kinds = {}, _kinds(TrainConfig)
-    for name, value in content.items():
-        if name not in TrainConfig.__dataclass_fields__:
-            hint = suggestion(str(name), TrainConfig.__dataclass_fields__)
-            raise UserError(f"unknown setting {name} in {path}", hint)
-        settings[name] = _typed(name, kinds[name], value, path)
-    if settings.get("data_dir") == TrainConfig.data_dir:
-        del settings["data_dir"]  # datasets that are not downloaded accept none, but a run has one
-    return settings
+    return content
 
 
 def print_config(config: TrainConfig) -> typing.NoReturn:
@@ -156,11 +158,18 @@ def print_config(config: TrainConfig) -> typing.NoReturn:
     raise SystemExit(0)
 
 
-def _typed(name: str, kind: type, value: object, path: Path) -> Any:
-    """Return a value of a settings file as the type of its field. Raise `UserError`."""
+def typed_setting(name: Any, value: object, path: Path) -> Any:
+    """Return a value of a settings file as the type of the setting.
+
+    Raises `UserError` if there is no setting of that name, or the value has another type.
+    """
+    if name not in TrainConfig.__dataclass_fields__:
+        hint = suggestion(str(name), TrainConfig.__dataclass_fields__)
+        raise UserError(f"unknown setting {name} in {path}", hint)
     choices = TrainConfig.__dataclass_fields__[name].metadata.get("choices", ())
     if value is False and "no" in choices:
         return "no"  # YAML reads an unquoted no as false
+    kind = _kinds(TrainConfig)[name]
     if kind is float and isinstance(value, int | str) and not isinstance(value, bool):
         try:
             return float(value)  # YAML reads 1e-3, which has no decimal point, as a text

@@ -206,6 +206,11 @@ class TrainConfig:
     split_seed: int = option(0, TASK,
         "seed of the held-out fractions; independent of --seed",
         low=0, high=2**31 - 1)
+    folds: int = option(0, TASK,
+        "number of parts of the training images for cross-validation, of which each is the test "
+        "split of one run (see cross_validate.py); 0: no cross-validation", low=0, metavar="K")
+    fold: int = option(0, TASK,
+        "number of the part, from 1 to K, that is the test split of this run", low=0, metavar="I")
     max_train_samples: int = option(0, TASK,
         "maximum number of training samples; 0: all", low=0, metavar="N", from_recipe=True)
     max_eval_samples: int = option(0, TASK,
@@ -364,6 +369,12 @@ class TrainConfig:
                 f"--warmup-epochs {self.warmup_epochs:g} is not less than --epochs {self.epochs}",
                 "Give fewer warmup epochs, or the learning rate never reaches --lr",
             )
+        if self.folds == 1 or not min(self.folds, 1) <= self.fold <= self.folds:
+            raise UserError(
+                f"--folds {self.folds} and --fold {self.fold} do not select a fold",
+                "Give at least 2 folds and the number of one of them, or train all of them with "
+                "cross_validate.py",
+            )
         if self.class_weights != "none" and self.balanced_sampling:
             raise UserError(
                 "--class-weights and --balanced-sampling both compensate for unbalanced classes, "
@@ -431,7 +442,9 @@ class EvalConfig:
     """The settings of an evaluation. None: as in training, which the weights' metadata tell."""
 
     # fmt: off
-    weights: str = TRAINED_WEIGHTS()
+    weights: tuple[str, ...] = option((), WEIGHTS,
+        "directory of a run, or its .safetensors file; of several runs, the mean of their "
+        "probabilities is evaluated", positional=True, nargs="+")
     split: str = option("test", WEIGHTS,
         "split to evaluate; all: every sample of the dataset",
         choices=("test", "val", "train", "all"))
@@ -465,7 +478,8 @@ class EvalConfig:
     timeout_seconds: int = TIMEOUT()
     output: str = option("", REPORT,
         "directory of report.json and the predictions; default: evaluate-SPLIT beside the "
-        "weights, or evaluate-SPLIT-N with --max-eval-samples N",
+        "weights, or evaluate-SPLIT-N with --max-eval-samples N; for several runs: ensemble-SPLIT "
+        "in the working directory",
         metavar="DIR")
     quiet: bool = QUIET(group=REPORT)
     debug: bool = DEBUG(group=REPORT)
@@ -473,12 +487,15 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        check_output(self.weights, self.output)
-        if self.calibrate and is_on_hub(self.weights):
-            raise UserError(
-                f"--calibrate changes the weights, and {self.weights} is on the Hub",
-                "Give the run's directory, and upload it again",
-            )
+        for weights in self.weights:
+            check_output(weights, self.output or ("ensemble" if len(self.weights) > 1 else ""))
+            if self.calibrate and is_on_hub(weights):
+                raise UserError(
+                    f"--calibrate changes the weights, and {weights} is on the Hub",
+                    "Give the run's directory, and upload it again",
+                )
+        if self.calibrate and len(self.weights) > 1:
+            raise UserError("--calibrate fits the temperature of one run", "Give a single run")
         if self.calibrate and self.split in ("train", "all"):
             raise UserError(
                 f"--calibrate fits on the validation split, not on --split {self.split}",

@@ -125,6 +125,8 @@ class DataConfig:
     # The version of the data: the commit of a Hugging Face dataset, or the SHA-256 of the file of
     # FILE.py:FUNCTION.
     revision: str = ""
+    folds: int = 0
+    fold: int = 0
 
     @classmethod
     def of(cls, settings: Any) -> DataConfig:
@@ -146,7 +148,9 @@ class Splits:
     mean: Numbers
     std: Numbers
     selection_split: str  # "validation" or "test"
-    fingerprints: dict[str, str]  # of "train", "test" and, if it is a split of its own, "val"
+    # Of "train", "test" and, if it is a split of its own, "val"; with --folds, "folds" is that of
+    # all images that are divided.
+    fingerprints: dict[str, str]
     revision: str = ""  # see `DataConfig`
 
     def class_counts(self) -> dict[str, list[int]]:
@@ -250,6 +254,8 @@ def load_splits(
     selection_split = "validation" if "val" in sized else "test"
     val = sized.get("val", sized["test"])
     fingerprints = {name: fingerprint(split) for name, split in splits.items()}
+    if config.folds:
+        fingerprints["folds"] = fingerprint(raw.train)
     return Splits(
         sized["train"], val, sized["test"], mean, std, selection_split, fingerprints, raw.revision
     )
@@ -317,7 +323,7 @@ def _split(raw: RawSplits, config: DataConfig, whole: bool = False) -> dict[str,
 
     With `whole`, return one split "all" of all samples.
     """
-    from lab.data.splits import stratified_split, subsample
+    from lab.data.splits import stratified_fold, stratified_split, subsample
     from lab.data.types import join
 
     seed = config.split_seed
@@ -325,11 +331,13 @@ def _split(raw: RawSplits, config: DataConfig, whole: bool = False) -> dict[str,
         return {"all": subsample(join([*raw.named().values()]), config.max_eval_samples, seed)}
     train, val, test = raw.train, raw.val, raw.test
     same = None
-    if train.paths is not None and (test is None or val is None):
+    if train.paths is not None and (config.folds or test is None or val is None):
         from lab.data.checks import identical_files, originals  # imports torchvision
 
         same = originals(raw, identical_files(raw))
-    if test is None:
+    if config.folds:  # the test split that a dataset comes with is not used
+        train, test = stratified_fold(train, config.folds, config.fold, seed, same)
+    elif test is None:
         train, test = stratified_split(train, config.test_fraction, seed, same)
     if val is None and config.val_fraction > 0 and len(train.labels):
         train, val = stratified_split(train, config.val_fraction, seed, same)

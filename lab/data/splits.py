@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lab.data.transforms import SampleTransform, square
 from lab.data.types import Images, LazyImages, Split
-from lab.errors import name_some
+from lab.errors import UserError, name_some
 
 MIN_CLASS_SIZE = 10  # training images of a class, below which a warning is printed
 MAX_IMBALANCE = 10  # the largest class divided by the smallest, above which a warning is printed
@@ -38,19 +38,66 @@ def stratified_split(
     same content: the samples are split as if only the first of these existed, and the others follow
     it, so that adding a copy moves no other sample.
     """
-    num_samples = len(split.labels)
-    first = torch.arange(num_samples)  # the position of the first sample with the same content
-    if originals and split.paths is not None:
-        seen: dict[str, int] = {}
-        names = (originals.get(path, path) for path in split.paths)
-        first = torch.tensor([seen.setdefault(name, i) for i, name in enumerate(names)])
+    first = _first_copies(split, originals)
     distinct = first.unique()
     labels = split.labels[distinct]
     sizes = torch.bincount(labels)
     counts = _shares(sizes, max(1, round(len(distinct) * fraction)))
     counts = torch.minimum(counts.clamp(min=1), sizes - 1).clamp(min=0)
-    in_part = torch.zeros(num_samples, dtype=torch.bool)
-    in_part[distinct[_sample(labels, sizes, counts, seed)]] = True
+    return _divide(split, first, distinct[_sample(labels, sizes, counts, seed)])
+
+
+def stratified_fold(
+    split: Split,
+    num_folds: int,
+    fold: int,
+    seed: int,
+    originals: Mapping[str, str] | None = None,
+) -> tuple[Split, Split]:
+    """Return a split in two, (rest, part): `part` is number `fold`, from 1, of `num_folds` parts.
+
+    Each sample is in one part. The samples of each class are dealt out in random order, so that the
+    sizes of two parts, and their numbers of samples of a class, differ by at most one. Both results
+    keep the order. `originals` as in `stratified_split`. Raises `UserError` if a class has only one
+    sample, which could not be trained and tested, or if there are fewer samples than parts.
+    """
+    first = _first_copies(split, originals)
+    distinct = first.unique()
+    labels = split.labels[distinct]
+    sizes = torch.bincount(labels, minlength=len(split.class_names))
+    if single := [split.class_names[k] for k in (sizes == 1).nonzero().flatten().tolist()]:
+        raise UserError(
+            f"cross-validation needs two different images of each class, and there is only one of "
+            f"{name_some(single)}",
+            "Add images of it, or remove the class",
+        )
+    if len(distinct) < num_folds:
+        raise UserError(
+            f"{len(distinct)} images cannot be divided into {num_folds} parts", "Give fewer --folds"
+        )
+    random = np.random.RandomState(seed)
+    order = torch.cat(
+        [
+            members[random_choice(len(members), len(members), random)]
+            for members in labels.argsort(stable=True).split(sizes.tolist())
+        ]
+    )
+    return _divide(split, first, distinct[order[fold - 1 :: num_folds]])
+
+
+def _first_copies(split: Split, originals: Mapping[str, str] | None) -> Tensor:
+    """Return the position of the first sample with the content of each sample, int64 [N]."""
+    if not originals or split.paths is None:
+        return torch.arange(len(split.labels))
+    seen: dict[str, int] = {}
+    names = (originals.get(path, path) for path in split.paths)
+    return torch.tensor([seen.setdefault(name, i) for i, name in enumerate(names)])
+
+
+def _divide(split: Split, first: Tensor, chosen: Tensor) -> tuple[Split, Split]:
+    """Return the split without and with the samples whose first copies are `chosen`."""
+    in_part = torch.zeros(len(split.labels), dtype=torch.bool)
+    in_part[chosen] = True
     in_part = in_part[first]
     return split.select((~in_part).nonzero().flatten()), split.select(in_part.nonzero().flatten())
 

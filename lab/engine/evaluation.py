@@ -47,6 +47,29 @@ class Predictions:
     logits: Tensor | None  # float32 [N, K]; None if they take more than MAX_LOGITS_BYTES
     class_names: tuple[str, ...]
 
+    @classmethod
+    def of(cls, logits: Tensor, labels: Tensor, class_names: tuple[str, ...]) -> "Predictions":
+        """Return the predictions by logits float32 [N, K] for samples with labels int64 [N]."""
+        predictions, confidence, losses, ranks = _columns(logits, labels)
+        return cls(
+            labels, predictions, confidence.double(), losses.double(), ranks, logits, class_names
+        )
+
+    @classmethod
+    def mean(cls, members: Sequence["Predictions"]) -> "Predictions":
+        """Return the predictions by the mean probabilities of several models (an ensemble).
+
+        All `members` have logits and the same samples and classes. The softmax of the result's
+        logits is the mean.
+        """
+        first, *others = members
+        if not others:
+            return first
+        logits = _log_probabilities(first)
+        for member in others:
+            logits = torch.logaddexp(logits, _log_probabilities(member))
+        return cls.of(logits, first.labels, first.class_names)
+
     def csv(self, files: Sequence[str] | None = None) -> bytes:
         """Return a CSV file with one row for each sample: index, label, prediction, confidence
         and class names, and the sample's file if `files` [N] is given.
@@ -93,6 +116,22 @@ class Predictions:
         return metrics
 
 
+def _log_probabilities(predictions: Predictions) -> Tensor:
+    assert predictions.logits is not None
+    return predictions.logits.log_softmax(1)
+
+
+def _columns(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the columns predictions, confidence, losses and ranks of `Predictions`, each [n].
+
+    Logits are float32 [n, K], labels int64 [n].
+    """
+    losses = F.cross_entropy(logits, labels, reduction="none")
+    confidence, predictions = logits.softmax(1).max(1)
+    ranks = (logits > logits.gather(1, labels[:, None])).sum(1)
+    return predictions, confidence, losses, ranks
+
+
 @torch.no_grad()
 def predict_all(
     accelerator: Accelerator,
@@ -124,17 +163,8 @@ def predict_all(
     with accelerator.autocast(), no_cudnn_benchmark():
         for batch in loader.batches():
             logits = predict_logits(model, batch.images, tta) / temperature
-            losses = F.cross_entropy(logits, batch.labels, reduction="none")
-            confidence, predictions = logits.softmax(1).max(1)
-            ranks = (logits > logits.gather(1, batch.labels[:, None])).sum(1)
-            columns = (
-                torch.ones_like(losses),
-                batch.labels,
-                predictions,
-                confidence,
-                losses,
-                ranks,
-            )
+            predicted = _columns(logits, batch.labels)
+            columns = (torch.ones_like(batch.labels), batch.labels, *predicted)
             table.index_add_(1, batch.indices, torch.stack([c.float() for c in columns]))
             if all_logits is not None:
                 all_logits.index_add_(0, batch.indices, logits)

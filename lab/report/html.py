@@ -41,7 +41,7 @@ def write(path: Path) -> Path:
     Raise `UserError` if the run is damaged or the page cannot be written.
     """
     run = read_run(path)
-    _write_page(path / PAGE, "report.html", _run_context(run))
+    write_page(path / PAGE, "report.html", _run_context(run))
     return path / PAGE
 
 
@@ -59,14 +59,15 @@ def write_check(path: Path, directory: str, found: DataCheck) -> None:
         ],
         "max_listed": MAX_LISTED,
     }
-    _write_page(path, "check.html", context)
+    write_page(path, "check.html", context)
 
 
 def _names(run: RunResult) -> list[str]:
     return [name or "(no name)" for name in run.report["class_names"]]
 
 
-def _write_page(path: Path, template: str, context: dict[str, Any]) -> None:
+def write_page(path: Path, template: str, context: dict[str, Any]) -> None:
+    """Write the page that a template gives with these variables."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     # Class names and paths may come from strangers: all values are escaped.
@@ -95,9 +96,9 @@ def _run_context(run: RunResult) -> dict[str, Any]:
         "bias_note": selection_bias_note("test", report["selection_split"]),
         "history": run.history,
         "time": console.duration(run.seconds),
-        "curves": _data_uri(plots.png(lambda: plots.curves(run)), "png"),
+        "curves": data_uri(plots.png(lambda: plots.curves(run)), "png"),
         "calibration": (
-            _data_uri(plots.png(lambda: plots.calibration(run)), "png")
+            data_uri(plots.png(lambda: plots.calibration(run)), "png")
             if run.predictions is not None
             else None
         ),
@@ -181,10 +182,11 @@ def _thumbnail(image: np.ndarray) -> str:
     thumbnail = Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0))
     if max(thumbnail.size) <= MAX_PNG_SIDE:
         thumbnail.save(file, "PNG")
-        return _data_uri(file.getvalue(), "png")
+        return data_uri(file.getvalue(), "png")
     thumbnail.save(file, "JPEG", quality=90)
-    return _data_uri(file.getvalue(), "jpeg")
+    return data_uri(file.getvalue(), "jpeg")
 
 
-def _data_uri(content: bytes, kind: str) -> str:
+def data_uri(content: bytes, kind: str) -> str:
+    """Return the URI of an image that is embedded in the page."""
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"

@@ -37,6 +37,7 @@ OWNERS = {
     "captum": ("lab.report.explain",),
     "datasets": ("lab.data.hugging_face",),
     "pyarrow": ("lab.data.hugging_face",),
+    "optuna": ("sweep",),
 }
 NO_ACCELERATE = ("lab.data", "lab.models", "lab.engine.metrics")
 

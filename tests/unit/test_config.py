@@ -32,6 +32,7 @@ OTHER = {
     "dataset": "digits",
     "val_fraction": 0.2,
     "test_fraction": 0.3,
+    "folds": 5,
     "momentum": 0.5,
     "label_smoothing": 0.1,
     "ema_decay": 0.9,
@@ -43,6 +44,8 @@ REQUIRED = {  # settings that others need
     "overwrite": {"name": "run"},
     "freeze": {"pretrained": True},
     "linear_probe": {"pretrained": True},
+    "folds": {"fold": 1},
+    "fold": {"folds": 5},
 }
 
 

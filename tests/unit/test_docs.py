@@ -78,6 +78,8 @@ def parse(script: str, words: list[str], monkeypatch) -> object:
         with pytest.raises(Parsed) as caught:
             module.main(words)
     config, values = caught.value.args
+    if script == "cross_validate.py":
+        values = {"folds": 5, "fold": 1} | values
     return recipes.resolve(values) if config is TrainConfig else config(**values)
 
 
@@ -95,7 +97,9 @@ def make_run(tmp_path_factory, finished):
             for i in range(20):
                 make_picture(Path(name) / ("cat", "dog")[i % 2] / f"{i}.jpg")
         make_picture(Path("IMAGE.jpg"))
-        Path("settings.yaml").write_text("model: lenet5\n")
+        Path("sweeps/lenet5").mkdir(parents=True)
+        for name in ("settings.yaml", "sweeps/lenet5/trial-7.yaml"):
+            Path(name).write_text("model: lenet5\n")
         words = ["--dataset", "IMAGES", *CHEAP["train.py"]]
         assert train.main([*words, "--name", "mine"]).exit_code == 0
         shutil.copy("runs/mine/best.safetensors", "best.safetensors")
@@ -231,7 +235,7 @@ def test_links_and_files_exist(page):
 FILE = r"[\w/.*-]+\.(py|md|yaml|sbatch|json|txt|svg)|(lab|docs)/[\w/.*-]+"
 OF_THE_READER = {"tiny.py", "my_data.py", "lab/models/tiny.py", "lab/data/tensors.py"}
 WRITTEN = {"config.json", "report.json", "state.json", "history.jsonl", "log.txt",
-           "lab.json", "comparison.md"}  # fmt: skip
+           "lab.json", "comparison.md", "trial-N.yaml"}  # fmt: skip
 
 
 def test_the_tree_of_the_readme_is_complete():

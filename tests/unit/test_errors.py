@@ -125,7 +125,7 @@ def test_p7_train_refuses(fails, tmp_path, words, message):
         (PredictConfig, "--quiet RUN X --csv f Y", {"images": ["X", "Y"], "csv": "f"}),
         (PredictConfig, "RUN --top-k 1 -", {"images": ["-"]}),
         (CompareConfig, "A --output o B", {"runs": ["A", "B"], "output": "o"}),
-        (EvalConfig, "--split val RUN --quiet", {"weights": "RUN", "split": "val", "quiet": True}),
+        (EvalConfig, "A --split val B --quiet", {"weights": ["A", "B"], "split": "val"}),
         (ExportConfig, "--softmax RUN --format onnx", {"weights": "RUN", "softmax": True}),
     ],
 )

@@ -233,4 +233,5 @@ def test_a_subset_of_a_split_has_a_directory_of_its_own():
              ("test", 0): "test-all", ("train", 100): "train-100", ("train", 320): "train",
              ("all", 0): "all", ("all", 100): "all-100"}  # fmt: skip
     for (split, limit), name in parts.items():
-        assert EvalConfig(weights="w", split=split, max_eval_samples=limit).part(trained) == name
+        config = EvalConfig(weights=("w",), split=split, max_eval_samples=limit)
+        assert config.part(trained) == name

@@ -1,0 +1,56 @@
+"""Cross-validation: train one run for each fold, so that every image is tested once.
+
+  python cross_validate.py --dataset IMAGES --folds 5 --name mine
+  python cross_validate.py --dataset digits --model lenet5
+  accelerate launch --config_file accelerate_configs/multi_gpu.yaml cross_validate.py --folds 5
+
+The options are those of train.py; --folds is 5 by default. The training images are divided into
+folds by class, and files with the same content are in the same fold. Run NAME/fold-I is tested on
+fold I and trained on the others, of which --val-fraction is held out to select the best epoch. The
+test split of a dataset that has one is not used.
+
+The script prints the mean and the standard deviation of accuracy and macro-F1 over the folds. It
+writes the report, the confusion matrix and other plots of the predictions of all folds to NAME/.
+After an interruption the same command continues: finished folds are not trained again.
+"""
+
+import sys
+from pathlib import Path
+
+import train
+from lab.config.cli import parse_arguments
+from lab.config.recipes import resolve
+from lab.config.schema import TrainConfig, flag
+from lab.errors import UserError, run_script
+
+# These options would apply to one run, or are set here.
+NOT_ACCEPTED = ("fold", "resume", "overwrite", "push_to_hub", "print_config")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Cross-validate with the arguments `argv`; return the exit code. Raises `UserError`."""
+    argv = sys.argv[1:] if argv is None else argv
+    overrides = parse_arguments(TrainConfig, argv, prog="cross_validate.py", description=__doc__)
+    for name in NOT_ACCEPTED:
+        if name in overrides:
+            raise UserError(f"{flag(name)} is not an option of cross_validate.py", "Leave it out")
+    num_folds = overrides.get("folds") or 5
+    config = resolve(overrides | {"folds": num_folds, "fold": 1})
+    default = f"{config.model_title}-{config.dataset_title}-{num_folds}-folds".replace(":", "-")
+    directory = Path(config.output_dir) / (config.name or default)
+    words = [*argv, "--folds", str(num_folds), "--output-dir", str(directory), "--resume", "auto"]
+    runs = []
+    for fold in range(1, num_folds + 1):
+        run = train.main([*words, "--fold", str(fold), "--name", f"fold-{fold}"])
+        if run.exit_code:
+            return run.exit_code
+        runs.append(run)
+    if runs[0].is_main_process:
+        from lab.report.cross_validation import write_results  # imports PyTorch
+
+        write_results(directory, [run.path for run in runs])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))

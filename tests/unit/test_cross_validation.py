@@ -1,0 +1,219 @@
+"""cross_validate.py: folds that divide the images, resumed runs, results of all folds."""
+
+import csv
+import itertools
+import json
+import shutil
+import statistics
+from pathlib import Path
+
+import pytest
+import torch
+from mistakes import make_picture
+from resuming import cut_off
+from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
+from worlds import run_world
+
+import cross_validate
+import evaluate
+import train
+from lab.data import DataConfig, _split, read_dataset
+
+RESULTS = ("report.json", "predictions.csv", "predictions.safetensors")
+
+
+def make_images(folder: Path) -> None:
+    """Write 11 images of one class and 7 of another, and copies of three."""
+    for i in range(18):
+        make_picture(folder / ("cat" if i < 11 else "dog") / f"{i:02}.png")
+    for i, name in ((0, "a"), (0, "zz"), (3, "b")):
+        shutil.copy(folder / "cat" / f"{i:02}.png", folder / "cat" / f"{name}.png")
+    shutil.copy(folder / "dog" / "15.png", folder / "dog" / "c.png")
+
+
+def splits(dataset, num_folds, fold, seed=0, **settings):
+    data = DataConfig(str(dataset), "data", 32, 0.2, 0.2, seed, 0, 0, **settings)
+    data = DataConfig(**vars(data) | {"folds": num_folds, "fold": fold})
+    return _split(read_dataset(data), data)
+
+
+@pytest.mark.parametrize("num_folds", [2, 3, 7])
+def test_p6_folds_divide_the_images_and_keep_copies_together(tmp_path, num_folds):
+    make_images(tmp_path / "data")
+    tested, sizes, counts = [], [], []
+    for fold in range(1, num_folds + 1):
+        parts = splits(tmp_path / "data", num_folds, fold)
+        files = {name: parts[name].files() for name in ("train", "val", "test")}
+        assert sorted(itertools.chain(*files.values())) == sorted(
+            str(p.relative_to(tmp_path / "data")) for p in tmp_path.glob("data/*/*.png")
+        )
+        contents = [
+            {(tmp_path / "data" / file).read_bytes() for file in names} for names in files.values()
+        ]
+        for i, j in ((0, 1), (0, 2), (1, 2)):
+            assert not contents[i] & contents[j]
+        assert not parts["train"].missing_classes()
+        tested += files["test"]
+        distinct = {file for file in files["test"] if file[4:6].isdigit()}  # without the copies
+        sizes.append(len(contents[2]))
+        counts.append(sum(file.startswith("cat/") for file in distinct))
+    assert len(tested) == len(set(tested)) == 22
+    assert max(sizes) - min(sizes) <= 1
+    assert sum(sizes) == 18
+    assert max(counts) - min(counts) <= 1
+
+
+def test_p6_folds_of_a_named_dataset_divide_it():
+    parts = [splits("digits", 5, fold) for fold in range(1, 6)]
+    assert sorted(len(part["test"].labels) for part in parts) == [359, 359, 359, 360, 360]
+    for part in parts:
+        assert sum(len(split.labels) for split in part.values()) == 1797
+    classes = torch.stack([part["test"].labels.bincount() for part in parts])
+    assert (classes.max(0).values - classes.min(0).values).max() == 1
+    other = splits("digits", 5, 1, seed=1)["test"]
+    assert not torch.equal(other.images, parts[0]["test"].images)
+
+
+def test_p6_a_test_split_of_the_dataset_is_not_used(tmp_path):
+    """Its validation split selects the best epoch of every fold."""
+    for split in ("train", "val", "test"):
+        for i in range(8):
+            make_picture(tmp_path / split / ("cat", "dog")[i % 2] / f"{i}.png")
+    for name in ("x", "y", "z"):
+        shutil.copy(tmp_path / "train/cat/0.png", tmp_path / f"train/cat/{name}.png")
+    for fold in (1, 2, 3):
+        parts = {name: part.files() for name, part in splits(tmp_path, 3, fold).items()}
+        assert len(parts["val"]) == 8
+        assert len(parts["train"]) + len(parts["test"]) == 11
+        assert all(file.startswith("train/") for file in parts["train"] + parts["test"])
+        copies = {f"train/cat/{name}.png" for name in "0xyz"}
+        assert len(copies & {*parts["test"]}) in (0, 4)
+
+
+WORDS = ["--dataset", "data", "--model", "lenet5", "--recipe", "smoke", "--max-steps", "0",
+         "--epochs", "3", "--val-fraction", "0.2", "--batch-size", "4", "--threads", "1",
+         "--workers", "0", "--quiet"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def validated(tmp_path_factory):
+    """Return the directory of a cross-validation of 3 folds; its parent has the dataset."""
+    folder = tmp_path_factory.mktemp("folds")
+    make_images(folder / "data")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert cross_validate.main([*WORDS, "--folds", "3", "--name", "three"]) == 0
+    return folder / "runs" / "three"
+
+
+def read_rows(path):
+    with open(path / "predictions.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_p1_the_pooled_report_counts_each_image_once(validated):
+    folds = [validated / f"fold-{i}" for i in (1, 2, 3)]
+    rows = read_rows(validated)
+    assert sorted(row["file"] for row in rows) == sorted(
+        str(path.relative_to(validated.parents[1] / "data"))
+        for path in validated.parents[1].glob("data/*/*.png")
+    )
+    assert [(row["file"], row["prediction"]) for row in rows] == [
+        (row["file"], row["prediction"]) for fold in folds for row in read_rows(fold)
+    ]
+    report = json.loads((validated / "report.json").read_text())
+    labels, predictions = (
+        [row[name] for row in rows] for name in ("label_name", "prediction_name")
+    )
+    assert report["confusion_matrix"] == confusion_matrix(labels, predictions).tolist()
+    assert report["num_samples"] == 22
+    assert report["accuracy"] == pytest.approx(accuracy_score(labels, predictions), abs=1e-9)
+    macro = f1_score(labels, predictions, average="macro", zero_division=0)
+    assert report["macro_f1"] == pytest.approx(macro, abs=1e-9)
+    reports = [json.loads((fold / "report.json").read_text()) for fold in folds]
+    losses = [r["loss"] * r["num_samples"] for r in reports]
+    assert report["loss"] == pytest.approx(sum(losses) / 22, rel=1e-5)
+    for name in ("accuracy", "macro_f1"):
+        values = [r[name] for r in reports]
+        assert report[f"{name}_mean"] == pytest.approx(statistics.mean(values), abs=1e-12)
+        assert report[f"{name}_std"] == pytest.approx(statistics.stdev(values), abs=1e-12)
+        assert [fold[name] for fold in report["folds"]] == values
+
+
+def test_p5_the_weights_of_a_fold_describe_its_test_split(validated, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(validated.parents[1])
+    evaluate.main(["runs/three/fold-2", "--output", f"{tmp_path}/e", "--quiet", "--threads", "1"])
+    for name in RESULTS[1:]:
+        expected = (validated / "fold-2" / name).read_bytes()
+        assert (tmp_path / "e" / name).read_bytes() == expected
+    assert "has changed" not in capsys.readouterr().err
+
+
+def test_p3_finished_folds_are_not_trained_again(validated, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(validated.parents[1] / "data", "data")
+    words, original = [*WORDS, "--folds", "3", "--name", "three"], train.main
+
+    def main(argv):  # the second fold is killed
+        if "fold-2" not in argv:
+            return original(argv)
+        cut_off(monkeypatch, 7, lambda: original(argv))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "main", main)
+        with pytest.raises(KeyboardInterrupt):
+            cross_validate.main(words)
+    runs = Path("runs/three")
+    assert not (runs / "fold-3").exists()
+    assert not (runs / "report.json").exists()
+    before = (runs / "fold-1" / "history.jsonl").read_bytes()  # contains durations
+    assert cross_validate.main(words) == 0
+    assert (runs / "fold-1" / "history.jsonl").read_bytes() == before
+    for name in RESULTS:
+        assert (runs / name).read_bytes() == (validated / name).read_bytes()
+
+
+def test_p1_two_processes_cross_validate(validated, tmp_path):
+    dataset = ("--dataset", validated.parents[1] / "data", "--output-dir", tmp_path)
+    words = ("cross_validate.py", *WORDS, *dataset, "--folds", 2, "--name", "two")
+    ended = run_world(2, *words, limit=300)
+    assert [world.code for world in ended] == [0, 0], ended[0].stderr
+    assert [world.stdout.count("standard deviation") for world in ended] == [1, 0]
+    assert json.loads((tmp_path / "two" / "report.json").read_text())["num_samples"] == 22
+    assert len({row["file"] for row in read_rows(tmp_path / "two")}) == 22
+
+
+def test_p7_mistakes_are_one_line(fails, tmp_path, validated):
+    words = ("--dataset", "data", "--model", "lenet5", "--no-pretrained")
+    assert fails(cross_validate, *words, "--fold", 2) == (
+        "--fold is not an option of cross_validate.py. Leave it out."
+    )
+    assert "do not select a fold" in fails(cross_validate, *words, "--folds", 1)
+    for options in (("--folds", 5), ("--fold", 2), ("--folds", 5, "--fold", 6)):
+        assert "do not select a fold. Give at least 2 folds" in fails(train, *words, *options)
+    make_picture(tmp_path / "data/cat/0.png")
+    for i in range(5):
+        make_picture(tmp_path / f"data/dog/{i}.png")
+    words = (*words, "--name", "x", "--threads", 1, "--quiet")
+    assert fails(cross_validate, *words) == (
+        "cross-validation needs two different images of each class, and there is only one of cat. "
+        "Add images of it, or remove the class."
+    )
+    make_picture(tmp_path / "data/cat/1.png")
+    assert fails(cross_validate, *words, "--folds", 9) == (
+        "7 images cannot be divided into 9 parts. Give fewer --folds."
+    )
+
+
+def test_p7_other_settings_or_data_do_not_continue_it(validated, monkeypatch, tmp_path):
+    shutil.copytree(validated.parents[1], tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "copy")
+    words = [*WORDS, "--folds", "3", "--name", "three"]
+    with pytest.raises(ValueError, match=r"--lr 0\.5 differs from the run's, which is 0\.002"):
+        cross_validate.main([*words, "--lr", "0.5"])
+    shutil.rmtree("runs/three/fold-3")
+    for i in range(30, 36):
+        make_picture(Path(f"data/dog/{i}.png"))
+    with pytest.raises(ValueError, match="the images have changed between the training of runs/th"):
+        cross_validate.main(words)
