@@ -333,7 +333,7 @@ def scale() -> str:
     sizes = [*results["dataset"]]
     rows = []
     for part in ("dataset", "orders", "results"):
-        for name in results[part][sizes[0]]:
+        for name in results.get(part, {}).get(sizes[0], {}):
             steps = [results[part].get(size, {}).get(name) for size in sizes]
             if name != "bytes":
                 rows.append([name, *(cost(step) for step in steps)])
