@@ -345,8 +345,10 @@ def cost(step: dict[str, Any] | None) -> str:
     """Return the cost of a step of scale.py."""
     if step is None:
         return "-"
-    memory = step.get("worker_mb", step["peak_mb"])
-    return f"{step['cpu_seconds']:#.2g} s, {memory:,} MB"
+    if "worker_mb" in step:
+        return f"{step['worker_mb']:,} MB"
+    seconds = step["cpu_seconds"]
+    return f"{seconds:{',.0f' if seconds >= 10 else '.2g'}} s, {step['peak_mb']:,} MB"
 
 
 TABLES: dict[str, Callable[[], str]] = {
