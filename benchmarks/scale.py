@@ -1,13 +1,13 @@
 """Measure what a dataset of millions of files costs before and in an epoch, without its images.
 
   python benchmarks/scale.py
-  python benchmarks/scale.py --files 1000000 --json benchmarks/logs/scale.json
+  python benchmarks/scale.py --files 20000 --json benchmarks/logs/scale.json
 
-Paths, sizes and labels of 1, 3 and 10 million images of 1,000 classes are made up; of the
-files only a CSV manifest is there. "directory" writes --files tiny files and reads them as a
+Paths, sizes and labels of 1, 3 and 10 million images of 1,000 classes are made up; only a CSV
+manifest of them is read. "directory" writes --files tiny files and reads them as a
 directory of images. "results" writes and reads the results of a test split of that many images, 10
 classes. Each part has a process of its own, and its steps are measured in wall-clock and CPU
-seconds and in the peak memory that they add. Takes ten minutes on 2 cores and 8 GB of memory.
+seconds and in the peak memory that they add. Takes 20 minutes on 2 cores and 8 GB of memory.
 """
 
 import argparse
@@ -235,7 +235,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--sizes", type=int, nargs="+", default=[10**6, 3 * 10**6, 10**7])
-    parser.add_argument("--files", type=int, default=100_000, help="files that are written")
+    parser.add_argument("--files", type=int, default=20_000, help="files that are written")
     parser.add_argument("--results", type=int, default=10**6, help="test samples")
     parser.add_argument("--parts", nargs="+", default=[*PARTS], choices=[*PARTS])
     parser.add_argument("--part", help=argparse.SUPPRESS)

@@ -363,7 +363,7 @@ def scale() -> str:
     sizes = [*results["dataset"]]
     rows = []
     for part in ("dataset", "orders", "results"):
-        for name in results[part][sizes[0]]:
+        for name in results.get(part, {}).get(sizes[0], {}):
             steps = [results[part].get(size, {}).get(name) for size in sizes]
             if name != "bytes":
                 rows.append([name, *(cost(step) for step in steps)])
@@ -375,8 +375,10 @@ def cost(step: dict[str, Any] | None) -> str:
     """Return the cost of a step of scale.py."""
     if step is None:
         return "-"
-    memory = step.get("worker_mb", step["peak_mb"])
-    return f"{step['cpu_seconds']:#.2g} s, {memory:,} MB"
+    if "worker_mb" in step:
+        return f"{step['worker_mb']:,} MB"
+    seconds = step["cpu_seconds"]
+    return f"{seconds:{',.0f' if seconds >= 10 else '.2g'}} s, {step['peak_mb']:,} MB"
 
 
 TABLES: dict[str, Callable[[], str]] = {
