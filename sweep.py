@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     models = searched.get("model", [first.model])
     for model in models if isinstance(models, list) else ():
         check_model(model, first.pretrained)
-    check_dataset(first.dataset, fixed.get("data_dir"))
+    check_dataset(first.dataset, fixed)
     if find_spec("optuna") is None:
         raise UserError("sweep.py needs optuna", "Run pip install -e '.[sweep]' in lab's checkout")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:

@@ -15,6 +15,7 @@ from lab.config.schema import (
     InvalidSettingError,
     TrainConfig,
     check_fields,
+    is_code,
     option,
 )
 from lab.errors import UserError
@@ -94,6 +95,13 @@ def read_sweep(path: Path) -> tuple[dict[str, Any], Searched, TrainConfig]:
         group = TrainConfig.__dataclass_fields__[name].metadata["group"]
         if name in NOT_SEARCHABLE or group not in (TASK, TRAINING):
             raise UserError(f"{path} searches {name}, which cannot be searched", "Give one value")
+    for name in ("model", "dataset"):
+        for value in [fixed.get(name, ""), *_values(searched.get(name, []))]:
+            if is_code(value):
+                raise UserError(
+                    f"{path} contains {value}, and code that a file names is not run",
+                    "Add the model or dataset to lab (docs/extending.md)",
+                )
     if not searched:
         raise UserError(
             f"{path} has no setting to search",

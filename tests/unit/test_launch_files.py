@@ -94,8 +94,8 @@ def check_resumed(words: list[str], volume: str) -> None:
 
 
 def test_unknown_fields_are_found():
-    content = {"resources": {"acelerators": 1}, "file_mounts": {"/runs": {"mod": 1}}}
-    assert unknown_fields(content, SKY) == [".resources.acelerators", ".file_mounts./runs.mod"]
+    content = {"resources": {"gpu_count": 1}, "file_mounts": {"/runs": {"mod": 1}}}
+    assert unknown_fields(content, SKY) == [".resources.gpu_count", ".file_mounts./runs.mod"]
 
 
 def test_sky_yaml_resumes_from_a_mounted_bucket():
