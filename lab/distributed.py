@@ -292,6 +292,7 @@ def _check_sharding() -> None:
                 "whole model",
                 "Launch with accelerate_configs/multi_gpu.yaml; docs/launching.md says how to save "
                 "memory",
+                rank_local=True,  # the launcher may stop process 0 before it has printed
             )
 
 

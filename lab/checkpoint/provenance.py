@@ -8,11 +8,10 @@ from pathlib import Path
 import lab
 
 
-def versions() -> dict[str, str]:
-    """Return the version of each library that results depend on."""
+def versions(*extras: str) -> dict[str, str]:
+    """Return the version of each library that results depend on, and of the libraries `extras`."""
     result = {"lab": lab.__version__, "python": sys.version.split()[0]}
-    used = [name for name in ("timm", "datasets") if name in sys.modules]
-    for name in ("torch", "torchvision", "pillow", "accelerate", "safetensors", *used):
+    for name in ("torch", "torchvision", "pillow", "accelerate", "safetensors", *extras):
         try:
             result[name] = version(name)
         except PackageNotFoundError:

@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from lab.checkpoint.atomic_io import AsyncWriter, check_types, to_json, write_atomically
 from lab.checkpoint.provenance import versions
 from lab.checkpoint.run_dir import BEST, RunDir
-from lab.config.schema import HUB_WEIGHTS, TrainConfig, is_on_hub
+from lab.config.schema import HUB, HUB_WEIGHTS, TrainConfig, is_on_hub
 from lab.data import DataConfig, Splits
 from lab.data.types import Split, normalized
 from lab.distributed import raise_on_all_ranks
 from lab.errors import UserError, name_some
-from lab.models import build_model, build_without_memory, find_model, own
+from lab.models import TIMM, build_model, build_without_memory, find_model, own
 
 # All metadata is one JSON text under one key: safetensors does not keep the order of several keys,
 # so equal weights would not give equal bytes.
@@ -68,9 +68,15 @@ def run_metadata(config: TrainConfig, splits: Splits, precision: str) -> dict[st
         "seed": config.seed,
         "monitor": config.monitor,
         "selection_split": splits.selection_split,
-        "versions": versions(),
+        "versions": versions(*_extras(config)),
         "decoder": splits.decoder,
     }
+
+
+def _extras(config: TrainConfig) -> list[str]:
+    """Return the optional libraries that a run's results depend on."""
+    used = {"timm": config.model.startswith(TIMM), "datasets": config.dataset.startswith(HUB)}
+    return [name for name, is_used in used.items() if is_used]
 
 
 class BestWeights:

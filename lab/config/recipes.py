@@ -165,15 +165,17 @@ def resolve(overrides: dict[str, Any]) -> TrainConfig:
     if name not in RECIPES:
         raise UserError(f"unknown recipe {name}", suggestion(name, RECIPES))
     settings: dict[str, Any] = {"image_size": image_size}
+    if of_library:  # `lab.models.with_input_defaults` knows what the weights expect
+        settings |= {"crop_pct": 0.0, "interpolation": "auto"}
     family = "" if is_code(model) else re.split("[-:_]", model)[0]
     if is_code(model) and own_images:
         settings["image_size"] = 224
     for key in ("*", layer, family, model, f"{family}/{layer}", f"{model}/{layer}"):
         settings |= RECIPES[name].get(key, {})
     settings |= {k: v for k, v in overrides.items() if not (k == "image_size" and v == 0)}
-    if not of_library:  # `lab.models.with_input_defaults` knows what its weights expect
+    if not of_library:
         settings["crop_pct"] = settings.get("crop_pct") or 1.0
-        if settings.get("interpolation", "auto") == "auto":
+        if settings.get("interpolation") == "auto":
             settings["interpolation"] = "bilinear"
     if overrides.get("init_checkpoint") and "pretrained" not in overrides:
         settings["pretrained"] = False

@@ -191,10 +191,10 @@ class TrainConfig:
         "how images become square in evaluation; crop: cut off the longer sides, pad: add black "
         "borders, squash: change the aspect ratio", choices=("crop", "pad", "squash"),
         from_recipe=True)
-    crop_pct: float = option(0.0, TASK,
+    crop_pct: float = option(1.0, TASK,
         "fraction of the shorter side that --fit crop keeps in evaluation; 0: as for the model's "
         "pretrained weights", low=0.0, high=1.0, from_recipe=True)
-    interpolation: str = option("auto", TASK,
+    interpolation: str = option("bilinear", TASK,
         "filter that resizes images; auto: as for the model's pretrained weights",
         choices=("auto", "bilinear", "bicubic"))
     val_fraction: float = option(0.1, TASK,

@@ -36,7 +36,10 @@ HELP = "See `python train.py --help`."
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--model vgg", f"unknown model vgg. Known: {', '.join(MODELS)}, torchvision:NAME."),
+        (
+            "--model vgg",
+            f"unknown model vgg. Known: {', '.join(MODELS)}, torchvision:NAME, timm:NAME.",
+        ),
         ("--model alexnt", "unknown model alexnt. Did you mean alexnet or lenet5?"),
         ("--dataset minst", "unknown dataset minst. Did you mean mnist?"),
         (

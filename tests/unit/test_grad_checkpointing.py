@@ -36,26 +36,32 @@ def train(model_name: str, settings: dict, grad_checkpointing: bool) -> tuple[di
     optimizer = build_optimizer(model, config, accelerator)
     step = TrainStep(accelerator, config, model, accelerator.prepare(model), optimizer, ema)
     step.set_training_mode()
-    saved: dict[int, int] = {}
-    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
     for number in range(2):
         images, labels = torch.randn(8, 3, 32, 32), torch.arange(8) % 4
         seed_dropout(number, accelerator.device)
-        saved.clear()
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            assert step(Batch(images, labels, labels, 8)) is not None
+        assert step(Batch(images, labels, labels, 8)) is not None
         ema.update(model, number + 1)
     ema.module.eval()
     with torch.no_grad():  # the copy has blocks of its own
         logits = ema.module(torch.ones(1, 3, 32, 32))
-    return {**model.state_dict(), "logits of the average": logits}, sum(saved.values())
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    return {**weights, "logits of the average": logits}, saved_bytes(model)
+
+
+def saved_bytes(model: nn.Module) -> int:
+    """Return the bytes of the activations that a forward pass saves for the backward pass."""
+    saved = {}  # also keeps the storages, whose addresses would be used again
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        saved[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(torch.zeros(8, 3, 32, 32))
+    for parameter in model.parameters():
+        saved.pop(parameter.untyped_storage().data_ptr(), None)
+    return sum(storage.nbytes() for storage in saved.values())
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -248,8 +248,7 @@ OF_TEST = "a sweep must not select settings on the test split, and val_fraction 
         ("lr: [0.1, 0.2]\nmodel: lenet", "unknown model lenet. Did you mean lenet5"),
         ("model: [lenet5, alexnet]", "model alexnet changes the default dataset. Write dataset in"),
         ("model: [lenet5, alexnot]\ndataset: digits", "unknown model alexnot. Did you mean alexne"),
-        ("lr: [0.1, 0.2]\nmodel: x.py:net", "s.yaml contains x.py:net, and code that a file names is "
-         "not run. "),
+        ("lr: [0.1, 0.2]\nmodel: x.py:net", "s.yaml contains x.py:net, and code that a file name"),
         ("lr: [0.1, 0.2]\ndataset: digit", "unknown dataset digit. Did you mean digits?"),
     ],
 )  # fmt: skip
