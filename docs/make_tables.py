@@ -384,6 +384,7 @@ def cost(step: dict[str, Any] | None) -> str:
 TABLES: dict[str, Callable[[], str]] = {
     function.__name__: function
     for function in (
+        finetune,
         results,
         models,
         fewer_images,
