@@ -125,10 +125,13 @@ def test_clipping_bounds_the_norm_of_the_whole_gradient(
     assert torch.allclose(before - weights(train_step.model), expected, rtol=1e-3, atol=1e-6)
 
 
-def test_the_ema_follows_its_formula(accelerator):
+@pytest.mark.parametrize("warmup", [True, False])
+def test_the_ema_follows_its_formula(accelerator, warmup):
     train_step = make_train_step(accelerator, ema_decay=0.2, lr=0.1)
-    average = 0
-    for step, decay in ((1, 0), (2, 1 / 11), (3, 2 / 12), (4, 0.2), (5, 0.2)):
+    train_step.ema.warmup = warmup
+    average = weights(train_step.model)
+    for step, decay in enumerate((0, 1 / 11, 2 / 12, 0.2, 0.2), start=1):
+        decay = decay if warmup else 0.2
         train_step.run(make_batch(5, seed=step))
         train_step.ema.update(train_step.model, step)
         average = decay * average + (1 - decay) * weights(train_step.model)

@@ -310,6 +310,19 @@ def test_logistic_regression_is_scikit_learns():
     assert torch.allclose((features @ weight.T + bias).softmax(1), expected, atol=1e-3)
 
 
+def test_the_average_starts_at_the_fitted_classifier(trained, tmp_path):
+    """Otherwise its first step would discard the linear probe and the pretrained features."""
+    before = weights_module.read_tensors(trained / "best.safetensors")
+    changes = []
+    for options in (["--linear-probe"], []):
+        argv = [*SMALL, "--dataset", "digits", "--init-checkpoint", str(trained), *options]
+        argv += ["--epochs", "1", "--ema-decay", "0.999", "--output-dir", str(tmp_path)]
+        after = weights_module.read_tensors(train.main(argv).best)
+        name = "features.0.0.weight"
+        changes.append((after[name] - before[name]).abs().mean().item())
+    assert 0 < 50 * changes[0] < changes[1]
+
+
 def test_p3_finetuning_your_own_images(hub, tmp_path, monkeypatch, capsys):
     """One run of the recipe: its normalization, its probe, its resumption and its evaluation."""
     source = imagenets("mobilenet_v3_small")
