@@ -236,6 +236,11 @@ def speed() -> str:
     def of_one(results: dict, name: str) -> str:
         return spread(ratios(results, name, "1 process", "images_per_second"))
 
+    def of_loader(name: str) -> str:
+        results = log("folder-training")["results"]
+        key = "images_per_second"
+        return spread(ratios(results, "training: lab", f"training: {name}", key))
+
     def median(results: list[dict], key: str) -> float:
         return statistics.median(row[key] for row in results)
 
@@ -280,6 +285,11 @@ def speed() -> str:
         ("the same in bfloat16, on the first machine", "`worlds.py --rounds 3`", "0.85",
          of_one(xeon, "2 processes") + bound
          + of_one(xeon, "2 processes, no exchange") + ": not met"),
+        ("training batches of 224 pixels from JPEG files of 500, against ImageFolder †",
+         "`folder.py data/photos --training --rounds 2`", "1", of_loader("ImageFolder")),
+        ("against timm's loader †", "the same", "1", of_loader("timm")),
+        ("against Hugging Face datasets †", "the same", "1", of_loader("datasets")),
+        ("against reading and decoding alone †", "the same", "", of_loader("decoding")),
     ]  # fmt: skip
     return markdown(("what", "command", "target", "measured"), rows)
 
