@@ -23,7 +23,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class InputSpec:
-    """How images are prepared for the weights that a library publishes."""
+    """Describe how images are prepared for the weights that a library publishes."""
 
     image_size: int = 0  # pixels
     crop_pct: float = 1.0
@@ -176,7 +176,6 @@ def build_without_memory(name: str, **architecture: Any) -> nn.Module:
         return build_model(name, **architecture)
 
 
-@functools.cache  # it builds the model twice, and is called for several purposes
 def classifier_param_names(
     name: str, *, num_classes: int, in_chans: int, image_size: int
 ) -> frozenset[str]:
@@ -184,7 +183,15 @@ def classifier_param_names(
 
     All other parameters are the backbone's.
     """
+    if is_code(name):  # in a notebook, the user's code may change between two calls
+        return _find_classifier_params.__wrapped__(name, num_classes, in_chans, image_size)
+    return _find_classifier_params(name, num_classes, in_chans, image_size)
 
+
+@functools.cache  # it builds the model twice, and is called for several purposes
+def _find_classifier_params(
+    name: str, num_classes: int, in_chans: int, image_size: int
+) -> frozenset[str]:
     def shapes(num_classes: int) -> dict[str, Any]:
         model = build_without_memory(
             name, num_classes=num_classes, in_chans=in_chans, image_size=image_size

@@ -37,8 +37,11 @@ def register(name: str) -> OwnModel:
     Modules beside the file can be imported from it. Raises `UserError` if there is no such file or
     function, or if the file raises an exception.
     """
-    if name not in REGISTERED:
-        sha256 = file_sha256(name)
+    known = REGISTERED.get(name)
+    if known and not known.sha256:  # an object of `register_object`
+        return known
+    sha256 = file_sha256(name)
+    if known is None or known.sha256 != sha256:  # a notebook may edit the file between two calls
         REGISTERED[name] = OwnModel(import_function(name), sha256)
     return REGISTERED[name]
 

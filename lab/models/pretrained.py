@@ -81,8 +81,9 @@ def _load_timm(
     try:
         tensors = safetensors.torch.load_file(hf_hub_download(repository, "model.safetensors"))
     except (OSError, SafetensorError) as error:  # the Hub's errors are OSErrors
+        reason = str(error).splitlines()[0].rstrip(".")
         raise UserError(
-            f"timm's weights {repository} cannot be loaded ({str(error).splitlines()[0]})",
+            f"timm's weights {repository} cannot be loaded ({reason})",
             "Connect to the Hugging Face Hub, give other weights with --init-checkpoint, or train "
             "from random ones with --no-pretrained",
         ) from error

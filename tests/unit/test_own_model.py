@@ -12,7 +12,7 @@ import lab
 import predict
 import train
 from lab.errors import UserError
-from lab.models import build_model, own
+from lab.models import build_model, classifier_param_names, own
 
 CODE = """
 from pathlib import Path
@@ -151,3 +151,25 @@ def test_model_of_a_notebook(tmp_path):
     own.REGISTERED.clear()
     with pytest.raises(UserError, match="runs only if you name it"):
         build_model("python.py:tiny", num_classes=10, in_chans=1, image_size=32)
+
+
+def test_code_that_a_notebook_changes_is_used(tmp_path):
+    file = write_code(tmp_path)
+    first = own.register(f"{file}:net")
+    assert own.register(f"{file}:net") is first
+    write_code(
+        tmp_path, CODE.replace("nn.Linear(8, num_classes)", "nn.Linear(8, num_classes, False)")
+    )
+    second = own.register(f"{file}:net")
+    assert second.sha256 != first.sha256
+    assert len([*second.function(3, 1, 4).parameters()]) == 3
+
+    shape = {"num_classes": 3, "in_chans": 1, "image_size": 4}
+    names = []
+    for model in (
+        lambda k, c, size: nn.Sequential(nn.Flatten(), nn.Linear(c * size**2, k)),
+        lambda k, c, size: nn.Sequential(nn.Flatten(), nn.Identity(), nn.Linear(c * size**2, k)),
+    ):
+        names.append(classifier_param_names(own.register_object(model), **shape))
+    assert names == [{"1.weight", "1.bias"}, {"2.weight", "2.bias"}]
+    own.REGISTERED.clear()
