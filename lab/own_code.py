@@ -13,7 +13,8 @@ from typing import Any
 
 from lab.errors import UserError
 
-DATASETS = "python.py:datasets"  # the name of the datasets that are passed to `train.main`
+OBJECT = "python.py:"  # begins the names of models and datasets that are passed to `train.main`
+DATASETS = f"{OBJECT}datasets"
 PASSED: dict[str, Any] = {}  # objects that are passed to `train.main`, by the name for them
 
 

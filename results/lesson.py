@@ -35,14 +35,7 @@ SEEDS = (0, 1)
 MAX_TRAIN_EVAL = 6000  # training images that are evaluated
 ALEXNET_WIDTH = 4  # of 16: small enough for a CPU
 # What distinguishes AlexNet from LeNet-5: arguments of `Network`, and whether images are augmented.
-FACTORS = {
-    "ReLU instead of tanh": "relu",
-    "maximum instead of average pooling": "max_pool",
-    "four times the channels": "width",
-    "more layers, smaller kernels": "deep",
-    "dropout": "dropout",
-    "augmentation": "augment",
-}
+FACTORS = ("relu", "max_pool", "width", "deep", "dropout", "augment")
 OPTIONS = (
     "--recipe default --optimizer adamw --weight-decay 0.05 --schedule linear "
     "--label-smoothing 0 --batch-size 64 --image-size 32 --monitor accuracy --quiet"
@@ -209,7 +202,7 @@ def ablations(args: argparse.Namespace) -> None:
     off = dict(relu=False, max_pool=False, deep=False, dropout=0.0, augment=False)
     size = "--epochs 20" if args.full else "--epochs 6 --max-train-samples 5000"
     for data in ("digits", "photographs"):
-        for factor in (None, *FACTORS.values()):
+        for factor in (None, *FACTORS):
             lenet = {**off, "width": 1}
             if factor:
                 lenet[factor] = 4 if factor == "width" else alexnet[factor]
@@ -383,7 +376,7 @@ def layers(args: argparse.Namespace) -> None:
         after = layer_statistics(train_row(network, options, SEEDS[0])[1], inputs, targets)
         for state, measured in (("before training", before), ("after training", after)):
             rows.get({"network": name, "state": state}, lambda m=measured: m)
-    for init in ("default", "kaiming"):
+    for init in ("default", "kaiming", "kaiming_zero"):
         torch.manual_seed(SEEDS[0])
         model = build_model("alexnet", num_classes=10, in_chans=3, image_size=32, init=init)
         model.eval()

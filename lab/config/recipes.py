@@ -64,14 +64,16 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
         "lenet5": dict(
             batch_size=64, optimizer="nesterov", lr=0.1, weight_decay=5e-4, warmup_epochs=1.0
         ),
-        "lenet5/mnist": dict(epochs=5, optimizer="muon", lr=2e-3, weight_decay=0.1),
+        "lenet5/mnist": dict(
+            epochs=5, optimizer="muon", lr=5e-3, weight_decay=0.1, warmup_epochs=0.25
+        ),
         "alexnet": dict(
             optimizer="muon",
             lr=2e-3,
             weight_decay=0.5,
             dropout=0.25,  # the paper's 0.5 needs many more epochs
             warmup_epochs=1.0,
-            init="kaiming",
+            init="kaiming_zero",
             label_smoothing=0.1,
             epochs=20,
         ),
@@ -126,7 +128,7 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
             weight_decay=0.01,
             schedule="constant",
         ),
-        "alexnet": dict(lr=5e-4, init="kaiming"),
+        "alexnet": dict(lr=5e-4, init="kaiming_zero"),
         "vit": dict(lr=5e-4, max_grad_norm=1.0),
         "torchvision": dict(lr=3e-4, max_grad_norm=1.0),
         "timm": dict(lr=3e-4, max_grad_norm=1.0),

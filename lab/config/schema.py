@@ -284,8 +284,9 @@ class TrainConfig:
         "batch uses one of them",
         above=0.0, high=100.0, metavar="A", from_recipe=True)
     init: str = option("default", TRAINING,
-        "weight initialization: PyTorch's default or Kaiming normal",
-        choices=("default", "kaiming"), from_recipe=True)
+        "initial weights: PyTorch's default, Kaiming normal, or kaiming_zero, Kaiming normal with "
+        "zeros in the last layer",
+        choices=("default", "kaiming", "kaiming_zero"), from_recipe=True)
     pretrained: bool = option(False, TRAINING,
         "start from the weights that torchvision or timm publishes, which are downloaded once, "
         "with a new classifier", from_recipe=True)

@@ -21,7 +21,10 @@ from lab.distributed import no_cudnn_benchmark
 from lab.models import classifier_param_names
 
 MAX_IMAGES = 10_000  # maximum number of training images that the classifier is fitted on
-PENALTY = 1e-5  # L2 penalty: factor of half the sum of squared weights in the loss
+PENALTIES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)  # L2: factors of half the sum of squared weights
+NUM_FOLDS = 5  # of the cross-validation that selects one of them
+MANY_IMAGES = 2_000  # from this number on, one of the folds is enough
+MAX_ITERATIONS = 200
 
 
 def find_classifier(model: nn.Module, param_names: Collection[str]) -> nn.Linear | None:
@@ -57,8 +60,9 @@ def fit_classifier(
     Fine-tuning that starts with a fitted classifier distorts the features less than with a random
     one (Kumar et al. 2022, "Fine-Tuning can Distort Pretrained Features and Underperform
     Out-of-Distribution"). Images are not augmented. If there are more than `MAX_IMAGES`, a
-    stratified sample is used. The result is the same on any number of processes. `architecture`
-    contains the arguments of `build_model` for this model.
+    stratified sample is used. The penalty is selected by `select_penalty`. The result is the same
+    on any number of processes. `architecture` contains the arguments of `build_model` for this
+    model.
     """
     classifier = find_classifier(model, classifier_param_names(**architecture))
     assert classifier is not None
@@ -73,7 +77,10 @@ def fit_classifier(
     with closing(loader), console.status("computing the features of the training images"):
         features, labels = _features(accelerator, model, classifier, loader)
     mean, std = features.mean(0), features.std(0).clamp(min=1e-3)
-    weight, bias = fit_logistic_regression((features - mean) / std, labels, len(classifier.weight))
+    inputs, num_classes = (features - mean) / std, len(classifier.weight)
+    with console.status("fitting the classifier"):
+        penalty = select_penalty(inputs, labels, num_classes)
+        weight, bias = fit_logistic_regression(inputs, labels, num_classes, penalty)
     weight = weight / std
     classifier.weight.copy_(weight)
     classifier.bias.copy_(bias - weight @ mean)
@@ -82,7 +89,10 @@ def fit_classifier(
         broadcast(classifier.bias.data)
     logits = F.linear(features, classifier.weight, classifier.bias)
     accuracy = (logits.argmax(1) == labels).double().mean().item()
-    console.info(f"linear probe: accuracy {accuracy:.4f} on {len(labels):,} training images")
+    console.info(
+        f"linear probe: accuracy {accuracy:.4f} on {len(labels):,} training images, "
+        f"penalty {penalty:g}"
+    )
 
 
 def _features(
@@ -109,24 +119,63 @@ def _features(
     return table[:, :-1], table[:, -1].long()
 
 
+def select_penalty(features: Tensor, labels: Tensor, num_classes: int) -> float:
+    """Return the one of `PENALTIES` with the smallest loss in cross-validation.
+
+    The loss is the mean over the classes of the mean cross-entropy of their held-out images, so
+    that rare classes count as much as frequent ones, as in macro-F1. Features that separate the
+    classes well, as for photographs of objects like those in ImageNet, need a small penalty, and
+    others a large one.
+    """
+    # Image i of each class is held out in fold i modulo NUM_FOLDS.
+    ranks = F.one_hot(labels, num_classes).cumsum(0).gather(1, labels[:, None])[:, 0]
+    losses = features.new_zeros(len(PENALTIES), num_classes)
+    counts = features.new_zeros(num_classes)
+    for fold in range(1 if len(labels) >= MANY_IMAGES else NUM_FOLDS):
+        held_out = ranks % NUM_FOLDS == fold
+        start = None
+        counts += labels[held_out].bincount(minlength=num_classes)
+        for i, penalty in enumerate(PENALTIES):
+            start = fit_logistic_regression(
+                features[~held_out], labels[~held_out], num_classes, penalty, start,
+                max_iterations=MAX_ITERATIONS // 4,
+            )  # fmt: skip
+            logits = F.linear(features[held_out], *start)
+            loss = F.cross_entropy(logits, labels[held_out], reduction="none")
+            losses[i].index_add_(0, labels[held_out], loss)
+    measured = counts > 0
+    means = (losses[:, measured] / counts[measured]).mean(1)
+    return PENALTIES[int(means.argmin())] if measured.any() else PENALTIES[0]
+
+
 @torch.enable_grad()
 def fit_logistic_regression(
-    features: Tensor, labels: Tensor, num_classes: int
+    features: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    penalty: float,
+    start: tuple[Tensor, Tensor] | None = None,
+    max_iterations: int = MAX_ITERATIONS,
 ) -> tuple[Tensor, Tensor]:
     """Return the weight [K, D] and the bias [K] of multinomial logistic regression.
 
-    L-BFGS minimizes the mean cross-entropy plus `PENALTY` / 2 times the sum of squared weights.
+    L-BFGS minimizes the mean cross-entropy plus `penalty` / 2 times the sum of squared weights,
+    beginning at `start` or at zero.
     """
-    weight = features.new_zeros(num_classes, features.shape[1], requires_grad=True)
-    bias = features.new_zeros(num_classes, requires_grad=True)
+    weight = features.new_zeros(num_classes, features.shape[1])
+    bias = features.new_zeros(num_classes)
+    if start is not None:
+        weight, bias = (parameter.clone() for parameter in start)
+    weight.requires_grad_()
+    bias.requires_grad_()
     optimizer = torch.optim.LBFGS(
-        [weight, bias], max_iter=200, tolerance_grad=1e-5, line_search_fn="strong_wolfe"
+        [weight, bias], max_iter=max_iterations, tolerance_grad=1e-5, line_search_fn="strong_wolfe"
     )
 
     def closure() -> Tensor:
         optimizer.zero_grad()
         loss = F.cross_entropy(F.linear(features, weight, bias), labels)
-        loss = loss + PENALTY / 2 * weight.square().sum()
+        loss = loss + penalty / 2 * weight.square().sum()
         loss.backward()
         return loss
 

@@ -152,10 +152,10 @@ def build_model(
     module, factory, *more = find_model(name).factory.split(":", 2)
     build = getattr(importlib.import_module(f"lab.models.{module}"), factory)
     model = build(num_classes, in_chans, image_size, *more)
-    if init == "kaiming":
+    if init != "default":
         from lab.models.alexnet import kaiming_init
 
-        kaiming_init(model)
+        kaiming_init(model, zero_last=init == "kaiming_zero")
     return model
 
 

@@ -51,14 +51,18 @@ class AlexNet(nn.Module):
 
 
 @torch.no_grad()
-def kaiming_init(model: nn.Module) -> None:
+def kaiming_init(model: nn.Module, zero_last: bool) -> None:
     """Initialize weights so that ReLUs preserve the variance of activations (He et al. 2015, 2.2).
 
     PyTorch's default weights are smaller: after eight layers the signal vanishes, and AlexNet's
-    loss stays at log(10) for hundreds of steps.
+    loss stays at log(10) for hundreds of steps. `zero_last` sets the last layer to zero: otherwise
+    its logits are so large, as each max pooling selects large activations, that the first loss is
+    several times log(K).
     """
-    for module in model.modules():
-        if isinstance(module, (nn.Conv2d, nn.Linear)):
-            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
+    layers = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    for layer in layers:
+        nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
+    if zero_last:
+        nn.init.zeros_(layers[-1].weight)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lab.config.schema import is_code
 from lab.errors import UserError
-from lab.own_code import file_sha256, import_function, raised
+from lab.own_code import OBJECT, file_sha256, import_function, raised
 
 ModelFunction = Callable[[int, int, int], nn.Module]  # of num_classes, in_chans and image_size
 
@@ -27,7 +27,6 @@ class OwnModel:
     sha256: str
 
 
-NOTEBOOK = "python.py:"  # of the names of models that are objects, not files
 REGISTERED: dict[str, OwnModel] = {}  # by FILE.py:FUNCTION
 
 
@@ -48,7 +47,7 @@ def register(name: str) -> OwnModel:
 
 def register_object(model: nn.Module | ModelFunction) -> str:
     """Register a model, or a function that builds one; return the name that stands for it."""
-    name = f"{NOTEBOOK}{getattr(model, '__name__', type(model).__name__)}"
+    name = f"{OBJECT}{getattr(model, '__name__', type(model).__name__)}"
     function = (lambda *_: copy.deepcopy(model)) if isinstance(model, nn.Module) else model
     REGISTERED[name] = OwnModel(function, "")
     return name

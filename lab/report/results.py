@@ -10,6 +10,7 @@ from lab import console
 from lab.config.schema import is_code
 from lab.distributed import raise_on_all_ranks
 from lab.engine.metrics import selection_bias_note
+from lab.own_code import OBJECT
 from lab.report import explain, html, mistakes, model_card, plots
 
 if TYPE_CHECKING:
@@ -49,14 +50,11 @@ def write_results(
     with raise_on_all_ranks(accelerator):
         run.write_predictions(predictions.csv(splits.test.files()), predictions.safetensors())
         run.write_report(report)
-    command = ["python", "evaluate.py", str(run.path)]
-    if is_code(config.model):  # scripts do not run code that only the weights name
-        command += ["--model", config.model]
     console.report(
         report,
         title=f"{config.model_title} on {config.dataset_title}",
         files={"run": str(run.path)},
-        command=shlex.join(command),
+        command=evaluate_command(run, config),
         note=selection_bias_note("test", splits.selection_split),
     )
     if run.is_main_process:
@@ -64,6 +62,20 @@ def write_results(
     with raise_on_all_ranks(accelerator):
         model_card.write(run)
     return report
+
+
+def evaluate_command(run: RunDir, config: TrainConfig) -> str | None:
+    """Return the command that evaluates the run again; None if no script can.
+
+    Scripts run no code that only the weights name, and cannot see objects passed to `train.main`.
+    """
+    command = ["python", "evaluate.py", str(run.path)]
+    for option, value in (("--model", config.model), ("--dataset", config.dataset)):
+        if value.startswith(OBJECT):
+            return None
+        if is_code(value):
+            command += [option, value]
+    return shlex.join(command)
 
 
 def draw(

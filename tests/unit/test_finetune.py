@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from mistakes import matches
 from resuming import cut_off, same_end, start
 from shapes import write_shapes
@@ -22,8 +23,7 @@ from lab.checkpoint import init_weights
 from lab.checkpoint import weights as weights_module
 from lab.config.recipes import resolve, resolve_epochs
 from lab.data.types import Batch
-from lab.engine import linear_probe
-from lab.engine.linear_probe import fit_logistic_regression
+from lab.engine.linear_probe import PENALTIES, fit_logistic_regression, select_penalty
 from lab.models import IMAGENET_MEAN, IMAGENET_STD, MODELS, build_model, pretrained
 
 NAME = "mobilenet_v3_small"
@@ -302,12 +302,34 @@ def test_logistic_regression_is_scikit_learns():
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(60, 7, generator=generator, dtype=torch.float64)
     labels = (features @ torch.randn(7, 3, generator=generator, dtype=torch.float64)).argmax(1)
-    weight, bias = fit_logistic_regression(features, labels, 3)
+    weight, bias = fit_logistic_regression(features, labels, 3, penalty=1e-5)
     # scikit-learn minimizes the sum of the losses.
-    reference = LogisticRegression(C=1 / (60 * linear_probe.PENALTY), tol=1e-10, max_iter=10**4)
+    reference = LogisticRegression(C=1 / (60 * 1e-5), tol=1e-10, max_iter=10**4)
     reference.fit(features, labels)
     expected = torch.tensor(reference.predict_proba(features))
     assert torch.allclose((features @ weight.T + bias).softmax(1), expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("num_images", [90, 2001])
+def test_the_penalty_is_selected_for_all_classes_alike(num_images):
+    """Noisy features need a large penalty, features that separate the classes a small one."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(num_images) % 3
+    noise = torch.randn(num_images, 40, generator=generator)
+    separate = 9 * F.one_hot(labels, 40).float() + noise
+    assert select_penalty(noise, labels, 3) == max(PENALTIES)
+    assert select_penalty(separate, labels, 3) < max(PENALTIES)
+    assert select_penalty(noise[:3], labels[:3], 5) in PENALTIES  # of single images
+
+
+def test_the_penalty_counts_rare_classes_as_much_as_frequent_ones():
+    """A large penalty is best for two classes that are noise, and would sacrifice a third one."""
+    features = torch.randn(100, 20, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(100) % 2
+    labels[::20] = 2
+    features[:, 0] += 4 * (labels == 2)
+    assert select_penalty(features, labels, 4) < max(PENALTIES)
+    assert select_penalty(features[labels != 2], labels[labels != 2], 4) == max(PENALTIES)
 
 
 def test_the_average_starts_at_the_fitted_classifier(trained, tmp_path):

@@ -1,6 +1,8 @@
 """Models that are code of the user's: `--model FILE.py:FUNCTION` and `train.main(model=...)`."""
 
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,8 +13,10 @@ import export
 import lab
 import predict
 import train
+from lab.config.schema import TrainConfig
 from lab.errors import UserError
 from lab.models import build_model, classifier_param_names, own
+from lab.report.results import evaluate_command
 
 CODE = """
 from pathlib import Path
@@ -151,6 +155,21 @@ def test_model_of_a_notebook(tmp_path):
     own.REGISTERED.clear()
     with pytest.raises(UserError, match="runs only if you name it"):
         build_model("python.py:tiny", num_classes=10, in_chans=1, image_size=32)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, "python evaluate.py runs/a"),
+        ({"model": "a.py:net"}, "python evaluate.py runs/a --model a.py:net"),
+        ({"dataset": "b.py:data"}, "python evaluate.py runs/a --dataset b.py:data"),
+        ({"model": "python.py:net"}, None),
+        ({"dataset": "python.py:datasets"}, None),
+    ],
+)
+def test_the_command_that_reproduces_a_report_names_code(settings, expected):
+    run = SimpleNamespace(path=Path("runs/a"))
+    assert evaluate_command(run, TrainConfig(**settings)) == expected
 
 
 def test_code_that_a_notebook_changes_is_used(tmp_path):

@@ -90,6 +90,8 @@ def recipe_settings(run: Path) -> tuple[dict, dict]:
         del given["data_dir"]
     if is_path(config["dataset"]):
         given["monitor"] = "accuracy"  # results/README.md: then the default
+    if config["init"] == "kaiming":
+        given["init"] = "kaiming"  # results/README.md: then the default of AlexNet
     command = next(line for line in [*log.splitlines(), ""] if "train.py" in line or not line)
     for name in names & config.keys():
         if f"--{name.replace('_', '-')} " in command:
