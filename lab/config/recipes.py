@@ -110,7 +110,6 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
             label_smoothing=0.1,
             ema_decay=0.99,
             monitor="macro_f1",
-            patience=5,
             max_grad_norm=1.0,
         ),
         "efficientnet_lite0": dict(crop_pct=0.875),
