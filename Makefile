@@ -12,7 +12,7 @@ PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all soak results-gpu check format clean
+.PHONY: help demo test test-all soak results-gpu lesson-gpu check format clean
 
 help: ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | \
@@ -33,6 +33,10 @@ soak: $(VENV)/.dev ## kill trainings at random and compare their ends, 10 minute
 
 results-gpu: $(VENV)/.runtime ## train README's rows on one GPU, nine minutes a call (RESULTS_ARGS="--list")
 	$(BIN)/python results/make.py $(RESULTS_ARGS)
+
+lesson-gpu: $(VENV)/.runtime ## train the full rows of docs/architectures.md on one GPU (LESSON_ARGS="--photographs DIR")
+	for part in ablations digits images transfer; do \
+		$(BIN)/python results/lesson.py $$part --full $(LESSON_ARGS) || exit 1; done
 
 check: $(VENV)/.dev ## formatting, lint, types and spelling
 	$(BIN)/ruff format --check .

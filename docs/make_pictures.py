@@ -1,15 +1,17 @@
-"""Make the screenshots of the README: docs/console.svg and docs/report.png.
+"""Make the pictures of the documentation: docs/console.svg, report.png and lesson.svg.
 
-  python docs/make_pictures.py runs/lenet5-mnist     the finished run whose page is shown
+  python docs/make_pictures.py console                       trains LeNet-5 on the bundled digits
+  python docs/make_pictures.py report runs/lenet5-mnist      the finished run whose page is shown
+  python docs/make_pictures.py lesson                        draws the rows of results/lesson
 
-The first shows the output of training LeNet-5 on the bundled digits, which this script runs. The
-second shows the page of the run and needs Playwright and Chromium.
+The second needs Playwright and Chromium.
 """
 
 import io
 import os
 import re
 import shutil
+import statistics
 import sys
 import tempfile
 from contextlib import chdir, nullcontext
@@ -58,10 +60,43 @@ def report_png(run: Path, target: Path) -> None:
         browser.close()
 
 
+def lesson_svg(target: Path) -> None:
+    """Draw the ablations of docs/architectures.md."""
+    import make_tables
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    from lab.report.plots import STYLE
+
+    settings = STYLE | {"svg.fonttype": "none", "svg.hashsalt": "lesson", "font.size": 9}
+    with rc_context(settings):
+        figure = Figure(figsize=(9, 3), layout="constrained")
+        panels = figure.subplots(1, 2, sharey=True)
+        for axes, data in zip(panels, ("digits", "photographs"), strict=True):
+            for offset, base in ((-0.2, "LeNet-5"), (0.2, "AlexNet")):
+                gains = [
+                    statistics.mean(make_tables.gains(data, base, factor))
+                    for factor in make_tables.SHORT_TITLES
+                ]
+                positions = [i + offset for i in range(len(gains))]
+                axes.barh(positions, gains, height=0.38, label=f"in {base}")
+            axes.axvline(0, color="#888888", linewidth=0.8)
+            axes.set_title(f"gain in accuracy, {data}")
+        titles = make_tables.SHORT_TITLES.values()
+        panels[0].set_yticks(range(len(titles)), titles)
+        panels[0].invert_yaxis()
+        panels[0].legend()
+        figure.savefig(target, metadata={"Date": None})
+
+
 def main() -> None:
-    """Write both files."""
-    report_png(Path(sys.argv[1]), DOCS / "report.png")
-    (DOCS / "console.svg").write_text(console_svg())
+    """Make the picture of the first argument."""
+    if sys.argv[1] == "report":
+        report_png(Path(sys.argv[2]), DOCS / "report.png")
+    elif sys.argv[1] == "console":
+        (DOCS / "console.svg").write_text(console_svg())
+    else:
+        lesson_svg(DOCS / "lesson.svg")
 
 
 if __name__ == "__main__":

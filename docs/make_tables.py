@@ -120,7 +120,10 @@ def result(title: str, pattern: str) -> list[str]:
     macro_f1 = f"{statistics.mean(r.report['macro_f1'] for r in seeds):.4f}"
     selected = first.report["selection_split"]
     epochs = str(len(first.history))
-    row = [title, first.config["recipe"], epochs, selected, accuracy, macro_f1, hardware(first)]
+    recipe = first.config["recipe"]
+    if first.config["init"] == "kaiming":  # the recipe of AlexNet was changed after these runs
+        recipe += ", `--init kaiming`"
+    row = [title, recipe, epochs, selected, accuracy, macro_f1, hardware(first)]
     return [*row, f"`{pattern}`"]
 
 
@@ -213,6 +216,99 @@ def confusions() -> str:
         for true, predicted, n in cells[:8]
     ]
     return markdown(("class", "predicted as", "mean of the models", "min - max"), rows)
+
+
+@cache
+def lesson(part: str) -> list[dict[str, Any]]:
+    """Return the rows of results/lesson/PART.json."""
+    return json.loads((ROOT / "results" / "lesson" / f"{part}.json").read_text())["rows"]
+
+
+def seeds_of(part: str, **values: Any) -> list[dict[str, Any]]:
+    """Return the rows with these values: one of each seed, at the selected learning rate."""
+    rows = [row for row in lesson(part) if row.items() >= values.items()]
+    if any("lr" in row for row in rows):
+        selected = max((r for r in rows if r["seed"] == 0), key=lambda row: row["val_accuracy"])
+        rows = [row for row in rows if row["lr"] == selected["lr"]]
+    return sorted(rows, key=lambda row: row.get("seed", 0))
+
+
+def mean_of(part: str, key: str, **values: Any) -> float:
+    """Return the mean over the seeds of the rows with these values."""
+    return statistics.mean(row[key] for row in seeds_of(part, **values))
+
+
+SHORT_TITLES = {  # of the arguments of `Network` in results/networks.py
+    "relu": "ReLU",
+    "max_pool": "maximum pooling",
+    "width": "4 x the channels",
+    "deep": "more layers",
+    "dropout": "dropout",
+    "augment": "augmentation",
+}
+TITLES = SHORT_TITLES | {
+    "relu": "ReLU instead of tanh",
+    "max_pool": "maximum instead of average pooling",
+    "width": "four times the channels",
+    "deep": "five 3x3 convolutions instead of three 5x5",
+}
+
+
+def gains(data: str, base: str, factor: str) -> list[float]:
+    """Return what AlexNet's choice adds to the accuracy, for each seed."""
+    changed, before = (
+        [row["accuracy"] for row in seeds_of("ablations", data=data, base=base, factor=f)]
+        for f in (factor, None)
+    )
+    sign = 1 if base == "LeNet-5" else -1
+    return [sign * (a - b) for a, b in zip(changed, before, strict=True)]
+
+
+def ablations() -> str:
+    """Return what each difference between LeNet-5 and AlexNet changes, on both datasets."""
+    columns = [(b, d) for b in ("LeNet-5", "AlexNet") for d in ("digits", "photographs")]
+    means = [
+        mean_of("ablations", "accuracy", data=data, base=base, factor=None)
+        for base, data in columns
+    ]
+    rows = [["accuracy", *(f"{mean:.3f}" for mean in means)]]
+    for factor, title in TITLES.items():
+        cells = [title]
+        for base, data in columns:
+            found = gains(data, base, factor)
+            each = ", ".join(f"{gain:+.3f}" for gain in found)
+            cells.append(f"{statistics.mean(found):+.3f} ({each})")
+        rows.append(cells)
+    return markdown(("", *(f"in {base}, {data}" for base, data in columns)), rows)
+
+
+def unbalanced() -> str:
+    """Return the metrics of classifiers on a balanced and on an unbalanced test set."""
+    keys = ("accuracy", "balanced_accuracy", "macro_f1")
+    rows = []
+    for test in ("unbalanced", "balanced"):
+        for training in dict.fromkeys(r["training"] for r in lesson("unbalanced")):
+            if not seeds_of("unbalanced", test=test, training=training):
+                continue
+            numbers = [
+                f"{mean_of('unbalanced', key, test=test, training=training):.3f}" for key in keys
+            ]
+            title = f"`{training}`" if training.startswith("--") else training or "plain"
+            rows.append([test, title, *numbers])
+    return markdown(("test images", "training", "accuracy", "balanced accuracy", "macro-F1"), rows)
+
+
+def layers() -> str:
+    """Return the statistics of the first and the last hidden layer."""
+    rows = []
+    for row in lesson("layers"):
+        first, *_, last = row["layers"][:-1]
+        cells = [f"{row['network']}, {row['state']}", f"{row['loss']:.2f}"]
+        for key, form in (("std", ".2g"), ("saturated", ".2f"), ("gradient", ".1e")):
+            cells.append(f"{first[key]:{form}}, {last[key]:{form}}")
+        rows.append(cells)
+    heads = ("network", "loss", "standard deviation", "saturated or zero", "gradient")
+    return markdown(heads, rows)
 
 
 # benchmarks/RESULTS.md
@@ -400,6 +496,9 @@ TABLES: dict[str, Callable[[], str]] = {
         fewer_images,
         both_tasks,
         confusions,
+        ablations,
+        unbalanced,
+        layers,
         speed,
         gpu_steps,
         gpu_epochs,

@@ -50,7 +50,6 @@ def main() -> None:
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("--photographs", default="cifar10", metavar="DIR")
     parser.add_argument("--data-dir", default="data", metavar="DIR", help="directory of MNIST")
-    parser.add_argument("--steps", type=int, default=0, help="training steps of a run")
     parser.add_argument("--full", action="store_true", help="AlexNet itself, for a GPU")
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "lesson", metavar="DIR")
     args = parser.parse_args()
