@@ -183,10 +183,8 @@ def test_the_log_of_every_pair():
     num_models, num_datasets = (len({pair[i] for pair in falls}) for i in (0, 1))
     assert all(last < first for first, last in falls.values())
     assert (num_models, num_datasets, len(falls)) == (18, 3, 54)
-    (model, dataset), (first, last) = min(
-        falls.items(), key=lambda pair: round(pair[1][0] - pair[1][1], 3)
-    )
-    assert f"(`{model}` on {dataset}: from {first:.3f} to {last:.3f})" in text
+    text = text_of("benchmarks/RESULTS.md")
+    assert f"{num_models} models and three datasets for 200 steps" in text
 
 
 def test_the_soak_log():
