@@ -1,17 +1,18 @@
 """Train the rows of docs/architectures.md that change one thing at a time.
 
-  python results/lesson.py ablations  --photographs data/cifar10-jpg    about an hour on two cores
+  python results/lesson.py ablations  --photographs data/cifar10-jpg    LeNet-5 and AlexNet
   python results/lesson.py digits                                       training images of MNIST
   python results/lesson.py images     --photographs data/cifar10-jpg    CNN, ViT and hybrid
   python results/lesson.py transfer   --photographs data/cifar10-jpg    other classes
   python results/lesson.py unbalanced                                   the metrics
-  python results/lesson.py layers                                       activations, gradients
+  python results/lesson.py layers     --photographs data/cifar10-jpg    activations, gradients
 
 Each part writes results/lesson/PART.json: the rows, the environment and the commit. An interrupted
 part continues where it stopped. --full trains networks of AlexNet's own size for longer, on a GPU,
 and writes PART-full.json. All runs use AdamW with a linear schedule whose warmup is a tenth of it,
-and batches of 64. Each row is trained with both of LEARNING_RATES, and the one with the better
-validation accuracy then with a second seed: the tuning is the same for all.
+and batches of 64. Except in the last two parts, each row is trained with both of LEARNING_RATES,
+and then with a second seed and the one with the better validation accuracy: the tuning is the same
+for all.
 """
 
 import argparse
@@ -53,6 +54,8 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="AlexNet itself, for a GPU")
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "lesson", metavar="DIR")
     args = parser.parse_args()
+    if args.part in ("transfer", "layers") and not Path(args.photographs, "train").is_dir():
+        parser.error("give --photographs a directory with train/CLASS and test/CLASS")
     args.output.mkdir(parents=True, exist_ok=True)
     PARTS[args.part](args)
 
@@ -199,21 +202,21 @@ def ablations(args: argparse.Namespace) -> None:
     rows = Rows(args)
     alexnet = small_alexnet(args, augment=True)
     off = dict(relu=False, max_pool=False, deep=False, dropout=0.0, augment=False)
-    size = "--epochs 20" if args.full else "--epochs 6 --max-train-samples 5000"
+    size = "--epochs 6 --warmup-epochs 0.6 --max-train-samples 5000"
+    if args.full:
+        size = "--epochs 20 --warmup-epochs 2"
     for data in ("digits", "photographs"):
         for factor in (None, *FACTORS):
             lenet = {**off, "width": 1}
             if factor:
                 lenet[factor] = 4 if factor == "width" else alexnet[factor]
-            less = {
-                **alexnet,
-                **({factor: off.get(factor, alexnet["width"] // 4)} if factor else {}),
-            }
+            less = dict(alexnet)
+            if factor:
+                less[factor] = alexnet["width"] // 4 if factor == "width" else off[factor]
             for base, arguments in (("LeNet-5", lenet), ("AlexNet", less)):
                 crop = "crop" if data == "digits" else "crop,flip"
                 augment = crop if arguments.pop("augment") else "none"
-                options = f"{dataset_options(data, args)} {size} "
-                options += f"--warmup-epochs 0.6 --augment {augment}"
+                options = f"{dataset_options(data, args)} {size} --augment {augment}"
                 name = {"data": data, "base": base, "factor": factor}
                 tuned(rows, name, partial(Network, **arguments), options)
 
@@ -223,11 +226,12 @@ def digits(args: argparse.Namespace) -> None:
     from networks import Network
 
     rows = Rows(args)
-    times = 5 if args.full else 1  # 844 steps each
+    times = 5 if args.full else 1  # 840 to 846 steps each
     for num_images, epochs in ((600, 84), (6000, 9), (54000, 1)):
         for dropout in (0.0, 0.5):
             options = f"{dataset_options('digits', args)} --max-train-samples {num_images} "
-            options += f"--epochs {epochs * times} --warmup-epochs {epochs / 10:g} --augment none"
+            options += f"--epochs {epochs * times} --warmup-epochs {epochs * times / 10:g} "
+            options += "--augment none"
             network = partial(Network, **small_alexnet(args, dropout=dropout))
             tuned(rows, {"images": num_images, "dropout": dropout}, network, options)
 
@@ -242,7 +246,7 @@ def images(args: argparse.Namespace) -> None:
         "ViT": lambda num_classes, in_chans: SmallViT(num_classes),
         "hybrid": HybridViT,
     }
-    times = 20 if args.full else 1  # 704 steps each
+    times = 20 if args.full else 1  # 704 to 711 steps each
     for num_images, epochs in ((1000, 44), (5000, 9), (15000, 3), (45000, 1)):
         for name, network in networks.items():
             options = f"{dataset_options('photographs', args)} --max-train-samples {num_images} "
@@ -283,12 +287,8 @@ def transfer(args: argparse.Namespace) -> None:
     later += "--max-train-samples 1000"
     for name, network in networks.items():
         tuned(rows, {"network": name, "start": "random"}, network, later)
-        if (
-            sum(
-                row.items() >= {"network": name, "start": "pretrained"}.items() for row in rows.rows
-            )
-            == 3
-        ):
+        finished = [r for r in rows.rows if (r["network"], r["start"]) == (name, "pretrained")]
+        if len(finished) == len(LEARNING_RATES) + len(SEEDS) - 1:
             continue
         row, pretrained = train_row(network, pretraining, SEEDS[0])
         rows.get({"network": name, "start": "pretraining"}, lambda row=row: row)

@@ -1,6 +1,5 @@
 """Networks of docs/architectures.md: between LeNet-5 and AlexNet, and a small ViT."""
 
-import torch
 from torch import Tensor, nn
 from torchvision.models import VisionTransformer
 
@@ -65,8 +64,11 @@ class Network(nn.Module):
 class SmallViT(VisionTransformer):
     """A ViT of four blocks with patches of 4x4 pixels, for images of 32 pixels."""
 
-    def __init__(self, num_classes: int = 10, patch_size: int = 4, image_size: int = 32):
-        super().__init__(image_size, patch_size, 4, 4, 64, 128, num_classes=num_classes)
+    def __init__(self, num_classes: int = 10):
+        super().__init__(
+            image_size=32, patch_size=4, num_layers=4, num_heads=4, hidden_dim=64, mlp_dim=128,
+            num_classes=num_classes,
+        )  # fmt: skip
 
 
 class HybridViT(nn.Module):
@@ -85,21 +87,3 @@ class HybridViT(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Return logits [n, K] for images [n, C, 32, 32]."""
         return self.vit(self.stem(images))
-
-
-@torch.no_grad()
-def attention_maps(vit: SmallViT, images: Tensor) -> Tensor:
-    """Return how much the class token attends to each patch, [blocks, n, 8, 8], mean of heads."""
-    weights = []
-
-    def record(module: nn.Module, args: tuple, output: Tensor) -> None:
-        query = module.ln_1(args[0])
-        maps = module.self_attention(query, query, query, need_weights=True)[1]
-        weights.append(maps[:, 0, 1:])  # [n, patches]
-
-    handles = [block.register_forward_hook(record) for block in vit.encoder.layers]
-    vit.eval()(images)
-    for handle in handles:
-        handle.remove()
-    side = int(weights[0].shape[1] ** 0.5)
-    return torch.stack(weights).unflatten(-1, (side, side))

@@ -305,8 +305,7 @@ class TrainConfig:
         "metric that selects the best epoch",
         choices=("accuracy", "macro_f1", "loss"), from_recipe=True)
     patience: int = option(0, TRAINING,
-        "stop after this number of epochs without improvement; 0: never", low=0, metavar="N",
-        from_recipe=True)
+        "stop after this number of epochs without improvement; 0: never", low=0, metavar="N")
     on_nonfinite: str = option("stop", TRAINING,
         "if the loss or a gradient is not finite: stop, or skip the step on all processes",
         choices=("stop", "skip"))

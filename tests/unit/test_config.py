@@ -214,7 +214,6 @@ PUBLISHED = {
     "freeze": "none",
     "linear_probe": False,
     "layer_decay": 1.0,
-    "patience": 0,
     "fit": "crop",
     "crop_pct": 1.0,
     "interpolation": "bilinear",
