@@ -298,6 +298,32 @@ def unbalanced() -> str:
     return markdown(("test images", "training", "accuracy", "balanced accuracy", "macro-F1"), rows)
 
 
+def digits() -> str:
+    """Return the accuracies of AlexNet on training and test images, for numbers of digits."""
+    rows = []
+    for values in dict.fromkeys((row["images"], row["dropout"]) for row in lesson("digits")):
+        named = dict(zip(("images", "dropout"), values, strict=True))
+        train, test = (mean_of("digits", key, **named) for key in ("train_accuracy", "accuracy"))
+        each = ", ".join(f"{row['accuracy']:.4f}" for row in seeds_of("digits", **named))
+        cells = (f"{values[0]:,}", values[1] or "none", f"{train:.4f}", f"{test:.4f} ({each})")
+        rows.append([*map(str, cells), f"{train - test:.4f}"])
+    return markdown(("images", "dropout", "training images", "test images", "difference"), rows)
+
+
+def transfer() -> str:
+    """Return the test accuracies after training with and without pretraining."""
+    rows = []
+    for network in dict.fromkeys(row["network"] for row in lesson("transfer")):
+        cells, means = [network], []
+        for start in ("random", "pretrained"):
+            found = seeds_of("transfer", network=network, start=start)
+            each = ", ".join(f"{row['accuracy']:.3f}" for row in found)
+            means.append(statistics.mean(row["accuracy"] for row in found))
+            cells.append(f"{means[-1]:.3f} ({each})")
+        rows.append([*cells, f"{means[1] - means[0]:+.3f}"])
+    return markdown(("network", "random weights", "pretrained on other classes", "gain"), rows)
+
+
 def layers() -> str:
     """Return the statistics of the first and the last hidden layer."""
     rows = []
@@ -497,6 +523,8 @@ TABLES: dict[str, Callable[[], str]] = {
         both_tasks,
         confusions,
         ablations,
+        digits,
+        transfer,
         unbalanced,
         layers,
         speed,

@@ -6,11 +6,12 @@
   python results/lesson.py transfer   --photographs data/cifar10-jpg    other classes
   python results/lesson.py unbalanced                                   the metrics
   python results/lesson.py layers     --photographs data/cifar10-jpg    activations, gradients
+  python results/lesson.py attention                                    where a ViT looks
 
 Each part writes results/lesson/PART.json: the rows, the environment and the commit. An interrupted
 part continues where it stopped. --full trains networks of AlexNet's own size for longer, on a GPU,
 and writes PART-full.json. All runs use AdamW with a linear schedule whose warmup is a tenth of it,
-and batches of 64. Except in the last two parts, each row is trained with both of LEARNING_RATES,
+and batches of 64. Except in the last three parts, each row is trained with both of LEARNING_RATES,
 and then with a second seed and the one with the better validation accuracy: the tuning is the same
 for all.
 """
@@ -101,9 +102,6 @@ def train_row(
     import torch
 
     from lab.checkpoint.train_state import TrainState
-    from lab.config.cli import parse_arguments
-    from lab.config.recipes import resolve
-    from lab.config.schema import TrainConfig
     from lab.data import DataConfig
     from lab.data.loaders import LoaderOptions, build_loader, build_loaders
     from lab.data.transforms import BatchTransform
@@ -112,9 +110,7 @@ def train_row(
     from lab.engine.optimizer import build_optimizer
     from lab.engine.training import TrainStep, train_one_epoch
 
-    words = shlex.split(f"{OPTIONS} {options} --seed {seed}")
-    overrides = parse_arguments(TrainConfig, words, prog="lesson.py", description="")
-    config = replace(resolve(overrides), interpolation="bilinear", crop_pct=1.0)
+    config = read_config(f"{options} --seed {seed}")
     accelerator = build_accelerator(mixed_precision="no", quiet=True)
     splits = read_splits(DataConfig.of(config))
     loader_options = LoaderOptions.create(accelerator, "resident", 0)
@@ -153,6 +149,17 @@ def train_row(
         "parameters": parameters,
         "options": options,
     }, model
+
+
+def read_config(options: str) -> Any:
+    """Return the settings of a row whose options of train.py are `OPTIONS` and these."""
+    from lab.config.cli import parse_arguments
+    from lab.config.recipes import resolve
+    from lab.config.schema import TrainConfig
+
+    words = shlex.split(f"{OPTIONS} {options}")
+    overrides = parse_arguments(TrainConfig, words, prog="lesson.py", description="")
+    return replace(resolve(overrides), interpolation="bilinear", crop_pct=1.0)
 
 
 @cache
@@ -421,9 +428,45 @@ def layer_statistics(model: Any, images: Any, labels: Any) -> dict[str, Any]:
     return {"loss": round(loss.item(), 4), "layers": measured}
 
 
+def attention(args: argparse.Namespace) -> None:
+    """Train a ViT on the bundled digits, and measure the attention of its class token.
+
+    For the first test image of each digit, "pixels" has the mean of each of the 8x8 patches, and
+    "attention" their weights in the last block, the mean over the heads.
+    """
+    import torch
+    from networks import SmallViT
+    from torch.nn.functional import avg_pool2d
+
+    from lab.data import DataConfig
+    from lab.data.transforms import BatchTransform
+
+    rows = Rows(args)
+    options = "--dataset digits --epochs 60 --warmup-epochs 6 --augment none --lr 1e-3"
+    row, model = train_row(lambda num_classes, in_chans: SmallViT(num_classes), options, SEEDS[0])
+    rows.get({"digit": None}, lambda: row)
+    splits = read_splits(DataConfig.of(read_config(options)))
+    labels = torch.as_tensor(splits.test.labels)
+    chosen = torch.stack([(labels == digit).nonzero()[0, 0] for digit in range(10)])
+    pixels = torch.as_tensor(splits.test.images)[chosen]
+    inputs: list[Any] = []
+    layer = model.encoder.layers[-1].self_attention
+    layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    model.cpu().eval()
+    with torch.no_grad():
+        model(BatchTransform(splits.mean, splits.std, (), torch.device("cpu"))(pixels))
+        _, weights = layer(*inputs * 3)  # query, key and value: [n, 65, 64]
+    for digit in range(10):
+        measured = {
+            "pixels": avg_pool2d(pixels[digit].float(), 4).round().int().flatten().tolist(),
+            "attention": [round(w, 4) for w in weights[digit, 0, 1:].tolist()],
+        }
+        rows.get({"digit": digit}, lambda m=measured: m)
+
+
 PARTS = {
     function.__name__: function
-    for function in (ablations, digits, images, transfer, unbalanced, layers)
+    for function in (ablations, digits, images, transfer, unbalanced, layers, attention)
 }
 
 

@@ -70,6 +70,10 @@ class SmallViT(VisionTransformer):
             num_classes=num_classes,
         )  # fmt: skip
 
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits [n, K] for images [n, 3, 32, 32] or [n, 1, 32, 32]."""
+        return super().forward(images.expand(-1, 3, -1, -1))
+
 
 class HybridViT(nn.Module):
     """`SmallViT` whose patches are the features of two convolutions with stride 2."""
