@@ -15,6 +15,7 @@ After an interruption the same command continues: finished folds are not trained
 """
 
 import sys
+import time
 from pathlib import Path
 
 import train
@@ -29,6 +30,7 @@ NOT_ACCEPTED = ("fold", "resume", "overwrite", "push_to_hub", "print_config")
 
 def main(argv: list[str] | None = None) -> int:
     """Cross-validate with the arguments `argv`; return the exit code. Raises `UserError`."""
+    start_time = time.monotonic()
     argv = sys.argv[1:] if argv is None else argv
     overrides = parse_arguments(TrainConfig, argv, prog="cross_validate.py", description=__doc__)
     for name in NOT_ACCEPTED:
@@ -41,8 +43,11 @@ def main(argv: list[str] | None = None) -> int:
     words = [*argv, "--folds", str(num_folds), "--output-dir", str(directory), "--resume", "auto"]
     runs = []
     for fold in range(1, num_folds + 1):
+        if config.max_hours:  # for all folds together
+            hours = max(1e-9, config.max_hours - (time.monotonic() - start_time) / 3600)
+            words += ["--max-hours", str(hours)]
         run = train.main([*words, "--fold", str(fold), "--name", f"fold-{fold}"])
-        if run.exit_code:
+        if run.interrupted:
             return run.exit_code
         runs.append(run)
     if runs[0].is_main_process:

@@ -104,7 +104,7 @@ def main(argv: list[str] | None = None) -> None:
             output.write_predictions(
                 predictions.csv(first.split.files()), predictions.safetensors()
             )
-            output.write_report(report)  # last: if it exists, so do the predictions
+            output.write_report(report)  # last, so that a new report has its predictions
         if tta == "none":
             console.class_table(report)
             console.confusion_matrix(report)

@@ -220,9 +220,9 @@ class Job:
     def finish(self, code: int) -> None:
         """Report the result of a run that has ended with an exit code.
 
-        Raise `UserError` if it could not start, as the others could not either.
+        Raise `UserError` if it could not start, and no other run has.
         """
-        name, value, state = self.path.name, None, "FAIL"
+        name, value, state, failure = self.path.name, None, "FAIL", ""
         if code == 0:
             value = page.best_value(read_run(self.path), self.metric)
             state = "FAIL" if value is None else "COMPLETE"
@@ -231,13 +231,15 @@ class Job:
         else:
             lines = self.log.read_text(errors="replace").strip().splitlines() or ["no output"]
             reason = lines[-1].removeprefix("error: ")
-            if not (self.path / CONFIG).exists():
-                raise UserError(f"{name} could not start: {reason}", f"See {self.log}")
-            console.warn(f"{name} failed (exit code {code}): {reason}")
+            failure = f"{name} failed (exit code {code}): {reason}"
         if self.trial:
             from optuna.trial import TrialState
 
             self.study.tell(self.trial, value, TrialState[state])
+        if failure and not any(self.path.parent.glob(f"*/{CONFIG}")):
+            raise UserError(failure, f"See {self.log}")
+        if failure:
+            console.warn(failure)
         result = page.STATES[state] if value is None else f"{self.metric} {value:.4f}"
         settings = self.trial.params if self.trial else {"seed": self.settings["seed"]}
         shown = ", ".join(f"{key} {value}" for key, value in settings.items())

@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None, model=None, datasets=None) -> RunDir:
             # A checkpoint may come from a stranger: download and import nothing that it names.
             download = not checkpoint or is_named(config.dataset, overrides)
             train(run, config, checkpoint, start_time, download)
-        if not run.exit_code:
+        if not run.interrupted:
             hub.upload(run, config)
     return run
 

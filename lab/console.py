@@ -39,7 +39,7 @@ def configure(*, main_process: bool, quiet: bool = False) -> None:
 
 def info(text: str) -> None:
     """Print a line on standard output, unless quiet."""
-    if chatty():
+    if is_verbose():
         print_line(text)
 
 
@@ -55,7 +55,7 @@ def error(text: str) -> None:
 
 def settings(title: str, rows: Mapping[str, object]) -> None:
     """Print a title, then one line per setting."""
-    if chatty():
+    if is_verbose():
         print_line(title, "bold")
         print_line(_pairs(rows, indent="  "))
 
@@ -104,7 +104,7 @@ def device_summary(device: Mapping[str, Any]) -> str:
 @contextmanager
 def status(text: str) -> Iterator[None]:
     """Show a spinner during a slow operation; without a terminal, print one line."""
-    if chatty() and out().is_terminal:
+    if is_verbose() and out().is_terminal:
         spinner = Spinner("dots", text=literal(text), style="cyan")
         with _live(lambda: spinner, per_second=8):
             yield
@@ -160,7 +160,7 @@ class Progress:
 def progress(title: str, num_steps: int) -> Iterator[Progress]:
     """Yield a Progress to update every step; its line is erased at the end."""
     line = Progress(title, num_steps)
-    shown = chatty() and out().is_terminal
+    shown = is_verbose() and out().is_terminal
     with _live(line.draw, per_second=4) if shown else nullcontext():
         yield line
 
@@ -176,7 +176,7 @@ def epoch_row(row: Mapping[str, Any], best: bool, selection_split: str) -> None:
             f"epoch {row['epoch']}: {row['skipped_steps']} steps were skipped because the loss or "
             "a gradient was not finite"
         )
-    if not chatty():
+    if not is_verbose():
         return
     split = "val" if selection_split == "validation" else selection_split
     seconds = (row.get("train_seconds") or 0.0) + (row.get("eval_seconds") or 0.0)
@@ -264,7 +264,7 @@ def is_main_process() -> bool:
     return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
 
 
-def chatty() -> bool:
+def is_verbose() -> bool:
     """Return whether this process prints more than the result."""
     return is_main_process() and not _quiet
 
@@ -390,7 +390,7 @@ def duration(seconds: float) -> str:
 
 def class_table(report: Mapping[str, Any]) -> None:
     """Print precision, recall, F1 and support of every class; the lowest F1 is yellow."""
-    if not chatty():
+    if not is_verbose():
         return
     lowest = min((row["f1"] for row in report["per_class"]), default=0.0)
     rows = [
@@ -410,7 +410,7 @@ def class_counts(class_names: Sequence[str], counts: Mapping[str, Sequence[int]]
 
     For more than 20 classes, print the first and last eight, and the range of the rest.
     """
-    if not chatty():
+    if not is_verbose():
         return
     columns = [[f"{count:,}" for count in values] for values in counts.values()]
     rows = list(zip(class_names, *columns, strict=True))
@@ -432,7 +432,7 @@ def confusion_matrix(report: Mapping[str, Any]) -> None:
     Column heads are class numbers if the names are long. If there are more than 20 classes or the
     matrix is too wide, print the 10 most frequent confusions instead.
     """
-    if not chatty():
+    if not is_verbose():
         return
     matrix, names = report["confusion_matrix"], report["class_names"]
     if len(names) <= 20:

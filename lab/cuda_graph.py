@@ -21,8 +21,8 @@ def can_capture_steps(accelerator: Any, config: Any) -> bool:
     """Return whether training steps with a `TrainConfig` can be captured as CUDA graphs.
 
     Capturing is impossible if the host reads the gradients or, for gradient checkpointing, the
-    state of the random number generator. It is used on one GPU only: gloo's
-    collectives cannot be captured, and NCCL's were not tested.
+    state of the random number generator. It is used on one GPU only: gloo's collectives cannot be
+    captured, and NCCL's were not tested.
     """
     reads_gradients = accelerator.scaler is not None or config.on_nonfinite == "skip"
     waits = reads_gradients or config.grad_checkpointing

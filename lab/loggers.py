@@ -43,8 +43,10 @@ class Loggers:
         scalars = {k: v for k, v in settings.items() if isinstance(v, bool | int | float | str)}
         for name in split_list(settings["tracker"]) if run.is_main_process else ():
             self._guard(name, self._start, name, scalars, step)
-        # Resuming purges the step of the checkpoint from TensorBoard: log that step again.
-        for line in (run.path / STEPS).read_text().splitlines()[-1:] if step else ():
+        # Resuming purges the step of the checkpoint from TensorBoard: log that step again. Only the
+        # main process, which has the trackers, can read the file.
+        logged = (run.path / STEPS).read_text().splitlines() if step and self.trackers else []
+        for line in logged[-1:]:
             row = json.loads(line)
             if row["step"] == step:
                 self._log_step(row)

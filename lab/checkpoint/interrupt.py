@@ -27,7 +27,7 @@ class StopReason(enum.IntEnum):
     @property
     def description(self) -> str:
         """The reason in words."""
-        return {1: "--max-hours is over", 4: "Ctrl-C"}.get(self, self.name)
+        return {1: "--max-hours has passed", 4: "Ctrl-C"}.get(self, self.name)
 
     @property
     def exit_code(self) -> int:

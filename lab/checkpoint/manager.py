@@ -222,7 +222,7 @@ class CheckpointManager:
             console.warn(f"stopped ({why}) after step {step}; resume with: {command}")
         if not self._checkpoints():
             console.warn(f"stopped ({why}), and no checkpoint could be written")
-        self.run.exit_code = self.stop_reason.exit_code
+        self.run.interrupted, self.run.exit_code = True, self.stop_reason.exit_code
 
     def after_step(self, best: Mapping[str, Any], state: TrainState) -> bool:
         """Save a checkpoint if one is due; return whether all processes stop now."""

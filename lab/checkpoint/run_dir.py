@@ -36,7 +36,8 @@ class RunDir:
 
     def __init__(self, path: str | Path, is_main_process: bool = True):
         self.path, self.is_main_process = Path(path), is_main_process
-        self.exit_code = 0  # of train.py; nonzero if the run was interrupted
+        self.exit_code = 0  # of train.py
+        self.interrupted = False  # by a signal or the time limit: the run is not finished
         self._lock: FileLock | None = None
         self._created_directories: list[Path] = []  # removed unless the run starts, inner first
 

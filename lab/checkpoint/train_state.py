@@ -95,6 +95,8 @@ MUTABLE_ON_RESUME = (
     "keep_checkpoints", "output_dir", "name", "resume", "log_every", "tracker", "push_to_hub",
     "quiet", "debug",
 )  # fmt: skip
+# Values that stand for one that is then stored in their place.
+AUTOMATIC = {"epochs": 0, "image_size": 0, "crop_pct": 0.0, "interpolation": "auto"}
 
 
 class CorruptCheckpointError(Exception):
@@ -115,7 +117,8 @@ class Checkpoint:
         stored = asdict(TrainConfig(**self.metadata["config"]))
         changed = {}
         for name, value in overrides.items():
-            is_default = name == "image_size" and value == 0  # the model's own image size
+            if name in AUTOMATIC and value == AUTOMATIC[name]:
+                continue
             moved = name == "dataset" and is_path(value) and is_path(stored[name])
             if name == "model" and is_code(stored[name]) and is_code(value):
                 sha256 = self.metadata.get("model_sha256", "")
@@ -125,17 +128,20 @@ class Checkpoint:
                 changed[name] = value
             elif name == "revision" and not re.fullmatch("[0-9a-f]{40}", value):
                 continue  # a branch or tag: the run keeps the commit it began with
-            elif value != stored[name] and not is_default:
+            elif value != stored[name]:
                 raise UserError(
                     f"{flag(name)} {value} differs from the run's, which is {stored[name]}",
                     "Leave it out, or start a new run",
                 )
-        not_stored: dict[str, Any] = {  # the command line alone asks for an upload
+        not_stored: dict[str, Any] = {  # as this command says, not the one that started the run
             "output_dir": str(self.run.path.parent),
             "name": self.run.path.name,
             "resume": "",
+            "overwrite": False,
             "push_to_hub": overrides.get("push_to_hub", ""),
             "timeout_seconds": overrides.get("timeout_seconds", TIMEOUT_SECONDS),
+            "quiet": overrides.get("quiet", False),
+            "debug": overrides.get("debug", False),
         }
         config = TrainConfig(**stored | changed | not_stored)
         epoch = self.metadata["train_state"]["epoch"]

@@ -15,7 +15,7 @@ from lab import console
 from lab.config.schema import MACHINE, InvalidSettingError, TrainConfig, flag, is_code
 from lab.errors import UserError, suggestion
 
-KINDS = {bool: "true or false", int: "an integer", float: "a number", str: "a text"}
+KINDS = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
 # Settings in a run's config.json that another run does not take over: they name the run, concern
 # its upload or its output on the terminal, or were measured ("threads").
 RUN_SETTINGS = frozenset(
@@ -101,8 +101,9 @@ def parse_arguments(config: type, argv: list[str] | None, *, prog: str, descript
                     "it yourself",
                     f"If you trust that file, add {flag(name)} {from_file[name]}",
                 )
-        if "dataset" in settings:  # the file's revision is that of its own dataset
-            from_file.pop("revision", None)
+        if "dataset" in settings:  # in the file, these are of its own dataset
+            for name in ("revision", "image_column", "label_column"):
+                from_file.pop(name, None)
         settings = from_file | settings
     return settings
 
@@ -142,7 +143,7 @@ def read_settings(path: Path, name: str, hint: str) -> dict[Any, Any]:
     if content is None:  # an empty file
         content = {}
     if not isinstance(content, dict):
-        raise UserError(f"{path} is not a list of settings", "Write one `name: value` per line")
+        raise UserError(f"{path} is not a mapping of settings", "Write one `name: value` per line")
     return content
 
 
@@ -172,7 +173,7 @@ def typed_setting(name: Any, value: object, path: Path) -> Any:
     kind = _kinds(TrainConfig)[name]
     if kind is float and isinstance(value, int | str) and not isinstance(value, bool):
         try:
-            return float(value)  # YAML reads 1e-3, which has no decimal point, as a text
+            return float(value)  # YAML reads 1e-3, which has no decimal point, as a string
         except (ValueError, OverflowError):
             pass
     if type(value) is not kind:

@@ -439,7 +439,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """The settings of an evaluation. None: as in training, which the weights' metadata tell."""
+    """The settings of an evaluation. None: as in training, see the weights' metadata."""
 
     # fmt: off
     weights: tuple[str, ...] = option((), WEIGHTS,

@@ -21,8 +21,10 @@ from lab.config.schema import (
 from lab.errors import UserError
 
 SEARCH = "search"
-# The settings that a sweep sets itself.
-NOT_ACCEPTED = ("name", "output_dir", "resume", "overwrite", "push_to_hub", "folds", "fold")
+# The settings that a sweep sets itself, and a time limit, after which a trial has no result.
+NOT_ACCEPTED = (
+    "name", "output_dir", "resume", "overwrite", "push_to_hub", "folds", "fold", "max_hours",
+)  # fmt: skip
 # Trials are compared by a metric on the validation split: these must be the same for all.
 SAME_IN_ALL_TRIALS = (
     "dataset", "data_dir", "val_fraction", "test_fraction", "split_seed", "max_train_samples",
@@ -87,7 +89,9 @@ def read_sweep(path: Path) -> tuple[dict[str, Any], Searched, TrainConfig]:
     searched: Searched = {}
     for name, value in read_settings(path, str(path), "Give a YAML file of settings").items():
         if name in NOT_ACCEPTED:
-            raise UserError(f"{path} contains {name}, which sweep.py sets", "Leave it out")
+            raise UserError(
+                f"{path} contains {name}, which a sweep does not accept", "Leave it out"
+            )
         if not isinstance(value, (list, dict)):
             fixed[name] = typed_setting(name, value, path)
             continue

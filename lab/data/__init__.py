@@ -17,6 +17,7 @@ from lab.config.schema import HUB, flag, is_code, is_path
 from lab.errors import UserError, name_some, suggestion
 
 if TYPE_CHECKING:
+    from lab.data.checks import Groups
     from lab.data.types import RawSplits, Split
 
 Numbers = tuple[float, ...]
@@ -69,12 +70,13 @@ def find_dataset(dataset: str) -> DatasetSpec:
     return OWN if is_code(dataset) else FOLDER
 
 
-def is_named(dataset: str, given: Collection[str]) -> bool:
+def is_named(dataset: str, overrides: Collection[str]) -> bool:
     """Return whether the user named what the dataset is downloaded to, or imported from.
 
-    `given` are the names of the settings that the user gave, and no weights or checkpoint.
+    `overrides` are the names of the settings that come from the user, not from weights or a
+    checkpoint.
     """
-    return ("data_dir" if find_dataset(dataset).uses_data_dir else "dataset") in given
+    return ("data_dir" if find_dataset(dataset).uses_data_dir else "dataset") in overrides
 
 
 def check_dataset(dataset: str, given: Mapping[str, Any]) -> None:
@@ -220,12 +222,14 @@ def load_splits(
     from lab.data.types import UnreadableImages
 
     raw = read_dataset(config, download)
-    splits = _split(raw, config)
+    duplicates = None
     if raw.train.paths is not None:
         from lab.data.checks import duplicate_warnings, identical_files  # imports torchvision
 
-        for warning in duplicate_warnings(raw, identical_files(raw)):
+        duplicates = identical_files(raw)
+        for warning in duplicate_warnings(raw, duplicates):
             console.warn(warning)
+    splits = _split(raw, config, duplicates=duplicates)
     if len(splits["train"].class_names) < 2:
         raise UserError(
             f"{config.dataset} has only one class, {splits['train'].class_names[0]}",
@@ -266,18 +270,17 @@ def load_split(
     name: str,
     memory: float,
     num_workers: int,
-    download: bool = True,
     raw: RawSplits | None = None,
 ) -> tuple[Split, str]:
     """Return the split "train", "val", "test" or "all", and its fingerprint.
 
     "all" consists of all samples of the dataset, or `max_eval_samples` of them. `raw` is the result
     of `read_dataset`, if the dataset has been read already. Raises `UserError` if there is no such
-    split, or if the dataset is not in `data_dir` and may not be downloaded.
+    split.
     """
     from lab.data.fingerprint import fingerprint
 
-    splits = _split(raw or read_dataset(config, download), config, whole=name == "all")
+    splits = _split(raw or read_dataset(config), config, whole=name == "all")
     if name not in splits:
         raise UserError(
             "the dataset has no validation split: the best epoch was selected on the test split",
@@ -318,10 +321,13 @@ def read_dataset(config: DataConfig, download: bool = True) -> RawSplits:
     return raw
 
 
-def _split(raw: RawSplits, config: DataConfig, whole: bool = False) -> dict[str, Split]:
+def _split(
+    raw: RawSplits, config: DataConfig, whole: bool = False, duplicates: Groups | None = None
+) -> dict[str, Split]:
     """Return the splits "train", "test" and, if there is one, "val"; files are not decoded.
 
-    With `whole`, return one split "all" of all samples.
+    With `whole`, return one split "all" of all samples. `duplicates` is the result of
+    `checks.identical_files`, if it is known.
     """
     from lab.data.splits import stratified_fold, stratified_split, subsample
     from lab.data.types import join
@@ -334,7 +340,7 @@ def _split(raw: RawSplits, config: DataConfig, whole: bool = False) -> dict[str,
     if train.paths is not None and (config.folds or test is None or val is None):
         from lab.data.checks import identical_files, originals  # imports torchvision
 
-        same = originals(raw, identical_files(raw))
+        same = originals(raw, identical_files(raw) if duplicates is None else duplicates)
     if config.folds:  # the test split that a dataset comes with is not used
         train, test = stratified_fold(train, config.folds, config.fold, seed, same)
     elif test is None:

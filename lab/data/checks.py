@@ -103,6 +103,8 @@ def _groups(keys: Iterable[tuple[int, Any]]) -> Groups:
 
 def originals(raw: RawSplits, groups: Groups) -> dict[str, str]:
     """Return the path of the first file of its group for each path in `groups`."""
+    if not groups:
+        return {}
     paths = join([*raw.named().values()]).paths or ()
     return {paths[i]: paths[group[0]] for group in groups for i in group}
 
@@ -134,6 +136,8 @@ class Duplicates:
 
 def duplicate_warnings(raw: RawSplits, groups: Groups) -> list[str]:
     """Return the warnings about files with the same content in several splits or classes."""
+    if not groups:
+        return []
     found = Duplicates.of(raw, groups)
     files = join([*raw.named().values()]).files() or []
     return [

@@ -9,14 +9,14 @@ import stat
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cache as cache_result
 from typing import Any, Self
 
 import PIL
 import torch
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
@@ -280,31 +280,9 @@ def warn_of_other_pixels(trained: str) -> None:
 
 def pixels(image: Image.Image) -> Tensor:
     """Return a Pillow image of any mode as uint8 [3, H, W], in its EXIF orientation."""
-    converted = image
+    image.load()  # raises if the file is damaged
+    with suppress(Exception):  # damaged metadata; Pillow raises exceptions of many types
+        image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16 bits: scale it, because a conversion to RGB would clip it
-        converted = image.convert("I").point(lambda v: v / 256, "L")
-    return _orient(F.pil_to_tensor(converted.convert("RGB")), image)
-
-
-# For each EXIF orientation: whether to swap height and width, and which dimensions to flip then.
-ORIENTATIONS: Mapping[Any, tuple[bool, list[int]]] = {
-    2: (False, [-1]),
-    3: (False, [-2, -1]),
-    4: (False, [-2]),
-    5: (True, []),
-    6: (True, [-1]),
-    7: (True, [-2, -1]),
-    8: (True, [-2]),
-}
-
-
-def _orient(pixels: Tensor, image: Image.Image) -> Tensor:
-    """Return the pixels [3, H, W] rotated and flipped according to the image's EXIF data."""
-    try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # damaged metadata; Pillow raises exceptions of many types
-        return pixels
-    if orientation not in ORIENTATIONS:
-        return pixels
-    swap, flips = ORIENTATIONS[orientation]
-    return (pixels.transpose(-2, -1) if swap else pixels).flip(flips)
+        image = image.convert("I").point(lambda v: v / 256, "L")
+    return F.pil_to_tensor(image.convert("RGB"))

@@ -23,7 +23,7 @@ from torch import Tensor
 from lab.config.schema import HUB
 from lab.data import cache
 from lab.data.decode import FileImages, decode_content
-from lab.data.image_folder import SPLIT_NAMES
+from lab.data.image_folder import SPLIT_OF
 from lab.data.types import RawSplits, Split, normalized
 from lab.errors import UserError, name_some
 
@@ -84,11 +84,10 @@ def read_hub(config: DataConfig, download: bool = True) -> RawSplits:
     column's type, in its order, or else its sorted values. Raises `UserError`.
     """
     loaded, revision = _load(config, download)
-    names = {name: split for split, spellings in SPLIT_NAMES.items() for name in spellings}
     parts: dict[str, Any] = {}
     warnings = []
     for name, dataset in loaded.items():
-        split = names.get(name.lower())
+        split = SPLIT_OF.get(name.lower())
         if split in parts:
             raise UserError(
                 f"{config.dataset} has two {split} splits, one of them {name}", "Remove one of them"

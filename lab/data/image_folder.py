@@ -26,6 +26,7 @@ SPLIT_NAMES = {  # the names that a split's directory may have, case-insensitive
     "val": ("val", "valid", "validation"),
     "test": ("test", "testing"),
 }
+SPLIT_OF = {name: split for split, names in SPLIT_NAMES.items() for name in names}
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 MANIFEST_SUFFIXES = (".csv", ".jsonl")
 COLUMNS = ("file", "label", "split")  # of a manifest; `split` may be missing
@@ -81,7 +82,6 @@ def read_manifest(path: Path, config: DataConfig) -> RawSplits:
     if the manifest is invalid or lists a file that does not exist.
     """
     root = path.parent
-    names = {name: split for split, spellings in SPLIT_NAMES.items() for name in spellings}
     listed: dict[str, dict[str, str]] = {split: {} for split in SPLIT_NAMES}  # file: label
     lines: dict[str, int] = {}  # file: line
     known_columns = set(COLUMNS)
@@ -96,19 +96,21 @@ def read_manifest(path: Path, config: DataConfig) -> RawSplits:
             if not isinstance(row.get(column), str) or not row[column].strip():
                 raise UserError(f"{where} has no {column}", "Add it, or delete the line")
         file, split = os.path.normpath(row["file"]), row.get("split", "train").strip().lower()
+        if not _can_be_a_path(file):
+            raise UserError(f"{where} names {file!a}, which cannot be a path", "Correct it")
         if os.path.isabs(file) or file.split(os.sep)[0] == os.pardir:
             raise UserError(
                 f"{where} names {row['file']}, which is not in the manifest's directory",
                 "Move the manifest to a directory that contains all files, and use relative paths",
             )
-        if split not in names:
+        if split not in SPLIT_OF:
             raise UserError(f"{where} has the split {row['split']!r}", "Use train, val or test")
         if file in lines:
             raise UserError(
                 f"{where} lists {row['file']} again, like line {lines[file]}", "Delete one of them"
             )
         lines[file] = line
-        listed[names[split]][file] = sys.intern(normalized(row["label"].strip()))
+        listed[SPLIT_OF[split]][file] = sys.intern(normalized(row["label"].strip()))
     if not listed["train"]:
         raise UserError(f"{path} lists no training images", "Add some")
     class_names = tuple(sorted(set(listed["train"].values())))
@@ -129,6 +131,14 @@ def read_manifest(path: Path, config: DataConfig) -> RawSplits:
             numbers = torch.tensor([class_labels[label] for label in labels.values()])
             splits[split] = Split(images, numbers, class_names, images.paths, str(root))
     return RawSplits(splits["train"], splits.get("val"), splits.get("test"))
+
+
+def _can_be_a_path(text: str) -> bool:
+    """Return whether the operating system accepts a text as a path."""
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
 
 
 def _manifest_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

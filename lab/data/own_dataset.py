@@ -7,6 +7,7 @@ A dataset is a dictionary of the splits "train" and possibly "val" and "test", a
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,7 +21,7 @@ from torch.utils.data import ConcatDataset
 
 from lab.data.cache import stat_files
 from lab.data.decode import FileImages, decode, in_workers, pixels
-from lab.data.image_folder import SPLIT_NAMES
+from lab.data.image_folder import SPLIT_OF
 from lab.data.transforms import SampleTransform, square
 from lab.data.types import Images, LazyImages, RawSplits, Split, normalized
 from lab.errors import UserError, name_some
@@ -67,11 +68,10 @@ def _convert_splits(result: Any, name: str, config: DataConfig, revision: str) -
     """Return what the user's code returned as splits. Raises `UserError` if it is not a dataset."""
     if not isinstance(result, Mapping):
         raise _wrong(name, f"{type(result).__name__}, not a dictionary of splits")
-    spellings = {s: split for split, names in SPLIT_NAMES.items() for s in names}
     parts: dict[str, Any] = {}
     for key, part in result.items():
-        if key in spellings:
-            parts[spellings[key]] = part
+        if split := SPLIT_OF.get(str(key).lower()):
+            parts[split] = part
         elif key != "class_names":
             raise _wrong(name, f"the split {key!r}, not train, val, test or class_names")
     if "train" not in parts:
@@ -99,7 +99,7 @@ def _convert_splits(result: Any, name: str, config: DataConfig, revision: str) -
 def _convert_split(part: Any, name: str, config: DataConfig) -> tuple[Images, list[Any]]:
     """Return the images of a split, and its labels as the user's code gives them."""
     if isinstance(part, tuple | list) and len(part) == 2:
-        images, labels = part[0], np.asarray(part[1]).tolist()
+        images, labels = part[0], _to_list(part[1], name)
         if isinstance(images, Sequence) and images and isinstance(images[0], str | os.PathLike):
             paths = [os.path.abspath(path) for path in images]
             converted: Images = FileImages.create(paths, stat_files(paths), config)
@@ -108,7 +108,9 @@ def _convert_split(part: Any, name: str, config: DataConfig) -> tuple[Images, li
         else:
             raise _wrong(name, f"images of type {type(images).__name__}, not an array or paths")
         if not isinstance(labels, list) or len(labels) != len(converted):
-            raise _wrong(name, f"{len(converted)} images, but labels {np.shape(part[1])}")
+            raise _wrong(name, f"{len(converted)} images, but labels {np.shape(labels)}")
+        if not labels:
+            raise _wrong(name, "no samples")
         return converted, labels
     if not (hasattr(part, "__getitem__") and hasattr(part, "__len__")):
         kind = type(part).__name__
@@ -126,16 +128,25 @@ def _convert_split(part: Any, name: str, config: DataConfig) -> tuple[Images, li
     lazy = replace(lazy, num_channels=len(lazy.image(0)))
     targets = None if getattr(part, "target_transform", None) else getattr(part, "targets", None)
     if targets is not None and np.shape(targets) == (len(part),):
-        return lazy, np.asarray(targets).tolist()
+        return lazy, _to_list(targets, name)
     num_workers = torch.get_num_threads()
     batches = lazy.positions.split(max(1, min(64, len(part) // (8 * num_workers))))
     with in_workers(lazy.labels, batches, num_workers) as results:
         return lazy, [label for batch in results for label in batch]
 
 
+def _to_list(labels: Any, name: str) -> Any:
+    """Return an array, tensor or sequence of labels as a list."""
+    labels = labels.cpu() if isinstance(labels, Tensor) else labels
+    try:
+        return np.asarray(labels).tolist()
+    except ValueError:
+        raise _wrong(name, "labels of different lengths") from None
+
+
 def _to_images(images: np.ndarray | Tensor, name: str) -> Tensor:
     """Return uint8 [N, H, W] or [N, H, W, C] as [N, C, H, W]."""
-    array = np.asarray(images)
+    array = images.numpy(force=True) if isinstance(images, Tensor) else images
     shape = array.shape
     if array.dtype != np.uint8 or not (
         len(shape) == 3 or (len(shape) == 4 and shape[3] in CHANNELS)
@@ -154,6 +165,12 @@ def _number_classes(
 ) -> tuple[tuple[str, ...], dict[str, Tensor]]:
     """Return the class names, and the labels int64 [N] of each split. Raises `UserError`."""
     names = None if given_names is None else [normalized(str(n)) for n in given_names]
+    if repeated := sorted(n for n, count in Counter(names or ()).items() if count > 1):
+        raise _wrong(name, f"class_names that contain {name_some(repeated)} more than once")
+    labels = {
+        split: [normalized(label) if isinstance(label, str) else label for label in part]
+        for split, part in labels.items()
+    }
     found = {label for part in labels.values() for label in part}
     kinds = {type(label) for label in found}
     if kinds == {str}:

@@ -106,14 +106,12 @@ def _read_cifar(name: str, data_dir: str, download: bool) -> RawSplits:
         except (RuntimeError, OSError):  # missing, or its MD5 is wrong
             return None
 
-    def missing() -> bool:
-        return read(train=True) is None
-
-    if missing():
-        _download(name, data_dir, download, missing)
+    train = read(train=True)
+    if train is None:
+        _download(name, data_dir, download, missing=lambda: read(train=True) is None)
+        train = read(train=True)
     splits = []
-    for train in (True, False):
-        data = read(train)
+    for data in (train, read(train=False)):
         if data is None:
             raise UserError(f"{name} in {data_dir} is damaged", "Delete it to download it again")
         images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()

@@ -144,6 +144,7 @@ def _call(indices: np.ndarray) -> Any:
 
 def _convert(batch: Any, kind: type, function: Callable[[Any], Any]) -> Any:
     """Return a batch with `function` applied to it, or to each part of a tuple, if it is a `kind`.
+
     Tensors are sent as NumPy arrays, because PyTorch sends tensors through shared memory, which is
     small in containers.
     """

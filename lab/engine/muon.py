@@ -30,7 +30,8 @@ class Muon(torch.optim.AdamW):
     Updates the groups whose "muon" is True by orthogonalized momentum, the others by AdamW. Kernels
     [O, I, H, W] are treated as matrices [O, I * H * W]. Updates are scaled to the root mean square
     of AdamW's (Liu et al. 2025, "Muon is scalable for LLM training", section 2.2), so that both use
-    the same learning rate.
+    the same learning rate. `torch.optim.Muon` accepts matrices only, neither kernels nor parameters
+    that AdamW updates.
 
     The iterations magnify rounding differences between processes, most of all in bfloat16: the loss
     curves of 1, 2 and 3 processes agree to 1e-4 over tens of steps, but the number of correct

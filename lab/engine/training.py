@@ -152,8 +152,7 @@ class TrainStep:
         for i, (images, targets) in enumerate(parts):
             is_last = i == len(sizes) - 1
             with nullcontext() if is_last else accelerator.no_sync(self.wrapped_model):
-                outputs = self.wrapped_model(images)
-                logits, *auxiliary_logits = outputs if isinstance(outputs, tuple) else (outputs,)
+                logits, *auxiliary_logits = self._forward(images)
                 loss = self._loss_sum(logits, targets, batch.class_weights)
                 total_loss = loss
                 for other_logits in auxiliary_logits:
@@ -179,6 +178,20 @@ class TrainStep:
             return None
         self.optimizer.zero_grad()
         return totals
+
+    def _forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Return the logits [n, K], and those of auxiliary classifiers.
+
+        A process without samples has no images, which many models do not accept: it computes the
+        logits of random images, and discards them, so that all gradients are zero. SyncBatchNorm
+        would count these images in its statistics.
+        """
+        inputs = images
+        if not len(images) and not self.config.sync_bn:
+            inputs = torch.randn(2, *images.shape[1:], device=images.device)
+        outputs = self.wrapped_model(inputs)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        return outputs if inputs is images else tuple(logits[:0] for logits in outputs)
 
     def _loss_sum(self, logits: Tensor, targets: Tensor, class_weights: Tensor | None) -> Tensor:
         """Return the sum of the cross-entropies; targets are int64 [n], or soft, float32 [n, K].

@@ -12,6 +12,7 @@ from lab.checkpoint.atomic_io import write_atomically
 from lab.checkpoint.run_dir import BEST, CARD, CONFIG, PLOTS, RunDir
 from lab.config.schema import HUB, TrainConfig, is_code, is_path
 from lab.errors import UserError
+from lab.own_code import OBJECT
 from lab.report.markdown import code, escaped, table
 from lab.report.run_reader import RunResult, read_run
 
@@ -26,9 +27,7 @@ LISTED_SETTINGS = ("recipe", "epochs", "max_steps", "batch_size", "optimizer", "
                    "weight_decay", "dropout", "label_smoothing", "max_grad_norm", "ema_decay",
                    "augment", "init", "freeze", "monitor", "seed")  # fmt: skip
 CONFUSION_PLOT = f"{PLOTS}/confusion_matrix.png"
-USAGE = """\
-python evaluate.py best.safetensors            # evaluate on the test split again
-python predict.py best.safetensors IMAGES      # print the most probable classes of images"""
+OWN_MODEL = "FILE.py:FUNCTION"  # stands for a model of the user's
 
 
 def write(run: RunDir) -> None:
@@ -117,6 +116,7 @@ def _body(title: str, config: TrainConfig, run: RunResult) -> str:
     }
     listed |= {"versions": ", ".join(f"{k} {v}" for k, v in settings["versions"].items())}
     listed |= {"commit of lab": settings["commit"]} if settings.get("commit") else {}
+    arguments = f'"{BEST}"' + (", model=MODEL" if is_code(config.model) else "")
     parts = [
         f"# {escaped(title)}",
         f"An image classifier with {len(names)} classes: {model} trained on {dataset} with lab. "
@@ -141,18 +141,15 @@ def _body(title: str, config: TrainConfig, run: RunResult) -> str:
         else "",
         "## Training",
         _origin(config),
-        code(_command(config), "sh"),
+        "" if _is_passed(config) else code(_command(config), "sh"),
         f"Training took {run.seconds:,.0f} seconds on {escaped(hardware)}. On other hardware or "
         "with other versions, the last digits of the results may differ.",
         table(("setting", "value"), ((escaped(k), escaped(v)) for k, v in listed.items())),
         "## Use",
-        f"{BEST} is self-contained: its metadata hold the architecture, the class names and the "
-        "preprocessing.",
-        code(USAGE, "sh"),
-        code(
-            'from lab import load_model\n\nmodel, metadata = load_model("best.safetensors")',
-            "python",
-        ),
+        f"The metadata of {BEST} hold the architecture, the class names and the preprocessing"
+        + (", but not the code of the model." if is_code(config.model) else "."),
+        "" if _is_passed(config) else code(_usage(config), "sh"),
+        code(f"from lab import load_model\n\nmodel, metadata = load_model({arguments})", "python"),
         "## Intended use and limitations",
         _limits(config, report),
     ]
@@ -177,17 +174,25 @@ def _origin(config: TrainConfig) -> str:
     """Return how the weights were initialized, and what the placeholders of the command mean."""
     text = "The weights were initialized randomly."
     if config.pretrained:
+        library = "timm" if config.model.startswith("timm:") else "torchvision"
         text = (
-            "The weights were initialized from torchvision's ImageNet weights, except for the "
+            f"The weights were initialized from pretrained weights of {library}, except for the "
             "classifier."
         )
     elif config.init_checkpoint:
         text = "The weights were initialized from those of another run (WEIGHTS below)."
     if config.freeze == "backbone":
         text += " Only the classifier was trained."
+    if _is_passed(config):
+        return f"{text} Its code, or that of the dataset, is a Python object, passed to train.main."
     placeholder = _placeholder(config)
     folder = f" ({placeholder} stands for the dataset)" if placeholder else ""
     return f"{text} To train the model again with the settings in {CONFIG}{folder}:"
+
+
+def _is_passed(config: TrainConfig) -> bool:
+    """Return whether the model or the dataset is an object, which no command names."""
+    return config.model.startswith(OBJECT) or config.dataset.startswith(OBJECT)
 
 
 def _is_on_hub(config: TrainConfig) -> bool:
@@ -204,9 +209,21 @@ def _placeholder(config: TrainConfig) -> str:
 def _command(config: TrainConfig) -> str:
     """Return the command that trains the model again; placeholders replace paths."""
     command = f"python train.py --config {CONFIG}"
+    command += f" --model {OWN_MODEL}" if is_code(config.model) else ""
     placeholder = _placeholder(config)
     command += f" --dataset {placeholder}" if placeholder else ""
     return command + (" --init-checkpoint WEIGHTS" if config.init_checkpoint else "")
+
+
+def _usage(config: TrainConfig) -> str:
+    """Return the commands that use the weights."""
+    options = f" --model {OWN_MODEL}" if is_code(config.model) else ""
+    dataset = " --dataset FILE.py:FUNCTION" if is_code(config.dataset) else ""
+    return (
+        f"# Evaluate on the test split again.\npython evaluate.py {BEST}{options}{dataset}\n"
+        "# Print the most probable classes of images.\n"
+        f"python predict.py {BEST} IMAGES{options}"
+    )
 
 
 def _limits(config: TrainConfig, report: Mapping[str, Any]) -> str:

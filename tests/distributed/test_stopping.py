@@ -45,7 +45,7 @@ def images(tmp_path_factory):
 
 def test_exit_codes_and_descriptions_of_stop_reasons():
     assert [(reason.exit_code, reason.description) for reason in StopReason] == [
-        (0, "--max-hours is over"), (143, "SIGUSR1"), (143, "SIGTERM"), (130, "Ctrl-C"),
+        (0, "--max-hours has passed"), (143, "SIGUSR1"), (143, "SIGTERM"), (130, "Ctrl-C"),
     ]  # fmt: skip
 
 
@@ -195,7 +195,7 @@ def test_processes_communicate_about_once_a_second(monkeypatch):
 
 def test_max_hours_stops_with_a_checkpoint(tmp_path, capsys):
     assert start(tmp_path, *LONG, "--max-hours", str(0.5 / 3600)).exit_code == 0
-    assert "stopped (--max-hours is over) after step" in capsys.readouterr().err
+    assert "stopped (--max-hours has passed) after step" in capsys.readouterr().err
     assert not (tmp_path / "run" / "report.json").exists()
     epochs = str(_num_steps(tmp_path / "run") // 4 + 1)
     start(tmp_path, *LONG, "--epochs", epochs, name="whole")

@@ -37,6 +37,20 @@ def test_the_same_settings_may_be_given_again(copied, finished):
     same_end(copied, finished)
 
 
+def test_automatic_settings_may_be_given_again(copied):
+    stored = train_state.Checkpoint(
+        run_dir.RunDir(copied),
+        copied,
+        manager.latest_checkpoint(run_dir.RunDir(copied)).metadata,
+        {},
+    )
+    automatic = {"epochs": 0, "image_size": 0, "crop_pct": 0.0, "interpolation": "auto"}
+    config = stored.config({})
+    assert stored.config(automatic) == config
+    assert config.quiet is False  # the run was started with --quiet
+    assert stored.config({"quiet": True}).quiet
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -87,11 +87,30 @@ def test_names_cannot_inject_yaml_or_markdown(copied):
         ({}, ""),
         ({"dataset": "/home/me/cats"}, " --dataset IMAGES"),
         ({"init_checkpoint": "/home/me/vit"}, " --init-checkpoint WEIGHTS"),
+        ({"model": "/home/me/net.py:net"}, " --model FILE.py:FUNCTION"),
     ],
 )
 def test_the_command_of_a_card_contains_no_paths(copied, settings, options):
     update_json(copied / "config.json", **settings)
     assert f"\npython train.py --config config.json{options}\n" in model_card.card(copied)
+
+
+def test_the_card_of_a_model_that_is_code_says_how_to_use_it(copied):
+    update_json(copied / "config.json", model="/home/me/net.py:net")
+    text = model_card.card(copied)
+    assert "python evaluate.py best.safetensors --model FILE.py:FUNCTION" in text
+    assert 'load_model("best.safetensors", model=MODEL)' in text
+    assert "/home/me" not in text
+    update_json(copied / "config.json", model="python.py:net")  # passed to train.main
+    assert "\npython " not in model_card.card(copied)
+
+
+@pytest.mark.parametrize(
+    ("model", "library"), [("torchvision:resnet18", "torchvision"), ("timm:resnet18", "timm")]
+)
+def test_the_card_names_the_library_of_pretrained_weights(copied, model, library):
+    update_json(copied / "config.json", model=model, pretrained=True)
+    assert f"from pretrained weights of {library}, except" in model_card.card(copied)
 
 
 @pytest.mark.parametrize(

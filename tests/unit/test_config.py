@@ -294,11 +294,11 @@ def test_the_config_of_a_run_gives_its_training_settings(finished, capsys):
 
         ("a.yaml", "lr: fast", "invalid lr 'fast' in a.yaml: expected a number."),
 
-        ("a.yaml", "model:", "invalid model None in a.yaml: expected a text."),
+        ("a.yaml", "model:", "invalid model None in a.yaml: expected a string."),
 
         ("a.yaml", "compile: 1", "invalid compile 1 in a.yaml: expected true or false."),
         ("a.yaml", "epochs: -1", "invalid --epochs -1: expected at least 0."),
-        ("a.yaml", "epochs", "a.yaml is not a list of settings. Write one `name: value` per line."),
+        ("a.yaml", "epochs", "a.yaml is not a mapping of settings. Write one `name: value` per "),
 
         ("a.yaml", "!!python/object/apply:os.system [ls]", "a.yaml is not valid YAML ("),
         ("a.json", "{", "a.json is not valid JSON ("),

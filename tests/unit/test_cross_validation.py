@@ -6,6 +6,7 @@ import json
 import shutil
 import statistics
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -204,6 +205,20 @@ def test_p7_mistakes_are_one_line(fails, tmp_path, validated):
     assert fails(cross_validate, *words, "--folds", 9) == (
         "7 images cannot be divided into 9 parts. Give fewer --folds."
     )
+
+
+def test_the_time_limit_is_that_of_all_folds(monkeypatch):
+    limits = []
+
+    def main(words):
+        limits.append(float(words[len(words) - words[::-1].index("--max-hours")]))
+        return SimpleNamespace(interrupted=len(limits) == 2, exit_code=0)
+
+    monkeypatch.setattr(train, "main", main)
+    clock = iter(range(0, 36000, 3600))
+    monkeypatch.setattr(cross_validate.time, "monotonic", lambda: next(clock))
+    assert cross_validate.main([*WORDS, "--max-hours", "3"]) == 0
+    assert limits == [2, 1]  # the third fold is not started
 
 
 def test_p7_other_settings_or_data_do_not_continue_it(validated, monkeypatch, tmp_path):

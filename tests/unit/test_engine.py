@@ -110,6 +110,30 @@ def test_p2_a_process_without_samples_takes_the_step_too(accelerator, grad_accum
     assert torch.equal(weights(train_step.model), before)
 
 
+class Flattening(nn.Module):
+    """A model that reshapes as many do, which fails for an empty batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.linear = nn.BatchNorm2d(1), nn.Linear(784, 10)
+
+    def forward(self, images):
+        return self.linear(self.norm(images).view(images.size(0), -1))
+
+
+def test_p2_a_model_that_accepts_no_empty_batch_is_trained_by_a_process_without_samples(
+    accelerator,
+):
+    model = Flattening()
+    train_step = prepare(accelerator, model, TrainConfig(**PLAIN | {"dataset": "digits"}))
+    before = weights(model)
+    assert train_step.run(make_batch(0, global_batch_size=1)).tolist() == [0, 0]
+    assert torch.equal(weights(model), before)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    train_step.run(make_batch(2))
+    assert not torch.equal(weights(model), before)
+
+
 @pytest.mark.parametrize("grad_accum_steps", [1, 3])
 @pytest.mark.parametrize("max_grad_norm", [0.01, 1e6])
 def test_clipping_bounds_the_norm_of_the_whole_gradient(

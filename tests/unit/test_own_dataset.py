@@ -245,6 +245,10 @@ SAMPLES = [(image, label) for image, label in zip(IMAGES, LABELS, strict=True)]
         ({"train": (IMAGES, LABELS[1:])}, "SPLIT 4 images, but labels (3,)"),
         ({"train": (IMAGES, [0.5] * 4)}, "labels of type float, not int or str"),
         ({"train": (IMAGES, LABELS), "class_names": ["a"]}, "labels from 0 to 1 for 1 classes"),
+        ({"train": (IMAGES, LABELS), "class_names": [*"aba"]}, "class_names that contain a more "
+         "than once"),
+        ({"train": (IMAGES, [[0], [1, 2], [0], [1]])}, "SPLIT labels of different lengths"),
+        ({"train": (IMAGES[:0], [])}, "SPLIT no samples"),
         ({"train": (IMAGES, [*"abab"]), "class_names": "ac"}, "labels that are not in class_names: "
          "b"),
         ({"train": (IMAGES, LABELS), "val": (IMAGES[..., 0], LABELS)}, "splits of different kinds "
@@ -257,6 +261,13 @@ def test_p7_what_is_no_dataset(result, expected):
     what, _, returned = expected.partition("SPLIT ")
     where = "datasets, split train," if returned else "datasets"
     assert str(error.value) == f"{where} returned {returned or what}. {HINT}"
+
+
+def test_names_in_another_unicode_form_and_case_are_the_same():
+    labels = ["cafe\u0301", "tea"] * 2  # e and an accent, in two characters
+    raw = read_dataset(given({"Train": (IMAGES, labels), "class_names": ["caf\u00e9", "tea"]}))
+    assert raw.train.class_names == ("caf\u00e9", "tea")
+    assert raw.train.labels.tolist() == [0, 1, 0, 1]
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from handmade import predicted, splits
 from worlds import ROOT, Fork, python, start
 
 import sweep
-from lab.checkpoint.run_dir import CARD, RunDir
+from lab.checkpoint.run_dir import CARD, CONFIG, RunDir
 from lab.config.cli import parse_arguments
 from lab.config.recipes import resolve
 from lab.config.schema import TrainConfig
@@ -186,6 +186,22 @@ def test_a_failed_trial_does_not_end_the_sweep(fake, monkeypatch, capsys):
     )
 
 
+def test_a_combination_that_cannot_start_does_not_end_the_sweep(fake, monkeypatch):
+    """Some settings, such as the image size, are checked when the model is built."""
+    original = fake.poll
+
+    def poll(process):
+        if process.run.path.name != "trial-2":
+            return original(process)
+        (process.run.path / CONFIG).unlink(missing_ok=True)
+        process.log.write_text("error: lenet5 cannot take images of 20 pixels.\n")
+        return 2
+
+    monkeypatch.setattr(fake, "poll", poll)
+    call("--trials", 3, "--seeds", 0)
+    assert [t.state.name for t in study().trials] == ["COMPLETE", "FAIL", "COMPLETE"]
+
+
 def test_each_gpu_trains_one_run_at_a_time(fake, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-1")
     gpus = sweep_environments()
@@ -239,7 +255,8 @@ OF_TEST = "a sweep must not select settings on the test split, and val_fraction 
         ("optimizer: [sgd, adm]", "invalid --optimizer 'adm': expected one of sgd, nesterov, "),
         ("lr: 0.1", "s.yaml has no setting to search. Write a list of choices, lr: [0.1, 0.01],"),
         ("lr: [", "s.yaml is not valid YAML (*). Correct the file."),
-        ("lr: [0.1, 0.2]\nname: x", "s.yaml contains name, which sweep.py sets. Leave it out."),
+        ("lr: [0.1, 0.2]\nname: x", "s.yaml contains name, which a sweep does not accept. Le"),
+        ("lr: [0.1, 0.2]\nmax_hours: 1", "s.yaml contains max_hours, which a sweep does not "),
         ("val_fraction: [0.1, 0.2]", "s.yaml searches val_fraction, which cannot be searched. Giv"),
         ("seed: [1, 2]", "s.yaml searches seed, which cannot be searched. Give one value."),
         ("quiet: [true, false]", "s.yaml searches quiet, which cannot be searched. Give one value"),
@@ -304,7 +321,7 @@ def test_p7_a_run_that_cannot_start_ends_the_sweep(fails, tmp_path, monkeypatch)
     monkeypatch.setattr(sweep, "start_process", start_process)
     (tmp_path / "s.yaml").write_text("dataset: ./missing\nmodel: lenet5\nlr: [0.1, 0.2]\n")
     message = fails(sweep, "s.yaml", "--output", tmp_path / "out", leaves=("out",))
-    assert message.startswith("trial-1 could not start: there is no directory ")
+    assert message.startswith("trial-1 failed (exit code 2): there is no directory ")
     assert message.endswith(f"See {tmp_path}/out/trial-1.log.")
 
 

@@ -122,6 +122,8 @@ def test_a_resumed_run_goes_on_with_the_same_log(tmp_path, told):
         (5, {"test/accuracy": 0.75}),
         ("finish", None),
     ]
+    # Other processes may be on a machine that has no file of the run.
+    Loggers(RunDir(tmp_path / "elsewhere", is_main_process=False), settings, 3).finish()
     # A damaged id is not used: another log is begun.
     (tmp_path / "trackers.json").write_text('{"wandb_id": "../x"}')
     Loggers(run, settings, 3).finish()
