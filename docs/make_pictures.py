@@ -1,8 +1,9 @@
-"""Make the pictures of the documentation: docs/console.svg, report.png and lesson.svg.
+"""Make the pictures of the documentation: docs/console.svg, report.png, lesson.svg, attention.svg.
 
   python docs/make_pictures.py console                       trains LeNet-5 on the bundled digits
   python docs/make_pictures.py report runs/lenet5-mnist      the finished run whose page is shown
-  python docs/make_pictures.py lesson                        draws the rows of results/lesson
+  python docs/make_pictures.py lesson                        draws results/lesson/ablations.json
+  python docs/make_pictures.py attention                     draws results/lesson/attention.json
 
 The second needs Playwright and Chromium.
 """
@@ -19,6 +20,7 @@ from pathlib import Path
 from unittest import mock
 
 DOCS = Path(__file__).resolve().parent
+SVG = {"svg.fonttype": "none", "svg.hashsalt": "lesson", "font.size": 9}
 CELL = "4,9"  # true and predicted class of the cell to click
 
 
@@ -68,8 +70,7 @@ def lesson_svg(target: Path) -> None:
 
     from lab.report.plots import STYLE
 
-    settings = STYLE | {"svg.fonttype": "none", "svg.hashsalt": "lesson", "font.size": 9}
-    with rc_context(settings):
+    with rc_context(STYLE | SVG):
         figure = Figure(figsize=(9, 3), layout="constrained")
         panels = figure.subplots(1, 2, sharey=True)
         for axes, data in zip(panels, ("digits", "photographs"), strict=True):
@@ -89,12 +90,41 @@ def lesson_svg(target: Path) -> None:
         figure.savefig(target, metadata={"Date": None})
 
 
+def attention_svg(target: Path) -> None:
+    """Draw a digit of each class, and the attention of a ViT's class token to its patches."""
+    import make_tables
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    from lab.report.plots import STYLE
+
+    rows = [row for row in make_tables.lesson("attention") if row["digit"] is not None]
+    with rc_context(STYLE | SVG):
+        figure = Figure(figsize=(9, 2), layout="constrained")
+        panels = figure.subplots(2, len(rows))
+        for (above, below), row in zip(panels.T, rows, strict=True):
+            for axes, values, colors in (
+                (above, "pixels", "gray_r"),
+                (below, "attention", "viridis"),
+            ):
+                squares = [row[values][i : i + 8] for i in range(0, 64, 8)]
+                axes.imshow(squares, cmap=colors, vmin=0)
+                axes.set_xticks([])
+                axes.set_yticks([])
+                axes.grid(visible=False)
+        panels[0, 0].set_ylabel("patches")
+        panels[1, 0].set_ylabel("attention")
+        figure.savefig(target, metadata={"Date": None})
+
+
 def main() -> None:
     """Make the picture of the first argument."""
     if sys.argv[1] == "report":
         report_png(Path(sys.argv[2]), DOCS / "report.png")
     elif sys.argv[1] == "console":
         (DOCS / "console.svg").write_text(console_svg())
+    elif sys.argv[1] == "attention":
+        attention_svg(DOCS / "attention.svg")
     else:
         lesson_svg(DOCS / "lesson.svg")
 

@@ -159,22 +159,22 @@ def resolve(overrides: dict[str, Any]) -> TrainConfig:
     dataset = dataset or default_dataset
     of_library = model.startswith(LIBRARIES)
     layer = "folder" if own_images else dataset
-    starts_trained = overrides.get("init_checkpoint") or (
-        of_library and overrides.get("pretrained", True)
-    )
-    name = overrides.get("recipe", "finetune" if own_images and starts_trained else "default")
+    pretrained = own_images and overrides.get("pretrained", of_library)
+    finetuned = pretrained or (own_images and overrides.get("init_checkpoint"))
+    name = overrides.get("recipe", "finetune" if finetuned else "default")
     if name not in RECIPES:
         raise UserError(f"unknown recipe {name}", suggestion(name, RECIPES))
     settings: dict[str, Any] = {"image_size": image_size}
-    if of_library:  # `lab.models.with_input_defaults` knows what the weights expect
-        settings |= {"crop_pct": 0.0, "interpolation": "auto"}
+    by_weights = of_library or pretrained
+    if by_weights:  # `lab.models.with_input_defaults` knows what the weights expect
+        settings |= {"image_size": 0, "crop_pct": 0.0, "interpolation": "auto"}
     family = "" if is_code(model) else re.split("[-:_]", model)[0]
     if is_code(model) and own_images:
         settings["image_size"] = 224
     for key in ("*", layer, family, model, f"{family}/{layer}", f"{model}/{layer}"):
         settings |= RECIPES[name].get(key, {})
     settings |= {k: v for k, v in overrides.items() if not (k == "image_size" and v == 0)}
-    if not of_library:
+    if not by_weights:
         settings["crop_pct"] = settings.get("crop_pct") or 1.0
         if settings.get("interpolation") == "auto":
             settings["interpolation"] = "bilinear"

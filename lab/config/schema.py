@@ -145,11 +145,12 @@ LABEL_COLUMN = partial(option, "", TASK, "column of a Hugging Face dataset that 
                        "labels; default: found by its type or name", metavar="NAME")  # fmt: skip
 TTA = partial(option, "none", WEIGHTS, "test-time augmentation; flip: average the probabilities "
               "with those of the mirror image", choices=("none", "flip"))  # fmt: skip
-MIXED_PRECISION = partial(option, "auto", MACHINE, "precision of the computation; auto: depends on "
-                          "device and model or, after training, as in training",
+MIXED_PRECISION = partial(option, "auto", MACHINE, "precision of the computation; auto: chosen by "
+                          "device and model; for trained weights, as in training",
                           choices=("auto", "no", "bf16", "fp16"))  # fmt: skip
 LOADER = partial(option, "auto", MACHINE, "resident: keep the decoded dataset in device memory; "
-                 "streaming: read it with workers; auto: resident if it fits",
+                 "streaming: read it with workers; auto: resident if it fits and "
+                 "--augment needs no workers",
                  choices=("auto", "resident", "streaming"))  # fmt: skip
 WORKERS = partial(option, -1, MACHINE, "number of data-loading workers per process; -1: depends on "
                   "the CPU cores", low=-1, high=256)  # fmt: skip
@@ -546,7 +547,7 @@ class CheckConfig:
         "warn about images smaller than this number of pixels; 0: never", low=0, high=4096)
     threads: int = THREADS()
     output: str = option("check_data.html", OUTPUT,
-        "file of the page", metavar="FILE")
+        "HTML file to write", metavar="FILE")
     debug: bool = DEBUG(group=OUTPUT)
     # fmt: on
 

@@ -114,22 +114,21 @@ def check_model(name: str, pretrained: bool) -> None:
 
 def input_spec(name: str) -> InputSpec:
     """Return how images are prepared for the weights that --pretrained loads for a model."""
-    library_name = name.partition(":")[2]
-    if name.startswith(TORCHVISION):
-        from lab.models.external import torchvision_input
-
-        return InputSpec(**torchvision_input(library_name))
     if name.startswith(TIMM):
         from lab.models.external import timm_input
 
-        return InputSpec(**timm_input(library_name))
+        return InputSpec(**timm_input(name.removeprefix(TIMM)))
+    if weights := find_model(name).weights or name.partition(TORCHVISION)[2]:
+        from lab.models.external import torchvision_input
+
+        return InputSpec(**torchvision_input(weights))
     return InputSpec()
 
 
 def with_input_defaults(config: TrainConfig) -> TrainConfig:
     """Return the settings with the image size, crop and interpolation of the model's weights.
 
-    A model of torchvision or timm from random weights only takes over their image size.
+    From random weights, a model of torchvision or timm only takes over their image size.
     """
     spec = input_spec(config.model)
     size = config.image_size or spec.image_size

@@ -17,7 +17,7 @@ from lab.config.recipes import RECIPES, resolve
 from lab.config.schema import EvalConfig, TrainConfig, flag
 from lab.data import DATASETS
 from lab.errors import UserError
-from lab.models import MODELS
+from lab.models import MODELS, with_input_defaults
 
 FIELDS = {
     config: {f.name: f for f in dataclasses.fields(config)} for config in (TrainConfig, EvalConfig)
@@ -314,3 +314,15 @@ def test_p7_mistakes_in_a_settings_file(fails, name, content, message):
 
 def test_p7_print_config_is_for_new_runs(fails):
     assert fails(train, "--resume", "runs/x", "--print-config").startswith("--print-config shows")
+
+
+def test_own_images_and_pretrained_weights_give_fine_tuning_as_the_weights_expect():
+    for model in ("efficientnet_b0", "torchvision:efficientnet_b0"):
+        settings = {"dataset": "./images", "model": model, "pretrained": True}
+        config = with_input_defaults(resolve(settings))
+        expected = ("finetune", 224, 0.875, "bicubic")
+        assert (config.recipe, config.image_size, config.crop_pct, config.interpolation) == expected
+        assert with_input_defaults(resolve(settings | {"image_size": 64})).image_size == 64
+    assert resolve({"dataset": "./images", "model": "efficientnet_b0"}).recipe == "default"
+    config = with_input_defaults(resolve({"model": "efficientnet_b0", "pretrained": True}))
+    assert (config.recipe, config.image_size) == ("default", 32)

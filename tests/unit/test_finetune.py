@@ -194,7 +194,11 @@ def test_init_from_takes_all_but_a_head_of_another_size(trained, monkeypatch, nu
     heads = {"classifier.3.weight", "classifier.3.bias"} if num_classes == 3 else set()
     assert fresh == heads
     assert all(torch.equal(after[name], before[name]) for name in heads)
-    ending = "new head: classifier.3.bias, classifier.3.weight" if heads else "its head too"
+    ending = (
+        "new classifier: classifier.3.bias, classifier.3.weight"
+        if heads
+        else "also of its classifier"
+    )
     assert told == [f"weights of {trained}; {ending}"]
 
 
