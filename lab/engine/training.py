@@ -97,6 +97,7 @@ class TrainStep:
     optimizer: torch.optim.Optimizer
     ema: ModelEma | None = None
     graph_runner: CUDAGraphRunner | None = field(init=False, default=None)
+    accepts_empty_batch: bool | None = field(init=False, default=None)  # None: not tried yet
 
     def __post_init__(self) -> None:
         if can_capture_steps(self.accelerator, self.config):
@@ -182,16 +183,32 @@ class TrainStep:
     def _forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Return the logits [n, K], and those of auxiliary classifiers.
 
-        A process without samples has no images, which many models do not accept: it computes the
-        logits of random images, and discards them, so that all gradients are zero. SyncBatchNorm
-        would count these images in its statistics.
+        A process without samples has no images. Many models do not accept that: then the process
+        computes the logits of random images, and discards them, so that all gradients are zero.
         """
         inputs = images
-        if not len(images) and not self.config.sync_bn:
+        if not len(images) and not self._accepts(images):
             inputs = torch.randn(2, *images.shape[1:], device=images.device)
         outputs = self.wrapped_model(inputs)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         return outputs if inputs is images else tuple(logits[:0] for logits in outputs)
+
+    def _accepts(self, images: Tensor) -> bool:
+        """Return whether the model can compute the logits of `images`, an empty batch.
+
+        Models that do are not given random images, which would change the statistics of BatchNorm
+        layers that processes synchronize.
+        """
+        if self.accepts_empty_batch is None:
+            self.model.eval()  # in which the layers of different processes do not communicate
+            try:
+                with torch.no_grad():
+                    self.model(images)
+                self.accepts_empty_batch = True
+            except Exception:  # of the user's code, or of a library
+                self.accepts_empty_batch = False
+            self.set_training_mode()
+        return self.accepts_empty_batch
 
     def _loss_sum(self, logits: Tensor, targets: Tensor, class_weights: Tensor | None) -> Tensor:
         """Return the sum of the cross-entropies; targets are int64 [n], or soft, float32 [n, K].
