@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +30,7 @@ from lab.data import DataConfig
 from lab.data.decode import decode, pixels
 from lab.data.image_folder import SUFFIXES, list_images
 from lab.data.sampler import shard
-from lab.data.transforms import BatchTransform, square, to_grayscale
+from lab.data.transforms import BatchTransform, EvalTransform, to_grayscale
 from lab.data.workers import BatchReader
 from lab.distributed import choose_precision
 from lab.engine.evaluation import predict_logits
@@ -98,18 +97,6 @@ def find_images(arguments: Sequence[str]) -> tuple[list[str], list[ImagePredicti
     return paths, unreadable
 
 
-def eval_transform(metadata: Mapping[str, Any]) -> Callable[[Tensor], Tensor]:
-    """Return the function that crops and resizes uint8 images as in the evaluation of weights."""
-    data = DataConfig(**metadata["data"])
-    return partial(
-        square,
-        size=data.image_size,
-        fit=data.fit,
-        crop_pct=data.crop_pct,
-        interpolation=data.interpolation,
-    )
-
-
 class _ImageDataset:
     """Images as uint8 [C, size, size], indexed by a batch of indices into `items`.
 
@@ -118,7 +105,7 @@ class _ImageDataset:
     """
 
     def __init__(self, items: Sequence[Any] | Tensor, metadata: Mapping[str, Any]):
-        self.items, self.square = items, eval_transform(metadata)
+        self.items, self.transform = items, EvalTransform.of(DataConfig(**metadata["data"]))
         self.size, self.in_chans = metadata["model"]["image_size"], metadata["model"]["in_chans"]
 
     def __getitem__(self, index: Tensor) -> tuple[Tensor, list[int], list[tuple[int, UserError]]]:
@@ -128,7 +115,7 @@ class _ImageDataset:
             try:
                 if not isinstance(item, Tensor):
                     item = decode(item, self.size) if isinstance(item, str) else pixels(item)
-                images.append(self.square(item))
+                images.append(self.transform(item))
                 readable.append(i)
             except UserError as error:
                 errors.append((i, error))

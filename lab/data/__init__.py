@@ -445,6 +445,7 @@ def _resize_and_decode(
     decoded images; None: if there are enough of them.
     """
     from lab.data.splits import in_memory, resize
+    from lab.data.transforms import EvalTransform
     from lab.data.types import UnreadableImages
 
     for name, split in splits.items():
@@ -453,10 +454,8 @@ def _resize_and_decode(
                 f"the {TITLES.get(name, name)} split is empty",
                 "Add images, or change --test-fraction or --val-fraction",
             )
-    sized = {
-        name: resize(split, config.image_size, config.fit, config.crop_pct, config.interpolation)
-        for name, split in splits.items()
-    }
+    transform = EvalTransform.of(config)
+    sized = {name: resize(split, transform) for name, split in splits.items()}
     decoded: dict[str, Split] = {}
     if lazy_train:
         decoded["train"] = sized.pop("train")

@@ -22,7 +22,7 @@ from torch import Tensor
 from lab.data import cache
 from lab.data.decode import FORMATS, FileImages, in_workers
 from lab.data.splits import class_size_warnings
-from lab.data.transforms import square
+from lab.data.transforms import EvalTransform
 from lab.data.types import RawSplits, join
 from lab.errors import UserError, name_some
 
@@ -212,7 +212,7 @@ def check(raw: RawSplits, image_size: int, num_workers: int) -> DataCheck:
     }
     warnings += class_size_warnings(whole.class_names, counts["train"])
     samples = [
-        [(files[i], square(images.decode(i), SAMPLE_SIZE)) for i in positions]
+        [(files[i], EvalTransform(SAMPLE_SIZE)(images.decode(i))) for i in positions]
         for positions in _sample_positions(whole.labels, readable, len(whole.class_names))
     ]
     facts = _facts([records[i] for i in readable])

@@ -22,7 +22,7 @@ from torchvision.transforms.v2 import functional as F
 
 from lab import console
 from lab.data import cache
-from lab.data.transforms import SampleTransform, square
+from lab.data.transforms import EvalTransform, SampleTransform
 from lab.data.types import LazyImages, Paths, UnreadableImages
 from lab.data.workers import BatchReader
 from lab.errors import UserError
@@ -47,24 +47,20 @@ class FileImages(LazyImages):
     """Images in files, decoded when they are indexed."""
 
     paths: Sequence[str]
-    size: int  # pixels per side
+    transform: EvalTransform
     stats: Tensor | None = field(default=None, compare=False)  # of `stat_files`, if they are known
-    fit: str = "crop"  # see `square`, also for the next two
-    crop_pct: float = 1.0
-    interpolation: str = "bilinear"
 
     @classmethod
     def create(cls, paths: Sequence[str], stats: Tensor, config: Any) -> Self:
         """Return the images in `paths`, resized as `config`, a `DataConfig`, says."""
-        transform = (config.fit, config.crop_pct, config.interpolation)
-        return cls(Paths.of(paths), config.image_size, stats, *transform)
+        return cls(Paths.of(paths), EvalTransform.of(config), stats)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "paths", Paths.of(self.paths))
 
     @property
     def shape(self) -> Sequence[int]:
-        return (len(self.paths), 3, self.size, self.size)
+        return (len(self.paths), 3, self.transform.size, self.transform.size)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -160,9 +156,7 @@ class FileImages(LazyImages):
         return dict(cache.cached_json(self._unreadable_key(), check))
 
     def _key(self, change_time: bool = False) -> str:
-        transform: Any = (self.size, self.fit, self.crop_pct, self.interpolation)
-        transform = self.size if transform[1:] == ("crop", 1.0, "bilinear") else transform
-        return self.key(transform, change_time)
+        return self.key(self.transform, change_time)
 
     def _unreadable_key(self) -> str:
         return f"{self._key(change_time=True)}-unreadable"
@@ -174,7 +168,8 @@ class FileImages(LazyImages):
 
     def _batches(self, num_workers: int) -> Sequence[Tensor]:
         # At most 2 MB each, as they are sent between processes, and enough batches for all workers.
-        num_images = min(2**21 // (3 * self.size**2), len(self) // (8 * max(1, num_workers)))
+        num_bytes = 3 * self.transform.size**2
+        num_images = min(2**21 // num_bytes, len(self) // (8 * max(1, num_workers)))
         return torch.arange(len(self)).split(max(1, num_images))
 
     def _decode(self, index: Tensor) -> tuple[Tensor, dict[int, str]]:
@@ -183,9 +178,7 @@ class FileImages(LazyImages):
         reasons = {}
         for image, i in zip(images, index.tolist(), strict=True):
             try:
-                decoded = self.decode(i, self.size)
-                transform = (self.size, self.fit, self.crop_pct, self.interpolation)
-                image.copy_(square(decoded, *transform))
+                image.copy_(self.transform(self.decode(i, self.transform.size)))
             except UserError as error:
                 reasons[i] = error.what
         return images, reasons
@@ -261,7 +254,7 @@ def describe_decoder() -> str:
 
     The checksum changes if another version of Pillow or torchvision gives other pixels.
     """
-    image = square(_decode(REFERENCE, 4), 4)
+    image = EvalTransform(4)(_decode(REFERENCE, 4))
     return f"Pillow {PIL.__version__}, pixels {zlib.crc32(image.numpy().tobytes()):08x}"
 
 

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,7 +21,7 @@ from torch.utils.data import ConcatDataset
 from lab.data.cache import stat_files
 from lab.data.decode import FileImages, decode, in_workers, pixels
 from lab.data.image_folder import SPLIT_OF
-from lab.data.transforms import SampleTransform, square
+from lab.data.transforms import EvalTransform, SampleTransform
 from lab.data.types import Images, LazyImages, RawSplits, Split, normalized
 from lab.errors import UserError, name_some
 from lab.own_code import DATASETS, PASSED, file_sha256, import_function, raised
@@ -117,14 +116,8 @@ def _convert_split(part: Any, name: str, config: DataConfig) -> tuple[Images, li
         raise _wrong(name, f"{kind}, not a pair (images, labels) or a map-style dataset")
     if not len(part):
         raise _wrong(name, "no samples")
-    fit = partial(
-        square,
-        size=config.image_size,
-        fit=config.fit,
-        crop_pct=config.crop_pct,
-        interpolation=config.interpolation,
-    )
-    lazy = DatasetImages(part, torch.arange(len(part)), config.image_size, fit, 0, name)
+    positions = torch.arange(len(part))
+    lazy = DatasetImages(part, positions, EvalTransform.of(config), 0, name)
     lazy = replace(lazy, num_channels=len(lazy.image(0)))
     targets = None if getattr(part, "target_transform", None) else getattr(part, "targets", None)
     if targets is not None and np.shape(targets) == (len(part),):
@@ -203,14 +196,13 @@ class DatasetImages(LazyImages):
 
     dataset: Any
     positions: Tensor  # int64 [N], in `dataset`
-    size: int  # pixels per side
-    square: Callable[[Tensor], Tensor]  # crops and resizes an image
+    transform: EvalTransform
     num_channels: int  # 0: any
     name: str  # for error messages
 
     @property
     def shape(self) -> Sequence[int]:
-        return (len(self.positions), self.num_channels, self.size, self.size)
+        return (len(self.positions), self.num_channels, self.transform.size, self.transform.size)
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -219,7 +211,7 @@ class DatasetImages(LazyImages):
         """Return the images at `index`, int64 [n], as uint8 [n, C, size, size]."""
         images = torch.empty(len(index), *self.shape[1:], dtype=torch.uint8)
         for image, i in zip(images, index.tolist(), strict=True):
-            image.copy_(self.square(self.image(i)))
+            image.copy_(self.transform(self.image(i)))
         return images
 
     def augment(self, index: Tensor, transform: SampleTransform) -> Tensor:
@@ -256,7 +248,7 @@ class DatasetImages(LazyImages):
         """Return an image at its own size, uint8 [C, H, W]. Raises `UserError`."""
         image, _ = self._sample(i)
         if isinstance(image, str | os.PathLike):
-            image = decode(os.fspath(image), self.size)
+            image = decode(os.fspath(image), self.transform.size)
         elif isinstance(image, Image.Image):
             image = pixels(image)
         elif isinstance(image, np.ndarray):

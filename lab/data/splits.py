@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lab.data.transforms import SampleTransform, square
+from lab.data.transforms import EvalTransform, SampleTransform
 from lab.data.types import Images, LazyImages, Split
 from lab.errors import UserError, name_some
 
@@ -157,14 +157,11 @@ class ResizedImages(LazyImages):
     """Images in memory that are resized when indexed, because all resized images may not fit."""
 
     images: Tensor  # uint8 [N, C, H, W]
-    size: int
-    fit: str = "squash"  # see `square`, also for the next two
-    crop_pct: float = 1.0
-    interpolation: str = "bilinear"
+    transform: EvalTransform
 
     @property
     def shape(self) -> Sequence[int]:
-        return (*self.images.shape[:2], self.size, self.size)
+        return (*self.images.shape[:2], self.transform.size, self.transform.size)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -189,23 +186,17 @@ class ResizedImages(LazyImages):
     def _resize(self, images: Tensor) -> Tensor:
         if not len(images):
             return torch.empty(0, *self.shape[1:], dtype=torch.uint8)
-        return square(images, self.size, self.fit, self.crop_pct, self.interpolation)
+        return self.transform(images)
 
 
-def resize(
-    split: Split,
-    size: int,
-    fit: str = "squash",
-    crop_pct: float = 1.0,
-    interpolation: str = "bilinear",
-) -> Split:
-    """Return the split with images that are `square(...)` when indexed."""
+def resize(split: Split, transform: EvalTransform) -> Split:
+    """Return the split with images that are cropped and resized when indexed."""
     if not isinstance(split.images, Tensor):  # files are decoded to their size
         return split
-    if split.images.shape[-2:] == (size, size) and (fit != "crop" or crop_pct == 1):
+    size, keeps_all = transform.size, transform.fit != "crop" or transform.crop_pct == 1
+    if split.images.shape[-2:] == (size, size) and keeps_all:
         return split
-    images = ResizedImages(split.images, size, fit, crop_pct, interpolation)
-    return replace(split, images=images)
+    return replace(split, images=ResizedImages(split.images, transform))
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -65,37 +65,51 @@ def cutout(images: Tensor, bits: Tensor) -> Tensor:
     return images.masked_fill((in_rows[:, :, None] & in_columns[:, None, :])[:, None], 0)
 
 
-def square(
-    images: Tensor,
-    size: int,
-    fit: str = "crop",
-    crop_pct: float = 1.0,
-    interpolation: str = "bilinear",
-) -> Tensor:
-    """Return uint8 images [..., C, H, W] as [..., C, size, size], as they are evaluated.
+@dataclass(frozen=True)
+class EvalTransform:
+    """Crops and resizes images as they are evaluated.
 
-    With `fit` "crop", this is the central square whose side is `crop_pct` of the shorter side, as
-    when the shorter side is resized to `size` / `crop_pct` before a center crop. "pad" adds black
-    borders to the whole image, "squash" changes its aspect ratio. `interpolation` is "bilinear" or
-    "bicubic"; both are antialiased and round to uint8.
+    With `fit` "crop", this gives the central square whose side is `crop_pct` of the shorter side,
+    as when the shorter side is resized to `size` / `crop_pct` before a center crop. "pad" adds
+    black borders to the whole image, "squash" changes its aspect ratio. `interpolation` is
+    "bilinear" or "bicubic"; both are antialiased and round to uint8.
     """
-    from torchvision.transforms.v2 import InterpolationMode  # takes a second to import
-    from torchvision.transforms.v2 import functional as TF
 
-    resize = partial(TF.resize, interpolation=InterpolationMode(interpolation), antialias=True)
-    height, width = images.shape[-2:]
-    if fit == "pad" and height != width:
-        scale = size / max(height, width)
-        shape = [max(1, round(height * scale)), max(1, round(width * scale))]
-        top, left = (size - shape[0]) // 2, (size - shape[1]) // 2
-        borders = [left, top, size - shape[1] - left, size - shape[0] - top]
-        return TF.pad(resize(images, shape), borders)
-    # Crop first: resizing an image of 1 x 5000 pixels would make it huge.
-    if fit == "crop":
-        images = TF.center_crop(images, [max(1, round(min(height, width) * crop_pct))])
-    if images.shape[-2:] == (size, size):
-        return images
-    return resize(images, [size, size])
+    size: int  # pixels per side
+    fit: str = "crop"
+    crop_pct: float = 1.0
+    interpolation: str = "bilinear"
+
+    @classmethod
+    def of(cls, config: Any) -> Self:
+        """Return the transform that a `DataConfig` describes."""
+        return cls(config.image_size, config.fit, config.crop_pct, config.interpolation)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Return uint8 images [..., C, H, W] as [..., C, size, size]."""
+        from torchvision.transforms.v2 import functional as TF
+
+        height, width = images.shape[-2:]
+        size = self.size
+        if self.fit == "pad" and height != width:
+            scale = size / max(height, width)
+            shape = [max(1, round(height * scale)), max(1, round(width * scale))]
+            top, left = (size - shape[0]) // 2, (size - shape[1]) // 2
+            borders = [left, top, size - shape[1] - left, size - shape[0] - top]
+            return TF.pad(self._resize(images, shape), borders)
+        # Crop first: resizing an image of 1 x 5000 pixels would make it huge.
+        if self.fit == "crop":
+            side = max(1, round(min(height, width) * self.crop_pct))
+            images = TF.center_crop(images, [side])
+        if images.shape[-2:] == (size, size):
+            return images
+        return self._resize(images, [size, size])
+
+    def _resize(self, images: Tensor, shape: list[int]) -> Tensor:
+        from torchvision.transforms.v2 import InterpolationMode  # takes a second to import
+        from torchvision.transforms.v2 import functional as TF
+
+        return TF.resize(images, shape, InterpolationMode(self.interpolation), antialias=True)
 
 
 def to_grayscale(images: Tensor) -> Tensor:
@@ -127,7 +141,7 @@ class SampleTransform:
         from torchvision.transforms import v2
 
         self.crops = "resized-crop" in names
-        self.square = partial(square, size=size, fit=fit, interpolation=interpolation)
+        self.square = EvalTransform(size, fit, interpolation=interpolation)
         self.size = size
         mode = v2.InterpolationMode(interpolation)
         erased = [round(255 * value) for value in fill]

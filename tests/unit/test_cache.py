@@ -14,6 +14,7 @@ from PIL import Image
 from lab.data import DataConfig, cache, decode, load_split, load_splits
 from lab.data.decode import FileImages
 from lab.data.splits import channel_statistics
+from lab.data.transforms import EvalTransform
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +33,7 @@ def files(tmp_path):
     for i in range(5):
         paths.append(str(tmp_path / f"{i}.png"))
         Image.fromarray(rng.integers(0, 256, (10, 10, 3), dtype=np.uint8)).save(paths[-1])
-    return FileImages(tuple(paths), 10)
+    return FileImages(tuple(paths), EvalTransform(10))
 
 
 @pytest.fixture
@@ -61,11 +62,11 @@ def test_whatever_changes_is_decoded_anew(files, decoded, change):
     elif change == "time":
         os.utime(files.paths[2], (1, 1))
     elif change == "size":
-        files = FileImages(files.paths, 9)
+        files = FileImages(files.paths, EvalTransform(9))
     elif change == "order":
-        files = FileImages(files.paths[::-1], 10)
+        files = FileImages(files.paths[::-1], EvalTransform(10))
     else:
-        files = FileImages(files.paths[:4], 10)
+        files = FileImages(files.paths[:4], EvalTransform(10))
     images = files.decode_all(1)
     assert len(decoded) == len(files)
     assert torch.equal(images, files[torch.arange(len(files))])
@@ -123,7 +124,7 @@ def test_the_least_recently_used_files_are_deleted_but_none_of_this_run(
     os.utime(other, (time.time() - 60,) * 2)
     files.decode_all(1)  # 1,500 bytes
     assert other.exists()
-    FileImages(files.paths[:4], 10).decode_all(1)  # 1,200 bytes
+    FileImages(files.paths[:4], EvalTransform(10)).decode_all(1)  # 1,200 bytes
     assert sorted(path.stat().st_size for path in cache_dir.glob("*.uint8")) == [1200, 1500]
 
 

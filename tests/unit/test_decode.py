@@ -16,7 +16,7 @@ from lab.config.recipes import resolve
 from lab.data import DataConfig
 from lab.data import decode as module
 from lab.data.decode import FileImages, decode
-from lab.data.transforms import SampleTransform, square
+from lab.data.transforms import EvalTransform, SampleTransform
 from lab.errors import UserError
 from lab.inference import _ImageDataset
 
@@ -29,7 +29,7 @@ XMP = b"http://ns.adobe.com/xap/1.0/\0<x:xmpmeta xmlns:x='adobe:ns:meta/'></x:xm
 
 def reason(path) -> str:
     with pytest.raises(UserError) as caught:
-        square(decode(str(path)), 16)
+        EvalTransform(16)(decode(str(path)))
     what = caught.value.what
     assert what.startswith(f"cannot read the image {path} (")
     return what.partition(" (")[2].removesuffix(")")
@@ -59,7 +59,7 @@ def test_orientation_is_found_behind_an_xmp_segment(tmp_path, image, orientation
     turns = [None, None, 0, 3, 1, 5, 4, 6, 2]  # Pillow's numbers for what each orientation undoes
     seen = Image.open(plain).convert("RGB")
     (seen if orientation == 1 else seen.transpose(turns[orientation])).save(upright)
-    found, expected = square(decode(str(path)), 24), square(decode(str(upright)), 24)
+    found, expected = EvalTransform(24)(decode(str(path))), EvalTransform(24)(decode(str(upright)))
     assert (found.int() - expected.int()).abs().max() <= 3
 
 
@@ -70,8 +70,8 @@ def test_orientation_is_found_behind_an_xmp_segment(tmp_path, image, orientation
 def test_damaged_metadata_leaves_the_image_as_it_is(tmp_path, recwarn, image, name, exif):
     image.save(tmp_path / name, quality=95, exif=exif)
     image.save(tmp_path / f"plain-{name}", quality=95)
-    plain = square(decode(str(tmp_path / f"plain-{name}")), 24)
-    assert torch.equal(square(decode(str(tmp_path / name)), 24), plain)
+    plain = EvalTransform(24)(decode(str(tmp_path / f"plain-{name}")))
+    assert torch.equal(EvalTransform(24)(decode(str(tmp_path / name))), plain)
     assert not recwarn.list
 
 
@@ -134,9 +134,9 @@ def test_p2_a_large_jpeg_is_decoded_at_a_reduced_scale(tmp_path, image):
     assert decode(path).shape == decode(path, 81).shape == (3, 320, 400)
     assert decode(path, 80).shape == (3, 160, 200)
     assert decode(path, 21).shape == (3, 80, 100)
-    reduced, full = square(decode(path, 40), 40), square(decode(path), 40)
+    reduced, full = EvalTransform(40)(decode(path, 40)), EvalTransform(40)(decode(path))
     assert (reduced.int() - full.int()).abs().max() <= 4
-    files = FileImages((path,), 40)
+    files = FileImages((path,), EvalTransform(40))
     assert torch.equal(files[torch.tensor([0])][0], reduced)
     crop = SampleTransform((), 40, (0.5,) * 3)
     assert torch.equal(files.augment(torch.tensor([[0, 1]]), crop)[0], reduced)
@@ -153,5 +153,5 @@ def test_p5_another_decoder_is_a_warning(capsys, monkeypatch):
     [warning] = capsys.readouterr().err.splitlines()
     assert warning.startswith("warning: image files are decoded to other pixels than in training")
     nearest = partial(TF.resize, interpolation=TF.InterpolationMode.NEAREST)
-    monkeypatch.setattr(module, "square", lambda image, size: nearest(image, [size, size]))
+    monkeypatch.setattr(module, "EvalTransform", lambda size: partial(nearest, size=[size, size]))
     assert module.describe_decoder.__wrapped__() != trained

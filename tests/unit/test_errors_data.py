@@ -24,7 +24,7 @@ from lab.config.schema import TrainConfig
 from lab.data import DataConfig, load_splits, read_dataset
 from lab.data.decode import FileImages
 from lab.data.loaders import LoaderOptions, build_loader
-from lab.data.transforms import BatchTransform
+from lab.data.transforms import BatchTransform, EvalTransform
 from lab.data.types import Split
 from lab.errors import UserError
 
@@ -192,7 +192,9 @@ def test_p7_a_worker_names_a_damaged_image(tmp_path):
 
     path = str(tmp_path / "x.png")
     Path(path).write_text("not an image")
-    split = Split(FileImages((path,), 32), torch.zeros(1, dtype=torch.long), ("a", "b"))
+    split = Split(
+        FileImages((path,), EvalTransform(32)), torch.zeros(1, dtype=torch.long), ("a", "b")
+    )
     options = LoaderOptions(0, 1, torch.device("cpu"), "streaming", 1, math.inf)
     loader = build_loader(split, TRANSFORM, options, batch_size=3, seed=0)
     with pytest.raises(UserError, match=r"cannot read the image .*unknown format") as caught:

@@ -18,7 +18,7 @@ from lab import export as exporting
 from lab.checkpoint import weights
 from lab.data import DataConfig, load_split
 from lab.data.decode import decode
-from lab.data.transforms import BatchTransform, square, to_grayscale
+from lab.data.transforms import BatchTransform, EvalTransform, to_grayscale
 from lab.models import build_model
 
 MISSING = "the extra `onnx` is not installed"
@@ -83,7 +83,7 @@ def test_the_documented_code_gives_the_same_classes_as_lab(
     exec(snippets()[kind], known)
     assert known["names"] == list(expected.names)
     assert len(set(known["names"])) > 3
-    prepared = to_grayscale(torch.stack([square(decode(path), 32) for path in pictures]))
+    prepared = to_grayscale(torch.stack([EvalTransform(32)(decode(path)) for path in pictures]))
     assert known["images"].shape == prepared.shape
     # Pillow and torchvision round grey levels in other ways; the next filter is off by 6 here.
     assert (torch.from_numpy(known["images"]).int() - prepared.int()).abs().max() <= 4

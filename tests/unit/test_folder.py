@@ -14,7 +14,7 @@ from PIL import Image
 from lab.data import DataConfig, load_splits
 from lab.data.decode import decode
 from lab.data.image_folder import read_folder
-from lab.data.transforms import square
+from lab.data.transforms import EvalTransform
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 
@@ -202,15 +202,15 @@ def test_every_mode_decodes_as_pillow_converts_it(tmp_path, mode, name):
     except OSError:
         pytest.skip(f"Pillow writes no such {name}")
     with Image.open(tmp_path / name) as expected:
-        assert_close(square(decode(str(tmp_path / name)), 40), expected)
+        assert_close(EvalTransform(40)(decode(str(tmp_path / name))), expected)
 
 
 def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
     save_png16(tmp_path / "rgb.png")
-    assert_close(square(decode(str(tmp_path / "rgb.png")), 40), corners())
+    assert_close(EvalTransform(40)(decode(str(tmp_path / "rgb.png"))), corners())
     grey = corners().convert("L")
     Image.fromarray(np.asarray(grey).astype(np.uint16) * 257).save(tmp_path / "grey.png")
-    assert_close(square(decode(str(tmp_path / "grey.png")), 40), grey)
+    assert_close(EvalTransform(40)(decode(str(tmp_path / "grey.png"))), grey)
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
@@ -230,7 +230,7 @@ def test_the_exif_orientation_is_applied(tmp_path, orientation, suffix):
     }
     stored = corners().transpose(undo[orientation]) if orientation > 1 else corners()
     stored.save(path, exif=exif, quality=95)
-    assert_close(square(decode(str(path)), 40), corners())
+    assert_close(EvalTransform(40)(decode(str(path))), corners())
 
 
 def test_transparency_is_dropped_and_an_animation_is_its_first_image(tmp_path):
@@ -238,10 +238,10 @@ def test_transparency_is_dropped_and_an_animation_is_its_first_image(tmp_path):
     others = [Image.new("RGB", (40, 40)), Image.new("RGB", (40, 40), BLUE)]
     for name, kind in (("x.webp", "WEBP"), ("x.png", "PNG"), ("gif.jpg", "GIF")):
         image.save(tmp_path / name, kind, save_all=True, append_images=others)
-        assert_close(square(decode(str(tmp_path / name)), 40), image)
+        assert_close(EvalTransform(40)(decode(str(tmp_path / name))), image)
     image.putalpha(0)
     image.save(tmp_path / "clear.png")
-    assert_close(square(decode(str(tmp_path / "clear.png")), 40), corners())
+    assert_close(EvalTransform(40)(decode(str(tmp_path / "clear.png"))), corners())
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 5000), (5000, 1), (40, 41)])
@@ -249,7 +249,7 @@ def test_transparency_is_dropped_and_an_animation_is_its_first_image(tmp_path):
 def test_any_shape_becomes_a_square(tmp_path, shape, suffix):
     path = tmp_path / f"x.{suffix}"
     Image.new("RGB", shape, (10, 100, 200)).save(path, quality=95)
-    image = square(decode(str(path)), 224)
+    image = EvalTransform(224)(decode(str(path)))
     assert (image.shape, image.dtype) == ((3, 224, 224), torch.uint8)
     assert (image.flatten(1).int() - torch.tensor([[10], [100], [200]])).abs().max() <= 3
 
@@ -259,4 +259,4 @@ def test_the_central_square_is_taken(tmp_path, across):
     image = Image.new("RGB", (120, 40) if across else (40, 120), BLUE)
     image.paste(corners(), (40, 0) if across else (0, 40))
     image.save(tmp_path / "x.png")
-    assert_close(square(decode(str(tmp_path / "x.png")), 40), corners())
+    assert_close(EvalTransform(40)(decode(str(tmp_path / "x.png"))), corners())

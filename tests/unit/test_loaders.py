@@ -14,7 +14,7 @@ from lab.data.decode import FileImages
 from lab.data.loaders import LoaderOptions, ResidentLoader, StreamingLoader, build_loader
 from lab.data.sampler import ShardedBatchSampler, permutation, random_bits, shard
 from lab.data.splits import AugmentedImages
-from lab.data.transforms import BatchTransform, SampleTransform, square
+from lab.data.transforms import BatchTransform, EvalTransform, SampleTransform
 from lab.data.types import Split
 from lab.errors import UserError
 
@@ -40,7 +40,7 @@ def splits(tmp_path_factory):
     paths = tuple(str(folder / f"{i:03}.png") for i in range(NUM_FILES))
     for path, image in zip(paths, split.images, strict=True):
         write_png(image, path)
-    return split, make_split(NUM_FILES, FileImages(paths, SIZE))
+    return split, make_split(NUM_FILES, FileImages(paths, EvalTransform(SIZE)))
 
 
 def make_loader(
@@ -307,20 +307,24 @@ def test_evaluated_images_are_cropped_as_after_resizing():
     image = torch.arange(0, 200, dtype=torch.float).expand(3, 100, 200).byte()  # a ramp
     resized = v2.functional.resize(image, [64, 128], antialias=True)
     expected = v2.functional.center_crop(resized, [56, 56])
-    found = square(image, 56, crop_pct=0.875)
+    found = EvalTransform(56, crop_pct=0.875)(image)
     assert (found.int() - expected.int()).abs().max() <= 1
-    assert torch.equal(square(image[:, :, 50:150], 56), square(image, 56))
+    assert torch.equal(EvalTransform(56)(image[:, :, 50:150]), EvalTransform(56)(image))
 
 
 def test_images_are_padded_or_squashed():
     image = torch.full((3, 20, 40), 200, dtype=torch.uint8)
-    padded = square(image, 10, fit="pad")
+    padded = EvalTransform(10, fit="pad")(image)
     assert padded.shape == (3, 10, 10)
     assert padded[0, :, 0].tolist() == [0] * 2 + [200] * 5 + [0] * 3
-    assert torch.equal(square(image.transpose(1, 2), 10, fit="pad"), padded.transpose(1, 2))
-    assert square(torch.zeros(3, 1, 5000, dtype=torch.uint8), 8, fit="pad").shape == (3, 8, 8)
+    assert torch.equal(EvalTransform(10, fit="pad")(image.transpose(1, 2)), padded.transpose(1, 2))
+    assert EvalTransform(8, fit="pad")(torch.zeros(3, 1, 5000, dtype=torch.uint8)).shape == (
+        3,
+        8,
+        8,
+    )
     ramp = torch.arange(40, dtype=torch.uint8).expand(3, 20, 40)
-    squashed = square(ramp, 20, fit="squash")
+    squashed = EvalTransform(20, fit="squash")(ramp)
     assert squashed.shape == (3, 20, 20)
     assert squashed[0, 0, 0] <= 1
     assert squashed[0, 0, -1] >= 38

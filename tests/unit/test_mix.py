@@ -13,7 +13,7 @@ from lab.config.schema import TrainConfig
 from lab.data.decode import FileImages
 from lab.data.loaders import ResidentLoader, StreamingLoader
 from lab.data.sampler import ShardedBatchSampler
-from lab.data.transforms import BatchMix, BatchTransform, Mixup
+from lab.data.transforms import BatchMix, BatchTransform, EvalTransform, Mixup
 from lab.data.types import Batch, Split
 from lab.distributed import build_accelerator
 
@@ -69,7 +69,9 @@ def splits(tmp_path_factory):
     for path, image in zip(paths, images, strict=True):
         write_png(image, path)
     names = tuple(map(str, range(NUM_SAMPLES)))
-    return Split(images, labels, names), Split(FileImages(paths, SIZE), labels, names)
+    return Split(images, labels, names), Split(
+        FileImages(paths, EvalTransform(SIZE)), labels, names
+    )
 
 
 def make_loader(split, kind="resident", world=(0, 1), seed=3, mixes=BOTH, workers=0, num_parts=1):

@@ -29,6 +29,7 @@ from lab.data.splits import (
     stratified_sample,
     stratified_split,
 )
+from lab.data.transforms import EvalTransform
 from lab.data.types import Split
 from lab.errors import UserError
 
@@ -94,7 +95,9 @@ def test_a_split_in_two_keeps_the_order(num_samples, fraction):
 
 def resized(images, size):
     """Return all images resized; check that resizing some of them gives the same result."""
-    lazily = resize(Split(images, torch.zeros(len(images)).long(), ("a",)), size)
+    lazily = resize(
+        Split(images, torch.zeros(len(images)).long(), ("a",)), EvalTransform(size, "squash")
+    )
     found = in_memory(lazily, num_workers=1).images
     some = torch.arange(len(images) - 1, -1, -5)
     assert lazily.images.shape == found.shape
