@@ -310,20 +310,6 @@ def digits() -> str:
     return markdown(("images", "dropout", "training images", "test images", "difference"), rows)
 
 
-def transfer() -> str:
-    """Return the test accuracies after training with and without pretraining."""
-    rows = []
-    for network in dict.fromkeys(row["network"] for row in lesson("transfer")):
-        cells, means = [network], []
-        for start in ("random", "pretrained"):
-            found = seeds_of("transfer", network=network, start=start)
-            each = ", ".join(f"{row['accuracy']:.3f}" for row in found)
-            means.append(statistics.mean(row["accuracy"] for row in found))
-            cells.append(f"{means[-1]:.3f} ({each})")
-        rows.append([*cells, f"{means[1] - means[0]:+.3f}"])
-    return markdown(("network", "random weights", "pretrained on other classes", "gain"), rows)
-
-
 def layers() -> str:
     """Return the statistics of the first and the last hidden layer."""
     rows = []
@@ -523,6 +509,7 @@ TABLES: dict[str, Callable[[], str]] = {
         both_tasks,
         confusions,
         ablations,
+        digits,
         unbalanced,
         layers,
         speed,
