@@ -6,6 +6,7 @@ VENV ?= .venv
 PYTEST_ARGS ?=
 SOAK_ARGS ?=
 RESULTS_ARGS ?=
+LESSON_ARGS ?=
 
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder

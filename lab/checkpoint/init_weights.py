@@ -42,10 +42,10 @@ def load_init_weights(model: nn.Module, architecture: dict[str, Any], config: Tr
         console.info(f"pretrained weights of {source}; " + "; ".join(remarks))
     elif config.init_checkpoint:
         new_params = _load_file(model, architecture, config.init_checkpoint)
-        head = (
-            f"new classifier: {', '.join(new_params)}" if new_params else "also of its classifier"
-        )
-        console.info(f"weights of {config.init_checkpoint}; {head}")
+        classifier = ", including the classifier"
+        if new_params:
+            classifier = f"; new classifier: {', '.join(new_params)}"
+        console.info(f"weights of {config.init_checkpoint}{classifier}")
 
 
 def initial_normalization(

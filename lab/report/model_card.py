@@ -27,7 +27,7 @@ LISTED_SETTINGS = ("recipe", "epochs", "max_steps", "batch_size", "optimizer", "
                    "weight_decay", "dropout", "label_smoothing", "max_grad_norm", "ema_decay",
                    "augment", "init", "freeze", "monitor", "seed")  # fmt: skip
 CONFUSION_PLOT = f"{PLOTS}/confusion_matrix.png"
-OWN_MODEL = "FILE.py:FUNCTION"  # stands for a model of the user's
+OWN_CODE = "FILE.py:FUNCTION"  # stands for a model or a dataset of the user's
 
 
 def write(run: RunDir) -> None:
@@ -184,7 +184,7 @@ def _origin(config: TrainConfig) -> str:
     if config.freeze == "backbone":
         text += " Only the classifier was trained."
     if _is_passed(config):
-        return f"{text} Its code, or that of the dataset, is a Python object, passed to train.main."
+        return f"{text} The model or the dataset was passed to train.main as a Python object."
     placeholder = _placeholder(config)
     folder = f" ({placeholder} stands for the dataset)" if placeholder else ""
     return f"{text} To train the model again with the settings in {CONFIG}{folder}:"
@@ -202,14 +202,14 @@ def _is_on_hub(config: TrainConfig) -> bool:
 def _placeholder(config: TrainConfig) -> str:
     """Return what stands for a path of the user's in a command; "" if the data have a name."""
     if is_code(config.dataset):
-        return "FILE.py:FUNCTION"
+        return OWN_CODE
     return "IMAGES" if is_path(config.dataset) and not _is_on_hub(config) else ""
 
 
 def _command(config: TrainConfig) -> str:
     """Return the command that trains the model again; placeholders replace paths."""
     command = f"python train.py --config {CONFIG}"
-    command += f" --model {OWN_MODEL}" if is_code(config.model) else ""
+    command += f" --model {OWN_CODE}" if is_code(config.model) else ""
     placeholder = _placeholder(config)
     command += f" --dataset {placeholder}" if placeholder else ""
     return command + (" --init-checkpoint WEIGHTS" if config.init_checkpoint else "")
@@ -217,8 +217,8 @@ def _command(config: TrainConfig) -> str:
 
 def _usage(config: TrainConfig) -> str:
     """Return the commands that use the weights."""
-    options = f" --model {OWN_MODEL}" if is_code(config.model) else ""
-    dataset = " --dataset FILE.py:FUNCTION" if is_code(config.dataset) else ""
+    options = f" --model {OWN_CODE}" if is_code(config.model) else ""
+    dataset = f" --dataset {OWN_CODE}" if is_code(config.dataset) else ""
     return (
         f"# Evaluate on the test split again.\npython evaluate.py {BEST}{options}{dataset}\n"
         "# Print the most probable classes of images.\n"

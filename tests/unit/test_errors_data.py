@@ -109,6 +109,11 @@ LISTED = "lists files that do not exist or cannot be read"
         ("m.csv", "file,label,split\na.png,x,train\nb.png,y,test\n", "the test split of m.csv has "
          "classes that the training split lacks: y. Every split needs images of the same classes."),
 
+        ("m.jsonl", '{"file": "a\\u0000", "label": "x"}\n', "line 1 of m.jsonl names "
+         "'a\\x00', which cannot be a path. Correct it."),
+        ("m.jsonl", '{"file": "\\ud800", "label": "x"}\n', "line 1 of m.jsonl names "
+         "'\\ud800', which cannot be a path. Correct it."),
+
         ("m.jsonl", "[1]\n", "m.jsonl is not a valid manifest (line 1 is not a JSON object). Give "
          "a CSV file with a header, or one JSON object per line."),
 

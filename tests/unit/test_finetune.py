@@ -194,12 +194,10 @@ def test_init_from_takes_all_but_a_head_of_another_size(trained, monkeypatch, nu
     heads = {"classifier.3.weight", "classifier.3.bias"} if num_classes == 3 else set()
     assert fresh == heads
     assert all(torch.equal(after[name], before[name]) for name in heads)
-    ending = (
-        "new classifier: classifier.3.bias, classifier.3.weight"
-        if heads
-        else "also of its classifier"
-    )
-    assert told == [f"weights of {trained}; {ending}"]
+    ending = ", including the classifier"
+    if heads:
+        ending = "; new classifier: classifier.3.bias, classifier.3.weight"
+    assert told == [f"weights of {trained}{ending}"]
 
 
 def test_p7_init_from_another_network_says_how_it_differs(fails, tmp_path, trained):
