@@ -310,6 +310,24 @@ def digits() -> str:
     return markdown(("images", "dropout", "training images", "test images", "difference"), rows)
 
 
+def with_seeds(rows: Sequence[dict[str, Any]]) -> str:
+    """Return the mean test accuracy of rows, and each of them in parentheses."""
+    each = [row["accuracy"] for row in rows]
+    return f"{statistics.mean(each):.3f} ({', '.join(f'{value:.3f}' for value in each)})"
+
+
+def transfer() -> str:
+    """Return the test accuracies after training with and without pretraining."""
+    rows = []
+    for network in dict.fromkeys(row["network"] for row in lesson("transfer")):
+        found = [
+            seeds_of("transfer", network=network, start=start) for start in ("random", "pretrained")
+        ]
+        before, after = (statistics.mean(row["accuracy"] for row in each) for each in found)
+        rows.append([network, *map(with_seeds, found), f"{after - before:+.3f}"])
+    return markdown(("network", "random weights", "pretrained on other classes", "gain"), rows)
+
+
 def layers() -> str:
     """Return the statistics of the first and the last hidden layer."""
     rows = []
@@ -510,6 +528,7 @@ TABLES: dict[str, Callable[[], str]] = {
         confusions,
         ablations,
         digits,
+        transfer,
         unbalanced,
         layers,
         speed,
