@@ -170,7 +170,7 @@ def models() -> str:
             ]
         )
     heads = ("model", "accuracy", "macro-F1", "vs. best", "batch", "parameters")
-    heads += ("MACs", "latency, ms", "training", "memory, MB", "in `results/`")
+    heads += ("MACs", "latency, ms", "training speed", "memory, MB", "in `results/`")
     return markdown(heads, rows)
 
 
@@ -240,7 +240,7 @@ def mean_of(part: str, key: str, **values: Any) -> float:
 
 SHORT_TITLES = {  # of the arguments of `Network` in results/networks.py
     "relu": "ReLU",
-    "max_pool": "maximum pooling",
+    "max_pool": "max pooling",
     "width": "4 x the channels",
     "deep": "more layers",
     "dropout": "dropout",
@@ -248,7 +248,7 @@ SHORT_TITLES = {  # of the arguments of `Network` in results/networks.py
 }
 TITLES = SHORT_TITLES | {
     "relu": "ReLU instead of tanh",
-    "max_pool": "maximum instead of average pooling",
+    "max_pool": "max pooling instead of average pooling",
     "width": "four times the channels",
     "deep": "five 3x3 convolutions instead of three 5x5",
 }
