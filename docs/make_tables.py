@@ -316,6 +316,19 @@ def with_seeds(rows: Sequence[dict[str, Any]]) -> str:
     return f"{statistics.mean(each):.3f} ({', '.join(f'{value:.3f}' for value in each)})"
 
 
+def images() -> str:
+    """Return the test accuracies of a CNN, a ViT and a hybrid, for numbers of training images."""
+    numbers, networks = (
+        list(dict.fromkeys(row[key] for row in lesson("images"))) for key in ("images", "network")
+    )
+    rows = [
+        [f"{number:,}"]
+        + [with_seeds(seeds_of("images", images=number, network=name)) for name in networks]
+        for number in numbers
+    ]
+    return markdown(("training images", *networks), rows)
+
+
 def transfer() -> str:
     """Return the test accuracies after training with and without pretraining."""
     rows = []
@@ -528,6 +541,7 @@ TABLES: dict[str, Callable[[], str]] = {
         confusions,
         ablations,
         digits,
+        images,
         transfer,
         unbalanced,
         layers,

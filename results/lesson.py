@@ -34,7 +34,7 @@ from lab import own_code  # noqa: E402
 
 LEARNING_RATES = (1e-3, 3e-3)
 SEEDS = (0, 1)
-MAX_TRAIN_EVAL = 6000  # training images that are evaluated
+MAX_TRAIN_EVAL = 6000  # training images that are evaluated, a stratified sample
 ALEXNET_WIDTH = 4  # of 16: small enough for a CPU
 # What distinguishes AlexNet from LeNet-5: arguments of `Network`, and whether images are augmented.
 FACTORS = ("relu", "max_pool", "width", "deep", "dropout", "augment")
@@ -104,6 +104,7 @@ def train_row(
     from lab.checkpoint.train_state import TrainState
     from lab.data import DataConfig
     from lab.data.loaders import LoaderOptions, build_loader, build_loaders
+    from lab.data.splits import subsample
     from lab.data.transforms import BatchTransform
     from lab.distributed import build_accelerator
     from lab.engine.evaluation import predict_all
@@ -116,12 +117,7 @@ def train_row(
     loader_options = LoaderOptions.create(accelerator, "resident", 0)
     train_loader, val_loader, test_loader = build_loaders(splits, config, loader_options)
     normalize = BatchTransform(splits.mean, splits.std, (), accelerator.device)
-    trained = replace(
-        splits.train,
-        images=splits.train.images[:MAX_TRAIN_EVAL],
-        labels=splits.train.labels[:MAX_TRAIN_EVAL],
-        paths=None,
-    )
+    trained = subsample(splits.train, MAX_TRAIN_EVAL, seed)
     trained_loader = build_loader(trained, normalize, loader_options, batch_size=1000, seed=None)
 
     torch.manual_seed(seed)
