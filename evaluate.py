@@ -73,8 +73,11 @@ def main(argv: list[str] | None = None) -> None:
             member.split = weights.align_classes(member.path, member.metadata, member.split)
         part = config.part(first.metadata["data"])
         target = config.output or (f"ensemble-{part}" if len(members) > 1 else "")
+        is_test_of_run = part == "test" and len(members) == 1 and not first.changed
         outputs = {  # without test-time augmentation first
-            tta: run_dir.evaluation_dir(first.path, part, target, accelerator.is_main_process, tta)
+            tta: run_dir.evaluation_dir(
+                first.path, part, target, accelerator.is_main_process, tta, is_test_of_run
+            )
             for tta in dict.fromkeys(("none", config.tta))
         }
     warn_of_other_data(first.split, config.split, any(member.changed for member in members))

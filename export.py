@@ -15,7 +15,10 @@ of the central square, and resize it with an antialiased filter (for `--fit crop
 
     def prepare(path, description):
         _, channels, height, width = description["input"]["shape"]
-        image = ImageOps.exif_transpose(Image.open(path)).convert("L" if channels == 1 else "RGB")
+        image = ImageOps.exif_transpose(Image.open(path))
+        if image.mode.startswith("I"):  # 16 bits, which Pillow would clip
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        image = image.convert("L" if channels == 1 else "RGB")
         side = round(min(image.size) * description["input"]["crop_pct"])
         left, top = round((image.width - side) / 2), round((image.height - side) / 2)
         image = image.crop((left, top, left + side, top + side))

@@ -11,6 +11,7 @@ If a file or directory cannot be read, a warning and the output report it, the o
 classified, and the exit code is 1.
 """
 
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,7 +73,7 @@ class PredictConfig:
                 "there are no images to classify",
                 "Give image files, or directories that contain some",
             )
-        if self.json and self.json == self.csv:
+        if self.json and os.path.realpath(self.json) == os.path.realpath(self.csv):
             raise UserError(f"--json and --csv both write {self.json}", "Give different files")
 
 

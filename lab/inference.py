@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -331,6 +331,8 @@ def _list_images(images: Images) -> tuple[Sequence[Any] | Tensor, set[str], dict
     """Return the images as a sequence, the paths that were given explicitly, and errors by path."""
     if isinstance(images, (str, os.PathLike, Image.Image)):
         images = [images]
+    if isinstance(images, Iterator):  # for example of Path.glob
+        images = list(images)
     if isinstance(images, (list, tuple)):
         if any(isinstance(item, (Tensor, bytes)) or hasattr(item, "dtype") for item in images):
             raise UserError("images are a list of arrays", "Stack them to uint8 [N, C, H, W]")

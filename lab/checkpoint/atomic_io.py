@@ -84,13 +84,17 @@ def write_error(path: Path, error: OSError) -> UserError:
 
 
 def check_output_file(flag: str, path: Path) -> None:
-    """Raise `UserError` if `path` is a directory or its directory does not exist."""
+    """Raise `UserError` if `path` cannot be written, or is no file and must not be replaced."""
     if os.path.isdir(path):  # Path.is_dir raises for a name that is too long
         raise UserError(f"invalid {flag} {path}: it is a directory", "Give a file name")
+    if os.path.exists(path) and not os.path.isfile(path):  # renaming would replace a device
+        raise UserError(f"invalid {flag} {path}: it is not a regular file", "Give a file name")
     if not os.path.isdir(path.parent):
         raise UserError(
             f"invalid {flag} {path}: there is no directory {path.parent}", "Create it first"
         )
+    if not os.access(path.parent, os.W_OK):
+        raise write_error(path, OSError(errno.EACCES, os.strerror(errno.EACCES)))
 
 
 def check_free_space(path: Path, num_bytes: int) -> None:

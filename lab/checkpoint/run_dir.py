@@ -287,16 +287,27 @@ def no_checkpoint(run: RunDir) -> UserError:
 
 
 def evaluation_dir(
-    weights: Path, part: str, output: str, is_main_process: bool, tta: str = "none"
+    weights: Path,
+    part: str,
+    output: str,
+    is_main_process: bool,
+    tta: str = "none",
+    is_test_of_run: bool = False,
 ) -> RunDir:
     """Return the directory for the files of an evaluation, which the main process creates.
 
     It is `output`, or evaluate-PART beside the weights, with -tta-TTA appended to its name if
-    test-time augmentation is used. Raise `UserError` if it cannot be created.
+    test-time augmentation is used. Raise `UserError` if it cannot be created, or if it is a run
+    whose test results something else would replace: `is_test_of_run` says that the weights are
+    evaluated on the test split of their own run.
     """
     path = Path(output) if output else weights.parent / f"evaluate-{part}"
     if tta != "none":
         path = Path(f"{os.path.abspath(path) if output else path}-tta-{tta}")
+    if (path / CONFIG).exists() and not (is_test_of_run and path.samefile(weights.parent)):
+        raise UserError(
+            f"{path} is a run, whose test results would be replaced", "Give another --output"
+        )
     if is_main_process:
         with os_errors_as_user_errors(path):
             path.mkdir(parents=True, exist_ok=True)

@@ -86,6 +86,11 @@ def check_dataset(dataset: str, given: Mapping[str, Any]) -> None:
     only one process reports a missing directory.
     """
     if is_path(dataset) and not any(c in dataset for c in "/\\.") and not os.path.exists(dataset):
+        if given.get("dataset") is None:  # it is that of the weights
+            raise UserError(
+                f"there is no directory {dataset}, the dataset of the training",
+                "Give --dataset with its path",
+            )
         hint = suggestion(dataset, [*DATASETS, "a directory of images"])
         raise UserError(f"unknown dataset {dataset}", hint)
     spec = find_dataset(dataset)

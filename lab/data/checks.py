@@ -185,6 +185,11 @@ def check(raw: RawSplits, image_size: int, num_workers: int) -> DataCheck:
         return " = ".join(files[i] for i in group)
 
     problems = [
+        *(
+            f"there is only one class, {name}"
+            for name in whole.class_names
+            if len(whole.class_names) == 1
+        ),
         *(record[0] for record in records if len(record) == 1),
         *(f"exact duplicates in several splits: {equal(group)}" for group in found.leaks),
         *(f"exact duplicates in several classes: {equal(group)}" for group in found.conflicts),

@@ -93,7 +93,10 @@ def read_manifest(path: Path, config: DataConfig) -> RawSplits:
                 f"{where} has the unknown column {unknown[0]!r}", f"Use {', '.join(COLUMNS)} only"
             )
         for column in COLUMNS[: 3 if "split" in row else 2]:
-            if not isinstance(row.get(column), str) or not row[column].strip():
+            value = row.get(column)
+            if value is not None and not isinstance(value, str):
+                raise UserError(f"{where} has the {column} {value!r}", f'Write it as "{value}"')
+            if value is None or not value.strip():
                 raise UserError(f"{where} has no {column}", "Add it, or delete the line")
         file, split = os.path.normpath(row["file"]), row.get("split", "train").strip().lower()
         if not _can_be_a_path(file):
@@ -112,7 +115,10 @@ def read_manifest(path: Path, config: DataConfig) -> RawSplits:
         lines[file] = line
         listed[SPLIT_OF[split]][file] = sys.intern(normalized(row["label"].strip()))
     if not listed["train"]:
-        raise UserError(f"{path} lists no training images", "Add some")
+        raise UserError(
+            f"{path} lists no training images",
+            "Add some; to evaluate on all images, leave out the splits and give --split all",
+        )
     class_names = tuple(sorted(set(listed["train"].values())))
     class_labels = {name: label for label, name in enumerate(class_names)}
     splits = {}
@@ -152,7 +158,10 @@ def _manifest_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 return
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    row = json.loads(line)
+                    try:
+                        row = json.loads(line)
+                    except json.JSONDecodeError as error:
+                        raise ValueError(f"line {number}: {error.msg}") from error
                     if not isinstance(row, dict):
                         raise ValueError(f"line {number} is not a JSON object")
                     yield number, row
@@ -188,8 +197,8 @@ def _split_dirs(root: Path) -> dict[str, Path]:
         [name, *_] = present.values()
         raise UserError(
             f"{root} has a directory {name}, but no directory train",
-            f"Rename the directory to train on to train; if {name} is a class, move all class "
-            "directories into a directory train",
+            f"Rename the directory to train on to train; to evaluate, give {root / name} and "
+            f"--split all; if {name} is a class, move all class directories into a directory train",
         )
     rest = [name for name in names if name not in present.values()]
     # Directories that cannot be read there, such as lost+found, are not part of the dataset.

@@ -164,8 +164,11 @@ def _number_classes(
         split: [normalized(label) if isinstance(label, str) else label for label in part]
         for split, part in labels.items()
     }
+    kinds = {type(label) for part in labels.values() for label in part}
+    if kinds not in ({str}, {int}):
+        wrong = ", ".join(sorted(kind.__name__ for kind in kinds))
+        raise _wrong(name, f"labels of type {wrong}, not int or str")
     found = {label for part in labels.values() for label in part}
-    kinds = {type(label) for label in found}
     if kinds == {str}:
         names = names or sorted(found)
         if unknown := sorted(found - set(names)):
@@ -175,9 +178,6 @@ def _number_classes(
             split: torch.tensor([position[label] for label in part], dtype=torch.int64)
             for split, part in labels.items()
         }
-    if kinds != {int}:
-        wrong = ", ".join(sorted(kind.__name__ for kind in kinds))
-        raise _wrong(name, f"labels of type {wrong}, not int or str")
     names = names or [str(i) for i in range(max(found) + 1)]
     if min(found) < 0 or max(found) >= len(names):
         raise _wrong(name, f"labels from {min(found)} to {max(found)} for {len(names)} classes")

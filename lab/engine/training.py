@@ -70,9 +70,11 @@ def configure_model(model: nn.Module, config: TrainConfig, device: torch.device)
             raise UserError("--sync-bn needs GPUs", "Leave it out on other devices")
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if config.dropout >= 0:
-        for module in model.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = config.dropout
+        layers = [module for module in model.modules() if isinstance(module, nn.Dropout)]
+        if not layers:
+            raise UserError(f"{config.model} has no dropout layers", "Leave out --dropout")
+        for layer in layers:
+            layer.p = config.dropout
     if config.grad_checkpointing:
         checkpoint_gradients(model, config.model)
     model = to_device(model, config.model, device)

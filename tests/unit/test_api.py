@@ -61,6 +61,7 @@ def test_every_form_of_images_gives_the_predictions_of_predict_py(finished, imag
         assert highest.tolist() == pytest.approx(confidence, abs=tolerance)
         assert prediction.probabilities.shape == (9, 10)
     assert lab.predict(tmp_path, loaded).paths == [str(path) for path in paths]
+    assert len(lab.predict(tmp_path.glob("*.png"), loaded).paths) == 9
     assert lab.predict(images, finished / "best.safetensors").paths == []
     assert lab.predict(str(paths[0]), finished).names == [rows[0]["class1"]]
 

@@ -132,6 +132,11 @@ def test_every_problem_is_named(tmp_path, run, monkeypatch):
     assert run("--image-size", "41")[:3] == (code, problems, warnings)
 
 
+def test_a_single_class_is_a_problem(tmp_path, run):
+    make_folder(tmp_path / "x", a=3)
+    assert run()[:2] == (1, ["there is only one class, a"])
+
+
 def test_a_named_dataset_is_an_error(fails):
     assert fails(check_data, "digits") == (
         "digits has no image files. Give a directory of images, or a manifest."

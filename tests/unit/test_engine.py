@@ -18,6 +18,7 @@ from lab.data.transforms import BatchTransform
 from lab.data.types import Batch, Split
 from lab.distributed import build_accelerator
 from lab.engine.training import seed_dropout, train_one_epoch
+from lab.errors import UserError
 from lab.models import build_model
 
 PLAIN = {
@@ -324,3 +325,8 @@ def test_dropout_is_the_models_or_unless_set(accelerator, dropout, expected):
     seed_dropout(0, accelerator.device)
     fraction = train_step.wrapped_model[1](torch.ones(100_000)).count_nonzero().item() / 100_000
     assert fraction == pytest.approx(1 - expected, abs=0.01)
+
+
+def test_p7_dropout_without_dropout_layers_is_an_error(accelerator):
+    with pytest.raises(UserError, match="lenet5 has no dropout layers"):
+        prepare(accelerator, nn.Linear(4, 2), TrainConfig(dropout=0.5))

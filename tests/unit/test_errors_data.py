@@ -65,7 +65,8 @@ TWO = "Add images of the other classes."
         (
             "val/a val/b test/a test/b",
             "images has a directory val, but no directory train. Rename the directory to train "
-            "on to train; if val is a class, move all class directories into a directory train.",
+            "on to train; to evaluate, give images/val and --split all; if val is a class, move "
+            "all class directories into a directory train.",
         ),
         (
             "Train/a Train/b training/a training/b",
@@ -104,7 +105,8 @@ LISTED = "lists files that do not exist or cannot be read"
          "line 2. Delete one of them."),
         ("m.csv", "file,label,split\na.png,x,dev\n", "line 2 of m.csv has the split 'dev'. Use "
          "train, val or test."),
-        ("m.csv", "file,label,split\na.png,x,test\n", "m.csv lists no training images. Add some."),
+        ("m.csv", "file,label,split\na.png,x,test\n", "m.csv lists no training images. Add "
+         "some; to evaluate on all images, leave out the splits and give --split all."),
 
         ("m.csv", "file,label,split\na.png,x,train\nb.png,y,test\n", "the test split of m.csv has "
          "classes that the training split lacks: y. Every split needs images of the same classes."),
@@ -113,6 +115,12 @@ LISTED = "lists files that do not exist or cannot be read"
          "'a\\x00', which cannot be a path. Correct it."),
         ("m.jsonl", '{"file": "\\ud800", "label": "x"}\n', "line 1 of m.jsonl names "
          "'\\ud800', which cannot be a path. Correct it."),
+
+        ("m.jsonl", '{"file": "a.png", "label": 3}\n', "line 1 of m.jsonl has the label 3. Write "
+         'it as "3".'),
+        ("m.jsonl", '{"file": "a.png", "label": "x"}\n{"fi', "m.jsonl is not a valid manifest ("
+         "line 2: Unterminated string starting at). Give a CSV file with a header, or one JSON "
+         "object per line."),
 
         ("m.jsonl", "[1]\n", "m.jsonl is not a valid manifest (line 1 is not a JSON object). Give "
          "a CSV file with a header, or one JSON object per line."),

@@ -86,6 +86,15 @@ def test_p7_evaluate_refuses(fails, tmp_path, trained, words, message):
     assert fails(evaluate, *words.split(), "--quiet") == message
 
 
+def test_p7_the_dataset_of_the_training_has_moved(fails, tmp_path, trained):
+    metadata = trained[0] | {"data": trained[0]["data"] | {"dataset": "mine"}}
+    model = build_model(**metadata["model"])
+    weights.write_weights(tmp_path / "w", weights.copy_of(model), metadata)
+    assert fails(evaluate, "w", "--quiet") == (
+        "there is no directory mine, the dataset of the training. Give --dataset with its path."
+    )
+
+
 def zipped(content: bytes) -> bytes:
     with zipfile.ZipFile("z", "w") as file:
         file.writestr("archive/data.pkl", content)

@@ -16,6 +16,7 @@ import evaluate
 from lab.checkpoint import weights
 from lab.config import recipes
 from lab.data import DataConfig
+from lab.errors import UserError
 from lab.models import build_model
 
 CLASSES = ("dark", "grey", "light")
@@ -84,6 +85,17 @@ def test_p6_the_data_are_compared_with_the_trainings_whatever_is_asked_for(
     out, err = capsys.readouterr()
     assert "note: " not in out
     assert CHANGED in err
+
+
+def test_p6_only_its_own_test_replaces_the_results_of_a_run(trained, tmp_path):
+    run = Path(shutil.copytree(trained[0], tmp_path / "run"))
+    report = (run / "report.json").read_bytes()
+    for words in ([run, "--split", "train"], [run, run], [trained[0]]):
+        with pytest.raises(UserError, match="whose test results would be replaced"):
+            call(*words, "--output", run)
+    assert (run / "report.json").read_bytes() == report
+    call(run, "--output", run)
+    assert json.loads((run / "report.json").read_text())["split"] == "test"
 
 
 def test_p6_a_change_where_the_training_read_is_told(trained, tmp_path, capsys):

@@ -70,6 +70,9 @@ def pictures(digits, tmp_path_factory):
             whole, exif[0x0112] = whole.transpose(Image.Transpose.ROTATE_90), 6
         paths.append(str(folder / (f"{k}.jpg" if k % 3 else f"{k}.png")))
         whole.save(paths[-1], exif=exif)
+    deep = digits[0][3, 0].numpy().astype("uint16") * 257
+    paths.append(str(folder / "16 bits.png"))
+    Image.fromarray(deep).save(paths[-1])
     return paths
 
 

@@ -248,6 +248,7 @@ SAMPLES = [(image, label) for image, label in zip(IMAGES, LABELS, strict=True)]
         ({"train": (IMAGES, LABELS), "class_names": [*"aba"]}, "class_names that contain a more "
          "than once"),
         ({"train": (IMAGES, [[0], [1, 2], [0], [1]])}, "SPLIT labels of different lengths"),
+        ({"train": (IMAGES, np.eye(4, dtype=int))}, "labels of type list, not int or str"),
         ({"train": (IMAGES[:0], [])}, "SPLIT no samples"),
         ({"train": (IMAGES, [*"abab"]), "class_names": "ac"}, "labels that are not in class_names: "
          "b"),

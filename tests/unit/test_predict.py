@@ -166,8 +166,11 @@ def test_p1_two_processes_answer_for_each_path_on_standard_input(trained, tmp_pa
         ),
         ("empty --top-k 0", "invalid --top-k 0: expected at least 1."),
         ("empty --csv a --json a", "--json and --csv both write a. Give different files."),
+        ("empty --csv a --json ./a", "--json and --csv both write ./a. Give different files."),
+        ("empty --csv pipe", "invalid --csv pipe: it is not a regular file. Give a file name."),
     ],
 )
 def test_p7_predict_refuses(fails, tmp_path, trained, words, message):
     (tmp_path / "empty").mkdir()
+    os.mkfifo(tmp_path / "pipe")
     assert fails(predict, trained[0], *words.split()) == message
