@@ -73,7 +73,7 @@ class PredictConfig:
                 "there are no images to classify",
                 "Give image files, or directories that contain some",
             )
-        if self.json and os.path.realpath(self.json) == os.path.realpath(self.csv):
+        if self.json and self.csv and os.path.realpath(self.json) == os.path.realpath(self.csv):
             raise UserError(f"--json and --csv both write {self.json}", "Give different files")
 
 
