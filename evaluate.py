@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> None:
     )
 
     # Importing PyTorch takes seconds: --help and command-line mistakes are answered before.
-    from lab.checkpoint import run_dir, weights
+    from lab.checkpoint import weights
     from lab.data import DataConfig, check_dataset, is_named
     from lab.data.loaders import LoaderOptions
     from lab.distributed import build_accelerator, check_same_data, describe, raise_on_all_ranks
@@ -71,15 +71,7 @@ def main(argv: list[str] | None = None) -> None:
     with raise_on_all_ranks(accelerator):
         for member in members:
             member.split = weights.align_classes(member.path, member.metadata, member.split)
-        part = config.part(first.metadata["data"])
-        target = config.output or (f"ensemble-{part}" if len(members) > 1 else "")
-        is_test_of_run = part == "test" and len(members) == 1 and not first.changed
-        outputs = {  # without test-time augmentation first
-            tta: run_dir.evaluation_dir(
-                first.path, part, target, accelerator.is_main_process, tta, is_test_of_run
-            )
-            for tta in dict.fromkeys(("none", config.tta))
-        }
+        outputs = output_dirs(members, config, accelerator.is_main_process)
     warn_of_other_data(first.split, config.split, any(member.changed for member in members))
     dataset, num_samples = dataset_title(first.data.dataset), len(first.split.labels)
     model_names = " + ".join(member.model_name for member in members)
@@ -122,6 +114,20 @@ def main(argv: list[str] | None = None) -> None:
             note=next(filter(None, notes), ""),
         )
     accelerator.end_training()
+
+
+def output_dirs(members, config, is_main_process):
+    """Return the directories of the results by the kind of test-time augmentation, "none" first."""
+    from lab.checkpoint.run_dir import evaluation_dir
+
+    first = members[0]
+    part = config.part(first.metadata["data"])
+    target = config.output or (f"ensemble-{part}" if len(members) > 1 else "")
+    is_test_of_run = part == "test" and len(members) == 1 and not first.changed
+    return {
+        tta: evaluation_dir(first.path, part, target, is_main_process, tta, is_test_of_run)
+        for tta in dict.fromkeys(("none", config.tta))
+    }
 
 
 @dataclass

@@ -304,7 +304,8 @@ def evaluation_dir(
     path = Path(output) if output else weights.parent / f"evaluate-{part}"
     if tta != "none":
         path = Path(f"{os.path.abspath(path) if output else path}-tta-{tta}")
-    if (path / CONFIG).exists() and not (is_test_of_run and path.samefile(weights.parent)):
+    is_run_dir = os.path.exists(path / CONFIG)  # Path.exists raises for a name that is too long
+    if is_run_dir and not (is_test_of_run and path.samefile(weights.parent)):
         raise UserError(
             f"{path} is a run, whose test results would be replaced", "Give another --output"
         )

@@ -186,9 +186,9 @@ def check(raw: RawSplits, image_size: int, num_workers: int) -> DataCheck:
 
     problems = [
         *(
-            f"there is only one class, {name}"
-            for name in whole.class_names
+            [f"there is only one class, {whole.class_names[0]}"]
             if len(whole.class_names) == 1
+            else []
         ),
         *(record[0] for record in records if len(record) == 1),
         *(f"exact duplicates in several splits: {equal(group)}" for group in found.leaks),

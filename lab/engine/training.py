@@ -72,7 +72,9 @@ def configure_model(model: nn.Module, config: TrainConfig, device: torch.device)
     if config.dropout >= 0:
         layers = [module for module in model.modules() if isinstance(module, nn.Dropout)]
         if not layers:
-            raise UserError(f"{config.model} has no dropout layers", "Leave out --dropout")
+            raise UserError(
+                f"{config.model} has no layers of type nn.Dropout", "Leave out --dropout"
+            )
         for layer in layers:
             layer.p = config.dropout
     if config.grad_checkpointing:

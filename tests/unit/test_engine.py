@@ -328,5 +328,5 @@ def test_dropout_is_the_models_or_unless_set(accelerator, dropout, expected):
 
 
 def test_p7_dropout_without_dropout_layers_is_an_error(accelerator):
-    with pytest.raises(UserError, match="lenet5 has no dropout layers"):
+    with pytest.raises(UserError, match="has no layers of type"):
         prepare(accelerator, nn.Linear(4, 2), TrainConfig(dropout=0.5))

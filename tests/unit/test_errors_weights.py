@@ -74,6 +74,10 @@ def with_metadata(content: bytes, metadata: dict | None) -> bytes:
             "w takes images with 1 channels, the data's have 3. Give data with that many channels.",
         ),
         ("w --output w", f"cannot write w (File exists). {NO_FOLDER}"),
+        (
+            f"w --output {'n' * 300}",
+            f"cannot write {'n' * 300} (File name too long). Give a shorter name.",
+        ),
     ],
 )
 def test_p7_evaluate_refuses(fails, tmp_path, trained, words, message):

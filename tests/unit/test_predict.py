@@ -174,3 +174,13 @@ def test_p7_predict_refuses(fails, tmp_path, trained, words, message):
     (tmp_path / "empty").mkdir()
     os.mkfifo(tmp_path / "pipe")
     assert fails(predict, trained[0], *words.split()) == message
+
+
+def test_p7_a_directory_without_write_permission_is_refused_before_the_work(
+    fails, tmp_path, trained, monkeypatch
+):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
+    (tmp_path / "empty").mkdir()
+    assert fails(predict, trained[0], "empty", "--csv", "a") == (
+        "cannot write a (Permission denied). Give a directory with write permission."
+    )
