@@ -115,6 +115,12 @@ def main(argv: list[str] | None = None) -> None:
     output = (
         Path(config.output) if config.output else path.with_suffix(export.SUFFIXES[config.format])
     )
+    formats = {suffix: name for name, suffix in export.SUFFIXES.items()}
+    if (named := formats.get(output.suffix, config.format)) != config.format:
+        raise UserError(
+            f"--output {output} ends in {output.suffix}, but --format is {config.format}",
+            f"Add --format {named}",
+        )
     export.check_writable(output, path)
 
     # Model

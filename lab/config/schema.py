@@ -337,7 +337,7 @@ class TrainConfig:
     resume: str = option("", OUTPUT,
         "resume the run in this directory; auto: resume the run --name if it exists, else "
         "start it",
-        metavar="RUN")
+        metavar="RUN", nonempty=True)
     checkpoint_every: int = option(0, OUTPUT,
         "number of steps between checkpoints; 0: only at the end of each epoch",
         low=0, metavar="N")

@@ -277,9 +277,9 @@ def list_images(
             continue
         seen.add(real_path)
         # Editors keep copies of images in hidden directories. In place, so that os.walk skips them.
-        subdirectories[:] = [name for name in subdirectories if not name.startswith(".")]
+        subdirectories[:] = [name for name in subdirectories if not _is_hidden(name)]
         for name in files:
-            if name.startswith("."):
+            if _is_hidden(name):
                 continue
             if _is_image(name):
                 yield os.path.join(directory, name)
@@ -294,7 +294,7 @@ def _list_directory(directory: Path) -> tuple[list[str], list[str]]:
     try:
         with os.scandir(directory) as entries:
             for entry in entries:
-                if not entry.name.startswith("."):
+                if not _is_hidden(entry.name):
                     (subdirectories if entry.is_dir() else files).append(entry.name)
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
@@ -310,6 +310,11 @@ def _raise_unreadable(error: OSError) -> NoReturn:
     raise UserError(
         f"cannot read the directory {error.filename} ({error.strerror})", "Check its permissions"
     ) from error
+
+
+def _is_hidden(name: str) -> bool:
+    # Archives made on a Mac contain __MACOSX, with a hidden file for each image.
+    return name.startswith(".") or name == "__MACOSX"
 
 
 def _is_image(name: str) -> bool:

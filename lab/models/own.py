@@ -65,7 +65,10 @@ def check_same(source: str, trained: str, trained_sha256: str, given: str) -> No
     another SHA-256 than in training.
     """
     if not is_code(trained):
-        raise UserError(f"{source} holds {trained}, not {given}", "Leave out --model")
+        raise UserError(
+            f"--model is only for a function of yours, and {source} holds {trained}",
+            "Leave out --model",
+        )
     if given.rpartition(":")[2] != trained.rpartition(":")[2]:
         raise UserError(f"{source} holds {trained}, not {given}", "Give the function of training")
     if register(given).sha256 != trained_sha256:

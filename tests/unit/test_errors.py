@@ -67,6 +67,7 @@ HELP = "See `python train.py --help`."
         ),
         ("--augment mixup --mixup-alpha 0", "invalid --mixup-alpha 0.0: expected more than 0."),
         ("--name=", "--name is empty. Give a value, or leave out the option."),
+        ("--resume=", "--resume is empty. Give a value, or leave out the option."),
         ("--name a/b", "--name a/b is a path. Give the parent directory with --output-dir."),
         ("--image-size 27", "lenet5 cannot take images of 27 pixels. Give 28 or more."),
         (

@@ -197,6 +197,15 @@ def test_p7_a_network_that_cannot_be_exported_is_named(fails, finished, monkeypa
         ("RUN --format tflite", "invalid --format 'tflite': expected one of onnx, torch-export."),
         ("RUN --output a/b", "invalid --output a/b: there is no directory a. Create it first."),
         (
+            "RUN --model lenet5",
+            "--model is only for a function of yours, and RUN/best.safetensors holds lenet5. "
+            "Leave out --model.",
+        ),
+        (
+            "RUN --output model.pt2",
+            "--output model.pt2 ends in .pt2, but --format is onnx. Add --format torch-export.",
+        ),
+        (
             "RUN/best.safetensors --output RUN/best.safetensors",
             "--output RUN/best.safetensors is the file of the weights. Give another file.",
         ),

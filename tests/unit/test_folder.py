@@ -137,7 +137,7 @@ def test_composed_and_decomposed_names_are_one_class(tmp_path):
 
 def test_nested_directories_belong_to_their_class_and_hidden_ones_do_not(tmp_path):
     write(tmp_path, "a/x/y/0.png", "a/x/1.png", "a/2.png", "b/0.png")
-    write(tmp_path, "a/.copies/0.png", "a/.3.png", ".git/0.png")
+    write(tmp_path, "a/.copies/0.png", "a/.3.png", ".git/0.png", "__MACOSX/0.png")
     (tmp_path / "a/notes.txt").write_text("x")
     (tmp_path / "labels.csv").write_text("x")
     assert listed(tmp_path) == [

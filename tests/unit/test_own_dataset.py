@@ -181,7 +181,7 @@ def test_p4_only_the_command_line_makes_a_file_be_imported(fails, tmp_path):
     )
     make_picture(tmp_path / "image.png")
     predict.main([str(run), str(tmp_path / "image.png"), "--quiet"])
-    export.main([str(run), "--output", str(tmp_path / "model.pt2")])
+    export.main([str(run), "--output", str(tmp_path / "model.onnx")])
     assert not was_imported(path)
 
     # The file may be moved, but must be the same.
