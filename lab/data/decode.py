@@ -16,7 +16,7 @@ from typing import Any, Self
 
 import PIL
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
@@ -275,7 +275,9 @@ def pixels(image: Image.Image) -> Tensor:
     """Return a Pillow image of any mode as uint8 [3, H, W], in its EXIF orientation."""
     image.load()  # raises if the file is damaged
     with suppress(Exception):  # damaged metadata; Pillow raises exceptions of many types
-        image = ImageOps.exif_transpose(image)
+        # Like `convert` below, it would copy an image that does not change.
+        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+            image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16 bits: scale it, because a conversion to RGB would clip it
         image = image.convert("I").point(lambda v: v / 256, "L")
-    return F.pil_to_tensor(image.convert("RGB"))
+    return F.pil_to_tensor(image if image.mode == "RGB" else image.convert("RGB"))
