@@ -25,6 +25,11 @@ def _undrawn():
     os.environ["LAB_DRAW"] = "0"
 
 
+def pytest_xdist_auto_num_workers():
+    """Return the number of workers of `-n auto`: one more than cores, as tests often wait."""
+    return min(4, (os.cpu_count() or 1) + 1)
+
+
 def pytest_collection_modifyitems(items):
     """Run files with slow tests first, so that none of them is left alone at the end."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
