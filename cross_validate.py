@@ -14,18 +14,23 @@ writes the report, the confusion matrix and other plots of the predictions of al
 After an interruption the same command continues: finished folds are not trained again.
 """
 
+import dataclasses
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import train
-from lab.config.cli import parse_arguments
+from lab.checkpoint.run_dir import CONFIG
+from lab.config.cli import parse_arguments, read_config
 from lab.config.recipes import resolve
-from lab.config.schema import TrainConfig, flag
+from lab.config.schema import AUTOMATIC, TASK, TRAINING, TrainConfig, flag
 from lab.errors import UserError, run_script
 
 # These options would apply to one run, or are set here.
 NOT_ACCEPTED = ("fold", "resume", "overwrite", "push_to_hub", "print_config")
+# These settings differ between folds, or do not change the result.
+NOT_COMPARED = ("fold", "revision", "data_dir")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -41,6 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     default = f"{config.model_title}-{config.dataset_title}-{num_folds}-folds".replace(":", "-")
     directory = Path(config.output_dir) / (config.name or default)
     words = [*argv, "--folds", str(num_folds), "--output-dir", str(directory), "--resume", "auto"]
+    check_same_settings(directory, config, overrides)
     runs = []
     for fold in range(1, num_folds + 1):
         if config.max_hours:  # for all folds together
@@ -55,6 +61,26 @@ def main(argv: list[str] | None = None) -> int:
 
         write_results(directory, [run.path for run in runs])
     return 0
+
+
+def check_same_settings(directory: Path, config: TrainConfig, overrides: dict[str, Any]) -> None:
+    """Raise `UserError` if a fold was trained with other settings.
+
+    train.py compares only those that are given. A setting that is left out is that of the recipe
+    for a new fold, but that of its own run for a fold that is resumed.
+    """
+    compared = [
+        f.name for f in dataclasses.fields(TrainConfig) if f.metadata["group"] in (TASK, TRAINING)
+    ]
+    for path in sorted(directory.glob(f"fold-*/{CONFIG}")):
+        stored = read_config(path)
+        for name in sorted({*compared} - {*overrides, *NOT_COMPARED}):
+            value = getattr(config, name)
+            if value != AUTOMATIC.get(name) and stored.get(name, value) != value:
+                raise UserError(
+                    f"{path.parent} was trained with {flag(name)} {stored[name]}, not {value}",
+                    "Give the same options for all folds, or another --name",
+                )
 
 
 if __name__ == "__main__":

@@ -238,7 +238,8 @@ def calibrate(accelerator, member, config, options):
     before = uncalibrated.report()
     console.info(
         f"temperature {temperature:.4f}; without it: loss {before['loss']:.4f}, "
-        f"calibration error {before['calibration_error']:.4f}"
+        f"calibration error {before['calibration_error']:.4f}. The report of the run's training is "
+        "without it: give `evaluate.py RUN --output RUN`, then `compare.py RUN`, to update it"
     )
     return temperature
 
@@ -270,7 +271,10 @@ def has_changed(metadata, data, split_name, raw, fingerprint):
     as_trained = replace(data, **limits)  # with the number of samples in training
     current = {split_name: fingerprint}
     if split_name == "all" or data != as_trained:
-        current = load_fingerprints(as_trained, raw, torch.get_num_threads())
+        try:
+            current = load_fingerprints(as_trained, raw, torch.get_num_threads())
+        except UserError:  # this dataset cannot be divided like that of the training
+            return True
     if split_name != "all":
         current = {split_name: current[split_name]}
     return bool(changed_splits(metadata["fingerprints"], current))

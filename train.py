@@ -64,8 +64,8 @@ def main(argv: list[str] | None = None, model=None, datasets=None) -> RunDir:
         with raise_on_all_ranks(world):  # these would otherwise fail at the end of the run
             check_packages(config, needed=world.is_main_process)
             hub.check_upload(config, needed=world.is_main_process)
-        if checkpoint and checkpoint.is_finished(config):
-            console.info(f"{run.path} is finished; to train it further, raise --epochs")
+        if checkpoint and (limit := checkpoint.reached_limit(config)):
+            console.info(f"{run.path} is finished; to train it further, raise {limit}")
         else:
             # A checkpoint may come from a stranger: download and import nothing that it names.
             download = not checkpoint or is_named(config.dataset, overrides)
@@ -89,7 +89,7 @@ def train(run, config, checkpoint, start_time, download):
     from lab.distributed import build_accelerator, check_same_data, describe, raise_on_all_ranks
     from lab.engine.ema import ModelEma
     from lab.engine.evaluation import predict_all
-    from lab.engine.linear_probe import fit_classifier, resolve_linear_probe
+    from lab.engine.linear_probe import fit_classifier, has_linear_probe
     from lab.engine.metrics import is_better
     from lab.engine.optimizer import build_optimizer
     from lab.engine.training import TrainStep, configure_model, history_row, train_one_epoch
@@ -131,12 +131,12 @@ def train(run, config, checkpoint, start_time, download):
     with raise_on_all_ranks(accelerator):
         model = build_initial_model(metadata["model"], config, bool(checkpoint), num_steps)
         model = configure_model(model, config, accelerator.device)
-    config = resolve_linear_probe(config, model, metadata["model"])
-    if config.linear_probe and not checkpoint:
+    linear_probe = has_linear_probe(config, model, metadata["model"])
+    if linear_probe and not checkpoint:
         fit_classifier(accelerator, model, metadata["model"], splits, config, options)
     ema = None
     if config.ema_decay:
-        ema = ModelEma(model, config.ema_decay, warmup=not config.linear_probe)
+        ema = ModelEma(model, config.ema_decay, warmup=not linear_probe)
     optimizer = build_optimizer(model, config, accelerator)
     wrapped_model = accelerator.prepare(model)
     if accelerator.scaler:  # fp16 needs Accelerate's wrapper; otherwise it only slows each step

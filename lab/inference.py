@@ -80,7 +80,8 @@ def find_images(arguments: Sequence[str]) -> tuple[list[str], list[ImagePredicti
 
     for argument in arguments:
         if argument == "-":
-            paths += filter(None, os.fsdecode(sys.stdin.buffer.read()).split("\n"))
+            lines = os.fsdecode(sys.stdin.buffer.read()).split("\n")
+            paths += filter(None, (line.removesuffix("\r") for line in lines))
         elif os.path.isdir(argument):
             paths += sorted(list_images(Path(argument), ignored, on_error))
         elif os.path.exists(argument):
@@ -113,8 +114,10 @@ class _ImageDataset:
         for i in index.tolist():
             item = self.items[i]
             try:
-                if not isinstance(item, Tensor):
-                    item = decode(item, self.size) if isinstance(item, str) else pixels(item)
+                if isinstance(item, str):
+                    item = decode(item, self.size)
+                elif not isinstance(item, Tensor):
+                    item = _pixels(item, i)
                 images.append(self.transform(item))
                 readable.append(i)
             except UserError as error:
@@ -125,6 +128,13 @@ class _ImageDataset:
         if stacked.shape[1] > self.in_chans:
             stacked = to_grayscale(stacked)
         return stacked.expand(-1, self.in_chans, -1, -1), readable, errors
+
+
+def _pixels(image: Image.Image, number: int) -> Tensor:
+    try:
+        return pixels(image)
+    except Exception as error:  # Pillow raises exceptions of many types
+        raise UserError(f"cannot read image {number} ({error})", "Replace it") from error
 
 
 @torch.no_grad()
@@ -286,8 +296,8 @@ def predict(
     of them are classified at a time.
 
     Unreadable directories and files in directories are left out: each is in `errors`, with a
-    warning on standard error. Raises `UserError` if a file that is given itself is missing or not
-    an image, or if no image can be read.
+    warning on standard error. Raises `UserError` if a file or image that is given itself is missing
+    or cannot be read, or if no image can be read.
     """
     model, metadata = weights if isinstance(weights, tuple) else load_model(weights)
     if batch_size < 1:
@@ -306,8 +316,8 @@ def predict(
         for index in torch.arange(len(items)).split(batch_size):
             batch, _, unreadable = dataset[index]
             for i, error in unreadable:
-                path = str(items[i])
-                if path in explicit:
+                path = items[i]
+                if not isinstance(path, str) or path in explicit:
                     raise error
                 errors[path] = error.what
             if len(batch):

@@ -78,6 +78,11 @@ def _lock_run(config: TrainConfig) -> tuple[RunDir, bool]:
         raise UserError(f"there is no run {run.path}", "Give --resume the directory of a run")
     if not run.checkpoints:
         raise no_checkpoint(run)
+    if path != run.path and path.name != run.checkpoints[0].name:
+        raise UserError(
+            f"{path} is not the newest checkpoint of its run, from which a run is resumed",
+            f"Give --resume {run.path}; to go back, delete the newer checkpoints first",
+        )
     run.lock()
     return run, True
 

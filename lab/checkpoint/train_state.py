@@ -31,7 +31,7 @@ from lab.checkpoint.atomic_io import (
     write_atomically,
 )
 from lab.checkpoint.run_dir import RunDir
-from lab.config.schema import TIMEOUT_SECONDS, TrainConfig, flag, is_code, is_path
+from lab.config.schema import AUTOMATIC, TIMEOUT_SECONDS, TrainConfig, flag, is_code, is_path
 from lab.data import Splits
 from lab.data.fingerprint import changed_splits
 from lab.errors import UserError
@@ -95,8 +95,6 @@ MUTABLE_ON_RESUME = (
     "keep_checkpoints", "output_dir", "name", "resume", "log_every", "tracker", "push_to_hub",
     "quiet", "debug",
 )  # fmt: skip
-# Values that stand for one that is then stored in their place.
-AUTOMATIC = {"epochs": 0, "image_size": 0, "crop_pct": 0.0, "interpolation": "auto"}
 
 
 class CorruptCheckpointError(Exception):
@@ -162,16 +160,20 @@ class Checkpoint:
             own[2] = totals[:, 2].min()
         return TrainState(**self.metadata["train_state"], totals=own.clone())
 
-    def is_finished(self, config: TrainConfig) -> bool:
-        """Return whether the run was trained to its end and `config` does not ask for more."""
+    def reached_limit(self, config: TrainConfig) -> str:
+        """Return the option that ends the run, which was trained to its end; "" if none does."""
+        if not self.metadata["has_report"]:
+            return ""
         state, best = self.metadata["train_state"], self.metadata["best"]
         epoch_is_complete = state["batch"] == self.metadata.get("num_batches")
         epochs_since_best = state["epoch"] - best["epoch"] if best else 0
-        return self.metadata["has_report"] and bool(
-            (config.max_steps and state["step"] >= config.max_steps)
-            or (epoch_is_complete and state["epoch"] == config.epochs)
-            or (epoch_is_complete and config.patience and epochs_since_best >= config.patience)
-        )
+        if epoch_is_complete and state["epoch"] == config.epochs:
+            return "--epochs"
+        if epoch_is_complete and config.patience and epochs_since_best >= config.patience:
+            return "--patience"
+        if config.max_steps and state["step"] >= config.max_steps:
+            return "--max-steps"
+        return ""
 
     def check_same_splits(self, splits: Splits) -> None:
         """Raise `UserError` if the splits are not those that the run was trained on."""

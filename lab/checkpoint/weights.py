@@ -89,8 +89,14 @@ class BestWeights:
         """Copy the weights and start to write them.
 
         `metadata` comes from `run_metadata`; `row` is the epoch's line of history.jsonl. No times
-        are written, so that equal runs give equal files.
+        are written, so that equal runs give equal files. All processes call it. Raises `UserError`
+        if the weights are not finite.
         """
+        if not all(bool(parameter.isfinite().all()) for parameter in model.parameters()):
+            raise UserError(
+                f"the weights are not finite after epoch {row['epoch']}",
+                "Start a new run with a lower --lr, or with --max-grad-norm 1",
+            )
         if not self.run.is_main_process:
             return
         metrics = {name: value for name, value in row.items() if name.startswith("val_")}

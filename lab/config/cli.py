@@ -12,7 +12,14 @@ from typing import Any
 import yaml
 
 from lab import console
-from lab.config.schema import MACHINE, InvalidSettingError, TrainConfig, flag, is_code
+from lab.config.schema import (
+    MACHINE,
+    InvalidSettingError,
+    TrainConfig,
+    flag,
+    is_code,
+    is_same_dataset,
+)
 from lab.errors import UserError, suggestion
 
 KINDS = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
@@ -101,7 +108,9 @@ def parse_arguments(config: type, argv: list[str] | None, *, prog: str, descript
                     "it yourself",
                     f"If you trust that file, add {flag(name)} {from_file[name]}",
                 )
-        if "dataset" in settings:  # in the file, these are of its own dataset
+        dataset = settings.get("dataset", "")
+        if dataset and not is_same_dataset(dataset, from_file.get("dataset", "")):
+            # In the file, these are those of its own dataset.
             for name in ("revision", "image_column", "label_column"):
                 from_file.pop(name, None)
         settings = from_file | settings

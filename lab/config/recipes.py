@@ -180,8 +180,8 @@ def resolve(overrides: dict[str, Any]) -> TrainConfig:
             settings["interpolation"] = "bilinear"
     if overrides.get("init_checkpoint") and "pretrained" not in overrides:
         settings["pretrained"] = False
-    epochs = settings.get("epochs", TrainConfig.epochs)
-    if epochs and "warmup_epochs" not in overrides:  # fewer --epochs shorten the recipe's warmup
+    epochs = settings.get("epochs", TrainConfig.epochs) or MIN_AUTO_EPOCHS
+    if "warmup_epochs" not in overrides:  # fewer --epochs shorten the recipe's warmup
         settings["warmup_epochs"] = min(settings.get("warmup_epochs", 0.0), epochs / 5)
     return TrainConfig(**(settings | {"model": model, "dataset": dataset, "recipe": name}))
 
@@ -191,4 +191,4 @@ def resolve_epochs(config: TrainConfig, steps_per_epoch: int) -> TrainConfig:
     if config.epochs:
         return config
     epochs = min(max(round(AUTO_STEPS / steps_per_epoch), MIN_AUTO_EPOCHS), MAX_AUTO_EPOCHS)
-    return replace(config, epochs=epochs, warmup_epochs=min(config.warmup_epochs, epochs / 5))
+    return replace(config, epochs=epochs)

@@ -79,6 +79,8 @@ HUB = "hf:"
 TRACKERS = ("tensorboard", "wandb")  # each an extra of pyproject.toml, too
 EVAL_BATCH_SIZE = 100
 AUTO_STEPS, MIN_AUTO_EPOCHS, MAX_AUTO_EPOCHS = 1000, 5, 10  # of --epochs 0
+# Values that stand for one that is then stored in their place.
+AUTOMATIC = {"epochs": 0, "image_size": 0, "crop_pct": 0.0, "interpolation": "auto"}
 HUB_WEIGHTS = "hf://"  # begins the name of weights on the Hugging Face Hub
 TIMEOUT_SECONDS, MONTH = 600, 30 * 24 * 3600
 
@@ -519,7 +521,6 @@ class EvalConfig:
         """Return the data settings that replace those of the training run, which are `trained`."""
         default = 0 if self.split == "all" else None
         limit = default if self.max_eval_samples is None else self.max_eval_samples
-        other_data = self.dataset is not None or self.data_dir is not None
         same = self.dataset is None or is_same_dataset(self.dataset, trained["dataset"])
         names = ("image_column", "label_column", "revision")
         of_hub = {name: getattr(self, name) for name in names}
@@ -529,7 +530,7 @@ class EvalConfig:
             "dataset": self.dataset,
             "data_dir": self.data_dir,
             "max_train_samples" if self.split == "train" else "max_eval_samples": limit,
-            "skip_unreadable": self.skip_unreadable or (False if other_data else None),
+            "skip_unreadable": self.skip_unreadable or (None if same else False),
         }
         return {name: value for name, value in overrides.items() if value is not None}
 

@@ -264,7 +264,10 @@ def load_splits(
     val = sized.get("val", sized["test"])
     fingerprints = {name: fingerprint(split) for name, split in splits.items()}
     if config.folds:
-        fingerprints["folds"] = fingerprint(raw.train)
+        whole = {"folds": raw.train}
+        if config.skip_unreadable:
+            whole = _skip_unreadable(whole, config, num_workers, warn=False)
+        fingerprints |= {name: fingerprint(split) for name, split in whole.items()}
     return Splits(
         sized["train"], val, sized["test"], mean, std, selection_split, fingerprints, raw.revision
     )

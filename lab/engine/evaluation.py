@@ -43,7 +43,7 @@ class Predictions:
     predictions: Tensor  # int64 [N]
     confidence: Tensor  # float64 [N], softmax of the predicted class
     losses: Tensor  # float64 [N], cross-entropy
-    ranks: Tensor  # int64 [N], number of classes with a larger logit than the true class
+    ranks: Tensor  # int64 [N], number of classes that come before the true class
     logits: Tensor | None  # float32 [N, K]; None if they take more than MAX_LOGITS_BYTES
     class_names: tuple[str, ...]
 
@@ -124,11 +124,14 @@ def _log_probabilities(predictions: Predictions) -> Tensor:
 def _columns(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the columns predictions, confidence, losses and ranks of `Predictions`, each [n].
 
-    Logits are float32 [n, K], labels int64 [n].
+    Logits are float32 [n, K], labels int64 [n]. Of equal logits, the first comes first, as in
+    `argmax`; all classes come before one whose logit is NaN.
     """
     losses = F.cross_entropy(logits, labels, reduction="none")
     confidence, predictions = logits.softmax(1).max(1)
-    ranks = (logits > logits.gather(1, labels[:, None])).sum(1)
+    own = logits.gather(1, labels[:, None])
+    is_earlier = torch.arange(logits.shape[1], device=logits.device) < labels[:, None]
+    ranks = (~(logits <= own) | ((logits == own) & is_earlier)).sum(1)
     return predictions, confidence, losses, ranks
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Collection
 from contextlib import closing
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -34,16 +33,14 @@ def find_classifier(model: nn.Module, param_names: Collection[str]) -> nn.Linear
     return layer if isinstance(layer, nn.Linear) else None
 
 
-def resolve_linear_probe(
-    config: TrainConfig, model: nn.Module, architecture: dict[str, Any]
-) -> TrainConfig:
-    """Return the settings without --linear-probe if the model has no single linear classifier."""
-    if config.linear_probe and not find_classifier(model, classifier_param_names(**architecture)):
-        console.info(
-            f"--linear-probe has no effect: {config.model} has no single linear classifier"
-        )
-        return replace(config, linear_probe=False)
-    return config
+def has_linear_probe(config: TrainConfig, model: nn.Module, architecture: dict[str, Any]) -> bool:
+    """Return whether --linear-probe is given, and the model has a single linear classifier."""
+    if not config.linear_probe:
+        return False
+    if find_classifier(model, classifier_param_names(**architecture)):
+        return True
+    console.info(f"--linear-probe has no effect: {config.model} has no single linear classifier")
+    return False
 
 
 @torch.no_grad()

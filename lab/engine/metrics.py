@@ -164,7 +164,7 @@ def is_better(row: Mapping[str, float], best: Mapping[str, float], by: str) -> b
     if not math.isfinite(new):
         return False
     if new == old:
-        return row["val_loss"] < best["val_loss"]
+        return math.isfinite(row["val_loss"]) and not row["val_loss"] >= best["val_loss"]
     return not math.isfinite(old) or (new < old if by == "loss" else new > old)
 
 

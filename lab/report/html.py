@@ -12,7 +12,7 @@ from lab import console
 from lab.checkpoint.atomic_io import write_atomically
 from lab.checkpoint.run_dir import PAGE, PLOTS
 from lab.config.recipes import resolve
-from lab.config.schema import OUTPUT, TrainConfig, dataset_title, model_title
+from lab.config.schema import AUTOMATIC, OUTPUT, TrainConfig, dataset_title, model_title
 from lab.data import TITLES
 from lab.errors import UserError
 from lab.models import with_input_defaults
@@ -140,7 +140,9 @@ def settings(config: dict[str, Any]) -> list[tuple[str, Any, Any, bool]]:
             value = config[field.name]
             in_recipe = field.metadata.get("from_recipe", False)
             default = recipe.get(field.name, value) if in_recipe else None
-            rows.append((field.name, value, default, in_recipe and value != default))
+            automatic = field.name in AUTOMATIC and default == AUTOMATIC[field.name]
+            differs = in_recipe and value != default and not automatic
+            rows.append((field.name, value, default, differs))
     return rows
 
 

@@ -14,6 +14,7 @@ from lab.checkpoint.atomic_io import write_atomically
 from lab.checkpoint.run_dir import IMAGES, RunDir
 from lab.data import Splits
 from lab.data.sampler import ShardedBatchSampler
+from lab.data.splits import AugmentedImages
 from lab.data.transforms import BatchTransform
 from lab.data.types import Images
 from lab.report.explain import GradCam
@@ -90,7 +91,10 @@ def first_batch(config: TrainConfig, splits: Splits) -> tuple[Tensor, Tensor]:
     order = sampler.order(1)
     index = sampler.take(order, batch, mixup is not None)
     bits = sampler.take(sampler.bits(1, order), batch, mixup is not None)
-    images = transform(splits.train.images[index], bits)
+    items = index
+    if isinstance(splits.train.images, AugmentedImages):
+        items = torch.stack((index, bits), 1)
+    images = transform(splits.train.images[items], bits)
     if mixup is not None:
         images, index = mixup.draw(config.seed, 1, 0, *images.shape[2:])(images), index[1:]
     pixels = (images - transform.shift) / transform.scale

@@ -4,6 +4,7 @@ The card gives no license: whoever publishes the weights has to choose one that 
 dataset allow.
 """
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -211,7 +212,11 @@ def _command(config: TrainConfig) -> str:
     command = f"python train.py --config {CONFIG}"
     command += f" --model {OWN_CODE}" if is_code(config.model) else ""
     placeholder = _placeholder(config)
-    command += f" --dataset {placeholder}" if placeholder else ""
+    if placeholder:
+        command += f" --dataset {placeholder}"
+        columns = {"--image-column": config.image_column, "--label-column": config.label_column}
+        for option, column in columns.items():
+            command += f" {option} {shlex.quote(column)}" if column else ""
     return command + (" --init-checkpoint WEIGHTS" if config.init_checkpoint else "")
 
 
@@ -228,12 +233,13 @@ def _usage(config: TrainConfig) -> str:
 
 def _limits(config: TrainConfig, report: Mapping[str, Any]) -> str:
     error = report.get("calibration_error")
-    calibration = (
-        "The calibration of its confidence was not measured."
-        if error is None
-        else f"Its confidence is not calibrated: the expected calibration error is {error:.4f} on "
-        "the test split."
-    )
+    temperature = report.get("temperature", 1.0)
+    if error is None:
+        calibration = "The calibration of its confidence was not measured."
+    else:
+        how = "without a temperature" if temperature == 1 else f"with temperature {temperature:.3f}"
+        calibration = f"The expected calibration error of its confidence, {how}, is {error:.4f} on "
+        calibration += "the test split."
     data = "the dataset it was trained on" if _placeholder(config) else config.dataset
     return "\n".join(
         [

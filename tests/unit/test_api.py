@@ -99,6 +99,7 @@ def test_unreadable_files_in_a_directory_are_reported_and_left_out(
         ([torch.zeros(1, 28, 28)], "images are a list of arrays. Stack them"),
         (["missing.png", Image.new("L", (9, 9))], "images are both paths and Pillow images"),
         (__file__, "cannot read the image"),
+        ([Image.new("L", (9, 9)), Image.new("La", (9, 9))], "cannot read image 1 (conversion"),
     ],
 )
 def test_p7_predict_refuses(finished, images, message):

@@ -197,6 +197,12 @@ def test_best_weights_are_those_of_the_moment_they_were_saved(tmp_path, splits, 
             tensor.zero_()
     best.load(accelerator, model)
     assert torch.equal(logits(model), expected)
+    with torch.no_grad():
+        next(model.parameters()).fill_(torch.nan)
+    with pytest.raises(UserError, match="the weights are not finite after epoch"):
+        best.save(model, metadata, ROW)
+    best.load(accelerator, model)  # the file is not replaced
+    assert torch.equal(logits(model), expected)
 
 
 def test_p7_a_write_that_failed_in_the_background_is_told(tmp_path, splits):

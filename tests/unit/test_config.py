@@ -281,6 +281,15 @@ def test_the_config_of_a_run_gives_its_training_settings(finished, capsys):
     assert read_metadata(finished / "best.safetensors")["seed"] == printed["seed"]
 
 
+def test_the_columns_of_a_settings_file_are_those_of_its_dataset(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("dataset: hf:some/images\nlabel_column: coarse\nrevision: main\n")
+    for dataset, columns in (("hf:some/images", ("coarse", "main")), ("hf:other", (None, None))):
+        words = ["--config", str(path), "--dataset", dataset]
+        settings = parse_arguments(TrainConfig, words, prog="train.py", description="")
+        assert (settings.get("label_column"), settings.get("revision")) == columns
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

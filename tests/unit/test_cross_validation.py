@@ -150,6 +150,18 @@ def test_p5_the_weights_of_a_fold_describe_its_test_split(validated, monkeypatch
     assert "has changed" not in capsys.readouterr().err
 
 
+def test_a_fold_is_evaluated_on_images_that_could_not_be_divided(
+    validated, monkeypatch, tmp_path, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    for name in ("cat/0.png", "cat/1.png", "dog/0.png"):
+        make_picture(tmp_path / "other" / name)
+    words = ["--dataset", "other", "--split", "all", "--output", "e", "--quiet", "--threads", "1"]
+    evaluate.main([str(validated / "fold-2"), *words])
+    assert json.loads((tmp_path / "e" / "report.json").read_text())["num_samples"] == 3
+    assert "the data has changed" in capsys.readouterr().err
+
+
 def test_p3_finished_folds_are_not_trained_again(validated, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(validated.parents[1] / "data", "data")
@@ -227,6 +239,9 @@ def test_p7_other_settings_or_data_do_not_continue_it(validated, monkeypatch, tm
     words = [*WORDS, "--folds", "3", "--name", "three"]
     with pytest.raises(ValueError, match=r"--lr 0\.5 differs from the run's, which is 0\.002"):
         cross_validate.main([*words, "--lr", "0.5"])
+    left_out = [word for word in words if word not in ("--val-fraction", "0.2")]
+    with pytest.raises(ValueError, match=r"fold-1 was trained with --val-fraction 0\.2, not 0\.1"):
+        cross_validate.main(left_out)
     shutil.rmtree("runs/three/fold-3")
     for i in range(30, 36):
         make_picture(Path(f"data/dog/{i}.png"))

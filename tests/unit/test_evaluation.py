@@ -12,7 +12,7 @@ from trainers import FakeWorld, make_loader, place
 
 import evaluate
 from lab.engine import evaluation
-from lab.engine.evaluation import predict_all, predict_logits
+from lab.engine.evaluation import Predictions, predict_all, predict_logits
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +66,13 @@ def test_p1_top5_accuracy_equals_scikit_learn(accelerator):
     ]
     assert len(set(expected)) == 3
     assert report["top5_accuracy"] == pytest.approx(expected[1], abs=1e-9)
+
+
+def test_p1_equal_logits_are_ranked_in_the_order_of_the_classes_and_nan_last():
+    names = tuple("abcdefg")
+    labels = torch.arange(7)
+    assert Predictions.of(torch.ones(7, 7), labels, names).ranks.tolist() == list(range(7))
+    assert Predictions.of(torch.full((7, 7), torch.nan), labels, names).ranks.tolist() == [7] * 7
 
 
 # --tta flip: the mean softmax of an image and its mirror image, reported separately

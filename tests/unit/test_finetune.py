@@ -4,6 +4,7 @@ import csv
 import json
 import shutil
 import urllib.error
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -294,8 +295,9 @@ def test_images_of_ones_own_start_from_pretrained_weights(settings, model, recip
 @pytest.mark.parametrize(("steps", "epochs"), [(1, 10), (99, 10), (125, 8), (200, 5), (9000, 5)])
 def test_few_images_get_more_epochs(steps, epochs):
     config = resolve({"dataset": "photos", "warmup_epochs": 3.0})
-    assert resolve_epochs(config, steps).epochs == epochs
-    assert resolve_epochs(config, steps).warmup_epochs == min(3.0, epochs / 5)
+    assert resolve_epochs(config, steps) == replace(config, epochs=epochs)
+    assert config.warmup_epochs == 3.0  # as given, so that the same command resumes the run
+    assert resolve({"model": "vit_tiny", "epochs": 0}).warmup_epochs == 1.0  # the recipe's: 2
     config = resolve({"dataset": "photos", "epochs": 7})
     assert resolve_epochs(config, steps) is config
 

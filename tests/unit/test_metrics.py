@@ -169,6 +169,12 @@ def test_a_number_that_is_not_finite_is_never_better_than_a_finite_one(by, bad):
     assert not is_better(bad, bad, by)
 
 
+def test_of_two_equal_epochs_one_with_a_finite_loss_is_better():
+    rows = [{"val_accuracy": 0.1, "val_loss": loss} for loss in (2.0, math.nan)]
+    assert is_better(rows[0], rows[1], "accuracy")
+    assert not is_better(rows[1], rows[0], "accuracy")
+
+
 @pytest.mark.parametrize(
     ("split", "selection_split", "text"),
     [

@@ -137,7 +137,8 @@ def test_p1_two_processes_answer_for_each_path_on_standard_input(trained, tmp_pa
     picture(0, 1).save(tmp_path / "left-out.gif")
     paths = sorted(map(str, trained[1].glob("*/*")))[::3][:40]
     assert len({Path(path).parent for path in paths}) > 1
-    (tmp_path / "list").write_text("".join(f"{path}\n" for path in paths))
+    lines = [path + ("\r\n" if i % 2 else "\n") for i, path in enumerate(paths)]
+    (tmp_path / "list").write_bytes("".join(lines).encode())
     words = ["--top-k", "1", "--batch-size", "7", "--csv"]
     assert call(trained[0], *paths, tmp_path, *words, tmp_path / "one.csv") == 1
     words = ["-", tmp_path, *words, tmp_path / "two.csv", "--threads", "1"]

@@ -4,6 +4,7 @@ import html
 import json
 import re
 import shutil
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -14,10 +15,12 @@ from safetensors.torch import load_file, save_file
 import compare
 from lab.checkpoint.run_dir import RunDir
 from lab.config import recipes
-from lab.data.loaders import ResidentLoader
+from lab.data.loaders import LoaderOptions, ResidentLoader, build_loader
 from lab.data.sampler import ShardedBatchSampler
-from lab.data.transforms import BatchTransform
+from lab.data.splits import AugmentedImages
+from lab.data.transforms import BatchTransform, SampleTransform
 from lab.errors import UserError
+from lab.models import with_input_defaults
 from lab.report import explain, mistakes, plots, results
 from lab.report import html as html_module
 from lab.report.run_reader import read_run
@@ -141,6 +144,32 @@ def test_p2_a_mixed_batch_equals_that_of_the_loader(mixes, balanced):
     assert torch.equal(index, batch.indices[:64])
     expected = ((batch.images[:64] - transform.shift) / transform.scale).round()
     assert torch.equal(images.float(), expected)
+
+
+def test_p2_the_first_batch_is_shown_with_the_augmentation_of_the_workers():
+    config, data = recipes.resolve({"dataset": "digits"}), splits("ab", num_test=2)
+    names = ("resized-crop", "trivialaugment")
+    transform = SampleTransform(names, data.train.images.shape[2], (0.0,))
+    augmented = AugmentedImages(data.train.images, data.train.images, transform)
+    data = replace(data, train=replace(data.train, images=augmented))
+    options = LoaderOptions(0, 1, torch.device("cpu"), "streaming", 0, 0.0)
+    normalize = BatchTransform(data.mean, data.std, (), "cpu")
+    loader = build_loader(
+        data.train, normalize, options, batch_size=config.batch_size, seed=config.seed
+    )
+    batch = next(iter(loader.batches(1)))
+    images, index = mistakes.first_batch(replace(config, augment=",".join(names)), data)
+    assert torch.equal(index, batch.indices[:64])
+    expected = ((batch.images[:64] - normalize.shift) / normalize.scale).round()
+    assert torch.equal(images.float(), expected)
+
+
+def test_the_automatic_number_of_epochs_does_not_differ_from_the_recipe():
+    config = with_input_defaults(recipes.resolve({"dataset": "photos"}))
+    config = recipes.resolve_epochs(config, 10)
+    assert [row[0] for row in html_module.settings(asdict(config)) if row[3]] == []
+    config = replace(config, lr=0.5)
+    assert [row[0] for row in html_module.settings(asdict(config)) if row[3]] == ["lr"]
 
 
 def test_the_most_confident_mistakes_of_every_cell_are_selected():

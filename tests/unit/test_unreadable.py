@@ -110,6 +110,8 @@ def test_a_named_pipe_and_a_link_to_nothing_are_skipped_without_waiting(images):
     splits = load_splits(config, 0, 1)
     files = [file for name in ("train", "val", "test") for file in getattr(splits, name).files()]
     assert len(files) == 46
+    folds = [load_splits(replace(config, folds=2, fold=i), 0, 1) for i in (1, 2)]
+    assert len({fold.fingerprints["folds"] for fold in folds}) == 1
     with pytest.raises(UserError, match="cannot read 2 images"):
         load_splits(replace(config, skip_unreadable=False), math.inf, 1)
 
@@ -136,10 +138,13 @@ def test_weights_say_what_their_evaluation_skips(images, tmp_path, monkeypatch, 
     assert f"left out 1 image that cannot be read: images/{damaged}" in capfd.readouterr().err
     eval_model = tmp_path / "runs/x/evaluate-test/predictions.csv"
     assert eval_model.read_bytes() == (tmp_path / "runs/x/predictions.csv").read_bytes()
-    other = ("runs/x", "--quiet", "--threads", 1, "--dataset", "images", "--split", "all")
+    evaluate.main(["runs/x", "--quiet", "--threads", "1", "--dataset", "images", "--split", "all"])
+    (tmp_path / "images").rename(tmp_path / "others")
+    capfd.readouterr()
+    other = ("runs/x", "--quiet", "--threads", 1, "--dataset", "others", "--split", "all")
     assert matches(
         fails(evaluate, *other),
-        f"cannot read the image images/{damaged} (*). "
+        f"cannot read the image others/{damaged} (*). "
         "Replace or delete the file, or give --skip-unreadable.",
     )
     evaluate.main([*map(str, other), "--skip-unreadable"])
