@@ -238,8 +238,9 @@ def calibrate(accelerator, member, config, options):
     before = uncalibrated.report()
     console.info(
         f"temperature {temperature:.4f}; without it: loss {before['loss']:.4f}, "
-        f"calibration error {before['calibration_error']:.4f}. The report of the run's training is "
-        "without it: give `evaluate.py RUN --output RUN`, then `compare.py RUN`, to update it"
+        f"calibration error {before['calibration_error']:.4f}. The run's report.json and "
+        "report.html do not include it: `evaluate.py RUN --output RUN`, then `compare.py RUN`, "
+        "update them"
     )
     return temperature
 

@@ -25,6 +25,7 @@ def _undrawn():
     os.environ["LAB_DRAW"] = "0"
 
 
+@pytest.hookimpl(optionalhook=True)  # some tests start pytest without xdist
 def pytest_xdist_auto_num_workers():
     """Return the number of workers of `-n auto`: one more than cores, as tests often wait."""
     return min(4, (os.cpu_count() or 1) + 1)

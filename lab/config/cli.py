@@ -109,8 +109,8 @@ def parse_arguments(config: type, argv: list[str] | None, *, prog: str, descript
                     f"If you trust that file, add {flag(name)} {from_file[name]}",
                 )
         dataset = settings.get("dataset", "")
-        if dataset and not is_same_dataset(dataset, from_file.get("dataset", "")):
-            # In the file, these are those of its own dataset.
+        same = is_same_dataset(dataset, from_file.get("dataset", "")) and not is_code(dataset)
+        if dataset and not same:  # in the file, these are of its own dataset
             for name in ("revision", "image_column", "label_column"):
                 from_file.pop(name, None)
         settings = from_file | settings
