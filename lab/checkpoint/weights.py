@@ -92,7 +92,8 @@ class BestWeights:
         are written, so that equal runs give equal files. All processes call it. Raises `UserError`
         if the weights are not finite.
         """
-        if not all(bool(parameter.isfinite().all()) for parameter in model.parameters()):
+        # Stacked, so that the host waits for the device only once.
+        if not torch.stack([p.isfinite().all() for p in model.parameters()]).all():
             raise UserError(
                 f"the weights are not finite after epoch {row['epoch']}",
                 "Start a new run with a lower --lr, or with --max-grad-norm 1",

@@ -86,6 +86,10 @@ def test_names_cannot_inject_yaml_or_markdown(copied):
     [
         ({}, ""),
         ({"dataset": "/home/me/cats"}, " --dataset IMAGES"),
+        (
+            {"dataset": "hf:/home/me/cats", "label_column": "fine label"},
+            " --dataset IMAGES --label-column 'fine label'",
+        ),
         ({"init_checkpoint": "/home/me/vit"}, " --init-checkpoint WEIGHTS"),
         ({"model": "/home/me/net.py:net"}, " --model FILE.py:FUNCTION"),
     ],

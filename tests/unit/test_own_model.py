@@ -104,6 +104,22 @@ def test_p4_no_script_imports_code_that_a_file_names(trained, tmp_path, capsys):
     assert not (folder / "own_net.imported").exists()
 
 
+def test_p3_a_linear_probe_without_effect_is_resumed_by_the_same_command(tmp_path, capsys):
+    """The classifier is a convolution."""
+    code = "from torch import nn\n\n\ndef net(num_classes, in_chans, image_size):\n"
+    code += "    pool = nn.AdaptiveAvgPool2d(1)\n"
+    code += "    return nn.Sequential(nn.Conv2d(in_chans, num_classes, 3), pool, nn.Flatten())\n"
+    (tmp_path / "convolution.py").write_text(code)
+    words = [*SMALL[:-1], "--model", f"{tmp_path}/convolution.py:net", "--max-steps", "2"]
+    words += ["--output-dir", str(tmp_path / "runs"), "--name"]
+    first = train.main([*words, "first"])
+    words += ["second", "--init-checkpoint", str(first.best), "--linear-probe", "--resume", "auto"]
+    train.main(words)
+    assert "--linear-probe has no effect" in capsys.readouterr().out
+    train.main(words)
+    assert "is finished; to train it further, raise --max-steps" in capsys.readouterr().out
+
+
 def test_code_that_has_changed_is_refused(trained, tmp_path):
     _, _, run = trained
     file = write_code(tmp_path, CODE + "\n# another version\n")
