@@ -36,7 +36,7 @@ results-gpu: $(VENV)/.runtime ## train README's rows on one GPU, nine minutes a 
 	$(BIN)/python results/make.py $(RESULTS_ARGS)
 
 lesson-gpu: $(VENV)/.runtime ## train the full rows of docs/architectures.md on one GPU (LESSON_ARGS="--photographs DIR")
-	for part in ablations digits images transfer; do \
+	for part in ablations digits images models transfer; do \
 		$(BIN)/python results/lesson.py $$part --full $(LESSON_ARGS) || exit 1; done
 
 check: $(VENV)/.dev ## formatting, lint, types and spelling

@@ -3,6 +3,7 @@
   python results/lesson.py ablations  --photographs data/cifar10-jpg    LeNet-5 and AlexNet
   python results/lesson.py digits                                       training images of MNIST
   python results/lesson.py images     --photographs data/cifar10-jpg    CNN, ViT and hybrid
+  python results/lesson.py models     --photographs data/cifar10-jpg    lab's models, few images
   python results/lesson.py transfer   --photographs data/cifar10-jpg    other classes
   python results/lesson.py unbalanced                                   the metrics
   python results/lesson.py layers     --photographs data/cifar10-jpg    activations, gradients
@@ -36,6 +37,7 @@ LEARNING_RATES = (1e-3, 3e-3)
 SEEDS = (0, 1)
 MAX_TRAIN_EVAL = 6000  # training images that are evaluated, a stratified sample
 ALEXNET_WIDTH = 4  # of 16: small enough for a CPU
+MODELS = ("lenet5", "alexnet", "mobilenet_v2", "densenet")  # of the part `models`
 # What distinguishes AlexNet from LeNet-5: arguments of `Network`, and whether images are augmented.
 FACTORS = ("relu", "max_pool", "width", "deep", "dropout", "augment")
 OPTIONS = (
@@ -258,6 +260,32 @@ def images(args: argparse.Namespace) -> None:
             tuned(rows, {"images": num_images, "network": name}, network, options)
 
 
+def models(args: argparse.Namespace) -> None:
+    """Train lab's models on 2,000 photographs with equal steps."""
+    rows = Rows(args)
+    times = 10 if args.full else 1  # 248 steps each
+    options = f"{dataset_options('photographs', args)} --max-train-samples 2000 "
+    options += f"--epochs {8 * times} --warmup-epochs {0.8 * times:g} --augment crop,flip "
+    options += "--max-eval-samples 5000"
+    for name in MODELS:
+        tuned(rows, {"model": name}, partial(lab_model, name), options)
+
+
+def lab_model(name: str, num_classes: int, in_chans: int) -> Any:
+    """Return one of lab's models, AlexNet with the dropout and initialization of its recipe."""
+    from torch import nn
+
+    from lab.models import build_model
+
+    init = "kaiming_zero" if name == "alexnet" else "default"
+    model = build_model(name, num_classes=num_classes, in_chans=in_chans, image_size=32, init=init)
+    if name == "alexnet":
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.25
+    return model
+
+
 def read_images(directory: Path) -> tuple[Any, Any]:
     """Return the images uint8 [N, 32, 32, 3] and labels [N] of a directory of classes."""
     import numpy as np
@@ -462,7 +490,7 @@ def attention(args: argparse.Namespace) -> None:
 
 PARTS = {
     function.__name__: function
-    for function in (ablations, digits, images, transfer, unbalanced, layers, attention)
+    for function in (ablations, digits, images, models, transfer, unbalanced, layers, attention)
 }
 
 
