@@ -17,6 +17,7 @@ from lab.checkpoint.atomic_io import os_errors_as_user_errors
 from lab.checkpoint.run_dir import PLOTS, PROBABILITIES, RunDir
 from lab.config.schema import model_title
 from lab.data.fingerprint import changed_splits
+from lab.engine import evaluation
 from lab.engine.evaluation import Predictions
 from lab.errors import UserError
 from lab.report import plots
@@ -33,7 +34,7 @@ def read_folds(paths: Sequence[Path]) -> list[RunResult]:
     """
     runs = [read_run(path) for path in paths]
     for run in runs:
-        if run.predictions is None or run.probabilities() is None:
+        if run.predictions is None or (run.probabilities() is None and not _is_too_large(run)):
             raise UserError(
                 f"{run.path} has no {PROBABILITIES}",
                 f"Write it again: evaluate.py {run.path} --output {run.path}",
@@ -46,17 +47,53 @@ def read_folds(paths: Sequence[Path]) -> list[RunResult]:
     return runs
 
 
+def _is_too_large(run: RunResult) -> bool:
+    """Return whether the probabilities of a fold are not gathered, because of their size."""
+    size = 4 * run.report["num_samples"] * len(run.report["class_names"])
+    return size > evaluation.MAX_LOGITS_BYTES
+
+
 def _folds(run: RunResult) -> dict[str, Any]:
     """Return the fingerprint of all images that were divided into folds."""
     return {"folds": run.config["fingerprints"]["folds"]}
 
 
 def write_results(directory: Path, paths: Sequence[Path]) -> None:
-    """Write the report, the predictions and the plots of all folds, and print the metrics.
+    """Print the metrics of all folds; write the report, the predictions and the plots of all.
 
-    `paths` are the directories of the runs, one for each fold.
+    `paths` are the directories of the runs, one for each fold. If the probabilities of a fold are
+    too large to be saved, nothing is written.
     """
     runs = read_folds(paths)
+    folds = [{"num_samples": run.report["num_samples"]}
+             | {name: run.report[name] for name in METRICS} for run in runs]  # fmt: skip
+    summary: dict[str, Any] = {"folds": folds}
+    for name in METRICS:
+        values = [fold[name] for fold in folds]
+        summary |= {
+            f"{name}_mean": statistics.mean(values),
+            f"{name}_std": statistics.stdev(values),
+        }
+    rows = [(path.name, f"{fold['num_samples']:,}", *(f"{fold[name]:.4f}" for name in METRICS))
+            for path, fold in zip(paths, folds, strict=True)]  # fmt: skip
+    for text, key in (("mean", "mean"), ("standard deviation", "std")):
+        rows.append((text, "", *(f"{summary[f'{name}_{key}']:.4f}" for name in METRICS)))
+    console.print_table(("fold", "samples", *METRICS.values()), rows)
+    if any(map(_is_too_large, runs)):
+        console.warn(
+            "no report of all folds: the probabilities of a fold would be larger than 200 MB"
+        )
+        return
+    report = _write_pooled(directory, runs, summary)
+    first = runs[0]
+    title = f"{model_title(first.config['model'])} on {first.dataset}, predictions of all folds"
+    console.report(report, title=title, files={"report": str(directory)})
+
+
+def _write_pooled(
+    directory: Path, runs: Sequence[RunResult], summary: dict[str, Any]
+) -> dict[str, Any]:
+    """Write and return the report of all folds, with `summary`; write predictions and plots."""
     first = runs[0]
     labels = np.concatenate([run.labels for run in runs])
     probabilities = torch.from_numpy(np.concatenate([run.probabilities() for run in runs]))
@@ -64,13 +101,8 @@ def write_results(directory: Path, paths: Sequence[Path]) -> None:
         probabilities.clamp(min=1e-45).log(), torch.from_numpy(labels),
         tuple(first.report["class_names"]),
     )  # fmt: skip
-    folds = [{"num_samples": run.report["num_samples"]}
-             | {name: run.report[name] for name in METRICS} for run in runs]  # fmt: skip
-    report: dict[str, Any] = {"split": "test", **predictions.report(), "folds": folds}
+    report: dict[str, Any] = {"split": "test", **predictions.report(), **summary}
     report["selection_split"] = first.report["selection_split"]
-    for name in METRICS:
-        values = [fold[name] for fold in folds]
-        report |= {f"{name}_mean": statistics.mean(values), f"{name}_std": statistics.stdev(values)}
     files = [file for run in runs for file in run.files or ()] or None
     output = RunDir(directory)
     output.write_predictions(predictions.csv(files), predictions.safetensors())
@@ -84,10 +116,4 @@ def write_results(directory: Path, paths: Sequence[Path]) -> None:
             (directory / PLOTS).mkdir(exist_ok=True)
         for draw in (plots.confusion_matrix, plots.per_class, plots.calibration):
             plots.save(directory / PLOTS / f"{draw.__name__}.png", partial(draw, whole))
-    rows = [(path.name, f"{fold['num_samples']:,}", *(f"{fold[name]:.4f}" for name in METRICS))
-            for path, fold in zip(paths, folds, strict=True)]  # fmt: skip
-    for text, key in (("mean", "mean"), ("standard deviation", "std")):
-        rows.append((text, "", *(f"{report[f'{name}_{key}']:.4f}" for name in METRICS)))
-    console.print_table(("fold", "samples", *METRICS.values()), rows)
-    title = f"{model_title(first.config['model'])} on {first.dataset}, predictions of all folds"
-    console.report(report, title=title, files={"report": str(directory)})
+    return report

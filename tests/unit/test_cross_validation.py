@@ -19,6 +19,7 @@ import cross_validate
 import evaluate
 import train
 from lab.data import DataConfig, _split, read_dataset
+from lab.engine import evaluation
 
 RESULTS = ("report.json", "predictions.csv", "predictions.safetensors")
 
@@ -185,6 +186,25 @@ def test_p3_finished_folds_are_not_trained_again(validated, monkeypatch, tmp_pat
     assert (runs / "fold-1" / "history.jsonl").read_bytes() == before
     for name in RESULTS:
         assert (runs / name).read_bytes() == (validated / name).read_bytes()
+
+
+def test_large_probabilities_leave_the_metrics_of_each_fold(
+    validated, monkeypatch, tmp_path, capsys
+):
+    shutil.copytree(validated.parents[1], tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "copy")
+    runs = Path("runs/three")
+    for file in runs.rglob("predictions.safetensors"):
+        file.unlink()
+    words = [*WORDS, "--folds", "3", "--name", "three"]
+    with pytest.raises(ValueError, match="fold-1 has no predictions"):
+        cross_validate.main(words)
+    monkeypatch.setattr(evaluation, "MAX_LOGITS_BYTES", 0)
+    capsys.readouterr()
+    assert cross_validate.main(words) == 0
+    printed = capsys.readouterr()
+    assert "standard deviation" in printed.out
+    assert "no report of all folds: the probabilities of a fold would be larger" in printed.err
 
 
 def test_p1_two_processes_cross_validate(validated, tmp_path):
