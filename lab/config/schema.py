@@ -154,8 +154,8 @@ LOADER = partial(option, "auto", MACHINE, "resident: keep the decoded dataset in
                  "streaming: read it with workers; auto: resident if it fits and "
                  "--augment needs no workers",
                  choices=("auto", "resident", "streaming"))  # fmt: skip
-WORKERS = partial(option, -1, MACHINE, "number of data-loading workers per process; -1: depends on "
-                  "the CPU cores", low=-1, high=256)  # fmt: skip
+WORKERS = partial(option, -1, MACHINE, "number of data-loading workers per process; -1: one per "
+                  "thread, at most 8", low=-1, high=256)  # fmt: skip
 THREADS = partial(option, 0, MACHINE, "number of CPU threads per process; 0: CPU cores divided by "
                   "local processes", low=0, high=1024)  # fmt: skip
 TIMEOUT = partial(option, TIMEOUT_SECONDS, MACHINE, "seconds that a process waits for the other "

@@ -222,7 +222,7 @@ def load_splits(
     few.
     """
     from lab.data.fingerprint import fingerprint
-    from lab.data.splits import AugmentedImages, channel_statistics
+    from lab.data.splits import AugmentedImages
     from lab.data.transforms import SampleTransform
     from lab.data.types import UnreadableImages
 
@@ -250,7 +250,7 @@ def load_splits(
         mean, std = map(tuple, normalization)
     if mean is None or std is None:
         try:
-            mean, std = channel_statistics(sized["train"].images, num_workers)
+            mean, std = _channel_statistics(sized["train"].images, num_workers)
         except UnreadableImages:
             raise _unreadable_images(splits, num_workers) from None
     if augment:
@@ -417,6 +417,21 @@ def _skip_unreadable(
         images = f"{len(skipped)} image{'s' if len(skipped) > 1 else ''}"
         console.warn(f"left out {images} that cannot be read: {name_some(skipped, NUM_NAMED)}")
     return readable
+
+
+def _channel_statistics(images: Any, num_workers: int) -> Any:
+    """Return the result of `channel_statistics`, of files from the cache if it is there."""
+    from lab.data import cache
+    from lab.data.decode import FileImages
+    from lab.data.splits import channel_statistics
+
+    def compute() -> Any:
+        return channel_statistics(images, num_workers)
+
+    if not isinstance(images, FileImages):
+        return compute()
+    key = f"{images.key(images.transform)}-statistics"
+    return map(tuple, cache.cached_json(key, compute))
 
 
 def _is_worth_caching(splits: Mapping[str, Split]) -> bool:

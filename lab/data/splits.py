@@ -266,7 +266,7 @@ def channel_statistics(
         if isinstance(images, Tensor):
             counts += histogram(images[index])
         else:
-            counts += histogram(images.select(index).decode_all(num_workers))
+            counts += histogram(images.select(index).decode_all(num_workers, False))
     values = torch.arange(256, dtype=torch.float64) / 255
     share = counts.double() / counts.sum(1, keepdim=True)
     mean = share @ values

@@ -148,7 +148,13 @@ def test_a_folder_of_enough_images_is_decoded_once_whatever_its_splits_hold(
         alone, _ = load_split(config, name, math.inf, 1)
         assert torch.equal(alone.images, getattr(first, name).images)
     assert decoded == []
-    assert load_splits(config, 0, 2).mean == first.mean  # streaming
+    written = {*cache.cache_dir().glob("*.uint8")}
+    assert load_splits(config, 0, 1).mean == first.mean  # streaming
+    assert decoded != []
+    decoded.clear()
+    assert load_splits(config, 0, 1).mean == first.mean
+    assert decoded == []
+    assert {*cache.cache_dir().glob("*.uint8")} == written  # only mean and std were cached
     images = first.train.images[torch.arange(10)]
     assert (first.mean, first.std) == channel_statistics(images)
 
