@@ -21,7 +21,7 @@ from lab.report.compare import CompareConfig
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Compare runs as the command line `argv` says, and return 0. Raise `UserError` on failure."""
+    """Compare runs as the command line `argv` says, and return 0. Raises `UserError` on failure."""
     config = CompareConfig(
         **parse_arguments(CompareConfig, argv, prog="compare.py", description=__doc__)
     )

@@ -174,7 +174,7 @@ def check_weights(members, config):
 def load_members(members, config, options):
     """Load the models and their splits, and return the fingerprint of the split.
 
-    Raise `UserError` if the splits of several models do not have the same samples.
+    Raises `UserError` if the splits of several models do not have the same samples.
     """
     import torch
 

@@ -43,7 +43,7 @@ from lab.config.cli import parse_arguments
 from lab.config.recipes import resolve
 from lab.config.sweep import Range, Searched, SweepConfig, read_sweep
 from lab.data import check_dataset
-from lab.errors import UserError, run_script
+from lab.errors import UserError, install_hint, run_script
 from lab.models import check_model
 from lab.report import sweep as page
 from lab.report.run_reader import read_run
@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
         check_model(model, first.pretrained)
     check_dataset(first.dataset, fixed)
     if find_spec("optuna") is None:
-        raise UserError("sweep.py needs optuna", "Run pip install -e '.[sweep]' in lab's checkout")
+        raise UserError("sweep.py needs optuna", install_hint("sweep"))
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("sweep.py starts the runs itself, one per GPU", "Start it with python")
     console.configure(main_process=True, quiet=config.quiet)
@@ -220,7 +220,7 @@ class Job:
     def finish(self, code: int) -> None:
         """Report the result of a run that has ended with an exit code.
 
-        Raise `UserError` if it could not start, and no other run has.
+        Raises `UserError` if it could not start, and no other run has.
         """
         name, value, state, failure = self.path.name, None, "FAIL", ""
         if code == 0:

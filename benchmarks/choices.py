@@ -75,7 +75,7 @@ def step_timer(
 
 
 def muon_timer(bfloat16: bool, threads: int):
-    """Return a function that orthogonalises AlexNet's Muon updates and returns updates/s."""
+    """Return a function that orthogonalizes AlexNet's Muon updates and returns updates/s."""
     import torch
 
     from lab.engine import muon

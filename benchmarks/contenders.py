@@ -342,12 +342,12 @@ def timm(case: Case) -> Contender:
     """Return a loop without `.item()` over timm's loader, which prefetches uint8 from workers."""
     from timm.data import create_loader
 
-    grey = case.dataset == "mnist"
+    gray = case.dataset == "mnist"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = case.make_model().to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
     settings = {
-        "input_size": (1 if grey else 3, 32, 32),
+        "input_size": (1 if gray else 3, 32, 32),
         "batch_size": BATCH_SIZE,
         "mean": case.statistics[0],
         "std": case.statistics[1],
@@ -357,7 +357,7 @@ def timm(case: Case) -> Contender:
     }
     train_set, test_set = case.sets()
     train_set.transform = test_set.transform = None  # create_loader sets its own
-    loader = create_loader(train_set, is_training=True, no_aug=grey, **settings)
+    loader = create_loader(train_set, is_training=True, no_aug=gray, **settings)
     test_loader = create_loader(test_set, crop_pct=1.0, **settings)
 
     def train(num_steps: int | None) -> int:

@@ -39,7 +39,7 @@ from lab.errors import UserError, run_script, suggestion
 
 COUNTS = {"mnist": (60_000, 10_000), "cifar10": (50_000, 10_000)}  # to train on, to test on
 PARTS = ("ceilings", "synchronisation", "epochs", "pipeline", "steps")
-COLUMNS = ("ms", "images_per_second", "utilisation", "kernels", "launches", "peak_mb")
+COLUMNS = ("ms", "images_per_second", "utilization", "kernels", "launches", "peak_mb")
 
 LENET = partial(Case, model="lenet5", dataset="mnist")
 ALEXNET = partial(Case, model="alexnet", augment="crop,flip")
@@ -236,7 +236,7 @@ def why(row: dict) -> str:
 
 def cell(value: float | None, column: str) -> str:
     """Return a figure as a cell of the table."""
-    form = {"ms": ".3f", "utilisation": ".1%"}.get(column, ",.0f")
+    form = {"ms": ".3f", "utilization": ".1%"}.get(column, ",.0f")
     return f"{'-' if value is None else format(value, form):>12}"
 
 

@@ -47,7 +47,7 @@ class Bench:
         return (2, 1) if self.quick else (9, 30)
 
 
-def synchronise(device: Any) -> None:
+def synchronize(device: Any) -> None:
     """Wait until the device has finished all its work."""
     import torch
 
@@ -75,7 +75,7 @@ def time_calls(call: Callable[[], object], bench: Bench) -> list[float]:
         for _ in range(calls):
             call()
         event.record()
-    synchronise(bench.device)
+    synchronize(bench.device)
     return [a.elapsed_time(b) / calls for a, b in pairwise(events)]
 
 
@@ -91,10 +91,10 @@ def count_launches(call: Callable[[], object], bench: Bench) -> dict[str, int]:
 
     if bench.device.type != "cuda":
         return {}
-    synchronise(bench.device)
+    synchronize(bench.device)
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as record:
         call()
-        synchronise(bench.device)
+        synchronize(bench.device)
     events = record.events()
     asked = ("cudaLaunch", "cuLaunch", "cudaGraphLaunch", "cudaMemcpyAsync", "cudaMemsetAsync")
     return {
@@ -191,7 +191,7 @@ def count_operations(case: Case, batch: Any) -> int:
 
 
 def measure_step(case: Case, bench: Bench) -> dict[str, Any]:
-    """Measure a training step on prepared batches: time, utilisation, launches and memory."""
+    """Measure a training step on prepared batches: time, utilization, launches and memory."""
     import torch
 
     train_step, loader, _ = build(case, bench)
@@ -205,7 +205,7 @@ def measure_step(case: Case, bench: Bench) -> dict[str, Any]:
     row["images_per_second"] = case.batch_size / row["ms"] * 1e3
     row["operations"] = operations
     if bench.matrix_rate:
-        row["utilisation"] = operations / row["ms"] * 1e3 / bench.matrix_rate
+        row["utilization"] = operations / row["ms"] * 1e3 / bench.matrix_rate
     if bench.device.type == "cuda":
         row["peak_mb"] = torch.cuda.max_memory_allocated() / 2**20
     return row | count_launches(lambda: train_step(next(endless)), bench)
@@ -216,10 +216,10 @@ def measure_pipeline(case: Case, bench: Bench) -> dict[str, Any]:
     _, loader, _ = build(case, bench)
     times = []
     for epoch in range(3):
-        synchronise(bench.device)
+        synchronize(bench.device)
         start = time.perf_counter()
         num_batches = sum(1 for _ in loader.batches(epoch))
-        synchronise(bench.device)
+        synchronize(bench.device)
         times.append(1e3 * (time.perf_counter() - start) / num_batches)
     row = timing(times[1:]) | {"images_per_second": case.batch_size / min(times[1:]) * 1e3}
     batches = loader.batches(1)
@@ -259,7 +259,7 @@ def measure_epochs(case: Case, bench: Bench, num_epochs: int) -> dict[str, Any]:
     batch = full_batches(loader, 1)[0]
     operations = count_operations(case, batch) / case.batch_size * loader.sampler.num_samples
     if bench.matrix_rate:
-        row["utilisation"] = operations / steady / bench.matrix_rate
+        row["utilization"] = operations / steady / bench.matrix_rate
     return row
 
 

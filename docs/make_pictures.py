@@ -125,8 +125,10 @@ def main() -> None:
         (DOCS / "console.svg").write_text(console_svg())
     elif sys.argv[1] == "attention":
         attention_svg(DOCS / "attention.svg")
-    else:
+    elif sys.argv[1] == "lesson":
         lesson_svg(DOCS / "lesson.svg")
+    else:
+        sys.exit(__doc__)
 
 
 if __name__ == "__main__":

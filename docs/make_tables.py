@@ -429,10 +429,10 @@ def speed() -> str:
          "`saving.py --rounds 8`", "2 %", f"{spread(shares)} %"),
         ("2 processes over gloo against 1, AlexNet †", "`worlds.py --rounds 3`", "0.85",
          of_one(epyc, "2 processes") + bound
-         + of_one(epyc, "2 processes, no exchange")),
+         + of_one(epyc, "2 processes, no all-reduce")),
         ("the same in bfloat16, on the first machine", "`worlds.py --rounds 3`", "0.85",
          of_one(xeon, "2 processes") + bound
-         + of_one(xeon, "2 processes, no exchange") + ": not met"),
+         + of_one(xeon, "2 processes, no all-reduce") + ": not met"),
         ("training batches of 224 pixels from JPEG files of 500, against ImageFolder †",
          "`folder.py data/photos --training --rounds 2`", "1", of_loader("ImageFolder")),
         ("against timm's loader †", "the same", "1", of_loader("timm")),
@@ -472,7 +472,7 @@ def gpu_steps() -> str:
     rows = []
     for title, name, by_kernels in lines:
         row, plain = (steps | batches)[name], (steps | batches).get(by_kernels)
-        of_rate = f"{row['utilisation']:.1%}" if row.get("utilisation", 0) > 0.01 else ""
+        of_rate = f"{row['utilization']:.1%}" if row.get("utilization", 0) > 0.01 else ""
         cells = [f"{row['ms']:#.3g}", f"{row['images_per_second']:,.0f}", of_rate]
         cells += [f"{plain['ms']:#.3g}", str(plain["launches"])] if plain else ["", ""]
         rows.append([title, *cells])

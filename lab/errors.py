@@ -39,6 +39,11 @@ def suggestion(word: str, known: Iterable[str]) -> str:
     return f"Did you mean {' or '.join(close)}?" if close else f"Known: {name_some(known, 30)}"
 
 
+def install_hint(extra: str) -> str:
+    """Return the hint for a package that is missing, which is in this extra of pyproject.toml."""
+    return f"Run pip install -e '.[{extra}]' in lab's checkout"
+
+
 def name_some(names: Sequence[str], count: int = 5) -> str:
     """Return the first `count` names as one line, and the number of the remaining ones."""
     more = f" and {len(names) - count} more" if len(names) > count else ""

@@ -17,7 +17,7 @@ from lab.checkpoint.atomic_io import check_output_file
 from lab.checkpoint.provenance import versions
 from lab.data import DataConfig
 from lab.data.transforms import BatchTransform
-from lab.errors import UserError
+from lab.errors import UserError, install_hint
 
 SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2"}
 EXTRA = ("onnx", "onnxscript", "onnxruntime")  # the extra `onnx` of pyproject.toml
@@ -155,7 +155,7 @@ def check_extra() -> None:
     if missing:
         raise UserError(
             f"--format onnx needs {', '.join(missing)}",
-            "Run pip install -e '.[onnx]' in lab's checkout",
+            install_hint("onnx"),
         )
 
 

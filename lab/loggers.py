@@ -18,7 +18,7 @@ from lab import console
 from lab.checkpoint.atomic_io import write_atomically
 from lab.checkpoint.run_dir import STEPS, TRACKED, RunDir
 from lab.config.schema import TrainConfig, split_list
-from lab.errors import UserError
+from lab.errors import UserError, install_hint
 from lab.report.markdown import escaped, table
 
 PROJECT = "lab"
@@ -30,7 +30,7 @@ def check_packages(config: TrainConfig, needed: bool) -> None:
         if find_spec(name) is None:
             raise UserError(
                 f"--tracker {name} needs the package {name}",
-                f"Run pip install -e '.[{name}]' in lab's checkout",
+                install_hint(name),
             )
 
 

@@ -84,12 +84,9 @@ def train(name: str, options: list[str], runs: Path, output: Path, seconds: floa
     if code == 0 and (runs / name / "report.json").exists():
         target = output / name
         target.mkdir(parents=True, exist_ok=True)
-        for file in COPIED_FILES[:-1]:
-            shutil.copyfile(runs / name / file, target / file)
         shutil.copyfile(runs / f"{name}.log", target / "log.txt")
-        shutil.copyfile(
-            runs / name / COPIED_FILES[-1], target / COPIED_FILES[-1]
-        )  # last: it marks the row as finished
+        for file in COPIED_FILES:  # the last one marks the row as finished
+            shutil.copyfile(runs / name / file, target / file)
     return code
 
 

@@ -104,7 +104,7 @@ def latest_checkpoint(run: RunDir) -> Checkpoint:
     """Return the newest complete checkpoint of a run, and delete damaged and temporary ones.
 
     Its metadata get two more keys: "best", the metrics of the epoch in best.safetensors, and
-    "has_report". Raise `UserError` if no checkpoint is complete.
+    "has_report". Raises `UserError` if no checkpoint is complete.
     """
     if not run.checkpoints:
         raise no_checkpoint(run)
@@ -257,8 +257,6 @@ class CheckpointManager:
         self.writer.wait()
         metadata = {
             "format": CHECKPOINT_FORMAT,
-            "samples_seen": (state.epoch - 1) * self.num_samples
-            + min(self.num_samples, state.batch * config.batch_size),
             "num_batches": -(-self.num_samples // config.batch_size),  # of an epoch
             "train_state": {name: getattr(state, name) for name in TRAIN_STATE_TYPES},
             "totals": totals,
@@ -269,7 +267,6 @@ class CheckpointManager:
             "model_sha256": own.sha256(config.model),
             "precision": accelerator.mixed_precision,
             "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
-            "world_size": accelerator.num_processes,
         }
         self.writer.submit(self._write, state_dict(self.train_step), metadata)
 

@@ -67,7 +67,7 @@ class RunDir:
         return all((self.path / name).exists() for name in (REPORT, CARD))
 
     def make_directory(self) -> bool:
-        """Create the directory; return False if it exists. Raise `UserError` if that fails."""
+        """Create the directory; return False if it exists. Raises `UserError` if that fails."""
         missing = [p for p in (self.path, *self.path.parents) if not os.path.exists(p)]
         try:
             with os_errors_as_user_errors(self.path):
@@ -85,7 +85,7 @@ class RunDir:
     def lock(self) -> None:
         """Lock the directory until `close` is called or this process ends.
 
-        Raise `UserError` if another process has locked it.
+        Raises `UserError` if another process has locked it.
         """
         path = self.checkpoints_dir / LOCK
         with os_errors_as_user_errors(self.checkpoints_dir):
@@ -115,7 +115,7 @@ class RunDir:
         """Start a new run: empty the directory if it is locked, and write its first files.
 
         config.json receives `settings` (the resolved options, the device, the fingerprints) and the
-        versions of the code. Raise `UserError` if a file cannot be written.
+        versions of the code. Raises `UserError` if a file cannot be written.
         """
         if not self.is_main_process:
             return
@@ -136,7 +136,7 @@ class RunDir:
         """Continue a run in `epoch` (from 1) after `step` steps.
 
         Remove the lines of the steps and epochs that will be repeated, and the files that are
-        written at the end of a run. Raise `UserError` if a file cannot be written.
+        written at the end of a run. Raises `UserError` if a file cannot be written.
         """
         if not self.is_main_process:
             return
@@ -235,7 +235,7 @@ def open_new(config: TrainConfig) -> RunDir:
     """Return the locked directory of a new run; `RunDir.create` empties it.
 
     Only --overwrite may replace a run that has weights or a report. With --resume auto, the
-    directory may contain a run to resume. Raise `UserError` if it cannot be created, locked or
+    directory may contain a run to resume. Raises `UserError` if it cannot be created, locked or
     replaced.
     """
     parent, number = Path(config.output_dir), 1
@@ -297,7 +297,7 @@ def evaluation_dir(
     """Return the directory for the files of an evaluation, which the main process creates.
 
     It is `output`, or evaluate-PART beside the weights, with -tta-TTA appended to its name if
-    test-time augmentation is used. Raise `UserError` if it cannot be created, or if it is a run
+    test-time augmentation is used. Raises `UserError` if it cannot be created, or if it is a run
     whose test results something else would replace: `is_test_of_run` says that the weights are
     evaluated on the test split of their own run.
     """

@@ -31,7 +31,7 @@ from lab.checkpoint.atomic_io import (
     write_atomically,
 )
 from lab.checkpoint.run_dir import RunDir
-from lab.config.schema import AUTOMATIC, TIMEOUT_SECONDS, TrainConfig, flag, is_code, is_path
+from lab.config.schema import AUTOMATIC, TIMEOUT_SECONDS, TrainConfig, flag, is_code, is_own_dataset
 from lab.data import Splits
 from lab.data.fingerprint import changed_splits
 from lab.errors import UserError
@@ -111,13 +111,13 @@ class Checkpoint:
     tensors: dict[str, Tensor]  # empty except on the process that read them
 
     def config(self, overrides: Mapping[str, Any]) -> TrainConfig:
-        """Return the run's settings with `overrides`. Raise `UserError` if one must not change."""
+        """Return the run's settings with `overrides`. Raises `UserError` if one must not change."""
         stored = asdict(TrainConfig(**self.metadata["config"]))
         changed = {}
         for name, value in overrides.items():
             if name in AUTOMATIC and value == AUTOMATIC[name]:
                 continue
-            moved = name == "dataset" and is_path(value) and is_path(stored[name])
+            moved = name == "dataset" and is_own_dataset(value) and is_own_dataset(stored[name])
             if name == "model" and is_code(stored[name]) and is_code(value):
                 sha256 = self.metadata.get("model_sha256", "")
                 own.check_same(str(self.run.path), stored[name], sha256, value)
@@ -255,7 +255,7 @@ def _sha256(content: bytes) -> str:
 
 
 def write_checkpoint(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
-    """Write a checkpoint to a temporary directory and rename it. Raise `UserError` on failure."""
+    """Write a checkpoint to a temporary directory and rename it. Raises `UserError` on failure."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     content = safetensors.torch.save(tensors)
     metadata = {**metadata, "tensors_sha256": _sha256(content)}

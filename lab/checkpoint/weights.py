@@ -151,7 +151,7 @@ def find_weights(path: str) -> Path:
     """Return the weights file of a run directory, or `path` itself if it is a file.
 
     `hf://USER/NAME` or `hf://USER/NAME@REVISION` is downloaded from the Hugging Face Hub, unless it
-    is in its cache. Raise `UserError` if there is no such file.
+    is in its cache. Raises `UserError` if there is no such file.
     """
     if is_on_hub(path):
         return _download(path)
@@ -197,7 +197,7 @@ def _download(url: str) -> Path:
 
 
 def read_metadata(path: Path, own_model: str = "") -> dict[str, Any]:
-    """Return the metadata of a weights file. Raise `UserError` if they are damaged or missing.
+    """Return the metadata of a weights file. Raises `UserError` if they are damaged or missing.
 
     Without calibration, the key "temperature", by which logits are divided, is 1.0. `own_model` is
     the `FILE.py:FUNCTION` that the user gives for weights of such a model: it takes the place of
@@ -266,7 +266,7 @@ def _check_metadata(metadata: dict[str, Any]) -> None:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a weights file. Raise `UserError` if their checksum is wrong."""
+    """Return the tensors of a weights file. Raises `UserError` if their checksum is wrong."""
     try:
         tensors = safetensors.torch.load_file(path)
     except (SafetensorError, OSError) as error:
@@ -280,7 +280,7 @@ def load_model(path: Path, metadata: Mapping[str, Any]) -> nn.Module:
     """Return the model that a weights file holds and its metadata describe, on the CPU.
 
     Metadata of unknown origin may ask for millions of classes: they are compared with the header
-    of the file before memory is allocated. Raise `UserError` if they do not match. Warn if image
+    of the file before memory is allocated. Raises `UserError` if they do not match; warns if image
     files are not decoded as in training.
     """
     if metadata.get("decoder"):
@@ -316,7 +316,7 @@ def check_shapes(path: Path, model: nn.Module) -> None:
 
 
 def load_weights(path: Path, model: nn.Module) -> None:
-    """Load a weights file into the model. Raise `UserError` if its architecture is another one."""
+    """Load a weights file into the model. Raises `UserError` if its architecture is another one."""
     check_shapes(path, model)
     state = model.state_dict()  # has the versions of modules, which MNASNet needs
     state.update(read_tensors(path))
@@ -326,7 +326,7 @@ def load_weights(path: Path, model: nn.Module) -> None:
 def align_classes(path: Path, metadata: Mapping[str, Any], split: Split) -> Split:
     """Return the split with the class names and labels of the weights in `path`.
 
-    The data may lack some of the classes. Raise `UserError` if they have a class that the weights
+    The data may lack some of the classes. Raises `UserError` if they have a class that the weights
     do not have, or another number of channels.
     """
     class_labels = {name: label for label, name in enumerate(metadata["class_names"])}

@@ -1,9 +1,9 @@
 """RECIPES: named hyperparameters for each pair of model and dataset.
 
-A recipe has layers, which apply in this order: `*`, the dataset (`folder` for a directory of images
-or a manifest), the family of the model (its name up to the first `-`, `:` or `_`, such as `vit` or
-`torchvision`), the model, `family/dataset`, `model/dataset`. The settings file of --config and the
-command line override them.
+A recipe has layers, which apply in this order: `*`, the dataset (`folder` for the user's own
+images: a directory, a manifest, hf:NAME or FILE.py:FUNCTION), the family of the model (its name up
+to the first `-`, `:` or `_`, such as `vit` or `torchvision`), the model, `family/dataset`,
+`model/dataset`. The settings file of --config and the command line override them.
 """
 
 import re
@@ -16,11 +16,11 @@ from lab.config.schema import (
     MIN_AUTO_EPOCHS,
     TrainConfig,
     is_code,
-    is_path,
+    is_own_dataset,
 )
 from lab.errors import UserError, suggestion
 
-IMAGES_MODEL = "torchvision:efficientnet_b0"  # default --model for a folder or a manifest
+IMAGES_MODEL = "torchvision:efficientnet_b0"  # default --model for the user's own images
 LIBRARIES = ("torchvision:", "timm:")  # how the names of their models begin
 
 RECIPES: dict[str, dict[str, dict[str, Any]]] = {
@@ -61,9 +61,7 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
         "fashion-mnist": dict(augment="flip"),
         "digits": dict(augment="crop", epochs=15),
         "folder": dict(monitor="macro_f1"),
-        "lenet5": dict(
-            batch_size=64, optimizer="nesterov", lr=0.1, weight_decay=5e-4, warmup_epochs=1.0
-        ),
+        "lenet5": dict(batch_size=64, optimizer="nesterov", lr=0.1, weight_decay=5e-4),
         "lenet5/mnist": dict(
             epochs=5, optimizer="muon", lr=5e-3, weight_decay=0.1, warmup_epochs=0.25
         ),
@@ -72,7 +70,6 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
             lr=2e-3,
             weight_decay=0.5,
             dropout=0.25,  # the paper's 0.5 needs many more epochs
-            warmup_epochs=1.0,
             init="kaiming_zero",
             label_smoothing=0.1,
             epochs=20,
@@ -91,7 +88,7 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
         "torchvision": dict(lr=3e-4, max_grad_norm=1.0, label_smoothing=0.1, epochs=20),
         "timm": dict(lr=3e-4, max_grad_norm=1.0, label_smoothing=0.1, epochs=20),
     },
-    # Fine-tuning on a folder or a manifest. docs/training.md explains it; benchmarks/finetune.py
+    # Fine-tuning on the user's own images. docs/training.md explains it; benchmarks/finetune.py
     # compares it with training from scratch.
     "finetune": {
         "*": dict(
@@ -153,7 +150,7 @@ def resolve(overrides: dict[str, Any]) -> TrainConfig:
     Raises `UserError` for an unknown recipe or a value outside its bounds.
     """
     dataset = overrides.get("dataset", "")
-    own_images = bool(dataset) and is_path(dataset)
+    own_images = bool(dataset) and is_own_dataset(dataset)
     model = overrides.get("model", IMAGES_MODEL if own_images else TrainConfig.model)
     default_dataset, image_size = model_defaults(model)
     dataset = dataset or default_dataset

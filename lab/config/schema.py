@@ -98,14 +98,14 @@ def model_title(model: str) -> str:
     return f"{os.path.basename(file).removesuffix('.py')}:{function}"
 
 
-def is_path(dataset: str) -> bool:
+def is_own_dataset(dataset: str) -> bool:
     """Return whether a dataset is the user's, for example a directory, not a named dataset."""
     return dataset not in NAMED_DATASETS
 
 
 def dataset_title(dataset: str) -> str:
     """Return the name of a dataset to show: the last component of a path, without its suffix."""
-    if not is_path(dataset):
+    if not is_own_dataset(dataset):
         return dataset
     name = os.path.basename(os.path.abspath(dataset.removeprefix(HUB))) or "images"
     if is_code(name):
@@ -301,8 +301,9 @@ class TrainConfig:
         "first fit the new classifier of pretrained weights by logistic regression on their "
         "features", from_recipe=True)
     freeze: str = option("none", TRAINING,
-        "what pretrained weights keep; backbone: all parameters but the classifier's, batchnorm: "
-        "the statistics of BatchNorm layers, which a few small batches would change too much",
+        "what training does not change; backbone: the parameters of all layers but the "
+        "classifier, and the statistics of BatchNorm layers; batchnorm: these statistics, which a "
+        "few small batches would change too much",
         choices=("none", "backbone", "batchnorm"), from_recipe=True)
     monitor: str = option("accuracy", TRAINING,
         "metric that selects the best epoch",
@@ -473,7 +474,8 @@ class EvalConfig:
         "fit a temperature for the confidence on the validation split, store it in the weights, "
         "and evaluate that split")
     batch_size: int = option(0, MACHINE,
-        "samples per forward pass, which does not change the results; 0: as in training", low=0)
+        "samples per forward pass, which does not change the results; 0: 100, or more on a GPU",
+        low=0)
     mixed_precision: str = MIXED_PRECISION()
     loader: str = LOADER()
     workers: int = WORKERS()
@@ -554,7 +556,7 @@ class CheckConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if not is_path(self.dataset):
+        if not is_own_dataset(self.dataset):
             raise UserError(
                 f"{self.dataset} has no image files", "Give a directory of images, or a manifest"
             )

@@ -82,8 +82,8 @@ class SweepConfig:
 def read_sweep(path: Path) -> tuple[dict[str, Any], Searched, TrainConfig]:
     """Return the fixed and the searched settings in a sweep's file, and the first combination.
 
-    Raise `UserError` for an unknown setting, an invalid value or range, or a setting that cannot be
-    searched.
+    Raises `UserError` for an unknown setting, an invalid value or range, or a setting that cannot
+    be searched.
     """
     fixed: dict[str, Any] = {}
     searched: Searched = {}

@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from lab import console
-from lab.config.schema import HUB, flag, is_code, is_path
+from lab.config.schema import HUB, flag, is_code, is_own_dataset
 from lab.errors import UserError, name_some, suggestion
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ FOLDER = DatasetSpec("image_folder:read_folder", uses_data_dir=False)
 
 def find_dataset(dataset: str) -> DatasetSpec:
     """Return the spec of a dataset, as `--dataset` gives it."""
-    if not is_path(dataset):
+    if not is_own_dataset(dataset):
         return DATASETS[dataset]
     if dataset.startswith(HUB):
         return HUGGING_FACE
@@ -85,7 +85,11 @@ def check_dataset(dataset: str, given: Mapping[str, Any]) -> None:
     `given` are the settings that the user gave. A path that contains a separator is not checked:
     only one process reports a missing directory.
     """
-    if is_path(dataset) and not any(c in dataset for c in "/\\.") and not os.path.exists(dataset):
+    if (
+        is_own_dataset(dataset)
+        and not any(c in dataset for c in "/\\.")
+        and not os.path.exists(dataset)
+    ):
         if given.get("dataset") is None:  # it is that of the weights
             raise UserError(
                 f"there is no directory {dataset}, the dataset of the training",

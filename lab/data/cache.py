@@ -172,7 +172,8 @@ def key_of(paths: Sequence[str], stats: Tensor, transform: Any, change_time: boo
     """Return a key that changes with the decoder, what `transform` is, the files and their order.
 
     A file is identified by its path, size and modification time and, with `change_time`, by its
-    permissions. `stats` are those of `stat_files`. The paths are all absolute or all relative.
+    change time, which also changes with its permissions. `stats` are those of `stat_files`. The
+    paths are all absolute or all relative.
     """
     key = hashlib.blake2b(repr((DECODERS, transform)).encode(), digest_size=16)
     is_absolute = any(map(os.path.isabs, paths[:1]))

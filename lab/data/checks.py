@@ -303,7 +303,7 @@ def _facts(records: Sequence[list[Any]]) -> dict[str, str]:
     }
 
 
-def _counted(values: Sequence[str], count: int = 5) -> str:
+def _counted(values: Sequence[str]) -> str:
     """Return the most frequent values with their counts."""
     counts = Counter(values).most_common()
-    return name_some([f"{value} ({n:,})" for value, n in counts], count)
+    return name_some([f"{value} ({n:,})" for value, n in counts], 5)

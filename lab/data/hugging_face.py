@@ -25,7 +25,7 @@ from lab.data import cache
 from lab.data.decode import FileImages, decode_content
 from lab.data.image_folder import SPLIT_OF
 from lab.data.types import RawSplits, Split, normalized
-from lab.errors import UserError, name_some
+from lab.errors import UserError, install_hint, name_some
 
 if TYPE_CHECKING:
     import datasets
@@ -130,7 +130,7 @@ def _load(config: DataConfig, download: bool) -> tuple[Mapping[str, datasets.Dat
     except ImportError as error:
         raise UserError(
             f"{config.dataset} needs the package datasets",
-            "Run pip install -e '.[hf]' in lab's checkout",
+            install_hint("hf"),
         ) from error
     name, revision = config.dataset.removeprefix(HUB), config.revision
     is_local = os.path.exists(name)

@@ -52,7 +52,7 @@ class TrainMetrics:
 def to_device(model: nn.Module, name: str, device: torch.device) -> nn.Module:
     """Return the model on the device, in the memory format in which its convolutions are fastest.
 
-    `name` is the model's name in `lab.models.MODELS`.
+    `name` is that of --model.
     """
     if find_model(name).benefits_from_bf16 and device.type in ("cpu", "cuda"):
         model = model.to(memory_format=torch.channels_last)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torchvision import models
 
-from lab.errors import UserError, suggestion
+from lab.errors import UserError, install_hint, suggestion
 from lab.models.small_images import fit_channels
 
 
@@ -17,9 +17,7 @@ def import_timm() -> Any:
     try:
         import timm
     except ImportError as error:
-        raise UserError(
-            "--model timm:NAME needs timm", "Install it with `pip install -e '.[timm]'`"
-        ) from error
+        raise UserError("--model timm:NAME needs timm", install_hint("timm")) from error
     return timm
 
 

@@ -47,7 +47,7 @@ class CompareConfig:
 def read_runs(paths: Sequence[str]) -> list[RunResult]:
     """Read the finished runs in directories, and warn of each that cannot be read.
 
-    Raise `UserError` if none can be read.
+    Raises `UserError` if none can be read.
     """
     runs, errors = [], []
     for path in paths:
@@ -98,7 +98,7 @@ def _row(run: RunResult) -> dict[str, Any]:
     }
 
 
-def difference(run: RunResult, other: RunResult, seed: int = 0) -> tuple[float, float, float]:
+def difference(run: RunResult, other: RunResult) -> tuple[float, float, float]:
     """Return the difference in accuracy and its 2.5 % and 97.5 % quantiles by the paired bootstrap.
 
     Test samples are drawn with replacement, the same ones for both runs (Efron, Tibshirani 1993,
@@ -119,7 +119,7 @@ def difference(run: RunResult, other: RunResult, seed: int = 0) -> tuple[float, 
         ]
     )
     total = counts.sum()
-    resampled = np.random.default_rng(seed).multinomial(total, counts / total, NUM_RESAMPLES)
+    resampled = np.random.default_rng(0).multinomial(total, counts / total, NUM_RESAMPLES)
     low, high = np.quantile((resampled[:, 2] - resampled[:, 0]) / total, [0.025, 0.975])
     return float((counts[2] - counts[0]) / total), float(low), float(high)
 
@@ -145,7 +145,7 @@ def text(name: str, value: Any) -> str:
 def write(directory: Path, runs: Sequence[RunResult], rows: Sequence[dict[str, Any]]) -> None:
     """Write the table as Markdown and as CSV, both with the recall of each class.
 
-    Create the directory if necessary. Raise `UserError` if a file cannot be written.
+    Create the directory if necessary. Raises `UserError` if a file cannot be written.
     """
     with os_errors_as_user_errors(directory):
         directory.mkdir(parents=True, exist_ok=True)

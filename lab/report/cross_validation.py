@@ -30,7 +30,7 @@ METRICS = {"accuracy": "accuracy", "macro_f1": "macro-F1"}  # of each fold, with
 def read_folds(paths: Sequence[Path]) -> list[RunResult]:
     """Return the finished runs of all folds.
 
-    Raise `UserError` if one is unfinished or damaged, or if their images are not the same ones.
+    Raises `UserError` if one is unfinished or damaged, or if their images are not the same ones.
     """
     runs = [read_run(path) for path in paths]
     for run in runs:

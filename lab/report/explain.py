@@ -22,7 +22,7 @@ from lab.checkpoint import weights as weights_module
 from lab.checkpoint.atomic_io import os_errors_as_user_errors, write_atomically
 from lab.data.transforms import BatchTransform
 from lab.engine.training import to_device
-from lab.errors import UserError
+from lab.errors import UserError, install_hint
 
 if TYPE_CHECKING:
     from lab.checkpoint.run_dir import RunDir
@@ -45,9 +45,7 @@ class GradCam:
 
     def __init__(self, model: nn.Module, metadata: dict[str, Any]):
         if find_spec("captum") is None:
-            raise UserError(
-                "--explain needs captum", "Run pip install -e '.[explain]' in lab's checkout"
-            )
+            raise UserError("--explain needs captum", install_hint("explain"))
         architecture, self.device = metadata["model"], next(model.parameters()).device
         # Without gradients of the parameters, the backward pass ends at the feature map.
         model.eval().requires_grad_(False)

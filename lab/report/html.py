@@ -38,7 +38,7 @@ ENVIRONMENT = {"device": "device", "device_name": "device name", "world_size": "
 def write(path: Path) -> Path:
     """Write the page of the run in a directory and return its path.
 
-    Raise `UserError` if the run is damaged or the page cannot be written.
+    Raises `UserError` if the run is damaged or the page cannot be written.
     """
     run = read_run(path)
     write_page(path / PAGE, "report.html", _run_context(run))

@@ -11,7 +11,7 @@ from typing import Any
 
 from lab.checkpoint.atomic_io import write_atomically
 from lab.checkpoint.run_dir import BEST, CARD, CONFIG, PLOTS, RunDir
-from lab.config.schema import HUB, TrainConfig, is_code, is_path
+from lab.config.schema import HUB, TrainConfig, is_code, is_own_dataset
 from lab.errors import UserError
 from lab.own_code import OBJECT
 from lab.report.markdown import code, escaped, table
@@ -34,7 +34,7 @@ OWN_CODE = "FILE.py:FUNCTION"  # stands for a model or a dataset of the user's
 def write(run: RunDir) -> None:
     """Write the card of a finished run on the main process.
 
-    Raise `UserError` if the run is unfinished or damaged, or the card cannot be written.
+    Raises `UserError` if the run is unfinished or damaged, or the card cannot be written.
     """
     if run.is_main_process:
         write_atomically(run.path / CARD, card(run.path))
@@ -204,7 +204,7 @@ def _placeholder(config: TrainConfig) -> str:
     """Return what stands for a path of the user's in a command; "" if the data have a name."""
     if is_code(config.dataset):
         return OWN_CODE
-    return "IMAGES" if is_path(config.dataset) and not _is_on_hub(config) else ""
+    return "IMAGES" if is_own_dataset(config.dataset) and not _is_on_hub(config) else ""
 
 
 def _command(config: TrainConfig) -> str:

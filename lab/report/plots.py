@@ -21,10 +21,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-# The palette of Okabe and Ito (2008), which color-blind readers can distinguish. The series of a
+# From the palette of Okabe and Ito (2008), which color-blind readers can distinguish. Series of a
 # plot also differ in their markers.
-COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F0E442")
-BLUE, ORANGE, GREEN, RED = COLORS[0], COLORS[1], COLORS[2], COLORS[4]
+BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 INK = "#222222"
 STYLE: Any = {
     "figure.facecolor": "white", "savefig.facecolor": "white", "axes.facecolor": "white",
@@ -44,7 +43,7 @@ CHAR_WIDTH = 0.08  # inches that a plot grows for each character beyond MAX_NAME
 def draw(path: Path) -> None:
     """Draw the plots of the run in a directory into plots/.
 
-    Raise `UserError` if the run is damaged or a file cannot be written.
+    Raises `UserError` if the run is damaged or a file cannot be written.
     """
     run = read_run(path)
     figures: dict[str, Callable[[], Figure]] = {
@@ -262,12 +261,12 @@ def calibration(run: RunResult) -> Figure:
     return figure
 
 
-def mistakes(run: RunResult, images: dict[str, np.ndarray], count: int = 24) -> Figure:
-    """Plot the most confident wrong predictions with their true and predicted classes."""
+def mistakes(run: RunResult, images: dict[str, np.ndarray]) -> Figure:
+    """Plot the 24 most confident wrong predictions with their true and predicted classes."""
     assert run.predictions is not None
     assert run.confidence is not None
     index = images["mistakes_index"]
-    order = (-run.confidence[index]).argsort(kind="stable")[:count]
+    order = (-run.confidence[index]).argsort(kind="stable")[:24]
     names, captions = run.report["class_names"], []
     for label, i in zip(images["mistakes_labels"][order], index[order], strict=True):
         predicted = short(names[run.predictions[i]], 12)

@@ -36,8 +36,8 @@ def write_results(
     """Write and print the results on the test split, and return the content of report.json.
 
     The main process writes the predictions, report.json, the plots, the page and, last, the model
-    card, which marks the run as finished. Raise `UserError` on all processes if a file cannot be
-    written; if plots or page fail, only warn.
+    card, which marks the run as finished. Raises `UserError` on all processes if a file cannot be
+    written; only warns if plots or page fail.
     """
     report = {
         "split": "test",

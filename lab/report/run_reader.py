@@ -132,7 +132,7 @@ class RunResult:
 
         Without heat maps, `heatmaps` is empty.
 
-        Raise `UserError` if their file is damaged.
+        Raises `UserError` if their file is damaged.
         """
         import numpy as np
         from safetensors import SafetensorError
@@ -162,7 +162,7 @@ class RunResult:
     def probabilities(self) -> np.ndarray | None:
         """Return the probabilities of all classes, float32 [N, K], or None if no file has them.
 
-        Raise `UserError` if their file is damaged.
+        Raises `UserError` if their file is damaged.
         """
         from safetensors import SafetensorError
         from safetensors.numpy import load_file
@@ -180,7 +180,7 @@ class RunResult:
 def read_run(path: Path) -> RunResult:
     """Read the run in a directory.
 
-    Raise `UserError` if it is not the directory of a run, or the run is unfinished or damaged.
+    Raises `UserError` if it is not the directory of a run, or the run is unfinished or damaged.
     """
     import numpy as np
 

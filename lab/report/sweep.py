@@ -46,7 +46,7 @@ def write(
 
     `metric` is a column of history.jsonl. `importance` of each setting is empty if too few trials
     are complete; `seeds` are the runs of the best settings with other seeds; `log_scale` names the
-    settings that were searched on a logarithmic scale. Raise `UserError` if it cannot be written.
+    settings that were searched on a logarithmic scale. Raises `UserError` if it cannot be written.
     """
     complete = [trial for trial in trials if trial.state == "complete"]
     complete.sort(key=lambda t: t.value or 0.0, reverse=metric != "val_loss")

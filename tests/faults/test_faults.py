@@ -28,8 +28,7 @@ def metadata(step: int) -> dict:
     state = dict.fromkeys(train_state.TRAIN_STATE_TYPES, 0) | {"epoch": step // 10, "step": step}
     return {"format": train_state.CHECKPOINT_FORMAT, "train_state": state, "best": {},
             "totals": [[0.0, 0.0, 0.0]], "config": asdict(CONFIG), "fingerprints": {},
-            "normalization": [[0.5], [0.5]], "precision": "no", "scaler": None,
-            "world_size": 1}  # fmt: skip
+            "normalization": [[0.5], [0.5]], "precision": "no", "scaler": None}  # fmt: skip
 
 
 def tensors(step: int) -> dict[str, torch.Tensor]:

@@ -134,7 +134,6 @@ def test_p4_a_checkpoint_is_safetensors_and_json(finished):
         "learning_rate": 0.002,
         "epoch": 3, "batch": 1, "step": 9, "skipped_steps": 0, "skipped_samples": 0, "seconds": 0,
     }  # fmt: skip
-    assert metadata["samples_seen"] == 2 * 100 + 32
     assert metadata["best"] == read_lines(finished / "history.jsonl")[metadata["best"]["epoch"] - 1]
     assert metadata["config"]["seed"] == 42
 

@@ -269,7 +269,7 @@ MUTANTS = (
     # P5: self-describing weights
     Mutant(
         "P5: the weights file contains everything needed to use it",
-        "the metadata lacks the normalisation",
+        "the metadata lacks the normalization",
         "lab/checkpoint/weights.py",
         '        "std": splits.std,\n',
         "",

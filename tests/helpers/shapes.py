@@ -1,4 +1,4 @@
-"""Synthetic RGB images for tests: a coloured rectangle on a noisy background."""
+"""Synthetic RGB images for tests: a colored rectangle on a noisy background."""
 
 from pathlib import Path
 

@@ -116,12 +116,12 @@ def test_cutout_blackens_a_square_of_a_quarter_of_the_side(size):
         assert torch.equal(found, image.masked_fill(black, 0))  # all else is as it was
         rows, columns = black.any(1).nonzero().flatten(), black.any(0).nonzero().flatten()
         assert int(black.sum()) == len(rows) * len(columns)  # a rectangle
-        for line, centre in ((rows, y), (columns, x)):
-            inside = side // 2 < centre < size - side // 2
+        for line, center in ((rows, y), (columns, x)):
+            inside = side // 2 < center < size - side // 2
             assert len(line) == side if inside else side // 2 <= len(line) <= side
             assert int(line[-1] - line[0]) + 1 == len(line)
             if inside:
-                assert abs(float(line.double().mean()) + 0.5 - centre) <= 0.5
+                assert abs(float(line.double().mean()) + 0.5 - center) <= 0.5
         num_whole += int(black.sum()) == side**2
     assert num_whole > 100
 
@@ -155,7 +155,7 @@ def test_steps_take_an_empty_batch_and_leave_their_input_alone(step):
 )
 def test_preprocess_equals_totensor_and_normalize(mean, std):
     images = torch.arange(256, dtype=torch.uint8).repeat(3 * len(mean), 1)
-    images = images.view(3, len(mean), 16, 16)  # every grey level in every channel
+    images = images.view(3, len(mean), 16, 16)  # every gray level in every channel
     normalize = transforms.Normalize(mean, std)
     pictures = [image.permute(1, 2, 0).numpy() for image in images]
     expected = torch.stack([normalize(transforms.ToTensor()(p)) for p in pictures])

@@ -22,7 +22,7 @@ import train
 from lab import data, models
 from lab.config import recipes, schema
 from lab.config.cli import parse_arguments
-from lab.config.schema import TrainConfig, is_path
+from lab.config.schema import TrainConfig, is_own_dataset
 
 SCRIPTS = {path.name: path.stem for path in sorted(ROOT.glob("*.py"))}
 COMMANDS = list(dict.fromkeys(command for page in PAGES for command in commands(page)))
@@ -65,7 +65,7 @@ class Parsed(Exception):
 
 
 def parse(script: str, words: list[str], monkeypatch) -> object:
-    """Return the settings that a script resolves from its arguments. Raise `UserError`."""
+    """Return the settings that a script resolves from its arguments. Raises `UserError`."""
 
     def stop(config, argv, **settings):
         values = parse_arguments(config, argv, **settings)
@@ -118,7 +118,7 @@ def run(script: str, words: list[str], config) -> None:
         extra = ["--max-steps", "13", *ALONE]
     elif script == "train.py":
         extra += ["--name", config.name or f"{config.model}-{config.dataset_title}", "--overwrite"]
-        extra += [] if is_path(config.dataset) else ["--dataset", "digits"]
+        extra += [] if is_own_dataset(config.dataset) else ["--dataset", "digits"]
     paths = {word: sorted(map(str, Path().glob(word))) for word in words if "*" in word}
     words = [path for word in words for path in paths.get(word, [word])]
     result = importlib.import_module(SCRIPTS[script]).main([*words, *extra])

@@ -19,7 +19,7 @@ from lab.data import DataConfig
 from lab.errors import UserError
 from lab.models import build_model
 
-CLASSES = ("dark", "grey", "light")
+CLASSES = ("dark", "gray", "light")
 CHANGED = "has changed since the training (files added, removed, renamed or replaced)"
 SELECTED = "note: selected on the test split"
 
@@ -123,7 +123,7 @@ def test_p1_data_with_some_of_the_classes_are_evaluated(trained, tmp_path, capsy
     assert len(rows) == report["num_samples"] == 25 * len(names)
     assert [row["label_name"] for row in rows] == [row["file"].split("/")[0] for row in rows]
     labels, predictions = ([row[k] for row in rows] for k in ("label_name", "prediction_name"))
-    assert "grey" in predictions  # a class that is predicted and does not occur counts
+    assert "gray" in predictions  # a class that is predicted and does not occur counts
     macro = reference.f1_score(labels, predictions, average="macro", zero_division=0)
     assert report["macro_f1"] == pytest.approx(macro, abs=1e-9)
     assert report["accuracy"] == pytest.approx(reference.accuracy_score(labels, predictions))

@@ -60,7 +60,7 @@ def snippets():
 
 @pytest.fixture(scope="module")
 def pictures(digits, tmp_path_factory):
-    """Digits as files of people: in colour, larger, not square, turned by their EXIF data."""
+    """Digits as files of people: in color, larger, not square, turned by their EXIF data."""
     folder, paths = tmp_path_factory.mktemp("pictures"), []
     for k, image in enumerate(digits[0][:24]):
         large = Image.fromarray(image[0].numpy()).convert("RGB").resize((90, 90))
@@ -88,7 +88,7 @@ def test_the_documented_code_gives_the_same_classes_as_lab(
     assert len(set(known["names"])) > 3
     prepared = to_grayscale(torch.stack([EvalTransform(32)(decode(path)) for path in pictures]))
     assert known["images"].shape == prepared.shape
-    # Pillow and torchvision round grey levels in other ways; the next filter is off by 6 here.
+    # Pillow and torchvision round gray levels in other ways; the next filter is off by 6 here.
     assert (torch.from_numpy(known["images"]).int() - prepared.int()).abs().max() <= 4
     found = torch.as_tensor(known["outputs"]).softmax(1)
     assert (found - torch.as_tensor(expected.probabilities)).abs().max() < 0.02

@@ -208,9 +208,9 @@ def test_every_mode_decodes_as_pillow_converts_it(tmp_path, mode, name):
 def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
     save_png16(tmp_path / "rgb.png")
     assert_close(EvalTransform(40)(decode(str(tmp_path / "rgb.png"))), corners())
-    grey = corners().convert("L")
-    Image.fromarray(np.asarray(grey).astype(np.uint16) * 257).save(tmp_path / "grey.png")
-    assert_close(EvalTransform(40)(decode(str(tmp_path / "grey.png"))), grey)
+    gray = corners().convert("L")
+    Image.fromarray(np.asarray(gray).astype(np.uint16) * 257).save(tmp_path / "gray.png")
+    assert_close(EvalTransform(40)(decode(str(tmp_path / "gray.png"))), gray)
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])

@@ -70,7 +70,7 @@ def test_predictions_are_those_of_evaluate(trained, tmp_path, tta, folder):
     assert len({row["class1"] for row in found}) > 1
 
 
-def test_what_is_grey_keeps_its_values():
+def test_what_is_gray_keeps_its_values():
     levels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
     assert torch.equal(to_grayscale(levels.expand(-1, 3, -1, -1)), levels)
     red, white = torch.tensor([255, 0, 0]), torch.tensor([255, 255, 255])

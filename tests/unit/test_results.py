@@ -11,7 +11,7 @@ import pytest
 
 from lab.config import recipes
 from lab.config.cli import parse_arguments
-from lab.config.schema import TrainConfig, is_path
+from lab.config.schema import TrainConfig, is_own_dataset
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -37,7 +37,7 @@ def test_rows_are_settings_of_train(photographs, short, epochs):
             assert (config.epochs, config.max_train_samples) == (3, 5000)
         if epochs:
             assert (config.epochs, config.max_train_samples) == (epochs, 0)
-        if is_path(config.dataset):
+        if is_own_dataset(config.dataset):
             assert config.dataset == photographs
 
 
@@ -98,7 +98,7 @@ def recipe_settings(run: Path) -> tuple[dict, dict]:
     given = {name: config[name] for name in ("model", "dataset", "data_dir", "recipe", "epochs")}
     if config["dataset"] == "digits":
         del given["data_dir"]
-    if is_path(config["dataset"]):
+    if is_own_dataset(config["dataset"]):
         given["monitor"] = "accuracy"  # results/README.md: then the default
     if config["init"] == "kaiming":
         given["init"] = "kaiming"  # results/README.md: then the default of AlexNet
@@ -206,7 +206,7 @@ def test_results_md_states_what_the_logs_have():
     assert f"a factor of {fast / slow:.1f} of the 3.57" in text
     steps = log("gpu")["steps"]
     used = [
-        steps[f"alexnet bfloat16, {name}"]["utilisation"]
+        steps[f"alexnet bfloat16, {name}"]["utilization"]
         for name in ("channels_last", "batch 2048", "batch 8192")
     ]
     batch_128, batch_2048, batch_8192 = (f"{100 * share:.1f} %" for share in used)

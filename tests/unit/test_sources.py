@@ -131,7 +131,7 @@ def test_channel_statistics_equal_naive_mean_and_std(num_images):
         assert std[channel] == pytest.approx(values.std(correction=0).item(), abs=5.1e-5)
 
 
-def test_channel_statistics_of_one_grey_can_be_divided_by():
+def test_channel_statistics_of_one_gray_can_be_divided_by():
     mean, std = channel_statistics(torch.full((3, 1, 2, 2), 51, dtype=torch.uint8))
     assert mean == (0.2,)
     assert std[0] > 0
@@ -366,6 +366,6 @@ def test_digits_are_the_published_ones():
     assert labels.bincount().tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
 
     published = sklearn.datasets.load_digits()
-    levels = (images[:, 0] * (16 / 255)).round()  # exact: levels lie 16 grey values apart
+    levels = (images[:, 0] * (16 / 255)).round()  # exact: levels lie 16 gray values apart
     assert np.array_equal(levels, published.images)
     assert np.array_equal(labels, published.target)

@@ -188,7 +188,7 @@ def test_p7_errors(fails, monkeypatch, tmp_path):
 
 def test_p7_without_timm(fails, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "timm", None)
-    message = "--model timm:NAME needs timm. Install it with `pip install -e '.[timm]'`."
+    message = "--model timm:NAME needs timm. Run pip install -e '.[timm]' in lab's checkout."
     assert fails(train, *SMALL, "--model", "timm:vgg11") == message
 
 
