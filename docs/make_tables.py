@@ -329,6 +329,21 @@ def images() -> str:
     return markdown(("training images", *networks), rows)
 
 
+def equally_tuned() -> str:
+    """Return the accuracies of lab's models on 2,000 photographs."""
+    rows = []
+    for model in dict.fromkeys(row["model"] for row in lesson("models")):
+        found = seeds_of("models", model=model)
+        train, test = (
+            mean_of("models", key, model=model) for key in ("train_accuracy", "accuracy")
+        )
+        size = f"{found[0]['parameters'] / 1e6:.2f} M"
+        cells = (f"`{model}`", size, f"{found[0]['lr']:g}", f"{train:.3f}", with_seeds(found))
+        rows.append([*cells, f"{train - test:.3f}"])
+    heads = ("model", "parameters", "learning rate", "training images", "test images")
+    return markdown((*heads, "difference"), rows)
+
+
 def transfer() -> str:
     """Return the test accuracies after training with and without pretraining."""
     rows = []
@@ -555,6 +570,7 @@ TABLES: dict[str, Callable[[], str]] = {
         ablations,
         digits,
         images,
+        equally_tuned,
         transfer,
         unbalanced,
         layers,

@@ -263,7 +263,7 @@ def images(args: argparse.Namespace) -> None:
 def models(args: argparse.Namespace) -> None:
     """Train lab's models on 2,000 photographs with equal steps."""
     rows = Rows(args)
-    times = 10 if args.full else 1  # 248 steps each
+    times = 10 if args.full else 1  # 256 steps each
     options = f"{dataset_options('photographs', args)} --max-train-samples 2000 "
     options += f"--epochs {8 * times} --warmup-epochs {0.8 * times:g} --augment crop,flip "
     options += "--max-eval-samples 5000"
