@@ -136,9 +136,10 @@ def open_study(
                 study.enqueue_trial(trial.params, {RUN: trial.user_attrs[RUN]})
             study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
         yield study
-    except DatabaseError as error:
+    except (DatabaseError, optuna.exceptions.StorageInternalError) as error:
+        reason = getattr(error, "orig", None) or getattr(error.__cause__, "orig", error)
         raise UserError(
-            f"cannot use the database {directory / STORAGE} ({error.orig})",
+            f"cannot use the database {directory / STORAGE} ({reason})",
             "Free some space, or start again with another --output",
         ) from error
     finally:

@@ -101,6 +101,8 @@ def build_accelerator(
         cpu=device_type == "cpu",
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
+    # The user's environment may set it; then `backward` would divide the loss by it.
+    accelerator.gradient_accumulation_steps = 1
     keep_freed_memory()
     torch.set_num_threads(threads or default_threads())
     if device_type == "cuda":

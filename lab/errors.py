@@ -95,7 +95,11 @@ def as_user_error(error: Exception) -> UserError | None:
     if isinstance(error, UserError):
         return error
     return (
-        _lost_peer(error) or _timed_out(error) or _out_of_memory(error) or _batch_norm_error(error)
+        _lost_peer(error)
+        or _timed_out(error)
+        or _out_of_memory(error)
+        or _batch_norm_error(error)
+        or _unused_parameters(error)
     )
 
 
@@ -118,6 +122,16 @@ def _batch_norm_error(error: Exception) -> UserError | None:
     return UserError(
         "BatchNorm cannot train on a batch of one image whose feature map has one pixel",
         "Give a larger --image-size, or a --batch-size whose last batch has more images",
+        rank_local=True,
+    )
+
+
+def _unused_parameters(error: Exception) -> UserError | None:
+    if "Expected to have finished reduction in the prior iteration" not in str(error):
+        return None  # DistributedDataParallel's
+    return UserError(
+        "on several processes, every parameter of the model must have a gradient in each step",
+        "Remove parameters that do not influence the logits, or set their requires_grad to False",
         rank_local=True,
     )
 

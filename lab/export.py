@@ -160,7 +160,10 @@ def check_extra() -> None:
 
 
 def load(content: bytes, kind: str) -> Callable[[Tensor], Tensor]:
-    """Return the function that an exported file computes, run on the CPU by its own runtime."""
+    """Return the function that an exported file computes, run on the CPU by its own runtime.
+
+    Raises `UserError` if ONNX Runtime cannot run the file.
+    """
     if kind == "torch-export":
         return torch.export.load(io.BytesIO(content)).module()
 
@@ -168,7 +171,13 @@ def load(content: bytes, kind: str) -> Callable[[Tensor], Tensor]:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    try:
+        session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # of many types, depending on the model
+        reason = str(error).strip().split("\n")[0].rstrip(".")
+        raise UserError(
+            f"ONNX Runtime cannot run the model ({reason})", "Try --format torch-export"
+        ) from error
     return lambda images: torch.from_numpy(session.run(None, {INPUT: images.numpy()})[0])
 
 

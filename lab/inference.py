@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -353,13 +354,16 @@ def _list_images(images: Images) -> tuple[Sequence[Any] | Tensor, set[str], dict
             paths, unreadable = find_images(files)
             return paths, set(files), {p.path: p.error for p in unreadable}
         return images, set(), {}
-    tensor = torch.as_tensor(images)
+    hint = "Give uint8 [N, C, H, W] with one or three channels, paths, or Pillow images"
+    if isinstance(images, np.ndarray):
+        images = np.ascontiguousarray(images)  # PyTorch has no negative strides
+    try:
+        tensor = torch.as_tensor(images)
+    except (TypeError, ValueError, RuntimeError):
+        raise UserError(f"images are of type {type(images).__name__}", hint) from None
     if tensor.dtype != torch.uint8 or tensor.ndim != 4 or tensor.shape[1] not in (1, 3):
         kind = str(tensor.dtype).removeprefix("torch.")
-        raise UserError(
-            f"images are {kind} {list(tensor.shape)}",
-            "Give uint8 [N, C, H, W] with one or three channels, paths, or Pillow images",
-        )
+        raise UserError(f"images are {kind} {list(tensor.shape)}", hint)
     if not tensor.numel():
         raise UserError("there are no images to classify", "Give at least one")
     return tensor, set(), {}

@@ -49,7 +49,7 @@ def import_function(name: str) -> Callable[..., Any]:
     sys.modules.setdefault(path.stem, module)  # dataclasses and pickle look their module up
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise raised(file, error) from error
     function = getattr(module, function_name, None)
     if not callable(function):
@@ -57,7 +57,7 @@ def import_function(name: str) -> Callable[..., Any]:
     return function
 
 
-def raised(what: str, error: Exception) -> UserError:
+def raised(what: str, error: BaseException) -> UserError:
     """Return the error for an exception in the user's code."""
-    reason = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(".!")
+    reason = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(".!: ")
     return UserError(f"{what} raised {reason}", "Correct it; --debug shows the traceback")

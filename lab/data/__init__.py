@@ -87,6 +87,7 @@ def check_dataset(dataset: str, given: Mapping[str, Any]) -> None:
     """
     if (
         is_own_dataset(dataset)
+        and not dataset.startswith(HUB)
         and not any(c in dataset for c in "/\\.")
         and not os.path.exists(dataset)
     ):

@@ -352,6 +352,6 @@ def _read_images(
         paths = stored[split] if are_unique else [f"{split}/{i}" for i in range(len(contents))]
         stats = torch.zeros(len(paths), 3, dtype=torch.int64)
         stats[:, 0] = torch.tensor(pc.binary_length(contents).fill_null(0).to_numpy().copy())
-        rows = torch.stack([torch.zeros(len(paths)), torch.arange(len(paths))], dim=1).long()
+        rows = torch.stack((torch.zeros_like(stats[:, 0]), torch.arange(len(paths))), dim=1)
         images[split] = replace(RowImages.create(paths, stats, config), tables=(table,), rows=rows)
     return images

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from lab.data import DataConfig
 
 CHANNELS = (1, 3)
+MAX_CLASSES = 1_000_000  # with integers as labels: more are numbers of something else
 
 
 def read_own(config: DataConfig, named: bool = True) -> RawSplits:
@@ -58,7 +59,7 @@ def read_own(config: DataConfig, named: bool = True) -> RawSplits:
     function = import_function(name)
     try:
         result = function()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise raised(name, error) from error
     return _convert_splits(result, name, config, sha256)
 
@@ -178,6 +179,8 @@ def _number_classes(
             split: torch.tensor([position[label] for label in part], dtype=torch.int64)
             for split, part in labels.items()
         }
+    if not names and max(found) >= MAX_CLASSES:
+        raise _wrong(name, f"the label {max(found)}, but no class_names")
     names = names or [str(i) for i in range(max(found) + 1)]
     if min(found) < 0 or max(found) >= len(names):
         raise _wrong(name, f"labels from {min(found)} to {max(found)} for {len(names)} classes")
@@ -242,7 +245,8 @@ class DatasetImages(LazyImages):
     def labels(self, index: Tensor) -> list[Any]:
         """Return the labels at `index`, int64 [n], as the dataset gives them."""
         labels = [self._sample(i)[1] for i in index.tolist()]
-        return [x.item() if isinstance(x, Tensor | np.generic) else x for x in labels]
+        scalars = [isinstance(x, Tensor | np.ndarray | np.generic) and x.ndim == 0 for x in labels]
+        return [x.item() if s else x for x, s in zip(labels, scalars, strict=True)]
 
     def image(self, i: int) -> Tensor:
         """Return an image at its own size, uint8 [C, H, W]. Raises `UserError`."""
@@ -251,8 +255,8 @@ class DatasetImages(LazyImages):
             image = decode(os.fspath(image), self.transform.size)
         elif isinstance(image, Image.Image):
             image = pixels(image)
-        elif isinstance(image, np.ndarray):
-            image = torch.from_numpy(image)
+        elif isinstance(image, np.ndarray) and image.dtype == np.uint8:
+            image = torch.from_numpy(np.require(image, requirements=["C", "W"]))
             image = image.permute(2, 0, 1) if image.ndim == 3 else image
         if isinstance(image, Tensor) and image.ndim == 2:
             image = image.unsqueeze(0)
@@ -260,7 +264,7 @@ class DatasetImages(LazyImages):
         is_image = isinstance(image, Tensor) and image.dtype == torch.uint8 and image.ndim == 3
         if not is_image or len(image) not in channels:
             got = type(image).__name__
-            if isinstance(image, Tensor):
+            if isinstance(image, Tensor | np.ndarray):
                 got = f"{str(image.dtype).removeprefix('torch.')} {list(image.shape)}"
             raise UserError(
                 f"{self.name} has as an image {got}, not a PIL image, a path, or uint8 [C, H, W] "

@@ -17,6 +17,7 @@ from lab.data.loaders import Loader, LoaderOptions, build_loader, eval_batch_siz
 from lab.data.splits import subsample
 from lab.data.transforms import BatchTransform
 from lab.distributed import no_cudnn_benchmark
+from lab.errors import UserError
 from lab.models import classifier_param_names
 
 MAX_IMAGES = 10_000  # maximum number of training images that the classifier is fitted on
@@ -27,10 +28,13 @@ MAX_ITERATIONS = 200
 
 
 def find_classifier(model: nn.Module, param_names: Collection[str]) -> nn.Linear | None:
-    """Return the layer that consists of the parameters `param_names`; None if it is not linear."""
+    """Return the layer that consists of the parameters `param_names`, a weight and a bias.
+
+    Return None if it is not linear.
+    """
     modules = {name.rpartition(".")[0] for name in param_names}
     layer = model.get_submodule(modules.pop()) if len(modules) == 1 else None
-    return layer if isinstance(layer, nn.Linear) else None
+    return layer if isinstance(layer, nn.Linear) and layer.bias is not None else None
 
 
 def has_linear_probe(config: TrainConfig, model: nn.Module, architecture: dict[str, Any]) -> bool:
@@ -95,7 +99,10 @@ def fit_classifier(
 def _features(
     accelerator: Accelerator, model: nn.Module, classifier: nn.Linear, loader: Loader
 ) -> tuple[Tensor, Tensor]:
-    """Return the inputs of the classifier, float32 [N, D], and the labels int64 [N] of a split."""
+    """Return the inputs of the classifier, float32 [N, D], and the labels int64 [N] of a split.
+
+    Raises `UserError` if the classifier has more than one input per image.
+    """
     inputs: list[Tensor] = []
     hook = classifier.register_forward_pre_hook(lambda _, args: inputs.append(args[0].float()))
     # The last column holds the labels.
@@ -109,6 +116,12 @@ def _features(
         for batch in loader.batches():
             inputs.clear()
             model(batch.images)
+            if inputs[0].ndim != 2:
+                raise UserError(
+                    f"--linear-probe needs one vector of features per image, not "
+                    f"{list(inputs[0].shape[1:])}",
+                    "Give --no-linear-probe",
+                )
             table.index_add_(0, batch.indices, torch.cat((inputs[0], batch.labels[:, None]), 1))
     hook.remove()
     model.train(was_training)

@@ -30,8 +30,9 @@ def build_optimizer(
                 weight_decay = config.weight_decay if decays else 0.0
                 group = dict(params=members, weight_decay=weight_decay, lr=lr, lr_scale=scale)
                 groups.append(group)
-    # Fused: one kernel for all parameters instead of several for each.
-    settings: dict[str, Any] = {"fused": True}
+    # Fused: one kernel for all parameters instead of several for each. With GradScaler this kernel
+    # would skip the step by itself, without Accelerate noticing it.
+    settings: dict[str, Any] = {"fused": accelerator is None or accelerator.scaler is None}
     adam: dict[str, Any] = {"betas": (config.momentum, 0.999), "capturable": capturable}
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, **settings, **adam)

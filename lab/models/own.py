@@ -91,7 +91,7 @@ def own_model(num_classes: int, in_chans: int, image_size: int, name: str) -> nn
         )
     try:
         model = REGISTERED[name].function(num_classes, in_chans, image_size)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise raised(name, error) from error
     if not isinstance(model, nn.Module):
         kind = type(model).__name__
@@ -104,20 +104,34 @@ def own_model(num_classes: int, in_chans: int, image_size: int, name: str) -> nn
 def _check_output(
     model: nn.Module, name: str, num_classes: int, shape: tuple[int, int, int, int]
 ) -> None:
-    """Raise `UserError` if images of this shape do not give logits [n, num_classes]."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        output = model.eval()(torch.zeros(shape))
-    except Exception as error:
-        raise raised(f"{name}, for images {list(shape)},", error) from error
-    finally:
-        for module, mode in modes:
-            module.training = mode
-    expected, got = [shape[0], num_classes], type(output).__name__
-    if isinstance(output, Tensor):
-        got = str(list(output.shape))
-    if got != str(expected):
-        raise UserError(
-            f"{name} returned {got} for images {list(shape)}, not logits {expected}",
-            "Its arguments are num_classes, in_chans and image_size",
-        )
+    """Raise `UserError` if images of this shape do not give logits [n, num_classes].
+
+    A model without parameters is an error, too. In training mode, a tuple may also contain the
+    logits of auxiliary classifiers, see `build_model`.
+    """
+    model = copy.deepcopy(model)  # training mode changes the statistics of BatchNorm layers
+    expected = [shape[0], num_classes]
+    for training in (False, True):
+        try:
+            with torch.random.fork_rng(devices=[]):
+                output = model.train(training)(torch.zeros(shape))
+        except Exception as error:
+            raise raised(f"{name}, for images {list(shape)},", error) from error
+        has_auxiliary = training and isinstance(output, tuple) and len(output) > 0
+        for logits in output if has_auxiliary else (output,):
+            got = type(logits).__name__
+            if isinstance(logits, Tensor):
+                got = str(list(logits.shape))
+            if got != str(expected):
+                mode = " in training mode" if training else ""
+                raise UserError(
+                    f"{name} returned {got} for images {list(shape)}{mode}, not logits {expected}",
+                    "Its arguments are num_classes, in_chans and image_size",
+                )
+        if has_auxiliary and not hasattr(model, "auxiliary_weight"):
+            raise UserError(
+                f"{name} returned a tuple in training mode, and has no auxiliary_weight",
+                "Give it this attribute, the weight of the losses of auxiliary classifiers",
+            )
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UserError(f"{name} has no parameters to train", "Return a model that has some")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import html
 import io
 import statistics
 from collections.abc import Sequence
@@ -178,5 +179,8 @@ def _recall_table(runs: Sequence[RunResult]) -> list[list[str]]:
 
 def _markdown(rows: Sequence[Sequence[str]]) -> str:
     """Return a Markdown table of a heading and rows."""
-    heading, *body = ([" ".join(c.split()).replace("|", "\\|") for c in row] for row in rows)
+    heading, *body = (
+        [html.escape(" ".join(c.split()), quote=False).replace("|", "\\|") for c in row]
+        for row in rows
+    )
     return table(heading, body) + "\n"

@@ -211,6 +211,8 @@ def read_run(path: Path) -> RunResult:
     if (path / PREDICTIONS).is_file():
         with _damage_as_user_error(path / PREDICTIONS) as file:
             table, files = _read_predictions(file)
+            if len(table) != report["num_samples"]:
+                raise ValueError(f"{len(table)} rows for {report['num_samples']} samples")
             confidence = table[:, 2].copy()
             labels, predictions = table[:, :2].astype(np.int64).T
             for classes in (labels, predictions):

@@ -97,6 +97,8 @@ def test_unreadable_files_in_a_directory_are_reported_and_left_out(
         (torch.zeros(2, 1, 32, 32), "images are float32 [2, 1, 32, 32]. Give uint8"),
         (np.zeros((28, 28), dtype=np.uint8), "images are uint8 [28, 28]. Give uint8"),
         ([torch.zeros(1, 28, 28)], "images are a list of arrays. Stack them"),
+        ({1, 2}, "images are of type set. Give uint8"),
+        (None, "images are of type NoneType. Give uint8"),
         (["missing.png", Image.new("L", (9, 9))], "images are both paths and Pillow images"),
         (__file__, "cannot read the image"),
         ([Image.new("L", (9, 9)), Image.new("La", (9, 9))], "cannot read image 1 (conversion"),

@@ -102,6 +102,18 @@ def test_p7_compare_reports_invalid_arguments(fails, tmp_path, arguments, messag
     assert fails(compare, *arguments.split()) == message
 
 
+def test_p7_a_missing_prediction_is_named(tmp_path, trained):
+    copied = shutil.copytree(trained / "fast", tmp_path / "copied")
+    lines = (copied / "predictions.csv").read_text().splitlines(keepends=True)
+    (copied / "predictions.csv").write_text("".join(lines[:-1]))
+    with pytest.raises(UserError, match=rf"predictions.csv \({len(lines) - 2} rows for"):
+        read_run(copied)
+
+
+def test_class_names_are_no_html_in_the_table():
+    assert "&lt;b&gt;a\\|b" in compare_module._markdown([["class"], ["<b>a|b"]])
+
+
 @pytest.mark.parametrize("name", ["predictions.csv", "history.jsonl"])
 def test_p7_a_damaged_run_is_named(tmp_path, trained, name):
     copied = shutil.copytree(trained / "fast", tmp_path / "copied")

@@ -268,6 +268,30 @@ def test_a_step_that_is_not_finite_is_skipped_completely(accelerator, settings):
     assert state.skipped_steps == 0
 
 
+@pytest.mark.parametrize("optimizer", ["nesterov", "adamw", "muon"])
+def test_a_step_that_gradscaler_skips_is_skipped(accelerator, monkeypatch, optimizer):
+    """GradScaler works on a CPU, too, though lab uses it for fp16 on GPUs only."""
+    monkeypatch.setattr(accelerator, "scaler", torch.amp.GradScaler("cpu"))
+    monkeypatch.setattr(accelerator, "_optimizers", [])
+    settings = {"on_nonfinite": "skip", "optimizer": optimizer, "lr": 1e-3, "momentum": 0.9}
+    train_step = make_train_step(accelerator, **settings)
+    images, labels = torch.randn(4, 1, 28, 28), torch.arange(4)
+    infinite = images.where(labels[:, None, None, None] > 0, math.inf)
+    before = weights(train_step.model)
+    assert train_step(Batch(infinite, labels, labels, 4)) is None
+    assert torch.equal(weights(train_step.model), before)
+    assert train_step(Batch(images, labels, labels, 4)) is not None
+    assert not torch.equal(weights(train_step.model), before)
+
+
+def test_gradient_accumulation_of_the_environment_is_not_used(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    one = build_accelerator(mixed_precision="no", threads=1, quiet=True)
+    weight = torch.ones(1, requires_grad=True)
+    one.backward(weight.sum())
+    assert weight.grad == 1
+
+
 def test_an_epoch_can_be_stopped_and_continued(accelerator):
     whole, parts = (make_train_step(accelerator, lr=0.01, log_every=1) for _ in range(2))
     rows, state = [], TrainState()

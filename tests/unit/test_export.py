@@ -190,6 +190,18 @@ def test_p7_a_network_that_cannot_be_exported_is_named(fails, finished, monkeypa
     assert message.endswith("). Try the other --format, or leave out --dynamic-batch.")
 
 
+def test_p7_a_network_that_onnx_runtime_cannot_run_is_named(fails, finished, monkeypatch):
+    import onnxruntime
+
+    def fail(*_, **__):
+        raise onnxruntime.capi.onnxruntime_pybind11_state.NotImplemented("no Conv(11)\nmore")
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", fail)
+    assert fails(export, finished) == (
+        "ONNX Runtime cannot run the model (no Conv(11)). Try --format torch-export."
+    )
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -16,7 +16,14 @@ import check_data
 import evaluate
 import train
 from lab.checkpoint.weights import read_metadata
-from lab.data import DataConfig, hugging_face, load_split, load_splits, read_dataset
+from lab.data import (
+    DataConfig,
+    check_dataset,
+    hugging_face,
+    load_split,
+    load_splits,
+    read_dataset,
+)
 from lab.data.decode import FileImages
 from lab.data.hugging_face import RowImages
 from lab.data.image_folder import SUFFIXES, read_folder
@@ -443,6 +450,11 @@ def test_p7_what_cannot_be_loaded(fails, sources, tmp_path, monkeypatch):
     assert message("hf:me/pets") == (
         "hf:me/pets needs the package datasets. Run pip install -e '.[hf]' in lab's checkout."
     )
+
+
+def test_names_without_a_separator_are_checked_later():
+    for name in ("hf:beans", "hf:saved"):
+        check_dataset(name, {"dataset": name})
 
 
 def test_p7_another_commit_in_the_cache_is_not_taken():

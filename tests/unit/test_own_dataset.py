@@ -250,6 +250,7 @@ SAMPLES = [(image, label) for image, label in zip(IMAGES, LABELS, strict=True)]
         ({"train": (IMAGES, [[0], [1, 2], [0], [1]])}, "SPLIT labels of different lengths"),
         ({"train": (IMAGES, np.eye(4, dtype=int))}, "labels of type list, not int or str"),
         ({"train": (IMAGES[:0], [])}, "SPLIT no samples"),
+        ({"train": (IMAGES, [0, 1, 10**12, 1])}, "the label 1000000000000, but no class_names"),
         ({"train": (IMAGES, [*"abab"]), "class_names": "ac"}, "labels that are not in class_names: "
          "b"),
         ({"train": (IMAGES, LABELS), "val": (IMAGES[..., 0], LABELS)}, "splits of different kinds "
@@ -279,6 +280,8 @@ def test_names_in_another_unicode_form_and_case_are_the_same():
         ((IMAGES[0, ..., 0], 0), "has as an image uint8 [1, 8, 8], not a PIL image, a path, or "
          "uint8 [C, H, W] or array [H, W, C] with 3 channels."),
         (("missing.png", 0), "cannot read the image missing.png"),
+        ((IMAGES[0].astype(object), 0), "has as an image object [8, 8, 3], not a PIL image"),
+        ((IMAGES[0], np.eye(2, dtype=int)[0]), "labels of type int, ndarray, not int or str"),
     ],
 )  # fmt: skip
 def test_p7_samples_that_are_no_images(sample, expected):
@@ -286,6 +289,13 @@ def test_p7_samples_that_are_no_images(sample, expected):
     with pytest.raises(UserError) as error:
         load_splits(replace(given({"train": samples}), val_fraction=0), 1e9, 0)
     assert expected in str(error.value)
+
+
+def test_arrays_in_bgr_order_may_be_reversed_views():
+    samples = Samples([(image[..., ::-1], label) for image, label in SAMPLES])
+    splits = load_splits(replace(given({"train": samples}), val_fraction=0), 1e9, 0)
+    plain = load_splits(replace(given({"train": Samples(SAMPLES)}), val_fraction=0), 1e9, 0)
+    assert torch.equal(splits.train.images, plain.train.images.flip(1))
 
 
 def test_p7_files_that_fail(fails, tmp_path, capfd):
@@ -304,6 +314,7 @@ def test_p7_files_that_fail(fails, tmp_path, capfd):
     shown = "Correct it; --debug shows the traceback."
     assert message("x = 1 / 0") == f"FILE raised ZeroDivisionError: division by zero. {shown}"
     assert message("x = ").startswith("FILE raised SyntaxError: ")
+    assert message("import sys\nsys.exit()") == f"FILE raised SystemExit. {shown}"
     assert message(f("return {}[1]")) == f"FILE:f raised KeyError: 1. {shown}"
     assert message(f("return 1")) == f"FILE:f returned int, not a dictionary of splits. {HINT}"
     write(tmp_path / "mine.py", f("return {}[1]  # here"))

@@ -1,12 +1,14 @@
 """Models that are code of the user's: `--model FILE.py:FUNCTION` and `train.main(model=...)`."""
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
+from worlds import run_world
 
 import evaluate
 import export
@@ -37,6 +39,24 @@ def fails(num_classes, in_chans, image_size):
 
 def nothing(num_classes, in_chans, image_size):
     pass
+
+def fixed(num_classes, in_chans, image_size):
+    return nn.Sequential(nn.Flatten(), nn.AdaptiveAvgPool1d(num_classes))
+
+class Other(nn.Linear):
+    def forward(self, images):
+        logits = super().forward(images.flatten(1))
+        return self.other(logits) if self.training else logits
+
+def other(num_classes, in_chans, image_size):
+    model = Other(in_chans * image_size**2, num_classes)
+    model.other = lambda logits: (logits, logits)
+    return model
+
+def dictionary(num_classes, in_chans, image_size):
+    model = Other(in_chans * image_size**2, num_classes)
+    model.other = lambda logits: {"logits": logits}
+    return model
 """
 PARTS = """
 from torch import nn
@@ -120,6 +140,47 @@ def test_p3_a_linear_probe_without_effect_is_resumed_by_the_same_command(tmp_pat
     assert "is finished; to train it further, raise --max-steps" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("head", "expected"), [
+    ("nn.Linear(4, num_classes, bias=False)", "--linear-probe has no effect"),
+    ("Tokens(4, num_classes)", "--linear-probe needs one vector of features per image, not [3, 4]"),
+])  # fmt: skip
+def test_a_linear_probe_of_other_classifiers(tmp_path, capsys, head, expected):
+    code = "import torch\nfrom torch import nn\n\n\nclass Tokens(nn.Linear):\n"
+    code += "    def forward(self, x):\n"
+    code += "        return super().forward(x)\n\n\n"
+    code += "class Mean(nn.Module):\n    def forward(self, x):\n"
+    code += "        return x.mean(1) if x.ndim == 3 else x\n\n\n"
+    code += "class Repeat(nn.Module):\n    def forward(self, x):\n"
+    code += f"        return x[:, None].repeat(1, 3, 1) if {'Tokens' in head} else x\n\n\n"
+    code += "def net(num_classes, in_chans, image_size):\n"
+    code += "    body = [nn.Flatten(), nn.Linear(in_chans * image_size**2, 4), Repeat()]\n"
+    code += f"    return nn.Sequential(*body, {head}, Mean())\n"
+    (tmp_path / "heads.py").write_text(code)
+    words = [*SMALL[:-1], "--model", f"{tmp_path}/heads.py:net", "--max-steps", "2"]
+    words += ["--output-dir", str(tmp_path / "runs"), "--name"]
+    first = train.main([*words, "first"])
+    words += ["second", "--init-checkpoint", str(first.best), "--linear-probe"]
+    if head.startswith("Tokens"):
+        with pytest.raises(UserError, match=re.escape(expected)):
+            train.main(words)
+    else:
+        train.main(words)
+        assert expected in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_p7_unused_parameters_on_two_processes_are_one_line(tmp_path):
+    code = "from torch import nn\n\n\ndef net(num_classes, in_chans, image_size):\n"
+    code += "    model = nn.Sequential(nn.Flatten(), nn.Linear(in_chans * image_size**2, 10))\n"
+    code += "    model[1].unused = nn.Linear(2, 2)\n    return model\n"
+    (tmp_path / "unused.py").write_text(code)
+    words = (*SMALL, "--model", f"{tmp_path}/unused.py:net", "--output-dir", tmp_path)
+    ended = run_world(2, "train.py", *words, limit=300)
+    assert [world.code for world in ended] == [2, 2], ended[0].stderr
+    assert "error: on several processes, every parameter of the model must" in ended[0].stderr
+    assert "Traceback" not in ended[0].stderr
+
+
 def test_code_that_has_changed_is_refused(trained, tmp_path):
     _, _, run = trained
     file = write_code(tmp_path, CODE + "\n# another version\n")
@@ -138,6 +199,12 @@ def test_code_that_has_changed_is_refused(trained, tmp_path):
          "[2, 10]. Its arguments are num_classes, in_chans and image_size."),
         ("fails", "own_net.py:fails raised KeyError: 'depth'. Correct it; --debug shows the "
          "traceback."),
+        ("fixed", "own_net.py:fixed has no parameters to train. Return a model that has some."),
+        ("other", "own_net.py:other returned a tuple in training mode, and has no "
+         "auxiliary_weight. Give it this attribute, the weight of the losses of auxiliary "
+         "classifiers."),
+        ("dictionary", "own_net.py:dictionary returned dict for images [2, 1, 32, 32] in training "
+         "mode, not logits [2, 10]. Its arguments are num_classes, in_chans and image_size."),
         ("nothing", "own_net.py:nothing returned NoneType, not a torch.nn.Module. Return a model."),
     ],
 )  # fmt: skip

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import sqlalchemy
 import yaml
 from handmade import predicted, splits
 from worlds import ROOT, Fork, python, start
@@ -310,6 +311,18 @@ def test_p7_a_damaged_database_is_one_line(fails, tmp_path):
         "cannot use the database x/sweep.db (file is not a database). "
         "Free some space, or start again with another --output."
     )
+
+
+def test_p7_a_locked_database_is_one_line(fake, monkeypatch):
+    def fail(*_, **__):
+        try:
+            raise sqlalchemy.exc.OperationalError("statement", {}, Exception("database is locked"))
+        except sqlalchemy.exc.OperationalError as error:
+            raise optuna.exceptions.StorageInternalError("An exception is raised") from error
+
+    monkeypatch.setattr(optuna.Study, "tell", fail)
+    with pytest.raises(ValueError, match=r"sweep\.db \(database is locked\)\. Free some space"):
+        call("--trials", 1, "--seeds", 0)
 
 
 def test_p7_a_run_that_cannot_start_ends_the_sweep(fails, tmp_path, monkeypatch):
