@@ -187,6 +187,12 @@ def _number_classes(
     return tuple(names), {split: torch.tensor(part) for split, part in labels.items()}
 
 
+def _as_scalar(label: Any) -> Any:
+    """Return the element of a tensor or an array that has a single one, such as MedMNIST's."""
+    array = label.numpy() if isinstance(label, Tensor) else label
+    return array.item() if isinstance(array, np.ndarray | np.generic) and array.size == 1 else label
+
+
 def _wrong(name: str, what: str) -> UserError:
     return UserError(
         f"{name} returned {what}", "docs/extending.md shows what a dataset of your own returns"
@@ -244,9 +250,7 @@ class DatasetImages(LazyImages):
 
     def labels(self, index: Tensor) -> list[Any]:
         """Return the labels at `index`, int64 [n], as the dataset gives them."""
-        labels = [self._sample(i)[1] for i in index.tolist()]
-        scalars = [isinstance(x, Tensor | np.ndarray | np.generic) and x.ndim == 0 for x in labels]
-        return [x.item() if s else x for x, s in zip(labels, scalars, strict=True)]
+        return [_as_scalar(self._sample(i)[1]) for i in index.tolist()]
 
     def image(self, i: int) -> Tensor:
         """Return an image at its own size, uint8 [C, H, W]. Raises `UserError`."""

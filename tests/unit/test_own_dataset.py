@@ -291,6 +291,15 @@ def test_p7_samples_that_are_no_images(sample, expected):
     assert expected in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "make", [np.int64, torch.tensor, lambda x: torch.tensor([x]), np.atleast_1d]
+)
+def test_labels_may_be_arrays_of_one_number(make):
+    samples = Samples([(image, make(label)) for image, label in SAMPLES])
+    splits = load_splits(replace(given({"train": samples}), val_fraction=0), 1e9, 0)
+    assert sorted(splits.train.labels.tolist() + splits.test.labels.tolist()) == sorted(LABELS)
+
+
 def test_arrays_in_bgr_order_may_be_reversed_views():
     samples = Samples([(image[..., ::-1], label) for image, label in SAMPLES])
     splits = load_splits(replace(given({"train": samples}), val_fraction=0), 1e9, 0)
