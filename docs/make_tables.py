@@ -510,9 +510,11 @@ def gpu_epochs() -> str:
 
 def precisions() -> str:
     """Return the table of lab's automatic choices, with two threads."""
-    results = log("choices")["results"]
     rows = []
-    for model, title in (("lenet5", "LeNet-5"), ("alexnet", "AlexNet")):
+    for model, title, file in (
+        ("lenet5", "LeNet-5 †", "choices-lenet5"), ("alexnet", "AlexNet", "choices")
+    ):  # fmt: skip
+        results = log(file)["results"]
         for part in (model, f"{model}, in processes of their own"):
             chosen = next(name for name in results[part] if "auto" in name)
             for name, timed in results[part].items():
