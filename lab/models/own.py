@@ -109,23 +109,29 @@ def _check_output(
     A model without parameters is an error, too. In training mode, a tuple may also contain the
     logits of auxiliary classifiers, see `build_model`.
     """
-    model = copy.deepcopy(model)  # training mode changes the statistics of BatchNorm layers
+    modes = [(module, module.training) for module in model.modules()]
     expected = [shape[0], num_classes]
     for training in (False, True):
         try:
-            with torch.random.fork_rng(devices=[]):
-                output = model.train(training)(torch.zeros(shape))
+            if training:  # changes the statistics of BatchNorm layers, and draws random numbers
+                with torch.random.fork_rng(devices=[]):
+                    output = copy.deepcopy(model).train()(torch.zeros(shape))
+            else:  # the model itself: this initializes the parameters of lazy modules
+                output = model.eval()(torch.zeros(shape))
         except Exception as error:
             raise raised(f"{name}, for images {list(shape)},", error) from error
+        finally:
+            for module, mode in modes:
+                module.training = mode
         has_auxiliary = training and isinstance(output, tuple) and len(output) > 0
         for logits in output if has_auxiliary else (output,):
             got = type(logits).__name__
             if isinstance(logits, Tensor):
                 got = str(list(logits.shape))
             if got != str(expected):
-                mode = " in training mode" if training else ""
+                when = " in training mode" if training else ""
                 raise UserError(
-                    f"{name} returned {got} for images {list(shape)}{mode}, not logits {expected}",
+                    f"{name} returned {got} for images {list(shape)}{when}, not logits {expected}",
                     "Its arguments are num_classes, in_chans and image_size",
                 )
         if has_auxiliary and not hasattr(model, "auxiliary_weight"):

@@ -213,6 +213,23 @@ def test_p7_errors_of_own_code(fails, tmp_path_factory, function, message):
     assert fails(train, *SMALL, "--model", f"{file}:{function}").endswith(message)
 
 
+def test_a_check_initializes_lazy_modules_and_keeps_statistics(monkeypatch):
+    def net(num_classes, in_chans, image_size):
+        layers = nn.BatchNorm2d(in_chans), nn.Flatten(), nn.Dropout(), nn.LazyLinear(num_classes)
+        return nn.Sequential(*layers).train()
+
+    monkeypatch.setitem(own.REGISTERED, "lazy", SimpleNamespace(function=net))
+    torch.manual_seed(0)
+    model = own.own_model(10, 1, 8, "lazy")
+    assert model[-1].weight.shape == (10, 64)
+    assert all(module.training for module in model.modules())
+    assert model[0].num_batches_tracked == 0
+    random = torch.rand(1)
+    torch.manual_seed(0)
+    nn.Linear(64, 10)
+    assert random == torch.rand(1)  # the check draws no random numbers
+
+
 def test_p7_files_that_cannot_be_imported(fails, tmp_path, tmp_path_factory):
     missing = tmp_path / "missing.py"
     message = f"cannot read {missing} (No such file or directory). Check the path."
