@@ -30,7 +30,7 @@ MAX_ITERATIONS = 200
 def find_classifier(model: nn.Module, param_names: Collection[str]) -> nn.Linear | None:
     """Return the layer that consists of the parameters `param_names`, a weight and a bias.
 
-    Return None if it is not linear.
+    Return None if it is no linear layer with both.
     """
     modules = {name.rpartition(".")[0] for name in param_names}
     layer = model.get_submodule(modules.pop()) if len(modules) == 1 else None
