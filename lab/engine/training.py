@@ -54,7 +54,8 @@ def to_device(model: nn.Module, name: str, device: torch.device) -> nn.Module:
 
     `name` is that of --model.
     """
-    if find_model(name).benefits_from_bf16 and device.type in ("cpu", "cuda"):
+    benefits_on_gpu = device.type == "cuda" and find_model(name).benefits_from_bf16
+    if device.type == "cpu" or benefits_on_gpu:
         model = model.to(memory_format=torch.channels_last)
     return model.to(device)
 
