@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -178,10 +179,16 @@ class ResizedImages(LazyImages):
 
     def decode_all(self, num_workers: int, use_cache: bool | None = None) -> Tensor:
         """Return all images resized, uint8 [N, C, size, size]."""
-        images = torch.empty(tuple(self.shape), dtype=torch.uint8)
-        for resized, original in zip(images.split(4096), self.images.split(4096), strict=True):
-            resized.copy_(self._resize(original))
-        return images
+        resized = torch.empty(tuple(self.shape), dtype=torch.uint8)
+
+        def resize_part(start: int) -> None:
+            part = slice(start, start + 1024)
+            resized[part] = self._resize(self.images[part])
+
+        # torch resizes uint8 images in one thread.
+        with ThreadPoolExecutor(max(1, num_workers)) as pool:
+            list(pool.map(resize_part, range(0, len(self.images), 1024)))
+        return resized
 
     def _resize(self, images: Tensor) -> Tensor:
         if not len(images):
