@@ -6,7 +6,7 @@ which returns the test accuracy (None if the contender does not evaluate).
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -22,23 +22,24 @@ from torchvision import transforms as T
 from lab.config.recipes import resolve
 from lab.config.schema import TrainConfig
 
-BATCH_SIZE, WORKERS = 128, 2
+WORKERS = 2
 Contender = tuple[Callable[[int | None], int], Callable[[], float | None]]
 
 
 @dataclass(frozen=True)
 class Case:
-    """Name a model and its dataset, as the notebooks train them."""
+    """Name a model and its dataset, trained as the notebooks do."""
 
     model: str
     dataset: str  # "mnist", or a directory with train/CLASS and test/CLASS
-    data_dir: str  # of MNIST
+    data_dir: str = "data"  # of MNIST
+    image_size: int = 32  # pixels per side
+    batch_size: int = 128
 
     @property
     def config(self) -> TrainConfig:
         """Return the notebook recipe, so that all contenders compute the same."""
-        settings = {"model": self.model, "dataset": self.dataset, "data_dir": self.data_dir}
-        return resolve({**settings, "recipe": "notebook"})
+        return resolve({**asdict(self), "recipe": "notebook"})
 
     @property
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -49,14 +50,15 @@ class Case:
 
     def sets(self) -> tuple[Any, Any]:
         """Return the training and test set with the notebooks' per-sample transforms."""
+        size = self.image_size
         plain = [T.ToTensor(), T.Normalize(*self.statistics)]
         if self.dataset == "mnist":
-            transform = T.Compose([T.Resize((32, 32)), *plain])
+            transform = T.Compose([T.Resize((size, size)), *plain])
             return tuple(
                 datasets.MNIST(self.data_dir, train=train, transform=transform)
                 for train in (True, False)
             )
-        augment = [T.RandomCrop(32, padding=4), T.RandomHorizontalFlip()]
+        augment = [T.RandomCrop(size, padding=size // 8), T.RandomHorizontalFlip()]
         root = Path(self.dataset)
         return (
             datasets.ImageFolder(str(root / "train"), T.Compose(augment + plain)),
@@ -69,7 +71,9 @@ class Case:
 
         torch.manual_seed(42)
         in_chans = 1 if self.dataset == "mnist" else 3
-        return build_model(self.model, num_classes=10, in_chans=in_chans, image_size=32)
+        return build_model(
+            self.model, num_classes=10, in_chans=in_chans, image_size=self.image_size
+        )
 
 
 def measure(model: nn.Module, loader: DataLoader) -> float:
@@ -89,8 +93,8 @@ def notebook(case: Case) -> Contender:
     train_set, test_set = case.sets()
     model = case.make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
-    loader = DataLoader(train_set, BATCH_SIZE, shuffle=True, num_workers=WORKERS)
-    test_loader = DataLoader(test_set, BATCH_SIZE, num_workers=WORKERS)
+    loader = DataLoader(train_set, case.batch_size, shuffle=True, num_workers=WORKERS)
+    test_loader = DataLoader(test_set, case.batch_size, num_workers=WORKERS)
 
     def train(num_steps: int | None) -> int:
         model.train()
@@ -117,8 +121,8 @@ def accelerate(case: Case) -> Contender:
     train_set, test_set = case.sets()
     built_model = case.make_model()
     optimizer = torch.optim.SGD(built_model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
-    loader = DataLoader(train_set, BATCH_SIZE, shuffle=True, num_workers=WORKERS)
-    test_loader = DataLoader(test_set, BATCH_SIZE, num_workers=WORKERS)
+    loader = DataLoader(train_set, case.batch_size, shuffle=True, num_workers=WORKERS)
+    test_loader = DataLoader(test_set, case.batch_size, num_workers=WORKERS)
     model, optimizer, loader, test_loader = accelerator.prepare(
         built_model, optimizer, loader, test_loader
     )
@@ -170,8 +174,8 @@ def lab(case: Case) -> Contender:
     splits = load_splits(DataConfig.of(config), options.memory, torch.get_num_threads())
     augment = BatchTransform(splits.mean, splits.std, config.augmentations, accelerator.device)
     plain = BatchTransform(splits.mean, splits.std, (), accelerator.device)
-    loader = build_loader(splits.train, augment, options, batch_size=BATCH_SIZE, seed=42)
-    eval_size = eval_batch_size(accelerator.device, 32)
+    loader = build_loader(splits.train, augment, options, batch_size=case.batch_size, seed=42)
+    eval_size = eval_batch_size(accelerator.device, case.image_size)
     test_loader = build_loader(splits.test, plain, options, batch_size=eval_size, seed=None)
     train_step = prepare(accelerator, case.make_model(), config)
 
@@ -179,7 +183,7 @@ def lab(case: Case) -> Contender:
         train_step.config = replace(config, max_steps=num_steps or 0)
         state = TrainState()
         train_one_epoch(train_step, loader, state, lambda *_: None, lambda _: None)
-        return min(state.step * BATCH_SIZE, loader.sampler.num_samples)
+        return min(state.step * case.batch_size, loader.sampler.num_samples)
 
     def evaluate() -> float:
         return predict_all(accelerator, train_step.eval_model, test_loader).scores()["accuracy"]
@@ -187,20 +191,21 @@ def lab(case: Case) -> Contender:
     return train, evaluate
 
 
-def load_images(dataset: Any, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return a dataset's images, uint8 [N, C, 32, 32], and labels, int64 [N], on the device."""
-    dataset.transform = T.Compose([T.Resize((32, 32)), T.PILToTensor()])
+def load_images(dataset: Any, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return a dataset's images, uint8 [N, C, size, size], and labels, int64 [N], on the device."""
+    dataset.transform = T.Compose([T.Resize((size, size)), T.PILToTensor()])
     batches = DataLoader(dataset, 1000, num_workers=WORKERS)
     images, labels = zip(*batches, strict=True)
     return torch.cat(images).to(device), torch.cat(labels).to(device)
 
 
 def crop_and_flip(images: Tensor) -> Tensor:
-    """Return random crops of images [n, C, H, W] padded by 4 pixels, half of them flipped."""
+    """Return random crops of images [n, C, H, W] padded by an eighth, half of them flipped."""
     num_images, _, height, width = images.shape
     device = images.device
-    padded = F.pad(images, (4, 4, 4, 4))
-    top, left = torch.randint(9, (2, num_images, 1), device=device)
+    padding = height // 8
+    padded = F.pad(images, (padding,) * 4)
+    top, left = torch.randint(2 * padding + 1, (2, num_images, 1), device=device)
     rows = top + torch.arange(height, device=device)  # [n, H]
     columns = left + torch.arange(width, device=device)  # [n, W]
     flipped = torch.rand(num_images, 1, device=device) < 0.5
@@ -228,7 +233,9 @@ def resident(case: Case, *, plain: bool = False) -> Contender:
             "auto", device.type, spec.benefits_from_bf16, cpu_bf16=spec.cpu_bf16
         )
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
-    (images, labels), (test_images, test_labels) = (load_images(s, device) for s in case.sets())
+    (images, labels), (test_images, test_labels) = (
+        load_images(dataset, case.image_size, device) for dataset in case.sets()
+    )
     mean, std = (torch.tensor(v, device=device).view(-1, 1, 1) for v in case.statistics)
 
     def forward(batch: Tensor) -> Tensor:
@@ -241,7 +248,7 @@ def resident(case: Case, *, plain: bool = False) -> Contender:
         loss_sum = torch.zeros((), device=device)
         num_correct = torch.zeros((), dtype=torch.int64, device=device)
         total = 0
-        for indices in order.split(BATCH_SIZE)[:num_steps]:
+        for indices in order.split(case.batch_size)[:num_steps]:
             batch = images[indices]
             if case.dataset != "mnist":
                 batch = crop_and_flip(batch)
@@ -260,7 +267,7 @@ def resident(case: Case, *, plain: bool = False) -> Contender:
         num_correct = 0
         with torch.inference_mode():
             for batch, targets in zip(
-                test_images.split(BATCH_SIZE), test_labels.split(BATCH_SIZE), strict=True
+                test_images.split(case.batch_size), test_labels.split(case.batch_size), strict=True
             ):
                 num_correct += (forward(batch).argmax(1) == targets).sum()
         return num_correct.item() / len(test_labels)
@@ -278,16 +285,17 @@ def floor(case: Case) -> Contender:
     accelerator = build_accelerator(benefits_from_bf16=find_model(case.model).benefits_from_bf16)
     train_step = prepare(accelerator, case.make_model(), case.config)
     in_chans = 1 if case.dataset == "mnist" else 3
-    images = torch.randn(BATCH_SIZE, in_chans, 32, 32, device=accelerator.device)
-    labels = torch.randint(10, (BATCH_SIZE,), device=accelerator.device)
+    shape = (case.batch_size, in_chans, case.image_size, case.image_size)
+    images = torch.randn(shape, device=accelerator.device)
+    labels = torch.randint(10, (case.batch_size,), device=accelerator.device)
 
     def train(num_steps: int | None) -> int:
         train_step.wrapped_model.train()
-        for _ in range(num_steps or 60_000 // BATCH_SIZE):
+        for _ in range(num_steps or 60_000 // case.batch_size):
             accelerator.backward(F.cross_entropy(train_step.wrapped_model(images), labels))
             train_step.optimizer.step()
             train_step.optimizer.zero_grad()
-        return (num_steps or 60_000 // BATCH_SIZE) * BATCH_SIZE
+        return (num_steps or 60_000 // case.batch_size) * case.batch_size
 
     return train, lambda: None
 
@@ -321,14 +329,14 @@ def lightning(case: Case) -> Contender:
 
     module = Module(case.make_model())
     train_set, test_set = case.sets()
-    loader = DataLoader(train_set, BATCH_SIZE, shuffle=True, num_workers=WORKERS)
-    test_loader = DataLoader(test_set, BATCH_SIZE, num_workers=WORKERS)
+    loader = DataLoader(train_set, case.batch_size, shuffle=True, num_workers=WORKERS)
+    test_loader = DataLoader(test_set, case.batch_size, num_workers=WORKERS)
     settings = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
 
     def train(num_steps: int | None) -> int:
         limit = {"limit_train_batches": num_steps} if num_steps else {}
         L.Trainer(max_epochs=1, **settings, **limit).fit(module, loader)
-        return min((num_steps or len(loader)) * BATCH_SIZE, len(train_set))
+        return min((num_steps or len(loader)) * case.batch_size, len(train_set))
 
     def evaluate() -> float:
         module.correct = module.total = 0
@@ -347,8 +355,8 @@ def timm(case: Case) -> Contender:
     model = case.make_model().to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
     settings = {
-        "input_size": (1 if gray else 3, 32, 32),
-        "batch_size": BATCH_SIZE,
+        "input_size": (1 if gray else 3, case.image_size, case.image_size),
+        "batch_size": case.batch_size,
         "mean": case.statistics[0],
         "std": case.statistics[1],
         "num_workers": WORKERS,

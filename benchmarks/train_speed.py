@@ -3,6 +3,7 @@
   python benchmarks/train_speed.py --mnist DATA --photographs DATA/cifar10-jpg
   python benchmarks/train_speed.py --mnist DATA --contenders notebook,lab,lightning,timm --rounds 5
   python benchmarks/train_speed.py --random      both cases on random images, without any data
+  python benchmarks/train_speed.py --large --contenders resident-float32,resident,lab
   python benchmarks/train_speed.py --quick       test this script on a few random images
 
 DATA is a --data-dir as for train.py; --photographs contains train/CLASS and test/CLASS. A round
@@ -35,7 +36,7 @@ PARTS = {  # the slower and the faster contender that differ in this
 }
 
 
-def run_one(name: str, model: str, dataset: str, data_dir: str, num_steps: int | None) -> dict:
+def run_one(name: str, case: dict, num_steps: int | None) -> dict:
     """Return the measurements of one contender, made in this process."""
     import accelerate  # noqa: F401
     import torch
@@ -44,7 +45,7 @@ def run_one(name: str, model: str, dataset: str, data_dir: str, num_steps: int |
 
     start = time.perf_counter()
     idle = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    train, evaluate = CONTENDERS[name](Case(model, dataset, data_dir))
+    train, evaluate = CONTENDERS[name](Case(**case))
     train(1)
     first_step = time.perf_counter() - start
     train(10)  # selects kernels, starts workers and allocates memory
@@ -103,8 +104,8 @@ def parts_table(results: dict[str, list[dict]]) -> list[str]:
     return lines
 
 
-def write_random_images(directory: Path, num_train: int, num_test: int) -> None:
-    """Write random JPEG files of 32 pixels into train/CLASS and test/CLASS of a directory."""
+def write_random_images(directory: Path, num_train: int, num_test: int, size: int = 32) -> None:
+    """Write random JPEG files of `size` pixels into train/CLASS and test/CLASS of a directory."""
     import numpy as np
     from PIL import Image
 
@@ -113,7 +114,7 @@ def write_random_images(directory: Path, num_train: int, num_test: int) -> None:
         for number in range(num_images):
             path = directory / split / f"class{number % 10}" / f"{number}.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)
-            pixels = random.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+            pixels = random.integers(0, 256, (size, size, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(path)
 
 
@@ -155,34 +156,43 @@ def main() -> None:
     parser.add_argument("--contenders", default=CONTENDERS)
     parser.add_argument("--json", metavar="FILE", help="write all measurements to FILE")
     parser.add_argument("--random", action="store_true", help="both cases, on random images")
+    parser.add_argument(
+        "--large", action="store_true", help="ResNet-18 on random images of 224 pixels, batch 16"
+    )
     parser.add_argument("--quick", action="store_true", help="LeNet-5 on a few random images")
-    parser.add_argument("--one", nargs=5, help=argparse.SUPPRESS)
+    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        name, model, dataset, data_dir, num_steps = args.one
-        print(json.dumps(run_one(name, model, dataset, data_dir, int(num_steps) or None)))
+        name, case, num_steps = args.one
+        print(json.dumps(run_one(name, json.loads(case), int(num_steps) or None)))
         return
-    if not (args.mnist or args.photographs or args.random or args.quick):
-        parser.error("give --mnist DIR, --photographs DIR or both, or --random")
+    if not (args.mnist or args.photographs or args.random or args.large or args.quick):
+        parser.error("give --mnist DIR, --photographs DIR or both, --random or --large")
     output, names = {}, installed(args.contenders)
     with tempfile.TemporaryDirectory() as directory:
         if args.random:
             args.mnist = args.photographs = directory
             write_random_mnist(Path(directory))
             write_random_images(Path(directory), 50_000, 10_000)
-        cases = {
-            "LeNet-5, MNIST": ("lenet5", "mnist", args.mnist, 0),
-            "AlexNet, photographs": ("alexnet", args.photographs, "data", args.alexnet_steps),
-        }
+        cases = {}  # a `Case` and the number of timed steps, 0: an epoch
+        if args.mnist:
+            lenet5 = {"model": "lenet5", "dataset": "mnist", "data_dir": args.mnist}
+            cases["LeNet-5, MNIST"] = (lenet5, 0)
+        if args.photographs:
+            alexnet = {"model": "alexnet", "dataset": args.photographs}
+            cases["AlexNet, photographs"] = (alexnet, args.alexnet_steps)
+        if args.large:
+            large = Path(directory) / "large"
+            write_random_images(large, 480, 160, size=224)
+            resnet = {"model": "torchvision:resnet18", "dataset": str(large), "batch_size": 16}
+            cases["ResNet-18, 224 pixels"] = ({**resnet, "image_size": 224}, 20)
         if args.quick:
             write_random_images(Path(directory), 300, 50)
-            cases = {"LeNet-5, random images": ("lenet5", directory, "data", 2)}
-        for title, (model, dataset, data_dir, num_steps) in cases.items():
-            if not (dataset and data_dir):
-                continue
+            cases = {"LeNet-5, random images": ({"model": "lenet5", "dataset": directory}, 2)}
+        for title, (case, num_steps) in cases.items():
             print(title)
             contenders = {
-                name: partial(child, __file__, "--one", name, model, dataset, data_dir, num_steps)
+                name: partial(child, __file__, "--one", name, json.dumps(case), num_steps)
                 for name in names
             }
             output[title] = in_turn(contenders, args.rounds, show="images_per_second")

@@ -27,7 +27,7 @@ def benchmark(tmp_path_factory):
 
 def test_the_plain_loop_measures_and_trains_as_the_notebooks_loop_does(benchmark, monkeypatch):
     contenders, _, folder = benchmark
-    case = contenders.Case("lenet5", folder, "data")
+    case = contenders.Case("lenet5", folder)
     seen, logits = [], []
     build = contenders.Case.make_model
 
@@ -47,7 +47,7 @@ def test_the_plain_loop_measures_and_trains_as_the_notebooks_loop_does(benchmark
     torch.testing.assert_close(*logits)
     assert train(None) == 300
     assert [len(images) for images in seen] == [128, 128, 44]
-    images, _ = contenders.load_images(case.sets()[0], torch.device("cpu"))
+    images, _ = contenders.load_images(case.sets()[0], 32, torch.device("cpu"))
     assert sorted(map(hash_of, images)) == sorted(map(hash_of, torch.cat(seen)))  # each one once
     assert not torch.equal(images, torch.cat(seen))  # shuffled
     assert train(2) == 256
