@@ -108,7 +108,7 @@ def run_one(model: str, variant: str) -> dict:
         keep_freed_memory()
     large = MODELS[model].benefits_from_bf16
     precision = choose_precision("auto", "cpu", large)
-    run = step_timer(model, precision, large, num_cores(), False)
+    run = step_timer(model, precision, True, num_cores(), False)
     run()
     return run()
 
@@ -150,7 +150,8 @@ def main() -> None:
     output = {}
     for model in [name for name in STEPS if name in args.parts]:
         large = MODELS[model].benefits_from_bf16
-        auto = (choose_precision("auto", device_type, large), large, threads[-1], False)
+        channels_last = large or device_type == "cpu"
+        auto = (choose_precision("auto", device_type, large), channels_last, threads[-1], False)
         precisions = ("no", "bf16") if has_native_bf16(device_type) else ("no",)
         variants = [*itertools.product(precisions, (False, True), threads, (False,))]
         variants += [(*auto[:3], True)] * args.compile

@@ -39,7 +39,8 @@ class Case:
     @property
     def config(self) -> TrainConfig:
         """Return the notebook recipe, so that all contenders compute the same."""
-        return resolve({**asdict(self), "recipe": "notebook"})
+        preparation = {"crop_pct": 1.0, "interpolation": "bilinear"}
+        return resolve({**asdict(self), **preparation, "recipe": "notebook"})
 
     @property
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
