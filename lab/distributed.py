@@ -156,7 +156,7 @@ def choose_precision(
     trained_precision: str | None = None,
     cpu_bf16: bool = True,
 ) -> str:
-    """Return the precision "no", "bf16" or "fp16". Raises `UserError` for fp16 on a CPU.
+    """Return the precision "no", "bf16" or "fp16". Raises `UserError` for fp16 on a CPU, and fp8.
 
     "auto" is the precision in which the weights were trained, if any; or else that of `accelerate
     launch --mixed_precision`; or else bfloat16 if the device has it natively and it makes the model
@@ -166,6 +166,11 @@ def choose_precision(
         return "no" if trained_precision == "fp16" and device_type == "cpu" else trained_precision
     if requested == "auto":
         launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        if launched == "fp8":
+            raise UserError(
+                "accelerate launch --mixed_precision fp8 is not supported",
+                "Give bf16, fp16 or no",
+            )
         if launched in ("bf16", "fp16"):
             requested = launched
         else:

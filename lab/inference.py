@@ -236,10 +236,14 @@ def csv_rows(
 
 def write_output(target: str, content: bytes) -> None:
     """Write a file atomically; `-` is standard output."""
-    if target == "-":
-        sys.stdout.buffer.write(content)
-    else:
+    if target != "-":
         write_atomically(Path(target), content)
+        return
+    try:
+        sys.stdout.buffer.write(content)
+        sys.stdout.buffer.flush()
+    except BrokenPipeError:  # the reader has ended, as `| head` does; Python flushes at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ def check_fields(config: Any) -> None:
         names = split_list(value) if "each_of" in m else ()
         if "choices" in m and value not in m["choices"]:
             expected = f"one of {', '.join(m['choices'])}"
-        elif set(names) - set(m.get("each_of", ())):
+        elif set(names) - set(m.get("each_of", ())) or (names and "none" in value):
             expected = f"none or a comma-separated list of {', '.join(m['each_of'])}"
         elif len(set(names)) < len(names):
             expected = "every name once"

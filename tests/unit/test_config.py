@@ -104,6 +104,7 @@ def test_bounds_are_checked(config):
         invalid += [bounds["above"]] if "above" in bounds else []
         invalid += [bounds["high"] + 1] if "high" in bounds else []
         invalid += ["unknown"] if "choices" in bounds or "each_of" in bounds else []
+        invalid += [f"none,{bounds['each_of'][0]}"] if "each_of" in bounds else []
         invalid += [float("nan")] if kind_of(config, name) is float else []
         for value in invalid:
             with pytest.raises(UserError, match=f"^invalid {flag(name)} '?{value}'?: expected "):

@@ -122,6 +122,12 @@ def test_p7_train_refuses(fails, tmp_path, words, message):
     assert fails(train, *DIGITS, *words.split()) == message
 
 
+def test_fp8_of_the_launcher_is_refused(fails, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    message = "accelerate launch --mixed_precision fp8 is not supported. Give bf16, fp16 or no."
+    assert fails(train, *DIGITS) == message
+
+
 @pytest.mark.parametrize(
     ("config", "words", "expected"),
     [

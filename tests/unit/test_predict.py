@@ -18,6 +18,7 @@ from worlds import python, run_all, world_by_hand
 import evaluate
 import predict
 from lab.data.transforms import to_grayscale
+from lab.inference import write_output
 
 CLASSES = ("dark", "light", "striped")
 FEW = ["--recipe", "smoke", "--threads", "1", "--quiet"]
@@ -106,6 +107,15 @@ def test_json_is_utf8_and_keeps_names_that_are_not(trained, tmp_path, capfdbinar
     assert "\u732b.png".encode() in out
     rows = [json.loads(line) for line in out.decode("utf-8").splitlines()]
     assert {row["path"] for row in rows} == {str(tmp_path / name) for name in names}
+
+
+def test_a_reader_of_the_output_may_end_early(monkeypatch):
+    """As in `predict.py ... --json - | head`."""
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    with os.fdopen(write_end, "w") as output:  # closing it writes what is left
+        monkeypatch.setattr(sys, "stdout", output)
+        write_output("-", b"a line\n")
 
 
 @pytest.mark.parametrize("top", [True, False])
