@@ -100,6 +100,7 @@ def open_study(
     Raises `UserError` if the directory has the sweep of other settings, or is locked.
     """
     import optuna
+    from sqlalchemy import URL
     from sqlalchemy.exc import DatabaseError
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -113,7 +114,7 @@ def open_study(
             raise UserError(f"another process runs the sweep {directory}", "Wait for it") from None
     try:
         study = optuna.create_study(
-            storage=f"sqlite:///{directory / STORAGE}",
+            storage=str(URL.create("sqlite", database=str(directory / STORAGE))),
             study_name="sweep",
             load_if_exists=True,
             direction="minimize" if metric == "val_loss" else "maximize",

@@ -70,8 +70,6 @@ class SweepConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if "?" in str(self.directory):  # begins the parameters of a database's URL
-            raise UserError(f"invalid --output {self.directory}: it has a ?", "Give another one")
 
     @property
     def directory(self) -> Path:

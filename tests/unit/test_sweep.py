@@ -303,12 +303,13 @@ def test_p7_a_sweep_of_other_settings_is_not_continued(fake):
     assert len(fake.started) == 1
 
 
-def test_p7_a_damaged_database_is_one_line(fails, tmp_path):
+@pytest.mark.parametrize("name", ["x", "a%20{b}?#c"])
+def test_p7_a_damaged_database_is_one_line(fails, tmp_path, name):
     (tmp_path / "s.yaml").write_text(SETTINGS)
-    (tmp_path / "x").mkdir()
-    (tmp_path / "x" / "sweep.db").write_text("not a database")
-    assert fails(sweep, "s.yaml", "--output", "x", leaves=("x/.lock",)) == (
-        "cannot use the database x/sweep.db (file is not a database). "
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "sweep.db").write_text("not a database")
+    assert fails(sweep, "s.yaml", "--output", name, leaves=(f"{name}/.lock",)) == (
+        f"cannot use the database {name}/sweep.db (file is not a database). "
         "Free some space, or start again with another --output."
     )
 
