@@ -112,7 +112,8 @@ def build_accelerator(
         torch.backends.cudnn.benchmark = training and not deterministic
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(deterministic)
+    if deterministic != torch.are_deterministic_algorithms_enabled():
+        torch.use_deterministic_algorithms(deterministic)  # imports torch._inductor: seconds
     return accelerator
 
 

@@ -186,7 +186,7 @@ class Splits:
         """Return the result of `describe_decoder`, or "" if the images do not come from files."""
         if self.train.paths is None:
             return ""
-        from lab.data.decode import describe_decoder  # imports torchvision
+        from lab.data.decode import describe_decoder
 
         return describe_decoder()
 
@@ -234,7 +234,7 @@ def load_splits(
     raw = read_dataset(config, download)
     duplicates = None
     if raw.train.paths is not None:
-        from lab.data.checks import duplicate_warnings, identical_files  # imports torchvision
+        from lab.data.checks import duplicate_warnings, identical_files
 
         duplicates = identical_files(raw)
         for warning in duplicate_warnings(raw, duplicates):
@@ -351,7 +351,7 @@ def _split(
     train, val, test = raw.train, raw.val, raw.test
     same = None
     if train.paths is not None and (config.folds or test is None or val is None):
-        from lab.data.checks import identical_files, originals  # imports torchvision
+        from lab.data.checks import identical_files, originals
 
         same = originals(raw, identical_files(raw) if duplicates is None else duplicates)
     if config.folds:  # the test split that a dataset comes with is not used

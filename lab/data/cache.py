@@ -16,12 +16,11 @@ from typing import Any
 import numpy as np
 import PIL
 import torch
-import torchvision
 from filelock import FileLock
 from torch import Tensor
 
 # What decides the pixels: increase the last number when `lab.data.decode` changes.
-DECODERS = (torchvision.__version__, PIL.__version__, 4)
+DECODERS = (torch.__version__, PIL.__version__, 4)
 MIN_IMAGES = 1000  # fewer images are decoded too fast to be worth a file
 MAX_AGE_DAYS = 30  # files that were not used for longer are deleted
 MAX_BYTES = 20e9  # if the cache is larger, the least recently used files are deleted

@@ -14,11 +14,11 @@ from dataclasses import dataclass, field, replace
 from functools import cache as cache_result
 from typing import Any, Self
 
+import numpy as np
 import PIL
 import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
-from torchvision.transforms.v2 import functional as F
 
 from lab import console
 from lab.data import cache
@@ -252,7 +252,7 @@ def _decode(content: bytes, size: int) -> Tensor:
 def describe_decoder() -> str:
     """Return the version of Pillow, and a checksum of a JPEG that was decoded and resized.
 
-    The checksum changes if another version of Pillow or torchvision gives other pixels.
+    The checksum changes if another version of Pillow or PyTorch gives other pixels.
     """
     image = EvalTransform(4)(_decode(REFERENCE, 4))
     return f"Pillow {PIL.__version__}, pixels {zlib.crc32(image.numpy().tobytes()):08x}"
@@ -280,4 +280,5 @@ def pixels(image: Image.Image) -> Tensor:
             image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16 bits: scale it, because a conversion to RGB would clip it
         image = image.convert("I").point(lambda v: v / 256, "L")
-    return F.pil_to_tensor(image if image.mode == "RGB" else image.convert("RGB"))
+    image = image if image.mode == "RGB" else image.convert("RGB")  # convert would copy it
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)

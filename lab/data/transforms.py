@@ -87,29 +87,28 @@ class EvalTransform:
 
     def __call__(self, images: Tensor) -> Tensor:
         """Return uint8 images [..., C, H, W] as [..., C, size, size]."""
-        from torchvision.transforms.v2 import functional as TF
-
         height, width = images.shape[-2:]
         size = self.size
         if self.fit == "pad" and height != width:
             scale = size / max(height, width)
             shape = [max(1, round(height * scale)), max(1, round(width * scale))]
             top, left = (size - shape[0]) // 2, (size - shape[1]) // 2
-            borders = [left, top, size - shape[1] - left, size - shape[0] - top]
-            return TF.pad(self._resize(images, shape), borders)
+            borders = [left, size - shape[1] - left, top, size - shape[0] - top]
+            return F.pad(self._resize(images, shape), borders)
         # Crop first: resizing an image of 1 x 5000 pixels would make it huge.
         if self.fit == "crop":
             side = max(1, round(min(height, width) * self.crop_pct))
-            images = TF.center_crop(images, [side])
+            top, left = round((height - side) / 2), round((width - side) / 2)
+            images = images[..., top : top + side, left : left + side]
         if images.shape[-2:] == (size, size):
             return images
         return self._resize(images, [size, size])
 
     def _resize(self, images: Tensor, shape: list[int]) -> Tensor:
-        from torchvision.transforms.v2 import InterpolationMode  # takes a second to import
-        from torchvision.transforms.v2 import functional as TF
-
-        return TF.resize(images, shape, InterpolationMode(self.interpolation), antialias=True)
+        # torchvision does the same, but importing it takes seconds.
+        batch = images.reshape(-1, *images.shape[-3:])
+        resized = F.interpolate(batch, shape, mode=self.interpolation, antialias=True)
+        return resized.reshape(*images.shape[:-2], *shape)
 
 
 def to_grayscale(images: Tensor) -> Tensor:
