@@ -126,6 +126,46 @@ def test_p3_a_save_that_dies_at_any_operation_leaves_complete_checkpoints(
     assert "damaged" not in capsys.readouterr().err
 
 
+def test_p3_lines_are_on_disk_before_a_checkpoint_and_its_name_before_others_are_removed(
+    run, monkeypatch
+):
+    calls, fsync, replace = [], os.fsync, os.replace
+
+    def sync(descriptor):
+        calls.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        fsync(descriptor)
+
+    def rename(source, target):
+        calls.append(f"-> {Path(target).name}")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(os, "replace", rename)
+    save(run, 30)
+    renamed = calls.index("-> step-00000030")
+    assert {"history.jsonl", "steps.jsonl"} <= {*calls[:renamed]}
+    assert calls[renamed + 1] == "checkpoints"
+    assert calls[renamed + 2 :] == ["-> .step-00000010"]  # the oldest is removed
+
+
+def test_a_resumed_run_keeps_no_results_of_its_earlier_end(run):
+    names = (run_dir.REPORT, run_dir.PREDICTIONS, run_dir.PROBABILITIES, run_dir.IMAGES,
+             run_dir.PAGE, run_dir.CARD, ".report.json.1.tmp")  # fmt: skip
+    (run.path / run_dir.PLOTS).mkdir()
+    for path in (*(run.path / name for name in names), run.path / run_dir.PLOTS / "x.png"):
+        path.write_bytes(b"old")
+    run.resume({}, 3, 20)
+    assert {p.name for p in run.path.iterdir()} == {
+        "checkpoints", "config.json", "history.jsonl", "steps.jsonl"
+    }  # fmt: skip
+
+
+def test_predictions_without_probabilities_remove_those_of_an_earlier_evaluation(run):
+    run.write_predictions(b"new", b"probabilities")
+    run.write_predictions(b"new", None)
+    assert not (run.path / run_dir.PROBABILITIES).exists()
+
+
 @DEATHS
 def test_p3_a_checkpoint_replaces_a_damaged_one(run, tmp_path, power):
     damaged = run.checkpoints_dir / "step-00000030"

@@ -15,6 +15,7 @@ from lab.data import DataConfig, cache, decode, load_split, load_splits
 from lab.data.decode import FileImages
 from lab.data.splits import channel_statistics
 from lab.data.transforms import EvalTransform
+from lab.errors import UserError
 
 
 @pytest.fixture(autouse=True)
@@ -70,6 +71,50 @@ def test_whatever_changes_is_decoded_anew(files, decoded, change):
     images = files.decode_all(1)
     assert len(decoded) == len(files)
     assert torch.equal(images, files[torch.arange(len(files))])
+
+
+def test_what_is_written_to_cached_images_does_not_change_the_file(files, decoded):
+    first = files.decode_all(1)
+    expected = first.clone()
+    first.zero_()
+    assert torch.equal(files.decode_all(1), expected)
+    assert len(decoded) == len(files)
+
+
+def test_relative_paths_in_another_directory_are_other_files(files, tmp_path, monkeypatch):
+    images = []
+    for color in ("red", "blue"):
+        (tmp_path / color).mkdir()
+        monkeypatch.chdir(tmp_path / color)
+        Image.new("RGB", (10, 10), color).save("a.bmp")  # uncompressed: of the same size
+        os.utime("a.bmp", (1, 1))
+        images.append(FileImages(["a.bmp"], EvalTransform(10)).decode_all(1, use_cache=True))
+    assert not torch.equal(*images)
+
+
+def test_a_file_that_became_readable_is_read_again(files, monkeypatch):
+    path, original = files.paths[2], decode.decode
+
+    def refuse(name, size):
+        if name == path:
+            raise UserError(f"cannot read the image {name} (Permission denied)", "Replace it")
+        return original(name, size)
+
+    monkeypatch.setattr(decode, "decode", refuse)
+    assert list(files.unreadable(1)) == [2]
+    monkeypatch.setattr(decode, "decode", original)
+    os.chmod(path, 0o600)  # changes neither its size nor its modification time
+    assert FileImages(files.paths, EvalTransform(10)).unreadable(1) == {}
+
+
+def test_p3_images_are_on_disk_before_their_file_takes_its_name(files, monkeypatch):
+    """Otherwise a power failure could leave a file of the right size that holds zeros."""
+    calls, replace, fsync = [], os.replace, os.fsync
+    monkeypatch.setattr(os, "fsync", lambda n: (calls.append("sync"), fsync(n)))
+    monkeypatch.setattr(os, "replace", lambda *names: (calls.append("replace"), replace(*names)))
+    files.decode_all(1)
+    cache.store_json("key", [1])
+    assert calls == ["sync", "replace"] * 2
 
 
 @pytest.mark.parametrize("content", [b"", b"x" * 2000, None])

@@ -112,6 +112,14 @@ def test_calibrate_changes_the_confidence_and_no_prediction(calibrated, finished
     assert validation["accuracy"] == best["val_accuracy"]
 
 
+def test_calibrating_again_gives_the_same_temperature(calibrated, tmp_path):
+    path, _, report = calibrated
+    again = shutil.copytree(path, tmp_path / "again")
+    evaluate.main([str(again), *QUIET, "--calibrate"])
+    temperature = weights.read_metadata(again / "best.safetensors")["temperature"]
+    assert temperature == pytest.approx(report["temperature"])
+
+
 def test_predict_and_export_use_the_temperature(calibrated, tmp_path):
     path, _, report = calibrated
     model, metadata = lab.load_model(path, "cpu")

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pickletools
+import threading
 from pathlib import Path
 
 import pytest
@@ -186,7 +187,13 @@ def test_p3_content_is_on_disk_before_it_takes_the_name(tmp_path, monkeypatch):
     assert (tmp_path / "x").read_bytes() == b"content"
 
 
-def test_best_weights_are_those_of_the_moment_they_were_saved(tmp_path, splits, accelerator):
+def test_best_weights_are_those_of_the_moment_they_were_saved(
+    tmp_path, splits, accelerator, monkeypatch
+):
+    trained_on, write = threading.Event(), weights.write_weights
+    monkeypatch.setattr(
+        weights, "write_weights", lambda *given: (trained_on.wait(60), write(*given))
+    )
     metadata = weights.run_metadata(CONFIG, splits, "no")
     model = make_network(metadata)
     expected = logits(model)
@@ -195,6 +202,7 @@ def test_best_weights_are_those_of_the_moment_they_were_saved(tmp_path, splits, 
     with torch.no_grad():  # training goes on before the file is written
         for tensor in model.parameters():
             tensor.zero_()
+    trained_on.set()
     best.load(accelerator, model)
     assert torch.equal(logits(model), expected)
     with torch.no_grad():
@@ -203,6 +211,24 @@ def test_best_weights_are_those_of_the_moment_they_were_saved(tmp_path, splits, 
         best.save(model, metadata, ROW)
     best.load(accelerator, model)  # the file is not replaced
     assert torch.equal(logits(model), expected)
+
+
+@pytest.mark.parametrize("optimizer", ["nesterov", "adamw"])
+def test_a_checkpoint_is_a_copy_that_training_does_not_change(accelerator, optimizer):
+    settings = {"ema_decay": 0.5, "optimizer": optimizer, "momentum": 0.9}
+    config = resolve({"model": "lenet5", "dataset": "digits", "recipe": "smoke", **settings})
+    model = build_model("lenet5", num_classes=10, in_chans=1, image_size=28)
+    train_step = prepare(accelerator, model, config)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    train_step.optimizer.step()
+    copied = manager.state_dict(train_step)
+    before = {name: tensor.clone() for name, tensor in copied.items()}
+    assert {name.split(".")[0] for name in copied} == {"model", "ema", "optimizer"}
+    train_step.optimizer.step()
+    train_step.ema.update(model, 2)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in copied.items())
+    assert not all(map(torch.equal, manager.state_dict(train_step).values(), before.values()))
 
 
 def test_p7_a_write_that_failed_in_the_background_is_told(tmp_path, splits):

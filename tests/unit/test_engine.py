@@ -109,6 +109,7 @@ def test_p2_a_process_without_samples_takes_the_step_too(accelerator, grad_accum
     before = weights(train_step.model)
     assert train_step.run(make_batch(0, global_batch_size=1)).tolist() == [0, 0]
     assert torch.equal(weights(train_step.model), before)
+    assert all(module.training for module in train_step.model.modules())
 
 
 class Flattening(nn.Module):
@@ -130,6 +131,7 @@ def test_p2_a_model_that_accepts_no_empty_batch_is_trained_by_a_process_without_
     before = weights(model)
     assert train_step.run(make_batch(0, global_batch_size=1)).tolist() == [0, 0]
     assert torch.equal(weights(model), before)
+    assert all(module.training for module in model.modules())
     assert all(parameter.grad is None for parameter in model.parameters())
     train_step.run(make_batch(2))
     assert not torch.equal(weights(model), before)
@@ -162,6 +164,19 @@ def test_the_ema_follows_its_formula(accelerator, warmup):
         average = decay * average + (1 - decay) * weights(train_step.model)
         assert torch.allclose(weights(train_step.eval_model), average, atol=1e-6)
     assert not torch.allclose(weights(train_step.model), average, atol=1e-3)
+
+
+def test_the_ema_has_the_statistics_of_the_models_batchnorm_layers(accelerator):
+    model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(784), nn.Linear(784, 10))
+    config = TrainConfig(**PLAIN | {"dataset": "digits", "ema_decay": 0.9})
+    train_step = prepare(accelerator, model, config)
+    for step in (1, 2):
+        train_step.run(make_batch(5, seed=step))
+        train_step.ema.update(model, step)
+    for found, expected in zip(train_step.eval_model.buffers(), model.buffers(), strict=True):
+        assert torch.equal(found, expected)
+        assert found.data_ptr() != expected.data_ptr()
+    assert model[1].num_batches_tracked == 2
 
 
 def make_loader(num_samples, batch_size):
@@ -241,7 +256,7 @@ def test_a_step_that_is_not_finite_is_skipped_completely(accelerator, settings):
 
     def after(bad, settings):
         train_step = make_train_step(accelerator, lr=0.01, log_every=1, **settings)
-        loader, rows, state = make_loader(32, 8), [], TrainState()
+        loader, rows, state = make_loader(40, 8), [], TrainState()
         loader.transform = spoiling(loader.transform, bad)
         snapshots = []
 
@@ -252,20 +267,34 @@ def test_a_step_that_is_not_finite_is_skipped_completely(accelerator, settings):
         metrics = train_one_epoch(train_step, loader, state, lambda *_: None, log)
         return metrics, rows, state, snapshots
 
-    metrics, losses, state, snapshots = after([1, 2], settings | {"on_nonfinite": "skip"})
-    assert losses[1:3] == [None, None]
+    # After the first step the EMA would still be equal to the weights.
+    metrics, losses, state, snapshots = after([2, 3], settings | {"on_nonfinite": "skip"})
+    assert losses[2:4] == [None, None]
     assert (state.skipped_steps, state.skipped_samples) == (2, 16)
-    assert metrics.loss == pytest.approx((losses[0] + losses[3]) / 2)
-    for before, between in zip(snapshots[0], snapshots[2], strict=True):
+    assert metrics.loss == pytest.approx((losses[0] + losses[1] + losses[4]) / 3)
+    for before, between in zip(snapshots[1], snapshots[3], strict=True):
         assert torch.equal(before, between)
-    assert not torch.equal(snapshots[3][0], snapshots[2][0])
-    assert all(torch.isfinite(w).all() for w in snapshots[3])
+    assert not torch.equal(snapshots[4][0], snapshots[3][0])
+    assert all(torch.isfinite(w).all() for w in snapshots[4])
     clean, _, state, _ = after([], settings | {"on_nonfinite": "skip"})
     plain, _, _, _ = after([], settings)
     assert clean == dataclasses.replace(  # except for the times
         plain, seconds=clean.seconds, images_per_second=clean.images_per_second
     )
     assert state.skipped_steps == 0
+
+
+def test_a_skipped_step_leaves_the_statistics_of_batchnorm(accelerator):
+    """A NaN in the running statistics would stay, and every later evaluation would be NaN."""
+    model = Flattening()
+    config = TrainConfig(**PLAIN | {"dataset": "digits", "on_nonfinite": "skip"})
+    train_step = prepare(accelerator, model, config)
+    train_step.run(make_batch(4))
+    before = copy.deepcopy(model.state_dict())
+    batch = make_batch(4, seed=1)
+    batch.images[0] = math.nan
+    assert train_step.run(batch) is None
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 @pytest.mark.parametrize("optimizer", ["nesterov", "adamw", "muon"])

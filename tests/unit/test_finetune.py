@@ -1,7 +1,9 @@
 """Fine-tuning: initial weights, a new head, a frozen backbone."""
 
+import copy
 import csv
 import json
+import math
 import shutil
 import urllib.error
 from dataclasses import replace
@@ -23,8 +25,16 @@ import train
 from lab.checkpoint import init_weights
 from lab.checkpoint import weights as weights_module
 from lab.config.recipes import resolve, resolve_epochs
+from lab.data import DataConfig, load_splits
+from lab.data.loaders import LoaderOptions
+from lab.data.transforms import BatchTransform
 from lab.data.types import Batch
-from lab.engine.linear_probe import PENALTIES, fit_logistic_regression, select_penalty
+from lab.engine.linear_probe import (
+    PENALTIES,
+    fit_classifier,
+    fit_logistic_regression,
+    select_penalty,
+)
 from lab.models import IMAGENET_MEAN, IMAGENET_STD, MODELS, build_model, pretrained
 
 NAME = "mobilenet_v3_small"
@@ -312,6 +322,34 @@ def test_logistic_regression_is_scikit_learns():
     reference.fit(features, labels)
     expected = torch.tensor(reference.predict_proba(features))
     assert torch.allclose((features @ weight.T + bias).softmax(1), expected, atol=1e-3)
+
+
+def test_the_classifier_is_fitted_to_the_features_of_evaluation():
+    """Then the model predicts each class as often as it occurs, and nothing else has changed."""
+    settings = {"model": NAME, "dataset": "digits", "image_size": 16, "max_train_samples": 100}
+    config = resolve({**settings, "recipe": "smoke", "linear_probe": True, "pretrained": True})
+    splits = load_splits(DataConfig.of(config), math.inf, 1)
+    labels = splits.train.labels
+    kept = ((labels < 5) | (torch.arange(len(labels)) % 2 == 0)).nonzero().flatten()
+    splits = replace(splits, train=splits.train.select(kept))  # of unequal classes
+    torch.manual_seed(0)
+    model = build_model(**model_of(in_chans=1))
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            layer.running_mean.normal_(std=0.1)
+            layer.running_var.fill_(0.1)
+    before = copy.deepcopy(model.state_dict())
+    options = LoaderOptions(0, 1, torch.device("cpu"), "resident", num_workers=0, memory=math.inf)
+    fit_classifier(place("cpu"), model, model_of(in_chans=1), splits, config, options)
+    assert model.training
+    changed = {n for n, t in model.state_dict().items() if not torch.equal(t, before[n])}
+    assert changed == {"classifier.3.weight", "classifier.3.bias"}
+    images = BatchTransform(splits.mean, splits.std, (), "cpu")(splits.train.images)
+    with torch.no_grad():
+        probabilities = model.eval()(images).softmax(1)
+    expected = splits.train.labels.bincount() / len(images)
+    assert torch.allclose(probabilities.mean(0), expected, atol=1e-3)
+    assert (probabilities.argmax(1) == splits.train.labels).double().mean() > 0.5
 
 
 @pytest.mark.parametrize("num_images", [90, 2001])

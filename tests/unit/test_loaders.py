@@ -10,11 +10,25 @@ import torch
 from torchvision.io import write_png
 from torchvision.transforms import v2
 
+from lab.config.schema import TrainConfig
+from lab.data import Splits
 from lab.data.decode import FileImages
-from lab.data.loaders import LoaderOptions, ResidentLoader, StreamingLoader, build_loader
-from lab.data.sampler import ShardedBatchSampler, permutation, random_bits, shard
+from lab.data.loaders import (
+    LoaderOptions,
+    ResidentLoader,
+    StreamingLoader,
+    build_loader,
+    build_loaders,
+)
+from lab.data.sampler import (
+    ShardedBatchSampler,
+    balanced_permutation,
+    permutation,
+    random_bits,
+    shard,
+)
 from lab.data.splits import AugmentedImages
-from lab.data.transforms import BatchTransform, EvalTransform, SampleTransform
+from lab.data.transforms import BatchTransform, EvalTransform, Mixup, SampleTransform
 from lab.data.types import Split
 from lab.errors import UserError
 
@@ -23,6 +37,10 @@ CPU = torch.device("cpu")
 NAMES = ("a", "b")
 STEPS = ("crop", "flip", "cutout")
 SIZE, NUM_FILES = 12, 23
+# Of seed 42 and epoch 3.
+GOLDEN_BITS = [2051983457722697131, -3516247355992700007]
+GOLDEN_ORDER = [5, 3, 4, 2, 7, 1, 6, 9, 11, 0, 8, 10]
+GOLDEN_BALANCED = [8, 5, 7, 10, 2, 6, 3, 9, 9, 1, 4, 4]
 
 
 def make_split(num_samples, images=None):
@@ -103,6 +121,14 @@ def test_p2_order_differs_by_epoch_and_by_seed_and_leaves_global_randomness_alon
     assert len(orders) == 4 * len(seeds)
     assert torch.equal(permutation(50, 2, 3), permutation(50, 2, 3))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_p2_p3_no_release_changes_the_order_or_the_random_bits():
+    """Otherwise a run that is resumed after an upgrade would see other samples."""
+    assert permutation(12, seed=42, epoch=3).tolist() == GOLDEN_ORDER
+    assert random_bits(42, 3, 2, "cpu").tolist() == GOLDEN_BITS
+    labels = torch.arange(12) % 5 // 2  # 6 of class 0, 4 of class 1, 2 of class 2
+    assert balanced_permutation(labels, seed=42, epoch=3).tolist() == GOLDEN_BALANCED
 
 
 @pytest.mark.parametrize("world_size", WORLDS)
@@ -224,6 +250,26 @@ def built(split, kind, memory=math.inf, world_size=1, seed=0):
     return build_loader(split, transform, options, batch_size=4, seed=seed)
 
 
+@pytest.mark.parametrize("balance", [{"class_weights": "balanced"}, {"balanced_sampling": True}])
+def test_the_training_loader_has_the_settings_of_the_run(splits, balance):
+    split, names = splits[0], ("flip", "mixup")
+    settings = {"batch_size": 6, "seed": 7, "grad_accum_steps": 2, "mixup_alpha": 0.3, **balance}
+    config = TrainConfig(model="lenet5", dataset="digits", augment=",".join(names), **settings)
+    parts = Splits(split, split, split, (0.5,) * 3, (0.25,) * 3, "test", {})
+    options = LoaderOptions(0, 1, CPU, "resident", num_workers=0, memory=math.inf)
+    transform = BatchTransform(parts.mean, parts.std, names, CPU, mixup_alpha=0.3)
+    expected = build_loader(split, transform, options, batch_size=6, seed=7, num_parts=2, **balance)
+    found = build_loaders(parts, config, options)[0]
+    assert found.mixup == Mixup(("mixup",), 0.3)
+    for a, b in zip(found.batches(1), expected.batches(1), strict=True):
+        assert a.part_sizes == b.part_sizes
+        assert len(a.part_sizes) == min(2, a.global_batch_size)
+        assert torch.equal(a.images, b.images)
+        assert torch.equal(a.targets, b.targets)
+        assert (a.class_weights is None) == ("class_weights" not in balance)
+        assert a.class_weights is None or torch.equal(a.class_weights, b.class_weights)
+
+
 def test_auto_is_resident_if_decoded_images_fit(splits):
     decoded, files = splits
     num_bytes = NUM_FILES * 3 * SIZE * SIZE
@@ -262,9 +308,10 @@ def test_p2_the_augmentation_of_a_sample_is_a_function_of_its_seed(names, in_cha
     image = torch.randint(256, (in_chans, 30, 50), dtype=torch.uint8, generator=generator)
     transform = SampleTransform(names, 16, (0.5,) * in_chans)
     state = torch.get_rng_state()
-    results = [transform(image, seed) for seed in range(-10, 10)]
+    seeds = range(-10 * 2**24, 10 * 2**24, 2**24)  # which differ in their upper bits only
+    results = [transform(image, seed) for seed in seeds]
     assert all(r.shape == (in_chans, 16, 16) and r.dtype == torch.uint8 for r in results)
-    again = [transform(image, seed) for seed in reversed(range(-10, 10))][::-1]
+    again = [transform(image, seed) for seed in reversed(seeds)][::-1]
     assert all(map(torch.equal, results, again))
     assert len({r.numpy().tobytes() for r in results}) > 2
     assert torch.equal(torch.get_rng_state(), state)

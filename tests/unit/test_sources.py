@@ -13,6 +13,7 @@ import pytest
 import sklearn.datasets
 import torch
 from mistakes import make_picture
+from shapes import write_shapes
 from torchvision import datasets
 from torchvision.transforms import v2
 
@@ -305,6 +306,13 @@ def test_both_parts_of_a_split_have_samples_of_every_class(fraction):
     assert [a + b for a, b in zip(rest, part, strict=True)] == sizes
     assert (rest[0], part[0]) == (1, 0)  # the only sample of a class is trained on
     assert min(rest[1:] + part[1:]) >= 1
+
+
+def test_the_fractions_of_a_directory_are_those_of_the_options(tmp_path):
+    folder = str(write_shapes(tmp_path / "shapes", 60))
+    splits = load(folder, test_fraction=0.4, val_fraction=0.5)
+    sizes = [len(split.labels) for split in (splits.train, splits.val, splits.test)]
+    assert sizes == [18, 18, 24]  # 24 are 0.4 of 60
 
 
 def test_a_split_without_images_of_a_class_causes_a_warning(tmp_path, capsys):
