@@ -29,6 +29,7 @@ from lab.errors import UserError, run_script
 
 # These options would apply to one run, or are set here.
 NOT_ACCEPTED = ("fold", "resume", "overwrite", "push_to_hub", "print_config")
+DEFAULTS = {f.name: f.default for f in dataclasses.fields(TrainConfig)} | {"print_config": False}
 # These settings differ between folds, or do not change the result.
 NOT_COMPARED = ("fold", "revision", "data_dir")
 
@@ -38,13 +39,17 @@ def main(argv: list[str] | None = None) -> int:
     start_time = time.monotonic()
     argv = sys.argv[1:] if argv is None else argv
     overrides = parse_arguments(TrainConfig, argv, prog="cross_validate.py", description=__doc__)
-    for name in NOT_ACCEPTED:
-        if name in overrides:
+    for name in NOT_ACCEPTED:  # --config may contain their defaults
+        if overrides.get(name, DEFAULTS[name]) != DEFAULTS[name]:
             raise UserError(f"{flag(name)} is not an option of cross_validate.py", "Leave it out")
     num_folds = overrides.get("folds") or 5
     config = resolve(overrides | {"folds": num_folds, "fold": 1})
     default = f"{config.model_title}-{config.dataset_title}-{num_folds}-folds".replace(":", "-")
     directory = Path(config.output_dir) / (config.name or default)
+    if (directory / CONFIG).exists():
+        raise UserError(
+            f"{directory} is a run, whose test results would be replaced", "Give another --name"
+        )
     words = [*argv, "--folds", str(num_folds), "--output-dir", str(directory), "--resume", "auto"]
     check_same_settings(directory, config, overrides)
     runs = []

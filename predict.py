@@ -88,6 +88,7 @@ def main(argv: list[str] | None = None) -> int:
 
     from lab import inference
     from lab.checkpoint import weights
+    from lab.data.image_folder import SUFFIXES
     from lab.data.loaders import LoaderOptions
     from lab.distributed import build_accelerator, raise_on_all_ranks
     from lab.engine.training import to_device
@@ -98,6 +99,8 @@ def main(argv: list[str] | None = None) -> int:
     for file, flag in files.items():
         if file != "-":
             check_output_file(flag, Path(file))
+            if Path(file).suffix.lower() in (*SUFFIXES, ".safetensors"):  # of the input
+                raise UserError(f"invalid {flag} {file}: it is no text file", "Give another name")
     path = weights.find_weights(config.weights)
     metadata = weights.read_metadata(path, config.model)
 
@@ -142,14 +145,14 @@ def main(argv: list[str] | None = None) -> int:
     errors = [p.error for p in predictions if p.error]
     for error in errors:
         console.warn(error)
-    if accelerator.is_main_process:
-        if config.json:
-            inference.write_output(
-                config.json, inference.json_lines(predictions, config.min_confidence)
-            )
-        if config.csv:
+    with raise_on_all_ranks(accelerator):  # the launcher ends all processes after one with code 1
+        if config.json and accelerator.is_main_process:
+            lines = inference.json_lines(predictions, config.min_confidence)
+            inference.write_output(config.json, lines)
+        if config.csv and accelerator.is_main_process:
             rows = inference.csv_rows(predictions, config.top_k, config.min_confidence)
             inference.write_output(config.csv, rows)
+    if accelerator.is_main_process:
         if "-" not in files:  # standard output has nothing but the predictions
             for file in (*files, *filter(None, [config.explain])):
                 console.info(f"wrote {file}")

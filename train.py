@@ -191,7 +191,7 @@ def train(run, config, checkpoint, start_time, download):
                 break
             state = state.next_epoch()
         if not checkpoints.stop_reason:
-            best_weights.load(accelerator, train_step.eval_model)
+            temperature = best_weights.load(accelerator, train_step.eval_model)
 
     # Test: the test split is read once, with the saved weights of the best epoch.
     if checkpoints.stop_reason:
@@ -200,8 +200,12 @@ def train(run, config, checkpoint, start_time, download):
         return
     run.check_trained(accelerator)
     with closing(test_loader):
-        predictions = predict_all(accelerator, train_step.eval_model, test_loader)
-    report = write_results(accelerator, run, config, splits, predictions, best["epoch"])
+        predictions = predict_all(
+            accelerator, train_step.eval_model, test_loader, temperature=temperature
+        )
+    report = write_results(
+        accelerator, run, config, splits, predictions, best["epoch"], temperature
+    )
     loggers.finish(report, state.step)
 
 

@@ -133,6 +133,8 @@ class _ImageDataset:
 
 def _pixels(image: Image.Image, number: int) -> Tensor:
     try:
+        if not all(image.size):
+            raise ValueError("it has no pixels")
         return pixels(image)
     except Exception as error:  # Pillow raises exceptions of many types
         raise UserError(f"cannot read image {number} ({error})", "Replace it") from error
@@ -277,13 +279,29 @@ def load_model(
     Weights of a model of your own do not contain its code: give as `model` what it was trained
     with, `FILE.py:FUNCTION` or the argument of `train.main`. Raises `UserError`.
     """
-    path = weights_module.find_weights(os.fspath(weights))
+    path = weights_module.find_weights(_as_path(weights, "weights"))
     name = model if isinstance(model, str) else own.register_object(model)
     metadata = weights_module.read_metadata(path, name)
     loaded = weights_module.load_model(path, metadata)
     if device == "auto":
         device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    return to_device(loaded, metadata["model"]["name"], torch.device(device)).eval(), metadata
+    try:
+        loaded = to_device(loaded, metadata["model"]["name"], torch.device(device))
+    except (RuntimeError, AssertionError) as error:  # the latter: PyTorch has no support for it
+        raise UserError(
+            f"cannot use the device {device} ({str(error).splitlines()[0]})", "Give auto or cpu"
+        ) from error
+    return loaded.eval(), metadata
+
+
+def _as_path(value: Any, name: str) -> str:
+    """Return a path as text. Raises `UserError` if `value`, of the argument `name`, is none."""
+    try:
+        return os.fspath(value)
+    except TypeError:
+        raise UserError(
+            f"{name} contain an object of type {type(value).__name__}", "Give paths"
+        ) from None
 
 
 @torch.no_grad()
@@ -351,7 +369,7 @@ def _list_images(images: Images) -> tuple[Sequence[Any] | Tensor, set[str], dict
     if isinstance(images, (list, tuple)):
         if any(isinstance(item, (Tensor, bytes)) or hasattr(item, "dtype") for item in images):
             raise UserError("images are a list of arrays", "Stack them to uint8 [N, C, H, W]")
-        files = [os.fspath(item) for item in images if not isinstance(item, Image.Image)]
+        files = [_as_path(item, "images") for item in images if not isinstance(item, Image.Image)]
         if files and len(files) < len(images):
             raise UserError("images are both paths and Pillow images", "Give only one kind")
         if files or not images:

@@ -297,9 +297,9 @@ def evaluation_dir(
     """Return the directory for the files of an evaluation, which the main process creates.
 
     It is `output`, or evaluate-PART beside the weights, with -tta-TTA appended to its name if
-    test-time augmentation is used. Raises `UserError` if it cannot be created, or if it is a run
-    whose test results something else would replace: `is_test_of_run` says that the weights are
-    evaluated on the test split of their own run.
+    test-time augmentation is used. Raises `UserError` if it cannot be created, or if it is a run or
+    a cross-validation whose test results something else would replace: `is_test_of_run` says that
+    the weights are evaluated on the test split of their own run.
     """
     path = Path(output) if output else weights.parent / f"evaluate-{part}"
     if tta != "none":
@@ -308,6 +308,11 @@ def evaluation_dir(
     if is_run_dir and not (is_test_of_run and path.samefile(weights.parent)):
         raise UserError(
             f"{path} is a run, whose test results would be replaced", "Give another --output"
+        )
+    if any(path.glob(f"fold-*/{CONFIG}")):
+        raise UserError(
+            f"{path} is a cross-validation, whose results would be replaced",
+            "Give another --output",
         )
     if is_main_process:
         with os_errors_as_user_errors(path):

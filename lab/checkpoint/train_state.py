@@ -113,6 +113,12 @@ class Checkpoint:
     def config(self, overrides: Mapping[str, Any]) -> TrainConfig:
         """Return the run's settings with `overrides`. Raises `UserError` if one must not change."""
         stored = asdict(TrainConfig(**self.metadata["config"]))
+        parent = overrides.get("output_dir")
+        if parent and os.path.realpath(parent) != os.path.realpath(self.run.path.parent):
+            raise UserError(
+                f"--output-dir {parent} is not the directory of {self.run.path}, the run to resume",
+                "Leave it out, or move the run first",
+            )
         changed = {}
         for name, value in overrides.items():
             if name in AUTOMATIC and value == AUTOMATIC[name]:

@@ -13,7 +13,7 @@ from typing import Any, get_type_hints
 import safetensors.torch
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast
+from accelerate.utils import broadcast, broadcast_object_list
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -105,15 +105,22 @@ class BestWeights:
         self.writer.wait()
         self.writer.submit(write_weights, self.run.best, copy_of(model), metadata)
 
-    def load(self, accelerator: Accelerator, model: nn.Module) -> None:
-        """Load the file into the model of every process; only the main process reads it."""
+    def load(self, accelerator: Accelerator, model: nn.Module) -> float:
+        """Load the file into the model of every process, and return its temperature.
+
+        Only the main process reads it. The temperature is not 1.0 if evaluate.py calibrated the
+        weights, training was resumed, and no later epoch was better.
+        """
+        temperature = [1.0]
         with raise_on_all_ranks(accelerator):
             self.writer.wait()
             if self.run.is_main_process:
                 load_weights(self.run.best, model)
+                temperature = [read_metadata(self.run.best)["temperature"]]
         if accelerator.num_processes > 1:
             for tensor in model.state_dict().values():
                 broadcast(tensor)
+        return broadcast_object_list(temperature)[0]
 
 
 def copy_of(model: nn.Module) -> dict[str, Tensor]:

@@ -32,9 +32,11 @@ def write_results(
     splits: Splits,
     predictions: Predictions,
     best_epoch: int,
+    temperature: float,
 ) -> dict[str, Any]:
     """Write and print the results on the test split, and return the content of report.json.
 
+    The logits of the `predictions` were divided by `temperature`.
     The main process writes the predictions, report.json, the plots, the page and, last, the model
     card, which marks the run as finished. Raises `UserError` on all processes if a file cannot be
     written; only warns if plots or page fail.
@@ -45,6 +47,8 @@ def write_results(
         "best_epoch": best_epoch,
         "selection_split": splits.selection_split,
     }
+    if temperature != 1:
+        report["temperature"] = temperature
     if warnings := splits.balance_warnings():
         report["warnings"] = warnings
     with raise_on_all_ranks(accelerator):

@@ -89,6 +89,13 @@ def test_p7_there_is_nothing_to_resume(fails, tmp_path, words, message):
     assert fails(train, *SMALL, *words.split()) == message
 
 
+def test_p7_a_run_is_resumed_where_it_is(fails, copied):
+    assert fails(train, "--resume", copied, "--output-dir", "other") == (
+        f"--output-dir other is not the directory of {copied}, the run to resume. "
+        "Leave it out, or move the run first."
+    )
+
+
 def test_p7_a_checkpoint_does_not_download_into_a_directory_that_it_names(
     fails, tmp_path, copied, monkeypatch
 ):

@@ -174,3 +174,21 @@ def test_a_wheel_offers_load_model_and_predict(finished, images, tmp_path):
     done = subprocess.run(command, cwd=installed, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == lab.predict(path, finished).names
+
+
+@pytest.mark.parametrize(
+    ("images", "settings", "message"),
+    [
+        ([["0.png"]], {}, "images contain an object of type list. Give paths."),
+        (Image.new("RGB", (0, 5)), {}, r"cannot read image 0 \(it has no pixels\). Replace it."),
+        ("0.png", {"weights": [1]}, "weights contain an object of type list. Give paths."),
+    ],
+)
+def test_p7_what_cannot_be_classified_is_named(finished, images, settings, message):
+    with pytest.raises(UserError, match=message):
+        lab.predict(images, **{"weights": finished} | settings)
+
+
+def test_p7_a_device_that_is_not_there_is_named(finished):
+    with pytest.raises(UserError, match=r"cannot use the device gpu \(.*\)\. Give auto or cpu\."):
+        lab.load_model(finished, device="gpu")

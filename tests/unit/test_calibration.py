@@ -13,9 +13,11 @@ from safetensors.torch import load_file
 import evaluate
 import lab
 import predict
+import train
 from lab import export
 from lab.checkpoint import weights
 from lab.data import DataConfig, load_split
+from lab.engine import metrics
 from lab.engine.calibration import (
     coverage_table,
     expected_calibration_error,
@@ -118,6 +120,21 @@ def test_calibrating_again_gives_the_same_temperature(calibrated, tmp_path):
     evaluate.main([str(again), *QUIET, "--calibrate"])
     temperature = weights.read_metadata(again / "best.safetensors")["temperature"]
     assert temperature == pytest.approx(report["temperature"])
+
+
+def test_a_resumed_run_without_a_better_epoch_is_tested_with_the_temperature(
+    calibrated, tmp_path, monkeypatch
+):
+    path, _, evaluated = calibrated
+    run = shutil.copytree(path, tmp_path / "run")
+    file = run / "best.safetensors"
+    metadata = weights.read_metadata(file) | {"best_epoch": 2}
+    weights.write_weights(file, weights.read_tensors(file), metadata)
+    monkeypatch.setattr(metrics, "is_better", lambda *_: False)
+    train.main(["--resume", str(run), "--epochs", "4", "--max-steps", "0", "--quiet"])
+    report = json.loads((run / "report.json").read_text())
+    assert report["loss"] == evaluated["loss"]
+    assert report["temperature"] == evaluated["temperature"]
 
 
 def test_predict_and_export_use_the_temperature(calibrated, tmp_path):

@@ -239,6 +239,29 @@ def test_p7_mistakes_are_one_line(fails, tmp_path, validated):
     )
 
 
+def test_p3_results_of_a_run_or_a_cross_validation_are_not_replaced(validated, tmp_path, fails):
+    (tmp_path / "runs/x").mkdir(parents=True)
+    (tmp_path / "runs/x/config.json").write_text("{}")
+    words = ("--dataset", "digits", "--name", "x", "--output-dir", tmp_path / "runs")
+    assert fails(cross_validate, *words) == (
+        f"{tmp_path}/runs/x is a run, whose test results would be replaced. Give another --name."
+    )
+    words = (validated / "fold-1", "--dataset", validated.parents[1] / "data")
+    assert fails(evaluate, *words, "--output", validated) == (
+        f"{validated} is a cross-validation, whose results would be replaced. "
+        "Give another --output."
+    )
+
+
+def test_a_settings_file_may_contain_options_that_are_not_accepted(monkeypatch, tmp_path, fails):
+    monkeypatch.setattr(train, "main", lambda _: SimpleNamespace(interrupted=True, exit_code=0))
+    (tmp_path / "s.yaml").write_text("model: lenet5\ndataset: digits\nfold: 0\n")
+    words = ("--config", tmp_path / "s.yaml", "--output-dir", tmp_path / "runs")
+    assert cross_validate.main([*map(str, words)]) == 0
+    (tmp_path / "s.yaml").write_text("model: lenet5\ndataset: digits\nfolds: 5\nfold: 2\n")
+    assert fails(cross_validate, *words).startswith("--fold is not an option")
+
+
 def test_the_time_limit_is_that_of_all_folds(monkeypatch):
     limits = []
 

@@ -177,6 +177,10 @@ def test_p1_two_processes_answer_for_each_path_on_standard_input(trained, tmp_pa
         ),
         ("empty --top-k 0", "invalid --top-k 0: expected at least 1."),
         ("empty --csv a --json a", "--json and --csv both write a. Give different files."),
+        (
+            "empty --json image.PNG",
+            "invalid --json image.PNG: it is no text file. Give another name.",
+        ),
         ("empty --csv a --json ./a", "--json and --csv both write ./a. Give different files."),
         ("empty --csv pipe", "invalid --csv pipe: it is not a regular file. Give a file name."),
     ],
