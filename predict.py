@@ -99,8 +99,11 @@ def main(argv: list[str] | None = None) -> int:
     for file, flag in files.items():
         if file != "-":
             check_output_file(flag, Path(file))
-            if Path(file).suffix.lower() in (*SUFFIXES, ".safetensors"):  # of the input
-                raise UserError(f"invalid {flag} {file}: it is no text file", "Give another name")
+            if Path(file).suffix.lower() in (*SUFFIXES, ".safetensors"):
+                raise UserError(
+                    f"invalid {flag} {file}: its name is that of an image or of weights",
+                    "Give the name of a text file",
+                )
     path = weights.find_weights(config.weights)
     metadata = weights.read_metadata(path, config.model)
 

@@ -309,7 +309,7 @@ def evaluation_dir(
         raise UserError(
             f"{path} is a run, whose test results would be replaced", "Give another --output"
         )
-    if any(path.glob(f"fold-*/{CONFIG}")):
+    if os.path.isdir(path) and any(path.glob(f"fold-*/{CONFIG}")):
         raise UserError(
             f"{path} is a cross-validation, whose results would be replaced",
             "Give another --output",

@@ -179,7 +179,8 @@ def test_p1_two_processes_answer_for_each_path_on_standard_input(trained, tmp_pa
         ("empty --csv a --json a", "--json and --csv both write a. Give different files."),
         (
             "empty --json image.PNG",
-            "invalid --json image.PNG: it is no text file. Give another name.",
+            "invalid --json image.PNG: its name is that of an image or of weights. "
+            "Give the name of a text file.",
         ),
         ("empty --csv a --json ./a", "--json and --csv both write ./a. Give different files."),
         ("empty --csv pipe", "invalid --csv pipe: it is not a regular file. Give a file name."),
