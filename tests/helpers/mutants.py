@@ -304,8 +304,8 @@ MUTANTS = (
         "P6: the weights of the best epoch are tested",
         "the weights of the last epoch are tested",
         "train.py",
-        "            best_weights.load(accelerator, train_step.eval_model)\n",
-        "            pass\n",
+        "temperature = best_weights.load(accelerator, train_step.eval_model)\n",
+        "temperature = 1.0\n",
         "unit/test_train.py::test_p6_the_epoch_kept_is_the_best_by_the_number_chosen[macro_f1-1]",
     ),
     Mutant(
