@@ -88,7 +88,6 @@ def main(argv: list[str] | None = None) -> int:
 
     from lab import inference
     from lab.checkpoint import weights
-    from lab.data.image_folder import SUFFIXES
     from lab.data.loaders import LoaderOptions
     from lab.distributed import build_accelerator, raise_on_all_ranks
     from lab.engine.training import to_device
@@ -99,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
     for file, flag in files.items():
         if file != "-":
             check_output_file(flag, Path(file))
-            if Path(file).suffix.lower() in (*SUFFIXES, ".safetensors"):
+            if Path(file).suffix.lower() in inference.INPUT_SUFFIXES:
                 raise UserError(
                     f"invalid {flag} {file}: its name is that of an image or of weights",
                     "Give the name of a text file",

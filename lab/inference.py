@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     Images = File | Image.Image | Sequence[File | Image.Image] | Tensor | np.ndarray
 
 
+INPUT_SUFFIXES = (*SUFFIXES, ".safetensors")  # of images and weights, which no output replaces
 GIVE_IMAGES = "Give image files, or directories that contain some"
 
 

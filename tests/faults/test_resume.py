@@ -75,8 +75,8 @@ def test_p6_the_weights_of_an_incomplete_epoch_are_replaced(tmp_path, monkeypatc
             def scores(self):
                 return super().scores() | {"accuracy": next(numbers, 0.0)}
 
-        def altered(*arguments):
-            return Altered(**vars(predict_all(*arguments)))
+        def altered(*arguments, **settings):
+            return Altered(**vars(predict_all(*arguments, **settings)))
 
         numbers, predict_all = iter(accuracies), evaluation.predict_all
         with monkeypatch.context() as patch:

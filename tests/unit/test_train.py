@@ -245,8 +245,8 @@ def test_p6_the_epoch_kept_is_the_best_by_the_number_chosen(
             assert next(epochs, None) is None
             return super().report()
 
-    def altered(*arguments):
-        return Altered(**vars(predict_all(*arguments)))
+    def altered(*arguments, **settings):
+        return Altered(**vars(predict_all(*arguments, **settings)))
 
     monkeypatch.setattr(evaluation, "predict_all", altered)
     words = ["--max-train-samples", "64", "--epochs", "3", "--max-steps", "0", "--lr", "0.01"]
@@ -325,8 +325,8 @@ def strict(text):
 def test_a_loss_that_is_not_finite_is_null_in_every_file(tmp_path, monkeypatch, capfd):
     factors = iter((1, math.nan, math.nan))  # epoch 1, epoch 2, test
 
-    def without_losses(*arguments):
-        predictions = predict_all(*arguments)
+    def without_losses(*arguments, **settings):
+        predictions = predict_all(*arguments, **settings)
         return dataclasses.replace(predictions, losses=predictions.losses * next(factors))
 
     with monkeypatch.context() as patch:
