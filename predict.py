@@ -14,10 +14,8 @@ classified, and the exit code is 1.
 import os
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 from lab import console
-from lab.checkpoint.atomic_io import check_output_file
 from lab.config.cli import parse_arguments
 from lab.config.schema import (
     DEBUG,
@@ -96,13 +94,7 @@ def main(argv: list[str] | None = None) -> int:
     # Weights
     files = {file: flag for flag, file in (("--json", config.json), ("--csv", config.csv)) if file}
     for file, flag in files.items():
-        if file != "-":
-            check_output_file(flag, Path(file))
-            if Path(file).suffix.lower() in inference.INPUT_SUFFIXES:
-                raise UserError(
-                    f"invalid {flag} {file}: its name is that of an image or of weights",
-                    "Give the name of a text file",
-                )
+        inference.check_output(flag, file)
     path = weights.find_weights(config.weights)
     metadata = weights.read_metadata(path, config.model)
 

@@ -372,6 +372,13 @@ def layers() -> str:
 # benchmarks/RESULTS.md
 
 
+def saving_shares() -> list[float]:
+    """Return the time of saving as shares of an epoch, in percent."""
+    plain, with_saving = log("saving")["plain"], log("saving")["saving"]
+    epoch = statistics.median(plain) / saving.STEPS * saving.STEPS_PER_EPOCH
+    return [100 * (b - a) / epoch for a, b in zip(plain, with_saving, strict=True)]
+
+
 def speed() -> str:
     """Return the table of the measurements on CPUs."""
     epyc_alexnet = log("alexnet-avx2")["cases"]["AlexNet, photographs"]
@@ -402,9 +409,6 @@ def speed() -> str:
     def median(results: list[dict], key: str) -> float:
         return statistics.median(row[key] for row in results)
 
-    plain, with_saving = log("saving")["plain"], log("saving")["saving"]
-    epoch = statistics.median(plain) / saving.STEPS * saving.STEPS_PER_EPOCH
-    shares = [100 * (b - a) / epoch for a, b in zip(plain, with_saving, strict=True)]
     first_run = (
         "`train_speed.py --mnist data --contenders notebook,accelerate,timm,resident-float32,"
         "resident,lab,floor`"
@@ -446,7 +450,7 @@ def speed() -> str:
          f"{against(resnet, 'resident', 'train_seconds')}; without channels_last "
          + against(resnet, "resident-float32", "train_seconds")),
         ("one checkpoint and best.safetensors, share of an epoch (AlexNet, AdamW, 178 and 59 MB)",
-         "`saving.py --rounds 8`", "2 %", f"{spread(shares)} %"),
+         "`saving.py --rounds 8`", "2 %", f"{spread(saving_shares())} %"),
         ("2 processes over gloo against 1, AlexNet †", "`worlds.py --rounds 3`", "0.85",
          of_one(epyc, "2 processes") + bound
          + of_one(epyc, "2 processes, no all-reduce")),

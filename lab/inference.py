@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from lab import console
 from lab.checkpoint import weights as weights_module
-from lab.checkpoint.atomic_io import write_atomically
+from lab.checkpoint.atomic_io import check_output_file, write_atomically
 from lab.config.schema import EVAL_BATCH_SIZE
 from lab.data import DataConfig
 from lab.data.decode import decode, pixels
@@ -46,7 +46,6 @@ if TYPE_CHECKING:
     Images = File | Image.Image | Sequence[File | Image.Image] | Tensor | np.ndarray
 
 
-INPUT_SUFFIXES = (*SUFFIXES, ".safetensors")  # of images and weights, which no output replaces
 GIVE_IMAGES = "Give image files, or directories that contain some"
 
 
@@ -235,6 +234,18 @@ def csv_rows(
             cells.append("" if p.error else "no" if p.is_undecided(min_confidence) else "yes")
         writer.writerow([p.path, p.error, *cells])
     return text.getvalue().encode("utf-8", "surrogateescape")
+
+
+def check_output(flag: str, target: str) -> None:
+    """Raise `UserError` if `write_output` could not write `target`, or could replace an input."""
+    if target == "-":
+        return
+    check_output_file(flag, Path(target))
+    if Path(target).suffix.lower() in (*SUFFIXES, ".safetensors"):
+        raise UserError(
+            f"invalid {flag} {target}: its name is that of an image or of weights",
+            "Give the name of a text file",
+        )
 
 
 def write_output(target: str, content: bytes) -> None:

@@ -185,7 +185,7 @@ class ResizedImages(LazyImages):
             part = slice(start, start + 1024)
             resized[part] = self._resize(self.images[part])
 
-        # torch resizes uint8 images in one thread.
+        # PyTorch itself resizes uint8 images with three channels in one thread.
         with ThreadPoolExecutor(max(1, num_workers)) as pool:
             list(pool.map(resize_part, range(0, len(self.images), 1024)))
         return resized

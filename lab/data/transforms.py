@@ -114,12 +114,11 @@ class EvalTransform:
 def to_grayscale(images: Tensor) -> Tensor:
     """Return grayscale images uint8 [..., 1, H, W] of RGB images [..., 3, H, W].
 
-    Gray pixels keep their values: torchvision's weights add up to 0.9999, and it would truncate the
-    result for uint8, so that 255 became 254.
+    The weights are torchvision's, which add up to 0.9999. torchvision truncates the result for
+    uint8, so that 255 became 254; rounding keeps the values of gray pixels.
     """
-    from torchvision.transforms.v2 import functional as TF
-
-    return TF.rgb_to_grayscale(images.float()).round().byte()
+    red, green, blue = images.float().split(1, -3)
+    return red.mul(0.2989).add_(green, alpha=0.587).add_(blue, alpha=0.114).round_().byte()
 
 
 class SampleTransform:

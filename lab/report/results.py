@@ -36,10 +36,10 @@ def write_results(
 ) -> dict[str, Any]:
     """Write and print the results on the test split, and return the content of report.json.
 
-    The logits of the `predictions` were divided by `temperature`.
-    The main process writes the predictions, report.json, the plots, the page and, last, the model
-    card, which marks the run as finished. Raises `UserError` on all processes if a file cannot be
-    written; only warns if plots or page fail.
+    The logits of the `predictions` were divided by `temperature`. The main process writes the
+    predictions, report.json, the plots, the page and, last, the model card, which marks the run as
+    finished. Raises `UserError` on all processes if a file cannot be written; only warns if plots
+    or page fail.
     """
     report = {
         "split": "test",

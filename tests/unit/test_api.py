@@ -153,6 +153,8 @@ assert "torch" not in sys.modules
 assert lab.__file__.startswith(sys.argv[1]), lab.__file__
 prediction = lab.predict(sys.argv[3], lab.load_model(sys.argv[2], "cpu"))
 print(*prediction.names)
+slow_imports = {"torchvision", "torch._dynamo", "torch._inductor"}  # LeNet-5 needs none of them
+assert not slow_imports & {*sys.modules}, slow_imports & {*sys.modules}
 """
 
 

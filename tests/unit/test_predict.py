@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from resuming import start
-from worlds import python, run_all, world_by_hand
+from worlds import python, run_all, run_world, world_by_hand
 
 import evaluate
 import predict
@@ -116,6 +116,23 @@ def test_a_reader_of_the_output_may_end_early(monkeypatch):
     with os.fdopen(write_end, "w") as output:  # closing it writes what is left
         monkeypatch.setattr(sys, "stdout", output)
         write_output("-", b"a line\n")
+
+
+def test_p7_all_processes_wait_for_the_files_that_the_first_writes(trained, tmp_path):
+    """A launcher ends all processes after the first with an exit code, so that they were lost."""
+    script = tmp_path / "full.py"
+    script.write_text(
+        "import sys, predict\nfrom lab import errors, inference\n"
+        "def fail(*_): raise errors.UserError('the disk is full', 'Free some space')\n"
+        "inference.write_output = fail\n"
+        "sys.exit(errors.run_script(lambda: predict.main(sys.argv[1:])))\n"
+    )
+    words = (trained[1] / "dark", "--csv", tmp_path / "x.csv", "--threads", 1, "--workers", 0)
+    ended = run_world(2, script, trained[0], *words, limit=200)
+    assert [end.code for end in ended] == [2, 2]
+    assert [line for end in ended for line in end.errors] == [
+        "error: the disk is full. Free some space."
+    ]
 
 
 @pytest.mark.parametrize("top", [True, False])
