@@ -24,7 +24,6 @@ FAMILIES = {  # name: image size in pixels
     "vit_tiny_patch16_224": 32,
     "convnext_atto": 32,
     "deit_tiny_distilled_patch16_224": 32,
-    "swin_tiny_patch4_window7_224": 32,
     "efficientnet_lite0": 32,
     "mobilenetv4_conv_small": 32,
     "regnetx_002": 32,
