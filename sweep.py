@@ -293,11 +293,13 @@ def environments() -> list[dict[str, str]]:
     """Return the environment variables of a run on each GPU; of one run if there is no more."""
     import torch
 
+    from lab.distributed import num_cores
+
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     ids = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
     if len(ids) < 2:
         return [{}]
-    threads = str(max(1, (os.cpu_count() or 1) // len(ids)))
+    threads = str(max(1, num_cores() // len(ids)))
     return [{"CUDA_VISIBLE_DEVICES": gpu, "OMP_NUM_THREADS": threads} for gpu in ids]
 
 

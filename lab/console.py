@@ -173,8 +173,8 @@ def epoch_row(row: Mapping[str, Any], best: bool, selection_split: str) -> None:
     global _header_printed
     if row.get("skipped_steps"):
         warn(
-            f"epoch {row['epoch']}: {row['skipped_steps']} steps were skipped because the loss or "
-            "a gradient was not finite"
+            f"epoch {row['epoch']}: {row['skipped_steps']} steps were skipped because a "
+            "gradient was not finite"
         )
     if not is_verbose():
         return
@@ -260,8 +260,10 @@ def is_main_process() -> bool:
     """Return whether this process prints."""
     if _main_process is not None:
         return _main_process
+    # Before processes are connected, one of each machine: only that machine may have the mistake.
+    rank = os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0"))
     # A leftover RANK has no meaning in a world of one process.
-    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
+    return os.environ.get("WORLD_SIZE", "1") == "1" or rank == "0"
 
 
 def is_verbose() -> bool:

@@ -1,6 +1,7 @@
 """Processes and hardware: the Accelerator, precision, threads, memory, and errors on all ranks."""
 
 import ctypes
+import gc
 import multiprocessing
 import os
 import platform
@@ -60,16 +61,24 @@ def keep_freed_memory() -> None:
         mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
 
 
-# The limit of a container, of version 2 and 1 of control groups.
-MEMORY_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+# Version 2 and 1 of control groups: the directory, and its files with the limit and the use.
+CONTAINERS = (
+    ("/sys/fs/cgroup", "memory.max", "memory.current"),
+    ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+)
 
 
 def available_memory() -> int:
-    """Return the bytes that are available on this host, or the limit of the container if lower."""
+    """Return the bytes that are available on this host, or in the container if they are fewer."""
     memory = psutil.virtual_memory().available
-    for path in MEMORY_LIMITS:
+    for directory, limit, use in CONTAINERS:
         with suppress(OSError, ValueError):  # without a limit, the text is "max"
-            memory = min(memory, int(Path(path).read_text()))
+            free = int(Path(directory, limit).read_text()) - int(Path(directory, use).read_text())
+            lines = Path(directory, "memory.stat").read_text().splitlines()
+            sizes = dict(line.split(maxsplit=1) for line in lines)
+            # Cached files, which the system can drop.
+            free += int(sizes.get("total_inactive_file") or sizes.get("inactive_file", "0"))
+            memory = min(memory, max(0, free))
     return memory
 
 
@@ -103,7 +112,6 @@ def build_accelerator(
     )
     # The user's environment may set it; then `backward` would divide the loss by it.
     accelerator.gradient_accumulation_steps = 1
-    keep_freed_memory()
     torch.set_num_threads(threads or default_threads())
     if device_type == "cuda":
         tf32 = mixed_precision != "no"  # "no" requests float32 explicitly
@@ -125,6 +133,7 @@ def init_distributed(
     Raises `UserError` if the launcher's processes would each train alone, or each have a part of
     the model.
     """
+    keep_freed_memory()
     _check_sharding()
     _check_cpu_launch()
     _check_restarts()
@@ -136,10 +145,12 @@ def init_distributed(
         )
     device = torch.accelerator.current_accelerator(check_available=True)
     # Without cpu=True, each CPU process of torchrun or a MULTI_GPU file would be its own world.
-    world = PartialState(
-        cpu=cpu or device is None or _flag("ACCELERATE_USE_CPU"),
-        timeout=timedelta(seconds=timeout_seconds),
-    )
+    cpu = cpu or device is None or _flag("ACCELERATE_USE_CPU")
+    if world_size == 1:  # an earlier run in this process may have had another device
+        earlier = PartialState._shared_state.get("device")
+        if earlier and cpu != (earlier.type == "cpu"):
+            PartialState._reset_state()
+    world = PartialState(cpu=cpu, timeout=timedelta(seconds=timeout_seconds))
     if world.num_processes != world_size:
         raise UserError(
             f"the launcher started {world_size} processes, but they are not connected (the world "
@@ -219,6 +230,8 @@ def memory_for_data(device: torch.device) -> float:
     """
     free = available_memory() / local_world_size()
     if device.type == "cuda":
+        gc.collect()  # the data of an earlier run in this process
+        torch.cuda.empty_cache()
         free = min(free, torch.cuda.mem_get_info(device)[0])
     return free / 2
 

@@ -100,6 +100,7 @@ def as_user_error(error: Exception) -> UserError | None:
         or _out_of_memory(error)
         or _batch_norm_error(error)
         or _unused_parameters(error)
+        or _shared_gpu(error)
     )
 
 
@@ -132,6 +133,17 @@ def _unused_parameters(error: Exception) -> UserError | None:
     return UserError(
         "on several processes, every parameter of the model must have a gradient in each step",
         "Remove parameters that do not influence the logits, or set their requires_grad to False",
+        rank_local=True,
+    )
+
+
+def _shared_gpu(error: Exception) -> UserError | None:
+    if "Duplicate GPU detected" not in str(error):  # NCCL's
+        return None
+    return UserError(
+        "two processes were given the same GPU",
+        "Launch with --num_processes (accelerate) or --nproc-per-node (torchrun) set to the number "
+        "of GPUs",
         rank_local=True,
     )
 

@@ -140,6 +140,16 @@ def _pixels(image: Image.Image, number: int) -> Tensor:
         raise UserError(f"cannot read image {number} ({error})", "Replace it") from error
 
 
+def top_classes(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """Return the largest probabilities float32 [n, top_k], and their classes int64 [n, top_k].
+
+    Logits are float32 [n, K]. Of equal probabilities the first class comes first, as in evaluation;
+    `Tensor.topk` has no such order.
+    """
+    probabilities, classes = logits.softmax(1).sort(dim=1, descending=True, stable=True)
+    return probabilities[:, :top_k], classes[:, :top_k]
+
+
 @torch.no_grad()
 def predict_files(
     accelerator: Accelerator,
@@ -182,18 +192,18 @@ def predict_files(
             if indices:
                 inputs = transform(images.to(device))
                 logits = predict_logits(model, inputs, tta) / metadata["temperature"]
-                top = logits.softmax(1).topk(top_k)
-                rows = torch.stack((top.values, top.indices.float()), 1)
+                values, classes = top_classes(logits, top_k)
+                rows = torch.stack((values, classes.float()), 1)
                 table[torch.tensor(indices, device=device)] = rows
-                on_images(indices, images, top.indices[:, 0])
+                on_images(indices, images, classes[:, 0])
             on_batch(num_done, num_done / (time.perf_counter() - start))
     table = accelerator.reduce(table).cpu()
     error_by_index = dict(gather_object(errors) if accelerator.num_processes > 1 else errors)
     predictions = []
     for i, (path, (values, classes)) in enumerate(zip(paths, table.tolist(), strict=True)):
-        top_classes = tuple((names[int(k)], v) for v, k in zip(values, classes, strict=True))
+        top = tuple((names[int(k)], v) for v, k in zip(values, classes, strict=True))
         error = error_by_index.get(i, "")
-        predictions.append(ImagePrediction(path, () if error else top_classes, error))
+        predictions.append(ImagePrediction(path, () if error else top, error))
     return predictions
 
 

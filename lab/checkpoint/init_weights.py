@@ -125,5 +125,10 @@ def freeze(model: nn.Module, architecture: dict[str, Any], part: str) -> None:
     """
     if part == "backbone":
         classifier = classifier_param_names(**architecture)
+        if not classifier:
+            raise UserError(
+                "--freeze backbone cannot find the classifier of a model that was passed as a module",
+                "Give a function that builds the model for a number of classes",
+            )
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in classifier)

@@ -343,6 +343,8 @@ def restore(train_step: TrainStep, checkpoint: Checkpoint) -> TrainState:
     if train_step.ema is not None:
         load(train_step.ema.module, "ema.")
     all_shapes = optimizer_state_shapes(train_step.optimizer)
+    defaults = train_step.optimizer.defaults
+    reads_step = defaults.get("fused") or defaults.get("capturable")  # on the device
     for name, parameter in train_step.model.named_parameters():
         shapes = all_shapes.get(parameter, {})
         keys = {slot: f"optimizer.{slot}.{name}" for slot in shapes}
@@ -352,8 +354,8 @@ def restore(train_step: TrainStep, checkpoint: Checkpoint) -> TrainState:
         for slot, tensor in loaded.items():
             if tensor.shape == parameter.shape:  # same memory format as the parameter
                 tensor = torch.empty_like(parameter).copy_(tensor)
-            else:
-                tensor = tensor.float()
+            else:  # the number of steps: as in a new run, where the optimizer reads it
+                tensor = tensor.float() if reads_step else tensor.float().cpu()
             train_step.optimizer.state[parameter][slot] = tensor.detach()
     return checkpoint.train_state(accelerator.process_index, accelerator.num_processes)
 

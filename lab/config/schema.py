@@ -311,7 +311,8 @@ class TrainConfig:
     patience: int = option(0, TRAINING,
         "stop after this number of epochs without improvement; 0: never", low=0, metavar="N")
     on_nonfinite: str = option("stop", TRAINING,
-        "if the loss or a gradient is not finite: stop, or skip the step on all processes",
+        "stop if the loss is not finite, or skip steps with a gradient that is not finite, on all "
+        "processes",
         choices=("stop", "skip"))
     seed: int = option(42, TRAINING,
         "random seed of the weights, the sample order, augmentation and dropout",

@@ -29,7 +29,7 @@ IN_USE: set[Path] = set()  # the files that this process has read or written
 
 def cache_dir() -> Path:
     """Return the cache directory, which is in LAB_CACHE or in the user's cache directory."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(os.environ.get("LAB_CACHE") or Path(home) / "lab") / "images"
 
 

@@ -56,7 +56,7 @@ class ResidentLoader:
         self.mixup = transform.mixup if sampler.seed is not None else None
         # Without augmentation there are too few kernels for a graph to be faster.
         use_graphs = graphs and sampler.seed is not None and transform.augment
-        self.read = CUDAGraphRunner(self._read) if use_graphs else self._read
+        self.graph_runner = CUDAGraphRunner(self._read) if use_graphs else None
 
     def _read(self, indices: Tensor, bits: Tensor | None = None) -> Tensor:
         images = self.images.index_select(0, indices)  # faster than indexing
@@ -65,13 +65,13 @@ class ResidentLoader:
     def batches(self, epoch: int = 0, first: int = 0) -> Iterator[Batch]:
         """Yield this process's part of each batch of an epoch, starting at batch `first`."""
         order, bits, weights = _draw_epoch(self, epoch)
-        mixes = self.mixup is not None
+        mixes, read = self.mixup is not None, self.graph_runner or self._read
         for batch_slice in self.sampler.slices(first):
             indices = self.sampler.take(order, batch_slice, mixes)
             if bits is None:
-                images = self.read(indices)
+                images = read(indices)
             else:
-                images = self.read(indices, self.sampler.take(bits, batch_slice, mixes))
+                images = read(indices, self.sampler.take(bits, batch_slice, mixes))
             yield _make_batch(self, images, indices, epoch, batch_slice, weights)
 
     def close(self) -> None:

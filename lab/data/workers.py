@@ -11,6 +11,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from collections import deque
@@ -28,6 +29,9 @@ from lab.errors import UserError
 BATCHES_PER_WORKER = 2  # read ahead
 POLL_SECONDS = 1  # interval of the checks that all workers are alive
 TIMEOUT_SECONDS = 300  # per batch
+# Forked workers share the memory of this process, and can call any function of it. From Python 3.14
+# on, this is no longer the default on Linux.
+CONTEXT = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
 EXIT_SECONDS = 5  # for workers to finish their batches when the reader is closed
 
 
@@ -67,7 +71,7 @@ class BatchReader:
     def _read_ahead(self, batches: Iterable[Tensor]) -> Iterator[Any]:
         if self._pool is None:
             self._pool = ProcessPoolExecutor(
-                self.num_workers, initializer=_init_worker, initargs=(self.function,)
+                self.num_workers, CONTEXT, initializer=_init_worker, initargs=(self.function,)
             )
         pool, complete = self._pool, False
         remaining, pending = iter(batches), deque[Future[Any]]()
@@ -75,7 +79,7 @@ class BatchReader:
             while True:
                 room = BATCHES_PER_WORKER * self.num_workers - len(pending)
                 for indices in islice(remaining, room):
-                    pending.append(pool.submit(_call, indices.numpy()))
+                    pending.append(self._submit(pool, indices))
                 if not pending:
                     complete = True
                     return
@@ -85,6 +89,20 @@ class BatchReader:
         finally:
             if not complete and pool is self._pool:
                 self.close()
+
+    def _submit(self, pool: ProcessPoolExecutor, indices: Tensor) -> Future[Any]:
+        try:
+            # A copy: spawning a worker moves tensors of the function to shared memory, and
+            # `indices` may be a view of one.
+            return pool.submit(_call, indices.numpy().copy())
+        except Exception as error:  # starting a worker raises exceptions of several types
+            if "pickle" not in str(error):
+                raise
+            raise UserError(
+                f"the dataset cannot be sent to worker processes ({error})",
+                "Define its functions and classes at the top level of a module, or give "
+                f"{self.fallback}",
+            ) from error
 
     def _result(self, pool: ProcessPoolExecutor, future: Future[Any]) -> Any:
         deadline = time.monotonic() + TIMEOUT_SECONDS

@@ -58,14 +58,15 @@ def layer_scales(model: nn.Module, layer_decay: float) -> dict[float, list[nn.Pa
     The last block of the model has factor 1, each block before it `layer_decay` times the factor of
     the next (Bao et al. 2022, "BEiT", and Howard, Ruder 2018 before it). A block is all parameters
     with the same name up to its first part with a digit, such as `features.3`, `layer1` or
-    `encoder.layers.encoder_layer_0`; the blocks are in the order of `model.parameters()`. The
-    models of timm define their blocks themselves.
+    `encoder.layers.encoder_layer_0`, or those of one module if there is no digit, such as
+    `encoder.ln`. The blocks are in the order of `model.parameters()`. The models of timm define
+    their blocks themselves.
     """
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if layer_decay == 1:
         return {1.0: [p for _, p in trained]}
     if hasattr(model, "group_matcher"):
-        from timm.optim import param_groups_layer_decay  # type: ignore[attr-defined]
+        from timm.optim import param_groups_layer_decay
 
         scales: dict[float, list[nn.Parameter]] = {}
         for group in param_groups_layer_decay(model, layer_decay=layer_decay):
@@ -74,8 +75,9 @@ def layer_scales(model: nn.Module, layer_decay: float) -> dict[float, list[nn.Pa
     blocks: dict[str, list[nn.Parameter]] = {}
     for name, parameter in trained:
         parts = name.split(".")
-        numbered = (i for i, part in enumerate(parts) if any(map(str.isdigit, part)))
-        blocks.setdefault(".".join(parts[: next(numbered, 0) + 1]), []).append(parameter)
+        ends = (i for i, part in enumerate(parts, 1) if any(map(str.isdigit, part)))
+        end = next(ends, max(1, len(parts) - 1))
+        blocks.setdefault(".".join(parts[:end]), []).append(parameter)
     last = len(blocks) - 1
     return {layer_decay ** (last - i): block for i, block in enumerate(blocks.values())}
 

@@ -278,14 +278,15 @@ def train_one_epoch(
             loss = None
             if totals is not None:
                 loss = accelerator.reduce(totals[0]).item() / batch.global_batch_size
-                _check_finite(accelerator, loss, state)
+                _check_finite(accelerator, loss, config, state)
             on_log({"step": state.step, "epoch": state.epoch, "loss": loss, "learning_rate": lr})
         state.seconds = time.perf_counter() - start
         on_step(state.batch, num_samples / state.seconds, loss)
         if should_stop(state):
             return None
     loss_sum, num_correct, _ = accelerator.reduce(state.totals).tolist()
-    _check_finite(accelerator, loss_sum, state)
+    state.seconds = time.perf_counter() - start  # until the device has finished the last step
+    _check_finite(accelerator, loss_sum, config, state)
     num_trained, seconds = num_samples - state.skipped_samples, max(1e-9, state.seconds)
     loss_mean, accuracy = None, None
     if num_trained:
@@ -331,16 +332,23 @@ def _part_sizes(num_samples: int, grad_accum_steps: int) -> tuple[int, ...]:
     return tuple(part.stop - part.start for part in parts)
 
 
-def _check_finite(accelerator: Accelerator, loss: float, state: TrainState) -> None:
+def _check_finite(
+    accelerator: Accelerator, loss: float, config: TrainConfig, state: TrainState
+) -> None:
     """Raise `UserError`, naming the first such step, if a loss of the epoch was not finite."""
     if math.isfinite(loss):
         return
     counts = accelerator.gather(state.totals[2:]).tolist()  # of finite steps, for each process
     step = state.step - state.batch + state.skipped_steps + int(min(counts)) + 1
     rank = f" on process {counts.index(min(counts))}" if len(counts) > 1 else ""
+    hint = "Start a new run with a lower --lr or with --max-grad-norm 1"
+    if config.on_nonfinite != "skip":
+        hint += (
+            "; or give --on-nonfinite skip, which skips steps with gradients that are not finite, "
+            "in a new run or with --resume"
+        )
     raise UserError(
         f"the loss is {loss} at step {min(step, state.step)}{rank} "
         f"(learning rate {state.learning_rate:g})",
-        "Start a new run with a lower --lr or with --max-grad-norm 1; or give --on-nonfinite skip, "
-        "which skips such steps, in a new run or with --resume",
+        hint,
     )

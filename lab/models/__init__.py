@@ -172,7 +172,8 @@ def build_without_memory(name: str, **architecture: Any) -> nn.Module:
         with torch.device("meta"):
             return build_model(name, **architecture)
     except NotImplementedError:
-        return build_model(name, **architecture)
+        with torch.random.fork_rng(devices=[]):
+            return build_model(name, **architecture)
 
 
 def classifier_param_names(
@@ -180,9 +181,14 @@ def classifier_param_names(
 ) -> frozenset[str]:
     """Return the names of the parameters whose shape depends on the number of classes.
 
-    All other parameters are the backbone's.
+    All other parameters are the backbone's. There are none if the user gave a module instead of a
+    function: which of its layers is the classifier is not known.
     """
     if is_code(name):  # in a notebook, the user's code may change between two calls
+        from lab.models.own import has_fixed_shape
+
+        if has_fixed_shape(name):
+            return frozenset()
         return _find_classifier_params.__wrapped__(name, num_classes, in_chans, image_size)
     return _find_classifier_params(name, num_classes, in_chans, image_size)
 

@@ -57,9 +57,13 @@ def kaiming_init(model: nn.Module, zero_last: bool) -> None:
     PyTorch's default weights are smaller: after eight layers the signal vanishes, and AlexNet's
     loss stays at log(10) for hundreds of steps. `zero_last` sets the last layer to zero: otherwise
     its logits are so large, as each max pooling selects large activations, that the first loss is
-    several times log(K).
+    several times log(K). Raises `UserError` if the model has no convolution or linear layer.
     """
     layers = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    if not layers:
+        raise UserError(
+            "--init needs a model with layers of type nn.Conv2d or nn.Linear", "Leave out --init"
+        )
     for layer in layers:
         nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
         if layer.bias is not None:

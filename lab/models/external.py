@@ -132,7 +132,8 @@ def _check_image_size(
     """
 
     def try_shapes(device: str) -> None:
-        with torch.device(device), torch.no_grad():
+        # Initial weights must not depend on whether a model of this size was built before.
+        with torch.random.fork_rng(devices=[]), torch.device(device), torch.no_grad():
             model = create(name, 2, in_chans, image_size)
             model(torch.empty(2, in_chans, image_size, image_size))
 

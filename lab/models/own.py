@@ -25,6 +25,7 @@ class OwnModel:
 
     function: ModelFunction
     sha256: str
+    is_module: bool = False  # whether it returns a copy of a model, whatever its arguments are
 
 
 REGISTERED: dict[str, OwnModel] = {}  # by FILE.py:FUNCTION
@@ -48,9 +49,16 @@ def register(name: str) -> OwnModel:
 def register_object(model: nn.Module | ModelFunction) -> str:
     """Register a model, or a function that builds one; return the name that stands for it."""
     name = f"{OBJECT}{getattr(model, '__name__', type(model).__name__)}"
-    function = (lambda *_: copy.deepcopy(model)) if isinstance(model, nn.Module) else model
-    REGISTERED[name] = OwnModel(function, "")
+    if isinstance(model, nn.Module):
+        REGISTERED[name] = OwnModel(lambda *_: copy.deepcopy(model), "", is_module=True)
+    else:
+        REGISTERED[name] = OwnModel(model, "")
     return name
+
+
+def has_fixed_shape(name: str) -> bool:
+    """Return whether a registered model is a module, whose number of classes cannot be changed."""
+    return name in REGISTERED and REGISTERED[name].is_module
 
 
 def sha256(name: str) -> str:

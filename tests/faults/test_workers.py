@@ -55,6 +55,29 @@ def first_indices(reader):
     return [batch[0, 0].item() for batch in batches(reader)]
 
 
+class Positions:
+    """A dataset's labels, whose positions are also what batches are views of."""
+
+    def __init__(self):
+        self.positions = torch.arange(300)
+
+    def __call__(self, indices):
+        return self.positions[indices] % 2
+
+
+def test_spawned_workers_get_the_indices_that_were_asked_for(monkeypatch):
+    """macOS spawns workers: the tensors of the function are moved to shared memory."""
+    monkeypatch.setattr(workers, "CONTEXT", multiprocessing.get_context("spawn"))
+    function = Positions()
+    with BatchReader(function, 1) as reader:
+        labels = torch.cat([*reader.read(function.positions.split(1))])
+    assert labels.tolist() == [0, 1] * 150
+    with BatchReader(lambda indices: indices, 1) as reader:
+        message = r"cannot be sent to worker processes \(.*or give --workers 0"
+        with pytest.raises(UserError, match=message):
+            list(batches(reader))
+
+
 IN_ORDER = list(range(0, NUM_BATCHES * BATCH_SIZE, BATCH_SIZE))
 
 

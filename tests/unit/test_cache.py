@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import shutil
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -256,3 +257,12 @@ def test_of_two_processes_at_once_one_decodes_and_the_other_reads(files):
     assert [process.exitcode for process in both] == [0, 0]
     total = int(files[torch.arange(5)].long().sum())
     assert sorted(results.get() for _ in both) == [(0, total), (5, total)]
+
+
+def test_the_directory_of_a_user_without_a_home(monkeypatch):
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 12345)
+    assert cache.cache_dir() == Path(os.environ["LAB_CACHE"]) / "images"
+    monkeypatch.delenv("LAB_CACHE")
+    assert cache.cache_dir().parts[-2:] == ("lab", "images")

@@ -159,3 +159,25 @@ def test_a_comparison_fits_the_terminal_with_whole_names_and_numbers(monkeypatch
     assert LONG_RUN in "".join(line[:end].strip() for line in lines)  # in several lines
     for name in ("accuracy", "selected on", "vs. best"):
         assert sum(RUN[name] in line for line in lines) == 2
+
+
+@pytest.mark.parametrize(
+    ("environment", "prints"),
+    [
+        ({}, True),
+        ({"RANK": "3"}, True),  # left over: there is one process
+        ({"WORLD_SIZE": "4", "RANK": "1"}, False),
+        ({"WORLD_SIZE": "4", "RANK": "1", "LOCAL_RANK": "1"}, False),
+        ({"WORLD_SIZE": "4", "RANK": "2", "LOCAL_RANK": "0"}, True),  # the first of a machine
+    ],
+)
+def test_p7_before_processes_are_connected_one_of_each_machine_prints(
+    monkeypatch, environment, prints
+):
+    """A mistake such as a missing file may exist on one machine only."""
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(console, "_main_process", None)
+    assert console.is_main_process() == prints

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 import math
 
 import pytest
@@ -17,7 +18,7 @@ from lab.data.sampler import ShardedBatchSampler
 from lab.data.transforms import BatchTransform
 from lab.data.types import Batch, Split
 from lab.distributed import build_accelerator
-from lab.engine.training import seed_dropout, train_one_epoch
+from lab.engine.training import TrainStep, seed_dropout, train_one_epoch
 from lab.errors import UserError
 from lab.models import build_model
 
@@ -216,6 +217,24 @@ def test_an_epoch_reports_its_steps_and_means_over_samples(accelerator):
     assert metrics.images_per_second == pytest.approx(33 / metrics.seconds)
 
 
+def test_the_seconds_of_an_epoch_include_the_steps_that_the_device_has_to_finish(
+    accelerator, monkeypatch
+):
+    """On a GPU, reading the sum of the losses waits for them."""
+    now = itertools.count()  # each call of the clock takes a second
+
+    def reduce(tensor):
+        for _ in range(1000):
+            next(now)
+        return tensor
+
+    monkeypatch.setattr(accelerator, "reduce", reduce)
+    monkeypatch.setattr("lab.engine.training.time.perf_counter", lambda: next(now))
+    metrics, _, _ = train(make_train_step(accelerator))
+    assert metrics.seconds > 1000
+    assert metrics.images_per_second == 33 / metrics.seconds
+
+
 def test_the_rate_follows_the_schedule_within_the_epoch(accelerator):
     train_step = make_train_step(accelerator, schedule="linear", lr=0.5, epochs=2, log_every=1)
     metrics, rows, _ = train(train_step, epoch=2, first_step=5)
@@ -229,8 +248,22 @@ def test_p7_the_first_loss_that_is_not_finite_is_named(accelerator, log_every):
     train_step = make_train_step(accelerator, log_every=log_every)
     loader, state = make_loader(33, 8), TrainState(epoch=2, step=5)
     loader.transform = spoiling(loader.transform, bad=[2])
-    with pytest.raises(ValueError, match=r"the loss is nan at step 8 \(learning rate"):
+    with pytest.raises(UserError, match=r"the loss is nan at step 8 \(learning rate") as caught:
         train_one_epoch(train_step, loader, state, lambda *_: None, lambda _: None)
+    assert "--on-nonfinite skip" in caught.value.hint
+
+
+def test_p7_skipping_is_no_advice_where_it_is_on(accelerator, monkeypatch):
+    """A loss can be infinite although all gradients are finite, as a masked class shows."""
+    train_step = make_train_step(accelerator, on_nonfinite="skip")
+    monkeypatch.setattr(TrainStep, "_loss_sum", lambda *_: logits_sum(*_) + math.inf)
+    with pytest.raises(UserError, match="the loss is inf at step 1") as caught:
+        train(train_step)
+    assert "skip" not in caught.value.hint
+
+
+def logits_sum(_, logits, *__):
+    return logits.sum()
 
 
 def spoiling(transform, bad):

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import PartialState
 from mistakes import FULL, NO_FOLDER
 
 import train
@@ -23,7 +24,7 @@ from lab.config.cli import parse_arguments
 from lab.config.schema import EvalConfig
 from lab.data import DATASETS
 from lab.distributed import build_accelerator
-from lab.errors import UserError, run_script
+from lab.errors import UserError, as_user_error, run_script
 from lab.models import MODELS
 from lab.report.compare import CompareConfig
 from predict import PredictConfig
@@ -296,3 +297,20 @@ def test_p7_a_world_size_without_a_launcher(monkeypatch):
         "WORLD_SIZE is 2, but MASTER_ADDR is not set. "
         "Start with accelerate launch or torchrun, or unset WORLD_SIZE."
     )
+
+
+def test_p7_two_processes_on_one_gpu():
+    error = RuntimeError("Duplicate GPU detected : rank 0 and rank 1 both on CUDA device 1000")
+    assert str(as_user_error(error)).startswith("two processes were given the same GPU. Launch ")
+    assert as_user_error(RuntimeError("another")) is None
+
+
+def test_a_run_on_another_device_than_the_run_before_it(monkeypatch):
+    """In a notebook; the GPU is made up."""
+    assert distributed.init_distributed(cpu=True).device.type == "cpu"
+    gpu = torch.device("cuda")
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.accelerator, "current_accelerator", lambda **_: gpu)
+        patch.setattr(PartialState, "default_device", gpu)
+        assert distributed.init_distributed().device == gpu
+        assert distributed.init_distributed(cpu=True).device.type == "cpu"

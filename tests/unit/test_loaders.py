@@ -1,6 +1,8 @@
 """P1 and P2: which samples are in which batch, on any number of processes, from either loader."""
 
+import gc
 import math
+import weakref
 from contextlib import closing
 from functools import partial
 from itertools import pairwise
@@ -234,6 +236,19 @@ def test_p1_a_process_may_have_nothing_to_evaluate(splits, kind):
     assert sorted(len(part) for part in parts) == [0, 0, 1, 1, 1]
     index = torch.cat([batch.indices for part in parts for batch in part])
     assert torch.equal(index, torch.arange(NUM_FILES))
+
+
+def test_a_loader_is_freed_with_its_last_reference():
+    """Its images would leave too little memory for the next run in the same process."""
+    loader = make_loader(make_split(7))
+    reference = weakref.ref(loader)
+    gc.disable()
+    try:
+        assert len(list(loader.batches())) == 2
+        del loader
+        assert reference() is None
+    finally:
+        gc.enable()
 
 
 def test_evaluation_is_in_order_and_never_augmented(splits):

@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from lab.config.recipes import resolve
+from lab.errors import UserError
 from lab.models import build_model
+from lab.models.alexnet import kaiming_init
 
 CLASSIC = ("lenet5", "alexnet")  # the others: test_adapted.py
 LENET5 = [
@@ -157,3 +159,8 @@ def test_kaiming_keeps_the_variance_through_relus():
             tolerance = 5 * expected / (2 * layer.weight.numel()) ** 0.5  # five standard errors
             assert layer.weight.std().item() == pytest.approx(expected, abs=tolerance)
             assert not layer.bias.any()
+
+
+def test_p7_initialization_needs_layers():
+    with pytest.raises(UserError, match="--init needs a model with layers"):
+        kaiming_init(nn.Sequential(nn.Flatten(), nn.BatchNorm1d(4)), zero_last=True)

@@ -180,6 +180,14 @@ def test_optimizer_state_shapes_are_those_of_the_optimizer(name):
     assert shapes == optimizer_state_shapes(optimizer)
 
 
+def test_the_last_norm_of_a_transformer_is_a_block_of_its_own():
+    model = build_model("vit_tiny", num_classes=3, in_chans=3, image_size=32)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    scales = {names[p]: scale for scale, ps in layer_scales(model, 0.5).items() for p in ps}
+    assert [scale for name, scale in scales.items() if ".ln." in name] == [0.5, 0.5]
+    assert {scale for name, scale in scales.items() if "encoder_layer_11." in name} == {0.25}
+
+
 @pytest.mark.parametrize("optimizer", ["muon", "nesterov"])
 def test_earlier_blocks_have_lower_learning_rates(optimizer):
     model = build_model("torchvision:resnet18", num_classes=3, in_chans=3, image_size=32)

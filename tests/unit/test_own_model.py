@@ -250,6 +250,10 @@ def test_model_of_a_notebook(tmp_path):
         "python-tiny-digits",
         "python-Sequential-digits",
     ]
+    again = [*argv, "--init-checkpoint", str(of_module.path)]
+    assert train.main(again, model=tiny(10, 1, 32)).is_finished
+    with pytest.raises(UserError, match="passed as a module"):
+        train.main([*again, "--freeze", "backbone"], model=tiny(10, 1, 32))
     model, _ = lab.load_model(run.path, "cpu", model=tiny)
     assert model(torch.zeros(1, 1, 32, 32)).shape == (1, 10)
     own.REGISTERED.clear()

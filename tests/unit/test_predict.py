@@ -18,7 +18,7 @@ from worlds import python, run_all, run_world, world_by_hand
 import evaluate
 import predict
 from lab.data.transforms import to_grayscale
-from lab.inference import write_output
+from lab.inference import top_classes, write_output
 
 CLASSES = ("dark", "light", "striped")
 FEW = ["--recipe", "smoke", "--threads", "1", "--quiet"]
@@ -69,6 +69,13 @@ def test_predictions_are_those_of_evaluate(trained, tmp_path, tta, folder):
     assert [row["confidence1"] for row in found] == [row["confidence"] for row in expected]
     assert [row["path"] for row in found] == sorted(map(str, pictures.glob("*/*")))
     assert len({row["class1"] for row in found}) > 1
+
+
+def test_of_equal_probabilities_the_first_class_is_predicted_as_in_evaluation():
+    logits = torch.randn(2000, 100, generator=torch.Generator().manual_seed(0)).bfloat16().float()
+    probabilities, classes = top_classes(logits, 3)
+    assert torch.equal(classes[:, 0], logits.argmax(1))
+    assert torch.equal(probabilities, logits.softmax(1).topk(3).values)
 
 
 def test_what_is_gray_keeps_its_values():

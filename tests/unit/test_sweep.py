@@ -207,6 +207,8 @@ def test_each_gpu_trains_one_run_at_a_time(fake, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-1")
     gpus = sweep_environments()
     assert [env["CUDA_VISIBLE_DEVICES"] for env in gpus] == ["4", "GPU-1"]
+    monkeypatch.setattr("lab.distributed.num_cores", lambda: 6)  # of the process, not the machine
+    assert [env["OMP_NUM_THREADS"] for env in sweep_environments()] == ["3", "3"]
     monkeypatch.setattr(sweep, "environments", lambda: gpus.copy())
     most, original = [], fake.poll
 
