@@ -53,7 +53,8 @@ class PredictConfig:
         "write CSV to this file; - is standard output", metavar="FILE")
     explain: str = option("", REPORT,
         "write each image, with the regions that raised the score of its class in color (Grad-CAM),"
-        " to a PNG file in this new directory; needs pip install -e '.[explain]'", metavar="DIR")
+        " to a PNG file in this directory, new or empty; needs pip install -e '.[explain]'",
+        metavar="DIR")
     tta: str = TTA()
     batch_size: int = option(100, MACHINE, "images per forward pass", low=1)
     device: str = option("auto", MACHINE,

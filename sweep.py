@@ -11,10 +11,10 @@ The file has settings of train.py: a value, a list of choices to search, or a ra
   batch_size: [32, 64, 128]
 
 Each trial is a run of train.py in sweeps/lenet5/trial-N; one runs at a time, or one per GPU. A
-trial whose best epoch so far is worse than the median of the others is stopped. Settings are chosen
-by the run's --monitor on the validation split, never by the test split. After an interruption, the
-same command continues where it stopped. The result is sweeps/lenet5/report.html, and
-sweeps/lenet5/trial-N.yaml with the best settings, for train.py --config.
+trial whose best epoch so far is worse than the median of the complete trials is stopped. Settings
+are selected by the metric of --monitor on the validation split, never by the test split. After an
+interruption, the same command continues where it stopped. The result is sweeps/lenet5/report.html,
+and sweeps/lenet5/trial-N.yaml with the best settings, for train.py --config.
 
 Optuna needs `pip install -e '.[sweep]'`.
 """

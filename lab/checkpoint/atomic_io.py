@@ -104,7 +104,8 @@ def check_free_space(path: Path, num_bytes: int) -> None:
     free = shutil.disk_usage(path).free
     if free < num_bytes:
         raise UserError(
-            f"a checkpoint takes {format_bytes(num_bytes)}, {path} has {format_bytes(free)} free",
+            f"a checkpoint takes {format_bytes(num_bytes)}, but {path} has "
+            f"{format_bytes(free)} free",
             "Free some space, or give another --output-dir",
         )
 

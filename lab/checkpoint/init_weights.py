@@ -127,7 +127,7 @@ def freeze(model: nn.Module, architecture: dict[str, Any], part: str) -> None:
         classifier = classifier_param_names(**architecture)
         if not classifier:
             raise UserError(
-                "--freeze backbone cannot find the classifier of a model that was passed as a module",
+                "--freeze backbone: the classifier of a model passed as a module is not known",
                 "Give a function that builds the model for a number of classes",
             )
         for name, parameter in model.named_parameters():

@@ -352,7 +352,7 @@ def check_channels(path: Path, expected: int, in_chans: int) -> None:
     """Raise `UserError` if the data have another number of channels than the weights expect."""
     if in_chans != expected:
         raise UserError(
-            f"{path} takes images with {expected} channels, the data's have {in_chans}",
+            f"{path} takes images with {expected} channels, but the data have {in_chans}",
             "Give data with that many channels",
         )
 

@@ -72,8 +72,8 @@ OPTIMIZERS = ("sgd", "nesterov", "adamw", "muon")
 BATCH_AUGMENTATIONS = ("crop", "flip", "cutout", "mixup", "cutmix")  # on the device
 SAMPLE_AUGMENTATIONS = ("resized-crop", "trivialaugment", "randaugment", "erasing")  # in workers
 AUGMENTATIONS = BATCH_AUGMENTATIONS + SAMPLE_AUGMENTATIONS
-# The datasets that have a name; any other is of the user: the path of a directory of images or of a
-# manifest, a Hugging Face dataset (HUB and its name or path), or code (`is_code`).
+# Any other dataset is the user's: the path of a directory of images or of a manifest, a Hugging
+# Face dataset (HUB and its name or path), or code (`is_code`).
 NAMED_DATASETS = ("mnist", "fashion-mnist", "cifar10", "cifar100", "digits")
 HUB = "hf:"
 TRACKERS = ("tensorboard", "wandb")  # each an extra of pyproject.toml, too
@@ -127,7 +127,9 @@ def is_on_hub(weights: str) -> bool:
 def check_output(weights: str, output: str) -> None:
     """Raise `UserError` if a script would write beside weights that are in the Hub's cache."""
     if is_on_hub(weights) and not output:
-        raise UserError(f"{weights} is on the Hub: results cannot be beside it", "Add --output")
+        raise UserError(
+            f"{weights} is on the Hub: results cannot be written beside it", "Add --output"
+        )
 
 
 TASK, TRAINING = "model and data", "training"  # of train.py
@@ -147,17 +149,18 @@ LABEL_COLUMN = partial(option, "", TASK, "column of a Hugging Face dataset that 
                        "labels; default: found by its type or name", metavar="NAME")  # fmt: skip
 TTA = partial(option, "none", WEIGHTS, "test-time augmentation; flip: average the probabilities "
               "with those of the mirror image", choices=("none", "flip"))  # fmt: skip
-MIXED_PRECISION = partial(option, "auto", MACHINE, "precision of the computation; auto: chosen by "
-                          "device and model; for trained weights, as in training",
+MIXED_PRECISION = partial(option, "auto", MACHINE, "precision of the computation; no: float32; "
+                          "auto: as in training for trained weights, else bf16 if the device has "
+                          "it and the model gains from it, else float32 (with TF32 on NVIDIA GPUs)",
                           choices=("auto", "no", "bf16", "fp16"))  # fmt: skip
 LOADER = partial(option, "auto", MACHINE, "resident: keep the decoded dataset in device memory; "
                  "streaming: read it with workers; auto: resident if it fits and "
-                 "--augment needs no workers",
+                 "workers do not augment the images",
                  choices=("auto", "resident", "streaming"))  # fmt: skip
 WORKERS = partial(option, -1, MACHINE, "number of data-loading workers per process; -1: one per "
                   "thread, at most 8", low=-1, high=256)  # fmt: skip
-THREADS = partial(option, 0, MACHINE, "number of CPU threads per process; 0: CPU cores divided by "
-                  "local processes", low=0, high=1024)  # fmt: skip
+THREADS = partial(option, 0, MACHINE, "number of CPU threads per process; 0: OMP_NUM_THREADS, or "
+                  "CPU cores divided by local processes", low=0, high=1024)  # fmt: skip
 TIMEOUT = partial(option, TIMEOUT_SECONDS, MACHINE, "seconds that a process waits for the other "
                   "processes before it stops", low=1, high=MONTH, metavar="N")  # fmt: skip
 QUIET = partial(option, False, text="print warnings and the result only")
@@ -170,7 +173,7 @@ class TrainConfig:
 
     # fmt: off
     model: str = option("lenet5", TASK,
-        "model architecture: a name in lab/models/__init__.py, torchvision:NAME, timm:NAME, or "
+        "model architecture: a name that README.md lists, torchvision:NAME, timm:NAME, or "
         "FILE.py:FUNCTION, a function of yours (docs/extending.md); for images of your own, the "
         "default is torchvision:efficientnet_b0")
     dataset: str = option("", TASK,
@@ -198,7 +201,8 @@ class TrainConfig:
         "fraction of the shorter side that --fit crop keeps in evaluation; 0: as for the model's "
         "pretrained weights", low=0.0, high=1.0, from_recipe=True)
     interpolation: str = option("bilinear", TASK,
-        "filter that resizes images; auto: as for the model's pretrained weights",
+        "filter that resizes images; auto, the default of torchvision:NAME, timm:NAME and "
+        "--pretrained on images of your own: as for the model's pretrained weights",
         choices=("auto", "bilinear", "bicubic"))
     val_fraction: float = option(0.1, TASK,
         "fraction of the training split held out to select the best epoch, if the dataset has "
@@ -239,18 +243,21 @@ class TrainConfig:
     grad_checkpointing: bool = option(False, TRAINING,
         "recompute the activations of the model's blocks in the backward pass, to save memory")
     optimizer: str = option("nesterov", TRAINING,
-        "optimizer", choices=OPTIMIZERS, from_recipe=True)
+        "optimizer; nesterov: SGD with Nesterov momentum; muon: Muon for the weights of hidden "
+        "layers, AdamW for the other parameters", choices=OPTIMIZERS, from_recipe=True)
     lr: float = option(0.05, TRAINING,
         "peak learning rate", above=0.0, from_recipe=True)
     momentum: float = option(0.9, TRAINING,
-        "momentum of sgd and nesterov; first beta of adamw and of the AdamW part of muon",
+        "momentum of sgd and nesterov; first beta of adamw and of the AdamW part of muon (Muon's "
+        "own momentum is 0.95)",
         low=0.0, high=0.9999, from_recipe=True)
     weight_decay: float = option(5e-4, TRAINING,
         "weight decay; decoupled for adamw and muon", low=0.0, from_recipe=True)
     decay_biases: bool = option(False, TRAINING,
         "apply weight decay to biases and normalization layers as well", from_recipe=True)
     label_smoothing: float = option(0.0, TRAINING,
-        "label smoothing", low=0.0, high=0.99, from_recipe=True)
+        "label smoothing: the part of each target that is spread evenly over all classes",
+        low=0.0, high=0.99, from_recipe=True)
     class_weights: str = option("none", TRAINING,
         "weights of the classes in the training loss; balanced: inversely proportional to their "
         "numbers of training images",
@@ -261,7 +268,9 @@ class TrainConfig:
         "dropout probability; -1: the model's default",
         low=-1.0, high=0.99, from_recipe=True)
     schedule: str = option("linear", TRAINING,
-        "learning-rate schedule", choices=SCHEDULES, from_recipe=True)
+        "learning-rate schedule after the warmup; linear and cosine fall to 0 at the end of "
+        "--epochs, step multiplies by --lr-gamma every --lr-step-epochs",
+        choices=SCHEDULES, from_recipe=True)
     warmup_epochs: float = option(0.0, TRAINING,
         "number of epochs of linear warmup from 0 to --lr", low=0.0, from_recipe=True)
     lr_step_epochs: int = option(10, TRAINING,
@@ -271,7 +280,7 @@ class TrainConfig:
         "factor of each decay of the step schedule", above=0.0, high=1.0, from_recipe=True)
     layer_decay: float = option(1.0, TRAINING,
         "factor of the learning rate from each block of the model to the block before it, so that "
-        "the first layers of pretrained weights change least", above=0.0, high=1.0,
+        "the first layers of pretrained weights change least; 1: none", above=0.0, high=1.0,
         from_recipe=True)
     max_grad_norm: float = option(0.0, TRAINING,
         "maximum gradient norm for clipping; 0: no clipping", low=0.0, from_recipe=True)
@@ -280,7 +289,7 @@ class TrainConfig:
         "evaluated and saved; 0: off",
         low=0.0, high=0.999999, from_recipe=True)
     augment: str = option("none", TRAINING,
-        f"none, or a comma-separated list of {', '.join(AUGMENTATIONS)}",
+        f"none, or a comma-separated list of {', '.join(AUGMENTATIONS)} (docs/training.md)",
         each_of=AUGMENTATIONS, from_recipe=True, nonempty=True)
     mixup_alpha: float = option(1.0, TRAINING,
         "mixing coefficients of mixup and cutmix are drawn from Beta(A, A); with both, each "
@@ -448,8 +457,9 @@ class EvalConfig:
 
     # fmt: off
     weights: tuple[str, ...] = option((), WEIGHTS,
-        "directory of a run, or its .safetensors file; of several runs, the mean of their "
-        "probabilities is evaluated", positional=True, nargs="+")
+        "directory of a run, its .safetensors file, or hf://USER/NAME[@REVISION] on the Hugging "
+        "Face Hub; of several runs, the mean of their probabilities is evaluated",
+        positional=True, nargs="+")
     split: str = option("test", WEIGHTS,
         "split to evaluate; all: every sample of the dataset",
         choices=("test", "val", "train", "all"))
@@ -485,7 +495,8 @@ class EvalConfig:
     output: str = option("", REPORT,
         "directory of report.json and the predictions; default: evaluate-SPLIT beside the "
         "weights, or evaluate-SPLIT-N with --max-eval-samples N; for several runs: ensemble-SPLIT "
-        "in the working directory",
+        "in the working directory; the results of --tta flip are in a directory of the same name "
+        "with -tta-flip appended",
         metavar="DIR")
     quiet: bool = QUIET(group=REPORT)
     debug: bool = DEBUG(group=REPORT)
@@ -544,7 +555,7 @@ class CheckConfig:
 
     # fmt: off
     dataset: str = option("", TASK,
-        "directory of images, a manifest (.csv or .jsonl), or hf:PATH", positional=True)
+        "directory of images, a manifest (.csv or .jsonl), hf:NAME or hf:PATH", positional=True)
     image_column: str = IMAGE_COLUMN()
     label_column: str = LABEL_COLUMN()
     image_size: int = option(224, TASK,

@@ -56,10 +56,10 @@ class SweepConfig:
     trials: int = option(20, SEARCH,
         "number of trials, including those of an earlier call", low=1, metavar="N")
     seeds: int = option(3, SEARCH,
-        "number of further runs of the best setting, with other seeds", low=0, metavar="N")
+        "number of further runs of the best settings, with other seeds", low=0, metavar="N")
     pruner: str = option("median", SEARCH,
-        "median: stop a trial whose best epoch so far is worse than the median of the other trials "
-        "at that epoch", choices=("median", "none"))
+        "median: stop a trial whose best epoch so far is worse than the median of the complete "
+        "trials at that epoch", choices=("median", "none"))
     seed: int = option(0, SEARCH,
         "random seed of the search; the seed of the runs is a setting", low=0, high=2**31 - 1)
     output: str = option("", OUTPUT,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 NUM_RESAMPLES = 1000  # of the bootstrap
-MAX_HELD = 10_000_000  # numbers of it that are held at a time
+MAX_HELD = 10_000_000  # numbers of the bootstrap that are in memory at a time
 
 
 def check_classes(labels: Tensor, predictions: Tensor, num_classes: int) -> None:

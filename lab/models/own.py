@@ -78,7 +78,9 @@ def check_same(source: str, trained: str, trained_sha256: str, given: str) -> No
             "Leave out --model",
         )
     if given.rpartition(":")[2] != trained.rpartition(":")[2]:
-        raise UserError(f"{source} holds {trained}, not {given}", "Give the function of training")
+        raise UserError(
+            f"{source} holds {trained}, not {given}", "Give the function that it was trained with"
+        )
     if register(given).sha256 != trained_sha256:
         raise UserError(
             f"{given.rpartition(':')[0]} has changed since the training of {source}",

@@ -182,7 +182,10 @@ def overlay_files(directory: str, paths: Sequence[str]) -> list[Path]:
     Raises `UserError` unless the directory is empty or missing, so that no file is replaced.
     """
     if os.path.exists(directory) and not (os.path.isdir(directory) and not os.listdir(directory)):
-        raise UserError(f"invalid --explain {directory}: it exists", "Give a new directory")
+        raise UserError(
+            f"invalid --explain {directory}: it is not an empty directory",
+            "Give a new or an empty one",
+        )
     absolute = [os.path.abspath(path) for path in paths]
     common = os.path.commonpath([os.path.dirname(path) for path in absolute]) if paths else ""
     return [Path(directory, os.path.relpath(path, common) + ".png") for path in absolute]

@@ -161,12 +161,12 @@ def _selection(config: TrainConfig, report: Mapping[str, Any], num_epochs: int) 
     """Return on which split the best epoch was selected, and whether the results are optimistic."""
     epoch = (
         f"Epoch {int(report['best_epoch'])} of {num_epochs} was selected by its "
-        f"{config.monitor.replace('_', '-')} on "
+        f"{config.monitor.replace('macro_f1', 'macro-F1')} on "
     )
     if report["selection_split"] == "test":
         return (
-            f"**{epoch}this same test split (the protocol of the recipe "
-            f"{escaped(config.recipe)}), so these results are optimistic.**"
+            f"**{epoch}this same test split (the protocol of the recipe notebook), so these "
+            "results are optimistic.**"
         )
     return f"{epoch}the validation split. The test split was used once, at the end."
 

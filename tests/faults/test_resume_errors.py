@@ -157,7 +157,7 @@ def test_p7_a_full_disk_is_seen_before_training(fails, monkeypatch):
     )
     message = fails(train, *SMALL, "--name", "x")
     assert message.startswith(
-        "a checkpoint takes 987.3 kB, runs has 500.0 kB free. Free some space"
+        "a checkpoint takes 987.3 kB, but runs has 500.0 kB free. Free some space"
     )
 
 

@@ -71,7 +71,8 @@ def with_metadata(content: bytes, metadata: dict | None) -> bytes:
         ),
         (
             "w --dataset rgb",
-            "w takes images with 1 channels, the data's have 3. Give data with that many channels.",
+            "w takes images with 1 channels, but the data have 3. "
+            "Give data with that many channels.",
         ),
         ("w --output w", f"cannot write w (File exists). {NO_FOLDER}"),
         (

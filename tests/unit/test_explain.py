@@ -81,7 +81,9 @@ def test_overlays_keep_the_directories_of_images_and_replace_nothing(tmp_path, t
         with Image.open(file) as picture:
             assert (picture.size, picture.mode) == ((224, 224), "RGB")
     for directory in (out, files[0]):
-        with pytest.raises(UserError, match=r"it exists. Give a new directory"):
+        with pytest.raises(
+            UserError, match=r"it is not an empty directory. Give a new or an empty one"
+        ):
             explain.overlay_files(str(directory), paths)
 
 

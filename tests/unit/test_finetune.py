@@ -215,7 +215,7 @@ def test_p7_init_from_another_network_says_how_it_differs(fails, tmp_path, train
     write_shapes(tmp_path / "shapes", 60)
     for words, message in {
         "--model mobilenet_v2": f"holds {NAME}, not mobilenet_v2. Give --model {NAME}.",
-        "--dataset shapes": "takes images with 1 channels, the data's have 3. "
+        "--dataset shapes": "takes images with 1 channels, but the data have 3. "
         "Give data with that many channels.",
         "--image-size 32": "was trained on images of 16 pixels, not 32. Give --image-size 16.",
     }.items():

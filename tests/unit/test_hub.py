@@ -227,6 +227,7 @@ def test_p4_weights_of_the_hub_are_downloaded_once_and_nothing_else_is(copied, s
 
 
 NO_WEIGHTS = "hf://me/digits contains no best.safetensors. Give hf://USER/NAME or"
+ON_THE_HUB = "hf://me/digits is on the Hub: results cannot be written beside it."
 
 
 @pytest.mark.parametrize(
@@ -236,8 +237,8 @@ NO_WEIGHTS = "hf://me/digits contains no best.safetensors. Give hf://USER/NAME o
         (predict, "hf://me/digits@second", "me/digits has no revision second."),
         (predict, "hf://me/digits", NO_WEIGHTS),
         (predict, "hf://me/a/b", "hf://me/a/b is not the name of a repository."),
-        (evaluate, "hf://me/digits", "hf://me/digits is on the Hub: results cannot be beside it."),
-        (export, "hf://me/digits", "hf://me/digits is on the Hub: results cannot be beside it."),
+        (evaluate, "hf://me/digits", ON_THE_HUB),
+        (export, "hf://me/digits", ON_THE_HUB),
         (
             evaluate,
             "hf://me/digits --output out --calibrate",

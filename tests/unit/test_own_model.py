@@ -187,7 +187,7 @@ def test_code_that_has_changed_is_refused(trained, tmp_path):
     for script, argv in ((evaluate, [run]), (train, ["--resume", run, "--epochs", "9"])):
         with pytest.raises(UserError, match="has changed since the training"):
             script.main([*argv, "--model", f"{file}:net"])
-    with pytest.raises(UserError, match="Give the function of training"):
+    with pytest.raises(UserError, match="Give the function that it was trained with"):
         evaluate.main([run, "--model", f"{file}:wrong"])
 
 
@@ -252,7 +252,7 @@ def test_model_of_a_notebook(tmp_path):
     ]
     again = [*argv, "--init-checkpoint", str(of_module.path)]
     assert train.main(again, model=tiny(10, 1, 32)).is_finished
-    with pytest.raises(UserError, match="passed as a module"):
+    with pytest.raises(UserError, match="of a model passed as a module"):
         train.main([*again, "--freeze", "backbone"], model=tiny(10, 1, 32))
     model, _ = lab.load_model(run.path, "cpu", model=tiny)
     assert model(torch.zeros(1, 1, 32, 32)).shape == (1, 10)

@@ -211,4 +211,4 @@ def test_results_md_states_what_the_logs_have():
     ]
     batch_128, batch_2048, batch_8192 = (f"{100 * share:.1f} %" for share in used)
     assert f"reach {batch_128} of" in text
-    assert f"{batch_2048} of 2,048 and {batch_8192} of 8,192" in text
+    assert f"{batch_2048} in batches of 2,048 and {batch_8192} in batches of 8,192" in text
