@@ -54,14 +54,17 @@ clean: ## remove the environment and caches; runs/ and data/ stay
 	find lab tests benchmarks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 
 # A stamp is written only after its install succeeded; a newer pyproject.toml makes it stale.
-# .dev waits for .runtime: a parallel make never runs two installs in one environment.
+# Targets never run in parallel: two installs in one environment would damage it.
+.NOTPARALLEL:
+
 $(VENV)/.runtime: pyproject.toml
 	@echo "Installing the dependencies (PyTorch among them) into $(VENV): minutes, the first time."
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --editable .
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.runtime
-	@echo "Installing the test and lint tools into $(VENV)."
+$(VENV)/.dev: pyproject.toml
+	@echo "Installing the dependencies, and the test and lint tools, into $(VENV): minutes, the first time."
+	$(PYTHON) -m venv $(VENV)
 	$(PIP) --editable '.[dev]'
-	@touch $@
+	@touch $(VENV)/.runtime $@
