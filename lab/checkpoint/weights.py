@@ -6,6 +6,7 @@ import math
 import os
 import stat
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -17,6 +18,7 @@ from accelerate.utils import broadcast, broadcast_object_list
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from lab import console
 from lab.checkpoint.atomic_io import AsyncWriter, check_types, to_json, write_atomically
 from lab.checkpoint.provenance import versions
 from lab.checkpoint.run_dir import BEST, RunDir
@@ -103,6 +105,12 @@ class BestWeights:
         metrics = {name: value for name, value in row.items() if name.startswith("val_")}
         metadata = {**metadata, "best_epoch": row["epoch"], "metrics": metrics}
         self.writer.wait()
+        with suppress(UserError):  # a damaged file is replaced
+            if self.run.best.exists() and read_metadata(self.run.best)["temperature"] != 1:
+                console.warn(
+                    f"the weights of epoch {row['epoch']} replace calibrated ones: run "
+                    "evaluate.py --calibrate again"
+                )
         self.writer.submit(write_weights, self.run.best, copy_of(model), metadata)
 
     def load(self, accelerator: Accelerator, model: nn.Module) -> float:

@@ -137,6 +137,17 @@ def test_a_resumed_run_without_a_better_epoch_is_tested_with_the_temperature(
     assert report["temperature"] == evaluated["temperature"]
 
 
+def test_a_resumed_run_warns_that_better_weights_are_not_calibrated(calibrated, tmp_path, capsys):
+    run = shutil.copytree(calibrated[0], tmp_path / "run")
+    train.main(["--resume", str(run), "--epochs", "4", "--max-steps", "0", "--quiet"])
+    report = json.loads((run / "report.json").read_text())
+    assert "temperature" not in report
+    warnings = capsys.readouterr().err.splitlines()
+    assert [line.partition(" replace ")[2] for line in warnings] == [
+        "calibrated ones: run evaluate.py --calibrate again"
+    ]
+
+
 def test_predict_and_export_use_the_temperature(calibrated, tmp_path):
     path, _, report = calibrated
     model, metadata = lab.load_model(path, "cpu")
