@@ -54,9 +54,10 @@ def main(argv: list[str] | None = None) -> int:
     check_same_settings(directory, config, overrides)
     runs = []
     for fold in range(1, num_folds + 1):
+        hours = 0.0  # no limit; a fold that is resumed would continue with the rest of its own
         if config.max_hours:  # for all folds together
             hours = max(1e-9, config.max_hours - (time.monotonic() - start_time) / 3600)
-            words += ["--max-hours", str(hours)]
+        words += ["--max-hours", str(hours)]
         run = train.main([*words, "--fold", str(fold), "--name", f"fold-{fold}"])
         if run.interrupted:
             return run.exit_code

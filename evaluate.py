@@ -67,7 +67,8 @@ def main(argv: list[str] | None = None) -> None:
     # Models and data
     with raise_on_all_ranks(accelerator), console.status(f"reading {first.data.dataset}"):
         fingerprint = load_members(members, config, options)
-    check_same_data(accelerator, {config.split: fingerprint})
+    checksums = {str(m.path): m.metadata.get("sha256", "") for m in members}
+    check_same_data(accelerator, {config.split: fingerprint} | checksums)
     with raise_on_all_ranks(accelerator):
         for member in members:
             member.split = weights.align_classes(member.path, member.metadata, member.split)
@@ -95,7 +96,7 @@ def main(argv: list[str] | None = None) -> None:
             title += f", averaged over each image and its mirror image (--tta {tta})"
         with raise_on_all_ranks(accelerator):
             if config.calibrate and tta == "none" and accelerator.is_main_process:
-                weights.write_temperature(first.path, first.metadata["temperature"])
+                weights.write_temperature(first.path, first.metadata)
             output.write_predictions(
                 predictions.csv(first.split.files()), predictions.safetensors()
             )
@@ -113,7 +114,6 @@ def main(argv: list[str] | None = None) -> None:
             files={"weights": ", ".join(paths), "report": str(output.path)},
             note=next(filter(None, notes), ""),
         )
-    accelerator.end_training()
 
 
 def output_dirs(members, config, is_main_process):

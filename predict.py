@@ -162,7 +162,6 @@ def main(argv: list[str] | None = None) -> int:
                 f"undecided: {len(undecided):,} of {len(predictions) - len(errors):,} images, with "
                 f"a confidence below {config.min_confidence:g}"
             )
-    accelerator.end_training()
     return 1 if errors else 0
 
 

@@ -78,6 +78,7 @@ def main(argv: list[str] | None = None, model=None, datasets=None) -> RunDir:
 def train(run, config, checkpoint, start_time, download):
     """Train and test a model. `checkpoint` is the one to resume from, or None for a new run."""
     import torch
+    from accelerate.utils import set_seed
 
     from lab.checkpoint.atomic_io import AsyncWriter
     from lab.checkpoint.init_weights import build_initial_model, initial_normalization
@@ -127,7 +128,7 @@ def train(run, config, checkpoint, start_time, download):
 
     # Model and optimizer
     metadata = run_metadata(config, splits, accelerator.mixed_precision)
-    torch.manual_seed(config.seed)
+    set_seed(config.seed)
     with raise_on_all_ranks(accelerator):
         model = build_initial_model(metadata["model"], config, bool(checkpoint), num_steps)
         model = configure_model(model, config, accelerator.device)

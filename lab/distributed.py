@@ -138,11 +138,7 @@ def init_distributed(
     _check_cpu_launch()
     _check_restarts()
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if world_size > 1 and "MASTER_ADDR" not in os.environ:
-        raise UserError(
-            f"WORLD_SIZE is {world_size}, but MASTER_ADDR is not set",
-            "Start with accelerate launch or torchrun, or unset WORLD_SIZE",
-        )
+    _check_address(world_size)
     device = torch.accelerator.current_accelerator(check_available=True)
     # Without cpu=True, each CPU process of torchrun or a MULTI_GPU file would be its own world.
     cpu = cpu or device is None or _flag("ACCELERATE_USE_CPU")
@@ -293,6 +289,33 @@ def check_same_data(world: Accelerator | PartialState, fingerprints: Mapping[str
 
 def _flag(name: str) -> bool:
     return os.environ.get(name, "").lower() in ("1", "true", "yes", "on")
+
+
+# Variables of mpirun with the number of processes, which Accelerate reads as well.
+MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+
+
+def _check_address(world_size: int) -> None:
+    """Raise `UserError` if the environment is that of several processes that cannot connect.
+
+    Warns if Slurm started several processes that would each train alone.
+    """
+    if "MASTER_ADDR" in os.environ:
+        return
+    names = [name for name in MPI_SIZES if os.environ.get(name, "1") != "1"]
+    names += ["LOCAL_RANK"] if "LOCAL_RANK" in os.environ else []
+    names = ["WORLD_SIZE"] if world_size > 1 else names
+    if names:
+        raise UserError(
+            f"{names[0]} is {os.environ[names[0]]}, but MASTER_ADDR is not set",
+            f"Start with accelerate launch or torchrun, or unset {names[0]}",
+        )
+    num_tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
+    if num_tasks != "1":
+        console.warn(
+            f"srun started {num_tasks} processes without MASTER_ADDR: each runs alone. "
+            "docs/clusters.md shows how to connect them."
+        )
 
 
 # What Accelerate's configuration files and options may ask for, by the variable that they set.

@@ -57,6 +57,9 @@ def open_run(
             if world.is_main_process:
                 run, resumable = _lock_run(config)
                 checkpoint = latest_checkpoint(run) if resumable else None
+        path = broadcast_object_list([str(run.path)])[0]
+        if not world.is_main_process:
+            run = RunDir(path, is_main_process=False)
         checkpoint = broadcast_checkpoint(checkpoint)
         if checkpoint:
             config = checkpoint.config(overrides)
@@ -198,7 +201,7 @@ class CheckpointManager:
         )
         self.fingerprints, self.num_samples = splits.fingerprints, len(splits.train.labels)
         self.normalization = [splits.mean, splits.std]
-        self.saved_step = saved_step
+        self.first_step = self.saved_step = saved_step
         self.stop_reason: StopReason | None = None
 
     def __enter__(self) -> "CheckpointManager":
@@ -224,6 +227,8 @@ class CheckpointManager:
         command = shlex.join(["python", "train.py", "--resume", str(self.run.path)])
         for checkpoint in self._checkpoints()[:1]:
             step = int(checkpoint.name.removeprefix("step-"))
+            if self.saved_step == self.first_step:  # the checkpoint has no new settings
+                command = "the same command"
             console.warn(f"stopped ({why}) after step {step}; resume with: {command}")
         if not self._checkpoints():
             console.warn(f"stopped ({why}), and no checkpoint could be written")

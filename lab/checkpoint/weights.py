@@ -147,10 +147,14 @@ def write_weights(path: Path, tensors: dict[str, Tensor], metadata: dict[str, An
     write_atomically(path, safetensors.torch.save(tensors, header))
 
 
-def write_temperature(path: Path, temperature: float) -> None:
-    """Write a weights file again with `temperature` in its metadata, which divides its logits."""
-    tensors = read_tensors(path)
-    write_weights(path, tensors, read_metadata(path) | {"temperature": temperature})
+def write_temperature(path: Path, metadata: Mapping[str, Any]) -> None:
+    """Write a weights file again with the temperature of `metadata`, which divides its logits.
+
+    `metadata` were read from the file. Raises `UserError` if it was replaced since.
+    """
+    tensors = read_tensors(path, metadata)
+    temperature = {"temperature": metadata["temperature"]}
+    write_weights(path, tensors, read_metadata(path) | temperature)
 
 
 def checksum(tensors: Mapping[str, Tensor]) -> str:
@@ -280,13 +284,20 @@ def _check_metadata(metadata: dict[str, Any]) -> None:
     "".join(names).encode("utf-8", "surrogateescape")
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a weights file. Raises `UserError` if their checksum is wrong."""
+def read_tensors(path: Path, metadata: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
+    """Return the tensors of a weights file. Raises `UserError` if their checksum is wrong.
+
+    `metadata` are what was read from the file before. A training may have replaced it since, and
+    the metadata of one epoch must not be used with the tensors of another.
+    """
+    metadata = metadata or read_metadata(path)
     try:
         tensors = safetensors.torch.load_file(path)
     except (SafetensorError, OSError) as error:
         raise _damaged(path, error) from error
-    if read_metadata(path).get("sha256", digest := checksum(tensors)) != digest:
+    if metadata.get("sha256", digest := checksum(tensors)) != digest:
+        if read_metadata(path).get("sha256") != metadata["sha256"]:
+            raise UserError(f"{path} was replaced while it was read", "Run the command again")
         raise _damaged(path, ValueError("wrong checksum of the tensors"))
     return tensors
 
@@ -304,7 +315,7 @@ def load_model(path: Path, metadata: Mapping[str, Any]) -> nn.Module:
         warn_of_other_pixels(metadata["decoder"])
     check_shapes(path, build_without_memory(**metadata["model"]))
     model = build_model(**metadata["model"])
-    load_weights(path, model)
+    load_weights(path, model, metadata)
     return model
 
 
@@ -330,11 +341,14 @@ def check_shapes(path: Path, model: nn.Module) -> None:
             )
 
 
-def load_weights(path: Path, model: nn.Module) -> None:
-    """Load a weights file into the model. Raises `UserError` if its architecture is another one."""
+def load_weights(path: Path, model: nn.Module, metadata: Mapping[str, Any] | None = None) -> None:
+    """Load a weights file into the model; for `metadata` see `read_tensors`.
+
+    Raises `UserError` if its architecture is another one.
+    """
     check_shapes(path, model)
     state = model.state_dict()  # has the versions of modules, which MNASNet needs
-    state.update(read_tensors(path))
+    state.update(read_tensors(path, metadata))
     model.load_state_dict(state)
 
 

@@ -218,3 +218,18 @@ def test_signals_are_left_alone_off_the_main_thread(tmp_path):
     thread.start()
     thread.join()
     assert (tmp_path / "run" / "report.json").exists()
+
+
+def test_p3_new_settings_that_no_checkpoint_has_are_not_forgotten(tmp_path, monkeypatch, capsys):
+    """A finished run is to train further, and stops while its last epoch is evaluated again."""
+    run = start(tmp_path, *LENET)
+
+    def stop_reason(_, step, check_now=False):
+        return StopReason.SIGTERM if check_now else None
+
+    with monkeypatch.context() as patch:
+        patch.setattr(InterruptHandler, "stop_reason", stop_reason)
+        assert resume(run.path, "--epochs", "4").exit_code == 143
+    assert capsys.readouterr().err.endswith("after step 12; resume with: the same command\n")
+    assert resume(run.path, "--epochs", "4").is_finished
+    assert len(read_lines(run.path / "history.jsonl")) == 4

@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 
 import train
 from lab.engine import training
@@ -26,8 +25,6 @@ TRAININGS = {MODEL: f"--model {MODEL}", FROZEN: f"--model {MODEL} --freeze backb
 
 def main() -> None:
     output = Path(sys.argv[1])
-    # A run destroys its process group when it ends; here all runs share one.
-    Accelerator.end_training = lambda self: None
     digests = {}
     original = training.train_one_epoch
 

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pickletools
+import stat
 import threading
 from pathlib import Path
 
@@ -237,3 +238,24 @@ def test_p7_a_write_that_failed_in_the_background_is_told(tmp_path, splits):
     best.save(make_network(metadata), metadata, ROW)
     with pytest.raises(UserError, match="cannot write"):
         best.writer.wait()
+
+
+def test_p3_a_file_system_that_cannot_sync_directories_is_written_to(tmp_path, monkeypatch):
+    """Such as VirtualBox's shared folders. Any other error is the user's to know."""
+    original, code = os.fsync, errno.EINVAL
+
+    def fsync(descriptor, on_files=False):
+        if on_files or stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(code, os.strerror(code))
+        original(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    atomic_io.write_atomically(tmp_path / "x", "text")
+    assert (tmp_path / "x").read_text() == "text"
+    code = errno.EIO
+    with pytest.raises(UserError, match="Input/output error"):
+        atomic_io.write_atomically(tmp_path / "x", "other")
+    code = errno.EINVAL
+    monkeypatch.setattr(os, "fsync", lambda descriptor: fsync(descriptor, on_files=True))
+    with pytest.raises(UserError, match="Invalid argument"):
+        atomic_io.write_atomically(tmp_path / "x", "other")

@@ -274,6 +274,9 @@ def test_the_time_limit_is_that_of_all_folds(monkeypatch):
     monkeypatch.setattr(cross_validate.time, "monotonic", lambda: next(clock))
     assert cross_validate.main([*WORDS, "--max-hours", "3"]) == 0
     assert limits == [2, 1]  # the third fold is not started
+    limits.clear()
+    cross_validate.main(WORDS)
+    assert limits == [0, 0]  # and none of the limit that a checkpoint of a fold contains
 
 
 def test_p7_other_settings_or_data_do_not_continue_it(validated, monkeypatch, tmp_path):

@@ -299,6 +299,24 @@ def test_p7_a_world_size_without_a_launcher(monkeypatch):
     )
 
 
+@pytest.mark.parametrize("name", ["LOCAL_RANK", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
+def test_p7_processes_that_cannot_connect(fails, monkeypatch, name):
+    for variable in ("WORLD_SIZE", "RANK", "MASTER_ADDR"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv(name, "2")
+    monkeypatch.setattr(console, "_main_process", None)
+    message = f"{name} is 2, but MASTER_ADDR is not set. Start with accelerate launch or torchrun, "
+    assert fails(train, *DIGITS) == f"{message}or unset {name}."
+
+
+def test_processes_of_srun_that_are_not_connected_are_a_warning(monkeypatch, capsys):
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    distributed.init_distributed()
+    line = "warning: srun started 2 processes without MASTER_ADDR: each runs alone. "
+    assert capsys.readouterr().err.startswith(line)
+
+
 def test_p7_two_processes_on_one_gpu():
     error = RuntimeError("Duplicate GPU detected : rank 0 and rank 1 both on CUDA device 1000")
     assert str(as_user_error(error)).startswith("two processes were given the same GPU. Launch ")

@@ -1,10 +1,12 @@
 """Models that are code of the user's: `--model FILE.py:FUNCTION` and `train.main(model=...)`."""
 
 import json
+import random
 import re
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -274,6 +276,18 @@ def test_model_of_a_notebook(tmp_path):
 def test_the_command_that_reproduces_a_report_names_code(settings, expected):
     run = SimpleNamespace(path=Path("runs/a"))
     assert evaluate_command(run, TrainConfig(**settings)) == expected
+
+
+def test_the_seed_is_that_of_numpy_and_python_too(tmp_path):
+    def tiny(num_classes, in_chans, image_size):
+        layer = nn.Linear(in_chans * image_size**2, num_classes)
+        layer.weight.data[:] = torch.from_numpy(np.random.randn(*layer.weight.shape))
+        layer.bias.data[:] = random.random()
+        return nn.Sequential(nn.Flatten(), layer)
+
+    argv = [*SMALL, "--max-steps", "1", "--output-dir", str(tmp_path)]
+    first, second = (train.main(argv, model=tiny).best.read_bytes() for _ in range(2))
+    assert first == second
 
 
 def test_code_that_a_notebook_changes_is_used(tmp_path):
