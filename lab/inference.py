@@ -116,7 +116,7 @@ class _ImageDataset:
             item = self.items[i]
             try:
                 if isinstance(item, str):
-                    item = decode(item, self.size)
+                    item = decode(item, self.transform.decode_size)
                 elif not isinstance(item, Tensor):
                     item = _pixels(item, i)
                 images.append(self.transform(item))

@@ -241,6 +241,7 @@ def open_new(config: TrainConfig) -> RunDir:
     parent, number = Path(config.output_dir), 1
     if not config.name:  # the first unused one of MODEL-DATASET, MODEL-DATASET-2, ...
         base = f"{config.model_title}-{config.dataset_title}".replace(":", "-")
+        base = base.encode("utf-8", "ignore").decode()  # as weights are only read from UTF-8 paths
         run = RunDir(parent / base)
         while not run.make_directory():
             number += 1

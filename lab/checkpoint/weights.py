@@ -268,7 +268,8 @@ def _check_metadata(metadata: dict[str, Any]) -> None:
     valid = {
         "model": architecture.keys() == MODEL_TYPES.keys(),
         "class_names": 0 < len(names) == architecture["num_classes"]
-        and all(isinstance(name, str) for name in names),
+        and all(isinstance(name, str) for name in names)
+        and len({*map(normalized, names)}) == len(names),
         "mean": 0 < len(mean) == architecture["in_chans"] and all(map(math.isfinite, mean)),
         "std": len(std) == len(mean) and all(math.isfinite(s) and s > 0 for s in std),
         "image_size": architecture["image_size"] == data["image_size"],

@@ -111,7 +111,7 @@ def parse_arguments(config: type, argv: list[str] | None, *, prog: str, descript
         dataset = settings.get("dataset", "")
         same = is_same_dataset(dataset, from_file.get("dataset", "")) and not is_code(dataset)
         if dataset and not same:  # in the file, these are of its own dataset
-            for name in ("revision", "image_column", "label_column"):
+            for name in ("revision", "image_column", "label_column", "data_dir"):
                 from_file.pop(name, None)
         settings = from_file | settings
     return settings

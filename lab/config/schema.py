@@ -198,8 +198,8 @@ class TrainConfig:
         "borders, squash: change the aspect ratio", choices=("crop", "pad", "squash"),
         from_recipe=True)
     crop_pct: float = option(1.0, TASK,
-        "fraction of the shorter side that --fit crop keeps in evaluation; 0: as for the model's "
-        "pretrained weights", low=0.0, high=1.0, from_recipe=True)
+        "fraction of the shorter side that --fit crop keeps (not in training with resized-crop); "
+        "0: as for the model's pretrained weights", low=0.0, high=1.0, from_recipe=True)
     interpolation: str = option("bilinear", TASK,
         "filter that resizes images; auto, the default of torchvision:NAME, timm:NAME and "
         "--pretrained on images of your own: as for the model's pretrained weights",

@@ -260,7 +260,7 @@ def load_splits(
             raise _unreadable_images(splits, num_workers) from None
     if augment:
         transform = SampleTransform(
-            augment, config.image_size, mean, config.fit, config.interpolation
+            augment, config.image_size, mean, config.fit, config.interpolation, config.crop_pct
         )
         images: Any = splits["train"].images
         images = AugmentedImages(images, sized["train"].images, transform)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -20,7 +21,7 @@ from filelock import FileLock
 from torch import Tensor
 
 # What decides the pixels: increase the last number when `lab.data.decode` changes.
-DECODERS = (torch.__version__, PIL.__version__, 4)
+DECODERS = (torch.__version__, PIL.__version__, 5)
 MIN_IMAGES = 1000  # fewer images are decoded too fast to be worth a file
 MAX_AGE_DAYS = 30  # files that were not used for longer are deleted
 MAX_BYTES = 20e9  # if the cache is larger, the least recently used files are deleted
@@ -162,6 +163,8 @@ def _stat_file(path: str) -> tuple[int, int, int]:
         status = os.stat(path)
     except OSError as error:
         return -1, error.errno or 0, 0
+    except ValueError:  # a path with a null character
+        return -1, errno.EINVAL, 0
     if not stat.S_ISREG(status.st_mode):  # reading a named pipe would block
         return -1, 0, 0
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns

@@ -83,7 +83,7 @@ class FileImages(LazyImages):
         images, reasons = [], {}
         for i, bits in index.tolist():
             try:
-                images.append(transform(self.decode(i, transform.size), bits))
+                images.append(transform(self.decode(i, transform.decode_size), bits))
             except UserError as error:
                 reasons[i] = error.what
         self._check(reasons)
@@ -101,7 +101,7 @@ class FileImages(LazyImages):
 
     def read(self, i: int, offset: int = 0, num_bytes: int = -1) -> bytes:
         """Return the content of a file from `offset` on, or its next `num_bytes`."""
-        return _read(self.paths[i], offset, num_bytes)
+        return read_file(self.paths[i], offset, num_bytes)
 
     def decode(self, i: int, size: int = 0) -> Tensor:
         """Return the image at position `i` as `decode` does."""
@@ -178,7 +178,7 @@ class FileImages(LazyImages):
         reasons = {}
         for image, i in zip(images, index.tolist(), strict=True):
             try:
-                image.copy_(self.transform(self.decode(i, self.transform.size)))
+                image.copy_(self.transform(self.decode(i, self.transform.decode_size)))
             except UserError as error:
                 reasons[i] = error.what
         return images, reasons
@@ -209,7 +209,7 @@ def decode(path: str, size: int = 0) -> Tensor:
     `REDUCED * size` pixels. Transparency is dropped, and only the first image of an animation is
     decoded. Raises `UserError` if the file is damaged, not an image, or has more than `MAX_PIXELS`.
     """
-    return decode_content(path, lambda: _read(path), size)
+    return decode_content(path, lambda: read_file(path), size)
 
 
 def decode_content(name: str, read: Callable[[], bytes], size: int) -> Tensor:
@@ -227,7 +227,8 @@ def decode_content(name: str, read: Callable[[], bytes], size: int) -> Tensor:
         ) from error
 
 
-def _read(path: str, offset: int = 0, num_bytes: int = -1) -> bytes:
+def read_file(path: str, offset: int = 0, num_bytes: int = -1) -> bytes:
+    """Return the content of a regular file from `offset` on, or its next `num_bytes`."""
     if not stat.S_ISREG(os.stat(path).st_mode):  # opening a named pipe would block
         raise ValueError("not a regular file")
     with open(path, "rb", buffering=0) as file:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lab.config.schema import HUB
 from lab.data import cache
-from lab.data.decode import FileImages, decode_content
+from lab.data.decode import FileImages, decode_content, read_file
 from lab.data.image_folder import SPLIT_OF
 from lab.data.types import RawSplits, Split, normalized
 from lab.errors import UserError, install_hint, name_some
@@ -59,9 +59,14 @@ class RowImages(FileImages):
         return replace(super().join(others), tables=tables, rows=torch.cat(rows))
 
     def read(self, i: int, offset: int = 0, num_bytes: int = -1) -> bytes:
-        """Return the bytes of an image from `offset` on; none if the row has no image."""
+        """Return the bytes of an image from `offset` on; none if the row has no image.
+
+        A row without bytes may have the path of a file.
+        """
         table, row = self.rows[i].tolist()
         [image] = self.tables[table][row].values()
+        if image and image["bytes"] is None and image["path"]:
+            return read_file(image["path"], offset, num_bytes)
         content: bytes = (image and image["bytes"]) or b""
         return content[offset:] if num_bytes < 0 else content[offset : offset + num_bytes]
 
@@ -287,7 +292,8 @@ def _read_labels(dataset: datasets.Dataset, column: str) -> tuple[list[Any], np.
         return column_type.names, rows.fill_null(-1).to_numpy()
     encoded = rows.combine_chunks().dictionary_encode()
     found = encoded.dictionary.to_pylist()
-    classes = sorted(found)
+    found = [normalized(value) if isinstance(value, str) else value for value in found]
+    classes = sorted(set(found))
     positions = np.array([*map(classes.index, found), -1])  # index -1: no class
     return classes, positions[encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False)]
 
@@ -302,6 +308,11 @@ def _number_classes(
     """
     used: set[Any] = set()
     for split, (classes, codes) in labels.items():
+        names = [normalized(str(name)) for name in classes]
+        if repeated := sorted({name for name in names if names.count(name) > 1}):
+            raise UserError(
+                f"{config.dataset} has several classes named {name_some(repeated)}", "Rename them"
+            )
         if num_missing := int((codes < 0).sum()):
             raise UserError(
                 f"{num_missing} rows of the {split} split of {config.dataset} have no label",
@@ -326,7 +337,7 @@ def _number_classes(
 def _read_images(
     parts: Mapping[str, datasets.Dataset], column: str, config: DataConfig
 ) -> dict[str, FileImages]:
-    """Return the images of each split: `FileImages` if the rows contain paths instead of bytes.
+    """Return the images of each split: `FileImages` if all rows contain paths instead of bytes.
 
     Rows are named after the paths that are stored with the bytes, or SPLIT/ROW unless these paths
     are different for all rows.
@@ -334,21 +345,22 @@ def _read_images(
     import pyarrow.compute as pc
     from datasets import Image
 
-    tables, stored = {}, {}
+    tables, stored, contents_of = {}, {}, {}
     for split, dataset in parts.items():
         table = dataset.select_columns([column]).cast_column(column, Image(decode=False))
         tables[split] = table
         stored[split] = pc.struct_field(table.data.column(0), "path").to_pylist()
+        contents_of[split] = pc.struct_field(table.data.column(0), "bytes")
     names = [name for part in stored.values() for name in part]
     are_unique = None not in names and len(set(names)) == len(names)
+    are_files = are_unique and all(c.null_count == len(c) for c in contents_of.values())
     images: dict[str, FileImages] = {}
     for split, table in tables.items():
-        contents = pc.struct_field(table.data.column(0), "bytes")
-        if are_unique and contents.null_count == len(contents):
-            images[split] = FileImages.create(
-                stored[split], cache.stat_files(stored[split]), config
-            )
+        if are_files:
+            files = [os.path.abspath(path) for path in stored[split]]
+            images[split] = FileImages.create(files, cache.stat_files(files), config)
             continue
+        contents = contents_of[split]
         paths = stored[split] if are_unique else [f"{split}/{i}" for i in range(len(contents))]
         stats = torch.zeros(len(paths), 3, dtype=torch.int64)
         stats[:, 0] = torch.tensor(pc.binary_length(contents).fill_null(0).to_numpy().copy())

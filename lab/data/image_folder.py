@@ -15,7 +15,7 @@ import torch
 
 from lab.data.cache import stat_files
 from lab.data.decode import FileImages
-from lab.data.types import Paths, RawSplits, Split, normalized
+from lab.data.types import Paths, RawSplits, Split, is_text, normalized
 from lab.errors import UserError, name_some
 
 if TYPE_CHECKING:
@@ -99,6 +99,8 @@ def read_manifest(path: Path, config: DataConfig) -> RawSplits:
             if value is None or not value.strip():
                 raise UserError(f"{where} has no {column}", "Add it, or delete the line")
         file, split = os.path.normpath(row["file"]), row.get("split", "train").strip().lower()
+        if not is_text(row["label"]):
+            raise UserError(f"{where} has the label {row['label']!a}, not UTF-8", "Correct it")
         if not _can_be_a_path(file):
             raise UserError(f"{where} names {file!a}, which cannot be a path", "Correct it")
         if os.path.isabs(file) or file.split(os.sep)[0] == os.pardir:
@@ -153,6 +155,9 @@ def _manifest_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         with open(path, encoding="utf-8-sig", newline="") as file:
             if path.suffix.lower() == ".csv":
                 reader = csv.DictReader(file, restkey="beyond the header", strict=True)
+                names = reader.fieldnames or []
+                if len(set(names)) < len(names):
+                    raise ValueError("line 1: a column is repeated")
                 for row in reader:
                     yield reader.line_num, row
                 return

@@ -22,7 +22,7 @@ from lab.data.cache import stat_files
 from lab.data.decode import FileImages, decode, in_workers, pixels
 from lab.data.image_folder import SPLIT_OF
 from lab.data.transforms import EvalTransform, SampleTransform
-from lab.data.types import Images, LazyImages, RawSplits, Split, normalized
+from lab.data.types import Images, LazyImages, RawSplits, Split, is_text, normalized
 from lab.errors import UserError, name_some
 from lab.own_code import DATASETS, PASSED, file_sha256, import_function, raised
 
@@ -76,7 +76,8 @@ def _convert_splits(result: Any, name: str, config: DataConfig, revision: str) -
             raise _wrong(name, f"the split {key!r}, not train, val, test or class_names")
     if "train" not in parts:
         raise _wrong(name, "no split train")
-    given_names = result.get("class_names", getattr(parts["train"], "classes", None))
+    classes = getattr(parts["train"], "classes", None)
+    given_names = result.get("class_names", classes if isinstance(classes, list | tuple) else None)
     images, labels = {}, {}
     for split, part in parts.items():
         images[split], labels[split] = _convert_split(part, f"{name}, split {split},", config)
@@ -122,7 +123,11 @@ def _convert_split(part: Any, name: str, config: DataConfig) -> tuple[Images, li
     lazy = replace(lazy, num_channels=len(lazy.image(0)))
     targets = None if getattr(part, "target_transform", None) else getattr(part, "targets", None)
     if targets is not None and np.shape(targets) == (len(part),):
-        return lazy, _to_list(targets, name)
+        listed = _to_list(targets, name)
+        # A subclass may change the labels in `__getitem__` and inherit `targets`.
+        some = positions[:: max(1, len(part) // 16)]
+        if lazy.labels(some) == [listed[i] for i in some.tolist()]:
+            return lazy, listed
     num_workers = torch.get_num_threads()
     batches = lazy.positions.split(max(1, min(64, len(part) // (8 * num_workers))))
     with in_workers(lazy.labels, batches, num_workers) as results:
@@ -158,6 +163,8 @@ def _number_classes(
     labels: Mapping[str, list[Any]], given_names: Any, name: str
 ) -> tuple[tuple[str, ...], dict[str, Tensor]]:
     """Return the class names, and the labels int64 [N] of each split. Raises `UserError`."""
+    if given_names is not None and not isinstance(given_names, list | tuple | np.ndarray):
+        raise _wrong(name, f"class_names of type {type(given_names).__name__}, not a list")
     names = None if given_names is None else [normalized(str(n)) for n in given_names]
     if repeated := sorted(n for n, count in Counter(names or ()).items() if count > 1):
         raise _wrong(name, f"class_names that contain {name_some(repeated)} more than once")
@@ -170,6 +177,9 @@ def _number_classes(
         wrong = ", ".join(sorted(kind.__name__ for kind in kinds))
         raise _wrong(name, f"labels of type {wrong}, not int or str")
     found = {label for part in labels.values() for label in part}
+    for text in (*(names or ()), *(found if kinds == {str} else ())):
+        if not is_text(text):
+            raise _wrong(name, f"the class name {text!a}, which is not UTF-8")
     if kinds == {str}:
         names = names or sorted(found)
         if unknown := sorted(found - set(names)):
@@ -256,7 +266,7 @@ class DatasetImages(LazyImages):
         """Return an image at its own size, uint8 [C, H, W]. Raises `UserError`."""
         image, _ = self._sample(i)
         if isinstance(image, str | os.PathLike):
-            image = decode(os.fspath(image), self.transform.size)
+            image = decode(os.fspath(image), self.transform.decode_size)
         elif isinstance(image, Image.Image):
             image = pixels(image)
         elif isinstance(image, np.ndarray) and image.dtype == np.uint8:

@@ -80,6 +80,13 @@ class EvalTransform:
     crop_pct: float = 1.0
     interpolation: str = "bilinear"
 
+    @property
+    def decode_size(self) -> int:
+        """Return the size for which `decode` keeps enough pixels: it keeps twice as many."""
+        return (
+            math.ceil(self.size * max(1, 0.5 / self.crop_pct)) if self.fit == "crop" else self.size
+        )
+
     @classmethod
     def of(cls, config: Any) -> Self:
         """Return the transform that a `DataConfig` describes."""
@@ -125,7 +132,7 @@ class SampleTransform:
     """Augments single images by torchvision's transforms, as `names` of the schema say.
 
     `fill` is the color of erased rectangles, one value from 0 to 1 for each channel. Without
-    resized-crop, images become square as `fit` says. `interpolation` is that of resizing.
+    resized-crop, images become square as in evaluation. `interpolation` is that of resizing.
     """
 
     def __init__(
@@ -135,12 +142,13 @@ class SampleTransform:
         fill: Sequence[float],
         fit: str = "crop",
         interpolation: str = "bilinear",
+        crop_pct: float = 1.0,
     ):
         from torchvision.transforms import v2
 
         self.crops = "resized-crop" in names
-        self.square = EvalTransform(size, fit, interpolation=interpolation)
-        self.size = size
+        self.square = EvalTransform(size, fit, crop_pct, interpolation)
+        self.decode_size = size if self.crops else self.square.decode_size
         mode = v2.InterpolationMode(interpolation)
         erased = [round(255 * value) for value in fill]
         transforms = {

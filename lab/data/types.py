@@ -32,6 +32,15 @@ class LazyImages(Protocol):
 Images = Tensor | LazyImages
 
 
+def is_text(name: str) -> bool:
+    """Return whether a name can be written to a file: UTF-8, with the bytes of `os.fsdecode`."""
+    try:
+        name.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 class Paths(Sequence[str]):
     """A sequence of paths in one block of bytes, which selections share.
 

@@ -70,7 +70,7 @@ def timm_input(name: str) -> dict[str, Any]:
     bicubic = config["interpolation"] in ("bicubic", "random")
     return dict(
         image_size=config["input_size"][-1],
-        crop_pct=config["crop_pct"],
+        crop_pct=min(1.0, config["crop_pct"]),  # some models were tested on images with a border
         interpolation="bicubic" if bicubic else "bilinear",
         mean=tuple(config["mean"]),
         std=tuple(config["std"]),

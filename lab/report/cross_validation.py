@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import statistics
 from collections.abc import Sequence
 from functools import partial
@@ -37,7 +38,8 @@ def read_folds(paths: Sequence[Path]) -> list[RunResult]:
         if run.predictions is None or (run.probabilities() is None and not _is_too_large(run)):
             raise UserError(
                 f"{run.path} has no {PROBABILITIES}",
-                f"Write it again: evaluate.py {run.path} --output {run.path}",
+                "Write it again: "
+                + shlex.join(["evaluate.py", str(run.path), "--output", str(run.path)]),
             )
         if changed_splits(_folds(runs[0]), _folds(run)):
             raise UserError(

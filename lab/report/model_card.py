@@ -129,7 +129,7 @@ def _body(title: str, config: TrainConfig, run: RunResult) -> str:
         ),
         "## Results",
         f"The model classifies {num_correct:,} of the {num_samples:,} samples of "
-        + ("a subset of " if config.max_eval_samples else "")
+        + ("a subset of " if config.max_eval_samples == num_samples else "")
         + "the test split correctly. Each sample is counted exactly once.",
         table(
             ("split", "accuracy", "macro-F1", "loss"),
@@ -181,7 +181,7 @@ def _origin(config: TrainConfig) -> str:
             "classifier."
         )
     elif config.init_checkpoint:
-        text = "The weights were initialized from those of another run (WEIGHTS below)."
+        text = "The weights were initialized from those in another file (WEIGHTS below)."
     if config.freeze == "backbone":
         text += " Only the classifier was trained."
     if _is_passed(config):

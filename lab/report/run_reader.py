@@ -92,11 +92,13 @@ class RunResult:
     def has_same_test_split(self, other: RunResult) -> bool:
         """Return whether two runs were tested on the same samples, as far as their files show."""
 
+        recorded, current = (run.config.get("fingerprints", {}) for run in (self, other))
+        is_proven = "test" in recorded and recorded["test"] == current.get("test")
+
         def split(run: RunResult) -> tuple[Any, ...]:
             labels = None if run.labels is None else run.labels.tobytes()
-            return run.dataset, run.config["split_seed"], labels
+            return run.dataset, None if is_proven else run.config["split_seed"], labels
 
-        recorded, current = (run.config.get("fingerprints", {}) for run in (self, other))
         return split(self) == split(other) and "test" not in changed_splits(recorded, current)
 
     def settings(self) -> TrainConfig:
@@ -190,7 +192,8 @@ def read_run(path: Path) -> RunResult:
             "Give a directory that train.py has written",
         )
     if not (path / REPORT).is_file():
-        raise UserError(f"the run {path} is not finished", f"Finish it: train.py --resume {path}")
+        command = shlex.join(["train.py", "--resume", str(path)])
+        raise UserError(f"the run {path} is not finished", f"Finish it: {command}")
     with _damage_as_user_error(path / CONFIG) as file:
         config = json.loads(file.read_bytes())
         check_types(config, CONFIG_KEYS)

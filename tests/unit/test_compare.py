@@ -139,7 +139,8 @@ def test_the_fingerprint_decides_whether_two_test_splits_are_the_same():
     a, b = run(fingerprints=current), run(fingerprints={"test": f"{FORMAT}-2"})
     assert a.has_same_test_split(run(fingerprints=current))
     assert not a.has_same_test_split(b)
-    assert not a.has_same_test_split(run(fingerprints=current, split_seed=1))
+    assert a.has_same_test_split(run(fingerprints=current, split_seed=1))  # a test directory
+    assert not a.has_same_test_split(run(fingerprints=old, split_seed=1))
     for other in (run(fingerprints=old), run()):  # without a usable fingerprint
         assert a.has_same_test_split(other)
         assert other.has_same_test_split(a)

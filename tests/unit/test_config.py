@@ -284,11 +284,14 @@ def test_the_config_of_a_run_gives_its_training_settings(finished, capsys):
 
 def test_the_columns_of_a_settings_file_are_those_of_its_dataset(tmp_path):
     path = tmp_path / "a.yaml"
-    path.write_text("dataset: hf:some/images\nlabel_column: coarse\nrevision: main\n")
-    for dataset, columns in (("hf:some/images", ("coarse", "main")), ("hf:other", (None, None))):
+    content = "dataset: hf:some/images\nlabel_column: coarse\nrevision: main\ndata_dir: d\n"
+    path.write_text(content)
+    same, other = ("coarse", "main", "d"), (None, None, None)
+    for dataset, columns in (("hf:some/images", same), ("hf:other", other)):
         words = ["--config", str(path), "--dataset", dataset]
         settings = parse_arguments(TrainConfig, words, prog="train.py", description="")
-        assert (settings.get("label_column"), settings.get("revision")) == columns
+        names = ("label_column", "revision", "data_dir")
+        assert tuple(map(settings.get, names)) == columns
 
 
 @pytest.mark.parametrize(

@@ -144,6 +144,25 @@ def test_p2_a_large_jpeg_is_decoded_at_a_reduced_scale(tmp_path, image):
     assert torch.equal(prediction, reduced)
 
 
+def test_a_small_part_of_a_large_jpeg_keeps_its_pixels(tmp_path, image):
+    path = str(tmp_path / "x.jpg")
+    image.resize((800, 640)).save(path, quality=95)
+    transform = EvalTransform(40, crop_pct=0.25)
+    decoded = decode(path, transform.decode_size)
+    assert decoded.shape == (3, 160, 200)  # a quarter of it has 40 pixels
+    files = FileImages((path,), transform)
+    assert torch.equal(files[torch.tensor([0])][0], transform(decoded))
+    augment = SampleTransform((), 40, (0.5,) * 3, crop_pct=0.25)
+    assert torch.equal(files.augment(torch.tensor([[0, 1]]), augment)[0], transform(decoded))
+
+
+def test_augmented_images_show_the_part_that_evaluation_does():
+    image = torch.zeros(3, 64, 64, dtype=torch.uint8)
+    image[:, 16:48, 16:48] = 255
+    augmented = SampleTransform((), 32, (0.5,) * 3, crop_pct=0.5)(image, seed=0)
+    assert torch.equal(augmented, EvalTransform(32, crop_pct=0.5)(image))
+
+
 def test_p5_another_decoder_is_a_warning(capsys, monkeypatch):
     trained = module.describe_decoder()
     module.warn_of_other_pixels(trained)

@@ -122,6 +122,10 @@ LISTED = "lists files that do not exist or cannot be read"
          "line 2: Unterminated string starting at). Give a CSV file with a header, or one JSON "
          "object per line."),
 
+        ("m.jsonl", '{"file": "a.png", "label": "\\ud800"}\n', "line 1 of m.jsonl has the label "
+         "'\\ud800', not UTF-8. Correct it."),
+        ("m.csv", "file,label,label\na.png,x,y\n", "m.csv is not a valid manifest (line 1: a "
+         "column is repeated). Give a CSV file with a header, or one JSON object per line."),
         ("m.jsonl", "[1]\n", "m.jsonl is not a valid manifest (line 1 is not a JSON object). Give "
          "a CSV file with a header, or one JSON object per line."),
 

@@ -32,6 +32,7 @@ from lab.data.transforms import BatchTransform
 from lab.errors import UserError
 
 datasets = pytest.importorskip("datasets")
+pq = pytest.importorskip("pyarrow.parquet")
 NAMES = ("cat", "dog", "owl")
 COUNTS = {"train": 7, "validation": 2, "test": 2}  # images of each class
 SIZE = 16
@@ -357,7 +358,48 @@ def test_the_commit_of_a_dataset_of_the_hub_is_recorded_and_kept(sources, tmp_pa
         train.main(["--resume", str(run.path), "--revision", "f" * 40, "--quiet"])
 
 
+def test_p1_names_in_two_unicode_forms_are_one_class(sources, tmp_path):
+    """As in a directory: e with an accent is one character, or two."""
+    rows, text = rows_of(sources / "folder", "train"), datasets.Value("string")
+    names = ["caf\u00e9", "cafe\u0301", "tea"]
+    spelled = rows | {"label": [names[label] for label in rows["label"]]}
+    raw = read_dataset(hub(write(tmp_path / "text", spelled, label=text)))
+    assert raw.train.class_names == ("caf\u00e9", "tea")
+    assert raw.train.labels.tolist() == [int(label == 2) for label in rows["label"]]
+    path = write(tmp_path / "labels", rows, label=datasets.ClassLabel(names=names))
+    with pytest.raises(UserError, match="has several classes named caf\u00e9"):
+        read_dataset(hub(path))
+
+
+@pytest.mark.parametrize("files", ["train", "test"])
+def test_rows_of_one_split_may_be_files_and_those_of_another_bytes(sources, tmp_path, files):
+    splits = {split: rows_of(sources / "folder", split) for split in ("train", "test")}
+    for i, image in enumerate(splits[files]["image"]):
+        path = tmp_path / f"{i}-{image['path']}"
+        path.write_bytes(image["bytes"])
+        splits[files]["image"][i] = {"bytes": None, "path": str(path)}
+    (tmp_path / "rows").mkdir()
+    for split, rows in splits.items():
+        pq.write_table(to_dataset(rows).data.table, tmp_path / "rows" / f"{split}.parquet")
+    found = load_splits(hub(tmp_path / "rows"), 1e9, 1)
+    expected = load_splits(config(sources / "folder"), 1e9, 1)
+    assert torch.equal(found.test.images, expected.test.images)
+    raw = read_dataset(hub(tmp_path / "rows"))
+    assert len(raw.train.images.join([raw.test.images]).decode_all(0)) == sum(
+        len(rows["label"]) for rows in splits.values()
+    )
+
+
 # Errors
+
+
+def test_p7_paths_that_cannot_be_files(tmp_path):
+    paths = [path for i in range(9) for path in (str(tmp_path / f"{i}.png"), f"{i}", f"\0{i}")]
+    rows = {"image": [{"bytes": None, "path": path} for path in paths], "label": [0, 1, 2] * 9}
+    (tmp_path / "rows").mkdir()  # `to_parquet` would read the files
+    pq.write_table(to_dataset(rows).data.table, tmp_path / "rows" / "train.parquet")
+    with pytest.raises(UserError, match="cannot read 27 images"):
+        load_splits(replace(hub(tmp_path / "rows"), val_fraction=0), 1e9, 1)
 
 
 def test_p7_what_is_no_dataset_of_images(sources, tmp_path):

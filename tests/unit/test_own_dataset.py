@@ -93,7 +93,9 @@ def forms(part):
     paths, labels = part.images.paths, part.labels
     pictures = [decode(path) for path in paths]
     as_arrays = [picture.permute(1, 2, 0).numpy() for picture in pictures]
-    with_targets = Samples([(path, -1) for path in paths])
+    step = max(1, len(paths) // 16)  # only some of the labels are compared with the targets
+    read = [n if i % step == 0 else -1 for i, n in enumerate(labels.tolist())]
+    with_targets = Samples(list(zip(paths, read, strict=True)))
     with_targets.targets = labels.tolist()
     return {
         "arrays": (np.stack(as_arrays), labels.numpy()),
@@ -118,7 +120,7 @@ def test_every_form_gives_the_images_of_the_directory(folder, lazy):
     expected = load_splits(config(folder), 0 if lazy else 1e9, 1, augment=augment)
     index = torch.tensor([[5, 7], [0, 9]])
     for form in parts["train"]:
-        datasets = {name: parts[name][form] for name in parts} | {"class_names": "abc"}
+        datasets = {name: parts[name][form] for name in parts} | {"class_names": [*"abc"]}
         found = load_splits(given(datasets), 0 if lazy else 1e9, 1, augment=augment)
         assert found.train.class_names == ("a", "b", "c")
         for split in ("train", "val", "test"):
@@ -251,8 +253,8 @@ SAMPLES = [(image, label) for image, label in zip(IMAGES, LABELS, strict=True)]
         ({"train": (IMAGES, np.eye(4, dtype=int))}, "labels of type list, not int or str"),
         ({"train": (IMAGES[:0], [])}, "SPLIT no samples"),
         ({"train": (IMAGES, [0, 1, 10**12, 1])}, "the label 1000000000000, but no class_names"),
-        ({"train": (IMAGES, [*"abab"]), "class_names": "ac"}, "labels that are not in class_names: "
-         "b"),
+        ({"train": (IMAGES, [*"abab"]), "class_names": [*"ac"]}, "labels that are not in "
+         "class_names: b"),
         ({"train": (IMAGES, LABELS), "val": (IMAGES[..., 0], LABELS)}, "splits of different kinds "
          "of images, or numbers of channels"),
     ],
@@ -332,3 +334,28 @@ def test_p7_files_that_fail(fails, tmp_path, capfd):
         patch.setattr(sys, "argv", ["train.py", *words])
         assert run_script(lambda: train.main(words).exit_code) == 2
     assert "return {}[1]  # here" in capfd.readouterr().err
+
+
+def test_labels_that_a_subclass_changes_are_read_instead_of_the_targets_that_it_inherits():
+    class Binary(Samples):
+        classes, targets = ["x", "y", "z"], [0, 1, 2, 1]
+
+        def __getitem__(self, i):
+            image, label = super().__getitem__(i)
+            return image, int(label == 1)
+
+    samples = Binary([(image, t) for image, t in zip(IMAGES, Binary.targets, strict=True)])
+    raw = read_dataset(given({"train": samples, "class_names": ["other", "y"]}))
+    assert raw.train.labels.tolist() == [0, 1, 0, 1]
+
+
+@pytest.mark.parametrize("names", [{"a": 0, "b": 1}, {"a", "b"}, "ab"])
+def test_p7_class_names_need_an_order(names):
+    message = f"datasets returned class_names of type {type(names).__name__}, not a list"
+    with pytest.raises(UserError, match=message):
+        read_dataset(given({"train": (IMAGES, LABELS), "class_names": names}))
+
+
+def test_p7_a_class_name_that_no_file_can_contain():
+    with pytest.raises(UserError, match=r"the class name '\\ud800', which is not UTF-8"):
+        read_dataset(given({"train": (IMAGES, ["a", "\ud800"] * 2)}))

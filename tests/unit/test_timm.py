@@ -138,6 +138,11 @@ def test_images_are_prepared_as_for_the_weights(published, tmp_path):
     assert (config.image_size, config.crop_pct, config.interpolation) == (96, 1.0, "bilinear")
 
 
+def test_published_crops_are_at_most_the_whole_image(tmp_path):
+    words = {"dataset": str(tmp_path), "model": "timm:volo_d5_512"}  # 1.15
+    assert with_input_defaults(resolve(words)).crop_pct == 1
+
+
 def test_torchvisions_weights_say_how_images_are_prepared(tmp_path):
     words = {"dataset": str(tmp_path), "model": "torchvision:efficientnet_b3"}
     config = with_input_defaults(resolve(words))
