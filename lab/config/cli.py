@@ -18,6 +18,7 @@ from lab.config.schema import (
     TrainConfig,
     flag,
     is_code,
+    is_own_dataset,
     is_same_dataset,
 )
 from lab.errors import UserError, suggestion
@@ -111,7 +112,10 @@ def parse_arguments(config: type, argv: list[str] | None, *, prog: str, descript
         dataset = settings.get("dataset", "")
         same = is_same_dataset(dataset, from_file.get("dataset", "")) and not is_code(dataset)
         if dataset and not same:  # in the file, these are of its own dataset
-            for name in ("revision", "image_column", "label_column", "data_dir"):
+            names = ["revision", "image_column", "label_column"]
+            if dataset == "digits" or is_own_dataset(dataset):  # which are not downloaded
+                names.append("data_dir")
+            for name in names:
                 from_file.pop(name, None)
         settings = from_file | settings
     return settings

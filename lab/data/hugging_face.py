@@ -11,6 +11,7 @@ import hashlib
 import logging
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -294,7 +295,8 @@ def _read_labels(dataset: datasets.Dataset, column: str) -> tuple[list[Any], np.
     found = encoded.dictionary.to_pylist()
     found = [normalized(value) if isinstance(value, str) else value for value in found]
     classes = sorted(set(found))
-    positions = np.array([*map(classes.index, found), -1])  # index -1: no class
+    position = {name: i for i, name in enumerate(classes)}
+    positions = np.array([*(position[name] for name in found), -1])  # index -1: no class
     return classes, positions[encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False)]
 
 
@@ -308,8 +310,8 @@ def _number_classes(
     """
     used: set[Any] = set()
     for split, (classes, codes) in labels.items():
-        names = [normalized(str(name)) for name in classes]
-        if repeated := sorted({name for name in names if names.count(name) > 1}):
+        counts = Counter(normalized(str(name)) for name in classes)
+        if repeated := sorted(name for name, count in counts.items() if count > 1):
             raise UserError(
                 f"{config.dataset} has several classes named {name_some(repeated)}", "Rename them"
             )

@@ -82,10 +82,12 @@ class EvalTransform:
 
     @property
     def decode_size(self) -> int:
-        """Return the size for which `decode` keeps enough pixels: it keeps twice as many."""
-        return (
-            math.ceil(self.size * max(1, 0.5 / self.crop_pct)) if self.fit == "crop" else self.size
-        )
+        """Return the size for which `decode` keeps enough pixels.
+
+        The shorter side that it keeps has at least twice as many: enough for half of the image.
+        """
+        part = self.crop_pct if self.fit == "crop" else 1
+        return math.ceil(self.size * max(1, 0.5 / part)) if part else self.size
 
     @classmethod
     def of(cls, config: Any) -> Self:

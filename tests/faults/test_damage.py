@@ -294,15 +294,15 @@ def test_p7_optimizer_state_of_another_architecture_is_one_error(run, capfd):
 
 @pytest.mark.slow
 def test_p7_randomly_changed_files_never_crash_the_readers(finished):
-    """600 files, in a process whose memory is limited to one GiB more than it starts with."""
-    command = [sys.executable, "tests/helpers/checks_fuzz.py", str(finished), "300"]
+    """300 files, in a process whose memory is limited to one GiB more than it starts with."""
+    command = [sys.executable, "tests/helpers/checks_fuzz.py", str(finished), "150"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     ended = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=200
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr
     counts = json.loads(ended.stdout.splitlines()[-1])
-    assert counts["weights refused"] + counts["weights loaded"] == 300
-    assert counts["checkpoints refused"] + counts["checkpoints loaded"] == 300
-    assert min(counts["weights refused"], counts["checkpoints refused"]) > 150
+    assert counts["weights refused"] + counts["weights loaded"] == 150
+    assert counts["checkpoints refused"] + counts["checkpoints loaded"] == 150
+    assert min(counts["weights refused"], counts["checkpoints refused"]) > 75
     assert counts["MiB more"] < 1024

@@ -287,7 +287,9 @@ def test_the_columns_of_a_settings_file_are_those_of_its_dataset(tmp_path):
     content = "dataset: hf:some/images\nlabel_column: coarse\nrevision: main\ndata_dir: d\n"
     path.write_text(content)
     same, other = ("coarse", "main", "d"), (None, None, None)
-    for dataset, columns in (("hf:some/images", same), ("hf:other", other)):
+    downloaded = (None, None, "d")
+    cases = {"hf:some/images": same, "hf:other": other, "digits": other, "cifar10": downloaded}
+    for dataset, columns in cases.items():
         words = ["--config", str(path), "--dataset", dataset]
         settings = parse_arguments(TrainConfig, words, prog="train.py", description="")
         names = ("label_column", "revision", "data_dir")

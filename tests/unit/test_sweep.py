@@ -346,7 +346,7 @@ def test_p3_a_killed_and_a_stopped_sweep_continue(tmp_path):
     """With real runs: SIGKILL of all processes, then SIGTERM of the sweep alone."""
     file, directory = tmp_path / "s.yaml", tmp_path / "sweep"
     file.write_text(
-        "dataset: digits\nrecipe: smoke\nmax_steps: 0\nepochs: 30\nthreads: 1\n"
+        "dataset: digits\nrecipe: smoke\nmax_steps: 0\nepochs: 20\nthreads: 1\n"
         "checkpoint_every: 2\nlr: {low: 0.001, high: 0.003}\n"
     )
     words = ["sweep.py", file, "--trials", 1, "--seeds", 0, "--output", directory, "--quiet"]
@@ -372,7 +372,7 @@ def test_p3_a_killed_and_a_stopped_sweep_continue(tmp_path):
         ended = world.wait(200)
     assert ended.code == 0, ended.stderr
     assert run.is_finished
-    assert epochs() == 30
+    assert epochs() == 20
     assert (run.path / "history.jsonl").read_text().splitlines()[0] == first
     assert json.loads((run.path / "config.json").read_text())["lr"] < 0.003
     assert (directory / "report.html").exists()
