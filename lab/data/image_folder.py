@@ -84,9 +84,16 @@ def read_manifest(path: Path, config: DataConfig) -> RawSplits:
     root = path.parent
     listed: dict[str, dict[str, str]] = {split: {} for split in SPLIT_NAMES}  # file: label
     lines: dict[str, int] = {}  # file: line
-    known_columns = set(COLUMNS)
+    known_columns, has_split = set(COLUMNS), None
     for line, row in _manifest_rows(path):
         where = f"line {line} of {path}"
+        if has_split not in (None, "split" in row):
+            article = "a" if "split" in row else "no"
+            raise UserError(
+                f"{where} has {article} split, unlike the lines before it",
+                "Give the split in all lines, or in none",
+            )
+        has_split = "split" in row
         if not row.keys() <= known_columns:
             unknown = sorted(row.keys() - known_columns)
             raise UserError(

@@ -126,6 +126,9 @@ LISTED = "lists files that do not exist or cannot be read"
          "'\\ud800', not UTF-8. Correct it."),
         ("m.csv", "file,label,label\na.png,x,y\n", "m.csv is not a valid manifest (line 1: a "
          "column is repeated). Give a CSV file with a header, or one JSON object per line."),
+        ("m.jsonl", '{"file": "a.png", "label": "x", "split": "test"}\n'
+         '{"file": "b.png", "label": "x"}\n', "line 2 of m.jsonl has no split, unlike the lines "
+         "before it. Give the split in all lines, or in none."),
         ("m.jsonl", "[1]\n", "m.jsonl is not a valid manifest (line 1 is not a JSON object). Give "
          "a CSV file with a header, or one JSON object per line."),
 
