@@ -7,6 +7,7 @@ import os
 import pickletools
 import stat
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -259,3 +260,10 @@ def test_p3_a_file_system_that_cannot_sync_directories_is_written_to(tmp_path, m
     monkeypatch.setattr(os, "fsync", lambda descriptor: fsync(descriptor, on_files=True))
     with pytest.raises(UserError, match="Invalid argument"):
         atomic_io.write_atomically(tmp_path / "x", "other")
+
+
+def test_the_name_of_a_run_is_utf8_as_weights_are_only_read_from_such_paths(tmp_path):
+    config = replace(CONFIG, dataset=str(tmp_path / "nu\udcff"), output_dir=str(tmp_path))
+    run = run_dir.open_new(config)
+    assert run.path == tmp_path / "lenet5-nu"
+    run.close()
