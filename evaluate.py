@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
     # Models and data
     with raise_on_all_ranks(accelerator), console.status(f"reading {first.data.dataset}"):
         fingerprint = load_members(members, config, options)
-    checksums = {str(m.path): m.metadata.get("sha256", "") for m in members}
+    checksums = {f"weights {i}": m.metadata.get("sha256", "") for i, m in enumerate(members)}
     check_same_data(accelerator, {config.split: fingerprint} | checksums)
     with raise_on_all_ranks(accelerator):
         for member in members:

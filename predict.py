@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
     from lab import inference
     from lab.checkpoint import weights
     from lab.data.loaders import LoaderOptions
-    from lab.distributed import build_accelerator, raise_on_all_ranks
+    from lab.distributed import build_accelerator, check_same_data, raise_on_all_ranks
     from lab.engine.training import to_device
     from lab.report.explain import OverlayWriter
 
@@ -112,6 +112,7 @@ def main(argv: list[str] | None = None) -> int:
     with raise_on_all_ranks(accelerator):
         model = weights.load_model(path, metadata)
         listed = inference.find_images(config.images) if accelerator.is_main_process else None
+    check_same_data(accelerator, {"weights": metadata.get("sha256", "")})
     paths, unreadable = broadcast_object_list([listed])[0]
     model = to_device(model, metadata["model"]["name"], accelerator.device)
     extra = {}

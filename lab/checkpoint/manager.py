@@ -227,7 +227,7 @@ class CheckpointManager:
         command = shlex.join(["python", "train.py", "--resume", str(self.run.path)])
         for checkpoint in self._checkpoints()[:1]:
             step = int(checkpoint.name.removeprefix("step-"))
-            if self.saved_step == self.first_step:  # the checkpoint has no new settings
+            if self.saved_step == self.first_step:  # no checkpoint has this call's settings
                 command = "the same command"
             console.warn(f"stopped ({why}) after step {step}; resume with: {command}")
         if not self._checkpoints():

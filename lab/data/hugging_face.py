@@ -78,7 +78,8 @@ class RowImages(FileImages):
         """Return a key that changes with the Arrow files and the rows."""
         files = [file["filename"] for table in self.tables for file in table.cache_files]
         columns = [table.column_names for table in self.tables]
-        rows = hashlib.blake2b(self.rows.numpy().tobytes(), digest_size=16).hexdigest()
+        content = self.rows.numpy().tobytes() + self.file_stats().numpy().tobytes()
+        rows = hashlib.blake2b(content, digest_size=16).hexdigest()
         stats = cache.stat_files(files)
         return cache.key_of(files, stats, (transform, columns, rows), change_time)
 
@@ -366,6 +367,9 @@ def _read_images(
         paths = stored[split] if are_unique else [f"{split}/{i}" for i in range(len(contents))]
         stats = torch.zeros(len(paths), 3, dtype=torch.int64)
         stats[:, 0] = torch.tensor(pc.binary_length(contents).fill_null(0).to_numpy().copy())
+        for i in pc.indices_nonzero(contents.is_null()).to_pylist():
+            if stored[split][i]:  # the row has a file instead of bytes
+                stats[i] = cache.stat_files([stored[split][i]])[0]
         rows = torch.stack((torch.zeros_like(stats[:, 0]), torch.arange(len(paths))), dim=1)
         images[split] = replace(RowImages.create(paths, stats, config), tables=(table,), rows=rows)
     return images

@@ -82,9 +82,9 @@ class EvalTransform:
 
     @property
     def decode_size(self) -> int:
-        """Return the size for which `decode` keeps enough pixels.
+        """Return the `size` for `decode`, which keeps at least twice as many pixels per side.
 
-        The shorter side that it keeps has at least twice as many: enough for half of the image.
+        That is enough unless less than half of the shorter side is cropped.
         """
         part = self.crop_pct if self.fit == "crop" else 1
         return math.ceil(self.size * max(1, 0.5 / part)) if part else self.size

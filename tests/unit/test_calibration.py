@@ -140,7 +140,9 @@ def test_p1_processes_compare_the_weights_that_they_read(finished, monkeypatch, 
     monkeypatch.setattr(distributed, "check_same_data", lambda _, values: compared.update(values))
     evaluate.main([str(finished), *QUIET, "--output", str(tmp_path / "e")])
     file = finished / "best.safetensors"
-    assert compared[str(file)] == weights.read_metadata(file)["sha256"]
+    assert compared["weights 0"] == weights.read_metadata(file)["sha256"]
+    predict.main([str(finished), "docs/report.png", *QUIET])
+    assert compared["weights"] == compared["weights 0"]
 
 
 def test_calibrating_again_gives_the_same_temperature(calibrated, tmp_path):

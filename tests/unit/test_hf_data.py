@@ -385,6 +385,13 @@ def test_rows_of_one_split_may_be_files_and_those_of_another_bytes(sources, tmp_
     expected = load_splits(config(sources / "folder"), 1e9, 1)
     assert torch.equal(found.test.images, expected.test.images)
     raw = read_dataset(hub(tmp_path / "rows"))
+    part = getattr(raw, files).images
+    before = part.key("")
+    Path(splits[files]["image"][0]["path"]).write_bytes(b"changed")
+    assert getattr(read_dataset(hub(tmp_path / "rows")), files).images.key("") != before
+    Path(splits[files]["image"][0]["path"]).write_bytes(
+        rows_of(sources / "folder", files)["image"][0]["bytes"]
+    )
     assert len(raw.train.images.join([raw.test.images]).decode_all(0)) == sum(
         len(rows["label"]) for rows in splits.values()
     )
