@@ -109,6 +109,13 @@ def parse_arguments(config: type, argv: list[str] | None, *, prog: str, descript
                     "it yourself",
                     f"If you trust that file, add {flag(name)} {from_file[name]}",
                 )
+        of_recipes = {f.name for f in dataclasses.fields(config) if f.metadata.get("from_recipe")}
+        recipe = settings.get("recipe", "")
+        if recipe not in ("", from_file.get("recipe")) and of_recipes <= from_file.keys():
+            raise UserError(
+                f"--recipe {recipe} changes nothing: {path} has all settings that a recipe sets",
+                "Leave out --recipe, or remove from a copy of that file what the recipe should set",
+            )
         dataset = settings.get("dataset", "")
         same = is_same_dataset(dataset, from_file.get("dataset", "")) and not is_code(dataset)
         if dataset and not same:  # in the file, these are of its own dataset

@@ -1,6 +1,7 @@
 """The weights that torchvision and timm publish."""
 
 import re
+from collections import OrderedDict
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from filelock import FileLock
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torchvision import models
+from torchvision.models.vision_transformer import VisionTransformer, interpolate_embeddings
 
 from lab.errors import UserError
 from lab.models import TIMM
@@ -40,11 +42,16 @@ def load_pretrained(
         mean = first.replace("conv.weight", "bn.running_mean")
         weights[mean] = weights[mean] - (weights[first] * SHIFT).sum((1, 2, 3))
         weights[first] = weights[first] * SCALE
-    adapted = adapt_input_conv(weights[first], expected[first].shape)
-    messages = []
-    if adapted.shape != weights[first].shape:
-        messages.append(f"{first} {list(weights[first].shape)} adapted to {list(adapted.shape)}")
-        weights[first] = adapted
+    adapted = {first: adapt_input_conv(weights[first], expected[first].shape)}
+    if isinstance(model, VisionTransformer):
+        position = interpolate_embeddings(model.image_size, model.patch_size, OrderedDict(weights))
+        adapted["encoder.pos_embedding"] = position["encoder.pos_embedding"]
+    messages = [
+        f"{name} {list(weights[name].shape)} adapted to {list(tensor.shape)}"
+        for name, tensor in adapted.items()
+        if tensor.shape != weights[name].shape
+    ]
+    weights |= adapted
     # torchvision has no trained auxiliary classifiers.
     matching = {
         name: weights[name]

@@ -282,6 +282,17 @@ def test_the_config_of_a_run_gives_its_training_settings(finished, capsys):
     assert read_metadata(finished / "best.safetensors")["seed"] == printed["seed"]
 
 
+def test_p7_a_recipe_beside_a_file_with_all_settings(finished, fails, tmp_path):
+    path = finished / "config.json"
+    words = ["--config", str(path), "--recipe", "notebook"]
+    expected = f"--recipe notebook changes nothing: {path} has all settings that a recipe sets. "
+    assert fails(train, *words).startswith(expected)
+    part = tmp_path / "part.yaml"
+    part.write_text("recipe: default\nlr: 0.5\n")
+    settings = resolve(parse(TrainConfig, "--config", str(part), "--recipe", "notebook"))
+    assert (settings.recipe, settings.lr, settings.schedule) == ("notebook", 0.5, "step")
+
+
 def test_the_columns_of_a_settings_file_are_those_of_its_dataset(tmp_path):
     path = tmp_path / "a.yaml"
     content = "dataset: hf:some/images\nlabel_column: coarse\nrevision: main\ndata_dir: d\n"

@@ -165,6 +165,20 @@ def test_what_ports_do_to_the_channels_is_in_the_weights(monkeypatch):
         torch.testing.assert_close(model(images), source(images), rtol=1e-3, atol=1e-3)
 
 
+def test_position_embeddings_are_interpolated_to_the_number_of_patches(monkeypatch):
+    source = imagenets("vit_b_32", num_classes=10).state_dict()
+    linear = torch.linspace(0, 1, 7).expand(7, 7)  # of the 7x7 patches of 224 pixels
+    source["encoder.pos_embedding"][0, 1:] = linear.reshape(49, 1)
+    model = build_model(**model_of("torchvision:vit_b_32", image_size=96))
+    loaded, adapted = taken(model, "vit_b_32", monkeypatch, source, set())
+    assert loaded.startswith("152 of 152 tensors")
+    assert adapted == "encoder.pos_embedding [1, 50, 768] adapted to [1, 10, 768]"
+    expected = torch.linspace(0, 1, 3).expand(3, 3).reshape(9, 1).expand(9, 768)
+    torch.testing.assert_close(model.encoder.pos_embedding[0, 1:], expected)
+    token = source["encoder.pos_embedding"][0, 0]
+    torch.testing.assert_close(model.encoder.pos_embedding[0, 0], token)
+
+
 def test_small_images_take_the_middle_of_the_first_kernel(monkeypatch):
     source = imagenets("densenet121")
     model = build_model(**model_of("densenet121", in_chans=1))
