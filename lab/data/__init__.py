@@ -190,24 +190,6 @@ class Splits:
 
         return describe_decoder()
 
-    def choose_loader(self, kind: str, memory: float) -> str:
-        """Return the kind of loader to use: "resident" or "streaming".
-
-        `kind` "auto" is "resident" if all splits are in memory and take at most `memory` bytes in
-        total.
-        """
-        if kind != "auto":
-            return kind
-        from torch import Tensor
-
-        from lab.data.splits import AugmentedImages
-
-        images = {id(s.images): s.images for s in (self.train, self.val, self.test)}.values()
-        held = [i for i in images if not isinstance(i, AugmentedImages)]  # these are streamed
-        decoded = all(isinstance(tensor, Tensor) for tensor in held)
-        fits = sum(math.prod(tensor.shape) for tensor in held) <= memory
-        return "resident" if decoded and fits else "streaming"
-
 
 def load_splits(
     config: DataConfig,

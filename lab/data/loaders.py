@@ -7,7 +7,7 @@ the samples of a batch depend on the number of processes.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,7 @@ from lab.data.sampler import (
 )
 from lab.data.splits import AugmentedImages
 from lab.data.transforms import BatchTransform
-from lab.data.types import Batch, Split
+from lab.data.types import Batch, Images, Split
 from lab.data.workers import BatchReader
 from lab.distributed import memory_for_data
 from lab.errors import UserError
@@ -218,6 +218,20 @@ def eval_batch_size(device: torch.device, image_size: int) -> int:
     return max(EVAL_BATCH_SIZE, 1000 * 32**2 // image_size**2)
 
 
+def choose_kind(kind: str, all_images: Sequence[Images], memory: float) -> str:
+    """Return the kind of loader to use: "resident" or "streaming".
+
+    `kind` "auto" is "resident" if all images are in memory and take at most `memory` bytes in
+    total.
+    """
+    if kind != "auto":
+        return kind
+    distinct = {id(images): images for images in all_images}.values()
+    in_memory = all(isinstance(images, Tensor) for images in distinct)
+    fits = sum(math.prod(images.shape) for images in distinct) <= memory
+    return "resident" if in_memory and fits else "streaming"
+
+
 def build_loaders(
     splits: Splits, config: TrainConfig, options: LoaderOptions
 ) -> tuple[Loader, Loader, Loader]:
@@ -225,7 +239,9 @@ def build_loaders(
 
     The last two are the same loader if the best epoch is selected on the test split.
     """
-    options = replace(options, kind=splits.choose_loader(options.kind, options.memory))
+    all_images = [split.images for split in (splits.train, splits.val, splits.test)]
+    kept = [images for images in all_images if not isinstance(images, AugmentedImages)]
+    options = replace(options, kind=choose_kind(options.kind, kept, options.memory))
     mean, std, device = splits.mean, splits.std, options.device
     augment = BatchTransform(mean, std, config.augmentations, device, config.mixup_alpha)
     train = build_loader(
@@ -259,8 +275,7 @@ def build_loader(
 ) -> Loader:
     """Return a loader over `split`, which is shuffled in training and in order if `seed` is None.
 
-    Training batches are divided into `num_parts` parts for gradient accumulation. The kind "auto"
-    is "resident" if the split is in memory and takes at most `options.memory` bytes.
+    Training batches are divided into `num_parts` parts for gradient accumulation.
     `balanced_sampling` and `class_weights` are settings of `TrainConfig`.
 
     Raises `UserError` if a training batch has fewer samples than there are processes.
@@ -278,13 +293,8 @@ def build_loader(
         len(split.labels), batch_size, seed, rank, world_size, num_parts,
         split.labels, balanced_sampling, weights,
     )  # fmt: skip
-    kind = options.kind
-    if isinstance(split.images, AugmentedImages) and seed is not None:
-        return StreamingLoader(split, sampler, transform, device, options.num_workers)
-    if kind == "auto":
-        fits = isinstance(split.images, Tensor) and split.images.nbytes <= options.memory
-        kind = "resident" if fits else "streaming"
-    if kind == "resident":
+    kind = choose_kind(options.kind, [split.images], options.memory)
+    if kind == "resident" and not isinstance(split.images, AugmentedImages):
         return ResidentLoader(split, sampler, transform, device, options.cuda_graphs)
     # Indexing images in memory is faster than receiving them from a worker process.
     num_workers = 0 if isinstance(split.images, Tensor) else options.num_workers
