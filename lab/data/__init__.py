@@ -170,16 +170,13 @@ class Splits:
         splits = {"train": self.train, "val": self.val, "test": self.test}
         if self.val is self.test:
             del splits["val"]
-        return {
-            TITLES[name]: split.labels.bincount(minlength=len(split.class_names)).tolist()
-            for name, split in splits.items()
-        }
+        return {TITLES[name]: split.class_counts() for name, split in splits.items()}
 
     def balance_warnings(self) -> list[str]:
         """Return warnings about unbalanced and small classes of the training split."""
         from lab.data.splits import class_size_warnings
 
-        return class_size_warnings(self.train.class_names, self.class_counts()["training"])
+        return class_size_warnings(self.train.class_names, self.train.class_counts())
 
     @property
     def decoder(self) -> str:
@@ -325,11 +322,10 @@ def _split(
     `checks.identical_files`, if it is known.
     """
     from lab.data.splits import stratified_fold, stratified_split, subsample
-    from lab.data.types import join
 
     seed = config.split_seed
     if whole:
-        return {"all": subsample(join([*raw.named().values()]), config.max_eval_samples, seed)}
+        return {"all": subsample(raw.joined(), config.max_eval_samples, seed)}
     train, val, test = raw.train, raw.val, raw.test
     same = None
     if train.paths is not None and (config.folds or test is None or val is None):

@@ -23,7 +23,7 @@ from lab.data import cache
 from lab.data.decode import FORMATS, FileImages, in_workers
 from lab.data.splits import class_size_warnings
 from lab.data.transforms import EvalTransform
-from lab.data.types import RawSplits, join
+from lab.data.types import RawSplits
 from lab.errors import UserError, name_some
 
 TAIL_BYTES = 4096  # at the end of a file, where images of the same size in bytes differ
@@ -45,7 +45,7 @@ def identical_files(raw: RawSplits) -> Groups:
     Only files of equal size are read: their ends and, if these are equal, all of them. The result
     is cached until a file changes. Files that cannot be read are in no group.
     """
-    images = join([*raw.named().values()]).images
+    images = raw.joined().images
     if not isinstance(images, FileImages):
         return []
     if len(images) < cache.MIN_IMAGES:
@@ -105,7 +105,7 @@ def originals(raw: RawSplits, groups: Groups) -> dict[str, str]:
     """Return the path of the first file of its group for each path in `groups`."""
     if not groups:
         return {}
-    paths = join([*raw.named().values()]).paths or ()
+    paths = raw.joined().paths or ()
     return {paths[i]: paths[group[0]] for group in groups for i in group}
 
 
@@ -121,7 +121,7 @@ class Duplicates:
     def of(cls, raw: RawSplits, groups: Groups) -> Duplicates:
         """Sort the groups of positions in the joined splits."""
         splits = [name for name, split in raw.named().items() for _ in range(len(split.labels))]
-        labels = join([*raw.named().values()]).labels.tolist()
+        labels = raw.joined().labels.tolist()
         found = cls([], [], [])
         for group in groups:
             leak, conflict = (len({of[i] for i in group}) > 1 for of in (splits, labels))
@@ -139,7 +139,7 @@ def duplicate_warnings(raw: RawSplits, groups: Groups) -> list[str]:
     if not groups:
         return []
     found = Duplicates.of(raw, groups)
-    files = join([*raw.named().values()]).files() or []
+    files = raw.joined().files() or []
     return [
         f"exact duplicates in several {places}: "
         + name_some([" = ".join(files[i] for i in group) for group in groups], NUM_NAMED)
@@ -169,7 +169,7 @@ def check(raw: RawSplits, image_size: int, num_workers: int) -> DataCheck:
     What is found in a file is cached until a file changes. Raises `UserError` if the images are not
     in files.
     """
-    whole = join([*raw.named().values()])
+    whole = raw.joined()
     images, files = whole.images, whole.files()
     if not isinstance(images, FileImages) or files is None:
         raise UserError("this dataset has no image files", "Give a directory of images")
@@ -211,10 +211,7 @@ def check(raw: RawSplits, image_size: int, num_workers: int) -> DataCheck:
         if positions:
             names = name_some([files[i] for i in positions], NUM_NAMED)
             warnings.append(f"images {what} ({len(positions):,}): {names}")
-    counts = {
-        name: split.labels.bincount(minlength=len(whole.class_names)).tolist()
-        for name, split in raw.named().items()
-    }
+    counts = {name: split.class_counts() for name, split in raw.named().items()}
     warnings += class_size_warnings(whole.class_names, counts["train"])
     samples = [
         [(files[i], EvalTransform(SAMPLE_SIZE)(images.decode(i))) for i in positions]

@@ -104,10 +104,14 @@ class Split:
         files = [path.removeprefix(prefix) for path in self.paths]
         return files if os.sep == "/" else [file.replace(os.sep, "/") for file in files]
 
+    def class_counts(self) -> list[int]:
+        """Return the number of samples of each class."""
+        return self.labels.bincount(minlength=len(self.class_names)).tolist()
+
     def missing_classes(self) -> list[str]:
         """Return the names of the classes without samples."""
-        counts = self.labels.bincount(minlength=len(self.class_names)).tolist()
-        return [name for name, count in zip(self.class_names, counts, strict=True) if not count]
+        counts = zip(self.class_names, self.class_counts(), strict=True)
+        return [name for name, count in counts if not count]
 
     def select(self, index: Tensor) -> Split:
         """Return the samples at `index`, int64 [M], in that order."""
@@ -132,24 +136,24 @@ class RawSplits:
         splits = {"train": self.train, "val": self.val, "test": self.test}
         return {name: split for name, split in splits.items() if split is not None}
 
+    def joined(self) -> Split:
+        """Return the samples of all splits as one."""
+        splits = [*self.named().values()]
+        first, *others = splits
+        if not others:
+            return first
+        if isinstance(first.images, Tensor):
+            images: Images = torch.cat([split.images for split in splits])  # type: ignore[misc]
+        else:
+            images = first.images.join([split.images for split in others])
+        labels = torch.cat([split.labels for split in splits])
+        paths = first.paths and Paths(path for split in splits for path in split.paths or ())
+        return replace(first, images=images, labels=labels, paths=paths)
+
 
 def normalized(name: str) -> str:
     """Return a file name in Unicode's composed form (NFC): file systems store different forms."""
     return name if name.isascii() else unicodedata.normalize("NFC", name)
-
-
-def join(splits: Sequence[Split]) -> Split:
-    """Return the concatenation of several splits."""
-    first, *others = splits
-    if not others:
-        return first
-    if isinstance(first.images, Tensor):
-        images: Images = torch.cat([split.images for split in splits])  # type: ignore[misc]
-    else:
-        images = first.images.join([split.images for split in others])
-    labels = torch.cat([split.labels for split in splits])
-    paths = first.paths and Paths(path for split in splits for path in split.paths or ())
-    return replace(first, images=images, labels=labels, paths=paths)
 
 
 @dataclass(frozen=True)
