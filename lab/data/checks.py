@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from lab.data import cache
-from lab.data.decode import FORMATS, FileImages, in_workers
+from lab.data.decode import FORMATS, FileImages, in_workers, worker_batches
 from lab.data.splits import class_size_warnings
 from lab.data.transforms import EvalTransform
 from lab.data.types import RawSplits
@@ -184,20 +184,18 @@ def check(raw: RawSplits, image_size: int, num_workers: int) -> DataCheck:
     def equal(group: Sequence[int]) -> str:
         return " = ".join(files[i] for i in group)
 
-    problems = [
-        *(
-            [f"there is only one class, {whole.class_names[0]}"]
-            if len(whole.class_names) == 1
-            else []
-        ),
-        *(record[0] for record in records if len(record) == 1),
-        *(f"exact duplicates in several splits: {equal(group)}" for group in found.leaks),
-        *(f"exact duplicates in several classes: {equal(group)}" for group in found.conflicts),
-        *(
-            f"the held-out split may separate files with the same pixels: {equal(group)}"
-            for group in groups
-            if group[0] in separable
-        ),
+    problems = []
+    if len(whole.class_names) == 1:
+        problems.append(f"there is only one class, {whole.class_names[0]}")
+    problems += [record[0] for record in records if len(record) == 1]
+    problems += [f"exact duplicates in several splits: {equal(group)}" for group in found.leaks]
+    problems += [
+        f"exact duplicates in several classes: {equal(group)}" for group in found.conflicts
+    ]
+    problems += [
+        f"the held-out split may separate files with the same pixels: {equal(group)}"
+        for group in groups
+        if group[0] in separable
     ]
     warnings = [*raw.warnings]
     if copies:
@@ -239,8 +237,7 @@ def inspect(images: FileImages, num_workers: int) -> list[list[Any]]:
     """
 
     def compute() -> list[list[Any]]:
-        size = max(1, min(64, len(images) // (8 * max(1, num_workers))))
-        batches = torch.arange(len(images)).split(size)
+        batches = worker_batches(len(images), num_workers)
         with in_workers(partial(_inspect_batch, images), batches, num_workers) as results:
             return [record for batch in results for record in batch]
 

@@ -167,10 +167,9 @@ class FileImages(LazyImages):
             raise UnreadableImages({self.paths[i]: reason for i, reason in reasons.items()})
 
     def _batches(self, num_workers: int) -> Sequence[Tensor]:
-        # At most 2 MB each, as they are sent between processes, and enough batches for all workers.
-        num_bytes = 3 * self.transform.size**2
-        num_images = min(2**21 // num_bytes, len(self) // (8 * max(1, num_workers)))
-        return torch.arange(len(self)).split(max(1, num_images))
+        # At most 2 MB each, as they are sent between processes.
+        most = 2**21 // (3 * self.transform.size**2)
+        return worker_batches(len(self), num_workers, most)
 
     def _decode(self, index: Tensor) -> tuple[Tensor, dict[int, str]]:
         """Return the images at `index`, and the errors of those that cannot be decoded."""
@@ -185,6 +184,12 @@ class FileImages(LazyImages):
 
     def _reasons(self, index: Tensor) -> dict[int, str]:
         return self._decode(index)[1]
+
+
+def worker_batches(num_images: int, num_workers: int, most: int = 64) -> Sequence[Tensor]:
+    """Return the positions of all images in batches, several for each worker, of at most `most`."""
+    size = min(most, num_images // (8 * max(1, num_workers)))
+    return torch.arange(num_images).split(max(1, size))
 
 
 @contextmanager

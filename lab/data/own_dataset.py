@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset
 
 from lab.data.cache import stat_files
-from lab.data.decode import FileImages, decode, in_workers, pixels
+from lab.data.decode import FileImages, decode, in_workers, pixels, worker_batches
 from lab.data.image_folder import SPLIT_OF
 from lab.data.transforms import EvalTransform, SampleTransform
 from lab.data.types import Images, LazyImages, RawSplits, Split, is_text, normalized
@@ -129,7 +129,7 @@ def _convert_split(part: Any, name: str, config: DataConfig) -> tuple[Images, li
         if lazy.labels(some) == [listed[i] for i in some.tolist()]:
             return lazy, listed
     num_workers = torch.get_num_threads()
-    batches = lazy.positions.split(max(1, min(64, len(part) // (8 * num_workers))))
+    batches = worker_batches(len(part), num_workers)
     with in_workers(lazy.labels, batches, num_workers) as results:
         return lazy, [label for batch in results for label in batch]
 
@@ -250,8 +250,7 @@ class DatasetImages(LazyImages):
 
     def decode_all(self, num_workers: int, use_cache: bool | None = None) -> Tensor:
         """Return all images, uint8 [N, C, size, size]. They are not cached."""
-        size = max(1, min(64, len(self) // (8 * max(1, num_workers))))
-        batches = torch.arange(len(self)).split(size)
+        batches = worker_batches(len(self), num_workers)
         images = torch.empty(tuple(self.shape), dtype=torch.uint8)
         with in_workers(self.__getitem__, batches, num_workers) as results:
             for index, batch in zip(batches, results, strict=True):
