@@ -125,11 +125,11 @@ def train_with_lab(root: str) -> int:
     from lab.data.image_folder import read_folder
     from lab.data.loaders import LoaderOptions, build_loader
     from lab.data.splits import AugmentedImages
-    from lab.data.transforms import BatchTransform, SampleTransform
+    from lab.data.transforms import BatchTransform, EvalTransform, SampleTransform
 
     config = resolve({"dataset": root, "image_size": 224})
     split = read_folder(DataConfig.of(config)).train
-    transform = SampleTransform(("resized-crop",), 224, MEAN)
+    transform = SampleTransform(("resized-crop",), EvalTransform(224), MEAN)
     loader = build_loader(
         replace(split, images=AugmentedImages(split.images, split.images, transform)),
         BatchTransform(MEAN, STD, ("flip",), "cpu"),

@@ -207,7 +207,7 @@ def load_splits(
     """
     from lab.data.fingerprint import fingerprint
     from lab.data.splits import AugmentedImages
-    from lab.data.transforms import SampleTransform
+    from lab.data.transforms import EvalTransform, SampleTransform
     from lab.data.types import UnreadableImages
 
     raw = read_dataset(config, download)
@@ -238,11 +238,8 @@ def load_splits(
         except UnreadableImages:
             raise _unreadable_images(splits, num_workers) from None
     if augment:
-        transform = SampleTransform(
-            augment, config.image_size, mean, config.fit, config.interpolation, config.crop_pct
-        )
-        images: Any = splits["train"].images
-        images = AugmentedImages(images, sized["train"].images, transform)
+        transform = SampleTransform(augment, EvalTransform.of(config), mean)
+        images: Any = AugmentedImages(splits["train"].images, sized["train"].images, transform)
         sized["train"] = replace(sized["train"], images=images)
     selection_split = "validation" if "val" in sized else "test"
     val = sized.get("val", sized["test"])

@@ -133,28 +133,19 @@ def to_grayscale(images: Tensor) -> Tensor:
 class SampleTransform:
     """Augments single images by torchvision's transforms, as `names` of the schema say.
 
-    `fill` is the color of erased rectangles, one value from 0 to 1 for each channel. Without
-    resized-crop, images become square as in evaluation. `interpolation` is that of resizing.
+    Without resized-crop, images become square by `square`, as in evaluation. `fill` is the color of
+    erased rectangles, one value from 0 to 1 for each channel.
     """
 
-    def __init__(
-        self,
-        names: Sequence[str],
-        size: int,
-        fill: Sequence[float],
-        fit: str = "crop",
-        interpolation: str = "bilinear",
-        crop_pct: float = 1.0,
-    ):
+    def __init__(self, names: Sequence[str], square: EvalTransform, fill: Sequence[float]):
         from torchvision.transforms import v2
 
-        self.crops = "resized-crop" in names
-        self.square = EvalTransform(size, fit, crop_pct, interpolation)
-        self.decode_size = size if self.crops else self.square.decode_size
-        mode = v2.InterpolationMode(interpolation)
+        self.crops, self.square = "resized-crop" in names, square
+        self.decode_size = square.size if self.crops else square.decode_size
+        mode = v2.InterpolationMode(square.interpolation)
         erased = [round(255 * value) for value in fill]
         transforms = {
-            "resized-crop": v2.RandomResizedCrop(size, scale=CROP_AREA, interpolation=mode),
+            "resized-crop": v2.RandomResizedCrop(square.size, scale=CROP_AREA, interpolation=mode),
             "trivialaugment": v2.TrivialAugmentWide(interpolation=v2.InterpolationMode.BILINEAR),
             "randaugment": v2.RandAugment(interpolation=v2.InterpolationMode.BILINEAR),
             "erasing": v2.RandomErasing(p=0.25, value=erased),

@@ -138,7 +138,7 @@ def test_p2_a_large_jpeg_is_decoded_at_a_reduced_scale(tmp_path, image):
     assert (reduced.int() - full.int()).abs().max() <= 4
     files = FileImages((path,), EvalTransform(40))
     assert torch.equal(files[torch.tensor([0])][0], reduced)
-    crop = SampleTransform((), 40, (0.5,) * 3)
+    crop = SampleTransform((), EvalTransform(40), (0.5,) * 3)
     assert torch.equal(files.augment(torch.tensor([[0, 1]]), crop)[0], reduced)
     [prediction] = _ImageDataset([path], METADATA)[torch.tensor([0])][0]
     assert torch.equal(prediction, reduced)
@@ -152,14 +152,14 @@ def test_a_small_part_of_a_large_jpeg_keeps_its_pixels(tmp_path, image):
     assert decoded.shape == (3, 160, 200)  # a quarter of it has 40 pixels
     files = FileImages((path,), transform)
     assert torch.equal(files[torch.tensor([0])][0], transform(decoded))
-    augment = SampleTransform((), 40, (0.5,) * 3, crop_pct=0.25)
+    augment = SampleTransform((), transform, (0.5,) * 3)
     assert torch.equal(files.augment(torch.tensor([[0, 1]]), augment)[0], transform(decoded))
 
 
 def test_augmented_images_show_the_part_that_evaluation_does():
     image = torch.zeros(3, 64, 64, dtype=torch.uint8)
     image[:, 16:48, 16:48] = 255
-    augmented = SampleTransform((), 32, (0.5,) * 3, crop_pct=0.5)(image, seed=0)
+    augmented = SampleTransform((), EvalTransform(32, crop_pct=0.5), (0.5,) * 3)(image, seed=0)
     assert torch.equal(augmented, EvalTransform(32, crop_pct=0.5)(image))
 
 

@@ -321,7 +321,7 @@ SAMPLE_STEPS = ("resized-crop", "trivialaugment", "erasing")
 def test_p2_the_augmentation_of_a_sample_is_a_function_of_its_seed(names, in_chans):
     generator = torch.Generator().manual_seed(0)
     image = torch.randint(256, (in_chans, 30, 50), dtype=torch.uint8, generator=generator)
-    transform = SampleTransform(names, 16, (0.5,) * in_chans)
+    transform = SampleTransform(names, EvalTransform(16), (0.5,) * in_chans)
     state = torch.get_rng_state()
     seeds = range(-10 * 2**24, 10 * 2**24, 2**24)  # which differ in their upper bits only
     results = [transform(image, seed) for seed in seeds]
@@ -333,7 +333,7 @@ def test_p2_the_augmentation_of_a_sample_is_a_function_of_its_seed(names, in_cha
 
 
 def augmented(split, images):
-    transform = SampleTransform(SAMPLE_STEPS, SIZE, (0.4, 0.5, 0.6))
+    transform = SampleTransform(SAMPLE_STEPS, EvalTransform(SIZE), (0.4, 0.5, 0.6))
     return make_split(NUM_FILES, AugmentedImages(images, split.images, transform))
 
 

@@ -18,7 +18,7 @@ from lab.config import recipes
 from lab.data.loaders import LoaderOptions, ResidentLoader, build_loader
 from lab.data.sampler import ShardedBatchSampler
 from lab.data.splits import AugmentedImages
-from lab.data.transforms import BatchTransform, SampleTransform
+from lab.data.transforms import BatchTransform, EvalTransform, SampleTransform
 from lab.errors import UserError
 from lab.models import with_input_defaults
 from lab.report import explain, mistakes, plots, results
@@ -149,7 +149,7 @@ def test_p2_a_mixed_batch_equals_that_of_the_loader(mixes, balanced):
 def test_p2_the_first_batch_is_shown_with_the_augmentation_of_the_workers():
     config, data = recipes.resolve({"dataset": "digits"}), splits("ab", num_test=2)
     names = ("resized-crop", "trivialaugment")
-    transform = SampleTransform(names, data.train.images.shape[2], (0.0,))
+    transform = SampleTransform(names, EvalTransform(data.train.images.shape[2]), (0.0,))
     augmented = AugmentedImages(data.train.images, data.train.images, transform)
     data = replace(data, train=replace(data.train, images=augmented))
     options = LoaderOptions(0, 1, torch.device("cpu"), "streaming", 0, 0.0)
