@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lab.errors import UserError
+from lab.errors import UserError, first_line
 
 # Calls before the capture, which select kernels, compile and allocate the optimizer state.
 NUM_WARMUP_CALLS = 3
@@ -74,7 +74,7 @@ class CUDAGraphRunner:
             raise
         except RuntimeError as error:
             raise UserError(
-                f"the step cannot be captured as a CUDA graph ({str(error).splitlines()[0]})",
+                f"the step cannot be captured as a CUDA graph ({first_line(error)})",
                 "Give --cuda-graphs never",
             ) from error
         return graph, static_inputs, result

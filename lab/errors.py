@@ -44,6 +44,12 @@ def install_hint(extra: str) -> str:
     return f"Run pip install -e '.[{extra}]' in lab's checkout"
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, without its period, or the type without one."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].rstrip(".")
+
+
 def name_some(names: Sequence[str], count: int = 5) -> str:
     """Return the first `count` names as one line, and the number of the remaining ones."""
     more = f" and {len(names) - count} more" if len(names) > count else ""

@@ -17,7 +17,7 @@ from lab.checkpoint.atomic_io import check_output_file
 from lab.checkpoint.provenance import versions
 from lab.data import DataConfig
 from lab.data.transforms import BatchTransform
-from lab.errors import UserError, install_hint
+from lab.errors import UserError, first_line, install_hint
 
 SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2"}
 EXTRA = ("onnx", "onnxscript", "onnxruntime")  # the extra `onnx` of pyproject.toml
@@ -110,9 +110,8 @@ def pack(
             else _pt2(program, description)
         )
     except Exception as error:  # of many types, depending on the model
-        reason = str(error).strip().split("\n")[0].rstrip(".")
         raise UserError(
-            f"{metadata['model']['name']} cannot be exported ({reason})",
+            f"{metadata['model']['name']} cannot be exported ({first_line(error)})",
             "Try the other --format, or leave out --dynamic-batch",
         ) from error
     finally:
@@ -174,9 +173,8 @@ def load(content: bytes, kind: str) -> Callable[[Tensor], Tensor]:
     try:
         session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # of many types, depending on the model
-        reason = str(error).strip().split("\n")[0].rstrip(".")
         raise UserError(
-            f"ONNX Runtime cannot run the model ({reason})", "Try --format torch-export"
+            f"ONNX Runtime cannot run the model ({first_line(error)})", "Try --format torch-export"
         ) from error
     return lambda images: torch.from_numpy(session.run(None, {INPUT: images.numpy()})[0])
 

@@ -36,7 +36,7 @@ from lab.data.workers import BatchReader
 from lab.distributed import choose_precision
 from lab.engine.evaluation import predict_logits
 from lab.engine.training import to_device
-from lab.errors import UserError
+from lab.errors import UserError, first_line
 from lab.models import own
 
 if TYPE_CHECKING:
@@ -311,7 +311,7 @@ def load_model(
         loaded = to_device(loaded, metadata["model"]["name"], torch.device(device))
     except (RuntimeError, AssertionError) as error:  # the latter: PyTorch has no support for it
         raise UserError(
-            f"cannot use the device {device} ({str(error).splitlines()[0]})", "Give auto or cpu"
+            f"cannot use the device {device} ({first_line(error)})", "Give auto or cpu"
         ) from error
     return loaded.eval(), metadata
 

@@ -26,7 +26,7 @@ from lab.config.schema import HUB, HUB_WEIGHTS, TrainConfig, is_on_hub
 from lab.data import DataConfig, Splits
 from lab.data.types import Split, normalized
 from lab.distributed import raise_on_all_ranks
-from lab.errors import UserError, name_some
+from lab.errors import UserError, first_line, name_some
 from lab.models import TIMM, build_model, build_without_memory, find_model, own
 
 # All metadata is one JSON text under one key: safetensors does not keep the order of several keys,
@@ -211,8 +211,7 @@ def _download(url: str) -> Path:
     except errors.EntryNotFoundError as error:
         raise UserError(f"{url} contains no {BEST}", give) from error
     except OSError as error:  # of the network or the disk
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise UserError(f"cannot download {url} ({reason})", "Try again") from error
+        raise UserError(f"cannot download {url} ({first_line(error)})", "Try again") from error
 
 
 def read_metadata(path: Path, own_model: str = "") -> dict[str, Any]:

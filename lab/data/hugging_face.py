@@ -26,7 +26,7 @@ from lab.data import cache
 from lab.data.decode import FileImages, decode_content, read_file
 from lab.data.image_folder import SPLIT_OF
 from lab.data.types import RawSplits, Split, normalized
-from lab.errors import UserError, install_hint, name_some
+from lab.errors import UserError, first_line, install_hint, name_some
 
 if TYPE_CHECKING:
     import datasets
@@ -209,7 +209,7 @@ def _check_revision(builder: Any, name: str, revision: str) -> None:
 def _load_error(name: str, is_local: bool, download: bool, error: Exception) -> UserError:
     import datasets
 
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    reason = first_line(error)
     if is_local:
         return UserError(
             f"cannot load the dataset {name} ({reason})",

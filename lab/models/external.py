@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torchvision import models
 
-from lab.errors import UserError, install_hint, suggestion
+from lab.errors import UserError, first_line, install_hint, suggestion
 from lab.models.small_images import fit_channels
 
 
@@ -143,9 +143,8 @@ def _check_image_size(
         except NotImplementedError:
             try_shapes("cpu")
     except (RuntimeError, ValueError, AssertionError) as error:
-        reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
         library = "timm" if create is create_timm_model else "torchvision"
         raise UserError(
-            f"{library}:{name} cannot take images of {image_size} pixels ({reason})",
+            f"{library}:{name} cannot take images of {image_size} pixels ({first_line(error)})",
             "Give another --image-size; most were made for 224",
         ) from error

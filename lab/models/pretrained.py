@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchvision import models
 from torchvision.models.vision_transformer import VisionTransformer, interpolate_embeddings
 
-from lab.errors import UserError
+from lab.errors import UserError, first_line
 from lab.models import TIMM
 
 # With pretrained weights, these models rescale images from ImageNet's mean and deviation to the
@@ -88,9 +88,8 @@ def _load_timm(
     try:
         tensors = safetensors.torch.load_file(hf_hub_download(repository, "model.safetensors"))
     except (OSError, SafetensorError) as error:  # the Hub's errors are OSErrors
-        reason = str(error).splitlines()[0].rstrip(".")
         raise UserError(
-            f"timm's weights {repository} cannot be loaded ({reason})",
+            f"timm's weights {repository} cannot be loaded ({first_line(error)})",
             "Connect to the Hugging Face Hub, give other weights with --init-checkpoint, or train "
             "from random ones with --no-pretrained",
         ) from error

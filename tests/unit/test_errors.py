@@ -24,7 +24,7 @@ from lab.config.cli import parse_arguments
 from lab.config.schema import EvalConfig
 from lab.data import DATASETS
 from lab.distributed import build_accelerator
-from lab.errors import UserError, as_user_error, run_script
+from lab.errors import UserError, as_user_error, first_line, run_script
 from lab.models import MODELS
 from lab.report.compare import CompareConfig
 from predict import PredictConfig
@@ -157,6 +157,11 @@ def test_p7_a_traceback_comes_with_debug_alone(monkeypatch, capsys):
     err = capsys.readouterr().err
     assert "Traceback (most recent call last)" in err
     assert err.splitlines()[-1].startswith("error: unknown model x. Known:")
+
+
+def test_p7_the_reason_of_an_error_without_a_message_is_its_type():
+    assert first_line(TimeoutError()) == "TimeoutError"
+    assert first_line(ValueError(" one.\ntwo")) == "one"
 
 
 def test_p7_an_error_survives_the_way_between_processes():
