@@ -22,12 +22,12 @@ from lab import console
 from lab.checkpoint.atomic_io import AsyncWriter, check_types, to_json, write_atomically
 from lab.checkpoint.provenance import versions
 from lab.checkpoint.run_dir import BEST, RunDir
-from lab.config.schema import HUB, HUB_WEIGHTS, TrainConfig, is_on_hub
+from lab.config.schema import HUB, HUB_WEIGHTS, TIMM, TrainConfig, is_on_hub
 from lab.data import DataConfig, Splits
 from lab.data.types import Split, normalized
 from lab.distributed import raise_on_all_ranks
 from lab.errors import UserError, first_line, name_some
-from lab.models import TIMM, build_model, build_without_memory, find_model, own
+from lab.models import build_model, build_without_memory, find_model, own
 
 # All metadata is one JSON text under one key: safetensors does not keep the order of several keys,
 # so equal weights would not give equal bytes.

@@ -14,6 +14,8 @@ from lab.config.schema import (
     AUTO_STEPS,
     MAX_AUTO_EPOCHS,
     MIN_AUTO_EPOCHS,
+    TIMM,
+    TORCHVISION,
     TrainConfig,
     is_code,
     is_own_dataset,
@@ -21,7 +23,6 @@ from lab.config.schema import (
 from lab.errors import UserError, suggestion
 
 IMAGES_MODEL = "torchvision:efficientnet_b0"  # default --model for the user's own images
-LIBRARIES = ("torchvision:", "timm:")  # how the names of their models begin
 
 RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     # Exactly the settings of the two university notebooks, which select the best epoch on the
@@ -137,7 +138,7 @@ def model_defaults(model: str) -> tuple[str, int]:
 
     The size is 0 for a model of torchvision or timm, which knows its own.
     """
-    if model.startswith(LIBRARIES):
+    if model.startswith((TORCHVISION, TIMM)):
         return "cifar10", 0
     if model == "efficientnet_lite0":
         return "cifar10", 224
@@ -154,7 +155,7 @@ def resolve(overrides: dict[str, Any]) -> TrainConfig:
     model = overrides.get("model", IMAGES_MODEL if own_images else TrainConfig.model)
     default_dataset, image_size = model_defaults(model)
     dataset = dataset or default_dataset
-    of_library = model.startswith(LIBRARIES)
+    of_library = model.startswith((TORCHVISION, TIMM))
     layer = "folder" if own_images else dataset
     pretrained = own_images and overrides.get("pretrained", of_library)
     finetuned = pretrained or (own_images and overrides.get("init_checkpoint"))

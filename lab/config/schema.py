@@ -76,6 +76,7 @@ AUGMENTATIONS = BATCH_AUGMENTATIONS + SAMPLE_AUGMENTATIONS
 # Face dataset (HUB and its name or path), or code (`is_code`).
 NAMED_DATASETS = ("mnist", "fashion-mnist", "cifar10", "cifar100", "digits")
 HUB = "hf:"
+TORCHVISION, TIMM = "torchvision:", "timm:"  # how the names of these libraries' models begin
 TRACKERS = ("tensorboard", "wandb")  # each an extra of pyproject.toml, too
 EVAL_BATCH_SIZE = 100
 AUTO_STEPS, MIN_AUTO_EPOCHS, MAX_AUTO_EPOCHS = 1000, 5, 10  # of --epochs 0

@@ -11,13 +11,12 @@ import importlib
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from lab.config.schema import TrainConfig, is_code
+from lab.config.schema import TIMM, TORCHVISION, TrainConfig, is_code
 from lab.errors import UserError, suggestion
 
 if TYPE_CHECKING:
     from torch import nn
 
-TORCHVISION, TIMM = "torchvision:", "timm:"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -103,13 +102,12 @@ def check_model(name: str, pretrained: bool) -> None:
         from lab.models.own import register
 
         register(name)
-    if pretrained and not find_model(name).weights:
+    if not find_model(name).weights and pretrained:
         known = ", ".join(name for name, spec in MODELS.items() if spec.weights)
         raise UserError(
             f"there are no pretrained weights for {name}",
             f"Known: {known}, and most of {TORCHVISION}NAME and {TIMM}NAME",
         )
-    find_model(name)
 
 
 def input_spec(name: str) -> InputSpec:

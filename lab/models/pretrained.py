@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torchvision import models
 from torchvision.models.vision_transformer import VisionTransformer, interpolate_embeddings
 
+from lab.config.schema import TIMM
 from lab.errors import UserError, first_line
-from lab.models import TIMM
 
 # With pretrained weights, these models rescale images from ImageNet's mean and deviation to the
 # range -1 to 1, as in TensorFlow. Here the first convolution includes that rescaling.

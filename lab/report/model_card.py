@@ -11,7 +11,7 @@ from typing import Any
 
 from lab.checkpoint.atomic_io import write_atomically
 from lab.checkpoint.run_dir import BEST, CARD, CONFIG, PLOTS, RunDir
-from lab.config.schema import HUB, TrainConfig, is_code, is_own_dataset
+from lab.config.schema import HUB, TIMM, TrainConfig, is_code, is_own_dataset
 from lab.errors import UserError
 from lab.own_code import OBJECT
 from lab.report.markdown import code, escaped, table
@@ -175,7 +175,7 @@ def _origin(config: TrainConfig) -> str:
     """Return how the weights were initialized, and what the placeholders of the command mean."""
     text = "The weights were initialized randomly."
     if config.pretrained:
-        library = "timm" if config.model.startswith("timm:") else "torchvision"
+        library = "timm" if config.model.startswith(TIMM) else "torchvision"
         text = (
             f"The weights were initialized from pretrained weights of {library}, except for the "
             "classifier."
