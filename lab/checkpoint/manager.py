@@ -57,15 +57,10 @@ def open_run(
             if world.is_main_process:
                 run, resumable = _lock_run(config)
                 checkpoint = latest_checkpoint(run) if resumable else None
-        path = broadcast_object_list([str(run.path)])[0]
-        if not world.is_main_process:
-            run = RunDir(path, is_main_process=False)
-        checkpoint = broadcast_checkpoint(checkpoint)
+        run, checkpoint = _broadcast(run, checkpoint)
         if checkpoint:
             config = checkpoint.config(overrides)
-            yield checkpoint.run, config, checkpoint
-        else:
-            yield run, config, None
+        yield run, config, checkpoint
     finally:
         run.close()
 
@@ -90,17 +85,14 @@ def _lock_run(config: TrainConfig) -> tuple[RunDir, bool]:
     return run, True
 
 
-def broadcast_checkpoint(checkpoint: Checkpoint | None) -> Checkpoint | None:
-    """Return the main process's checkpoint on every process, on the others without its tensors."""
-    content = None
-    if checkpoint:
-        paths = (str(checkpoint.run.path), str(checkpoint.path))
-        content = (checkpoint.metadata, *paths)
-    content = broadcast_object_list([content])[0]
-    if checkpoint or not content:
-        return checkpoint
-    metadata, run, path = content
-    return Checkpoint(RunDir(run, is_main_process=False), Path(path), metadata, {})
+def _broadcast(run: RunDir, checkpoint: Checkpoint | None) -> tuple[RunDir, Checkpoint | None]:
+    """Return the main process's run and checkpoint, on the other processes without its tensors."""
+    sent = [str(run.path), checkpoint and (str(checkpoint.path), checkpoint.metadata)]
+    path, content = broadcast_object_list(sent)
+    if run.is_main_process:
+        return run, checkpoint
+    run = RunDir(path, is_main_process=False)
+    return run, content and Checkpoint(run, Path(content[0]), content[1], {})
 
 
 def latest_checkpoint(run: RunDir) -> Checkpoint:
@@ -193,12 +185,8 @@ class CheckpointManager:
         saved_step: int,
     ):
         """Prepare to write; `saved_step` is the step of the newest checkpoint, 0 without one."""
-        self.run, self.writer, self.interrupts, self.train_step = (
-            run,
-            writer,
-            interrupts,
-            train_step,
-        )
+        self.run, self.writer = run, writer
+        self.interrupts, self.train_step = interrupts, train_step
         self.fingerprints, self.num_samples = splits.fingerprints, len(splits.train.labels)
         self.normalization = [splits.mean, splits.std]
         self.first_step = self.saved_step = saved_step
@@ -211,12 +199,12 @@ class CheckpointManager:
         """Wait for pending writes; add the newest checkpoint to the hint of a `UserError`."""
         with suppress(UserError) if error else nullcontext():
             self.writer.wait()  # before the directory is unlocked
-        if isinstance(error, UserError):
-            for checkpoint in self._checkpoints()[:1]:
-                error.hint += f". The last complete checkpoint of the run is {checkpoint}"
+        if isinstance(error, UserError) and (checkpoint := self._newest_checkpoint()):
+            error.hint += f". The last complete checkpoint of the run is {checkpoint}"
 
-    def _checkpoints(self) -> list[Path]:
-        return self.run.checkpoints if self.run.is_main_process else []
+    def _newest_checkpoint(self) -> Path | None:
+        """Return the newest checkpoint, or None without one; the main process alone may read it."""
+        return next(iter(self.run.checkpoints), None) if self.run.is_main_process else None
 
     def report_interruption(self) -> None:
         """Print how to resume the run that was interrupted, and set the run's exit code."""
@@ -225,12 +213,12 @@ class CheckpointManager:
         self.train_step.accelerator.wait_for_everyone()
         why = self.stop_reason.description
         command = shlex.join(["python", "train.py", "--resume", str(self.run.path)])
-        for checkpoint in self._checkpoints()[:1]:
+        if checkpoint := self._newest_checkpoint():
             step = int(checkpoint.name.removeprefix("step-"))
             if self.saved_step == self.first_step:  # no checkpoint has this call's settings
                 command = "the same command"
             console.warn(f"stopped ({why}) after step {step}; resume with: {command}")
-        if not self._checkpoints():
+        else:
             console.warn(f"stopped ({why}), and no checkpoint could be written")
         self.run.interrupted, self.run.exit_code = True, self.stop_reason.exit_code
 

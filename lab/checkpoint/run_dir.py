@@ -93,9 +93,8 @@ class RunDir:
             lock = FileLock(path)
             with suppress(Timeout):
                 lock.acquire(timeout=LOCK_TIMEOUT_SECONDS)
-        if (
-            not lock.is_locked or not path.exists()
-        ):  # a run that did not start removes its directory
+        # A run that did not start removes its directory, and the lock with it.
+        if not lock.is_locked or not path.exists():
             raise UserError(
                 f"another process is training in {self.path}",
                 f"Wait until it ends, or give another --name; if there is none, delete {path}",

@@ -70,15 +70,8 @@ METADATA_TYPES = {
     "normalization": list,  # mean and standard deviation of each channel
     "precision": str,
 }
-TRAIN_STATE_TYPES = {
-    "epoch": int,
-    "batch": int,
-    "step": int,
-    "skipped_steps": int,
-    "skipped_samples": int,
-    "seconds": float,
-    "learning_rate": float,
-}
+# Of the training state; its totals, which differ between processes, are stored apart from it.
+TRAIN_STATE_TYPES = {k: v for k, v in get_type_hints(TrainState).items() if k != "totals"}
 SCALER_TYPES = {
     "scale": float,
     "growth_factor": float,

@@ -258,9 +258,8 @@ def _check_metadata(metadata: dict[str, Any]) -> None:
     architecture, data = metadata["model"], metadata["data"]
     check_types(architecture, MODEL_TYPES)
     find_model(architecture["name"])  # imports no code of FILE.py:FUNCTION
-    check_types(
-        asdict(DataConfig(**data)), get_type_hints(DataConfig)
-    )  # TypeError for other fields
+    data_config = DataConfig(**data)  # TypeError for other fields
+    check_types(asdict(data_config), get_type_hints(DataConfig))
     TrainConfig(mixed_precision=metadata["precision"], **data)  # UserError for invalid values
     names, mean, std = metadata["class_names"], metadata["mean"], metadata["std"]
     temperature = metadata.get("temperature", 1.0)
