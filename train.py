@@ -90,7 +90,7 @@ def train(run, config, checkpoint, start_time, download):
     from lab.distributed import build_accelerator, check_same_data, describe, raise_on_all_ranks
     from lab.engine.ema import ModelEma
     from lab.engine.evaluation import predict_all
-    from lab.engine.linear_probe import fit_classifier, has_linear_probe
+    from lab.engine.linear_probe import find_classifier, fit_classifier
     from lab.engine.metrics import is_better
     from lab.engine.optimizer import build_optimizer
     from lab.engine.training import TrainStep, configure_model, history_row, train_one_epoch
@@ -132,12 +132,12 @@ def train(run, config, checkpoint, start_time, download):
     with raise_on_all_ranks(accelerator):
         model = build_initial_model(metadata["model"], config, bool(checkpoint), num_steps)
         model = configure_model(model, config, accelerator.device)
-    linear_probe = has_linear_probe(config, model, metadata["model"])
-    if linear_probe and not checkpoint:
-        fit_classifier(accelerator, model, metadata["model"], splits, config, options)
+    probed_layer = find_classifier(config, model, metadata["model"])
+    if probed_layer and not checkpoint:
+        fit_classifier(accelerator, model, probed_layer, splits, config, options)
     ema = None
     if config.ema_decay:
-        ema = ModelEma(model, config.ema_decay, warmup=not linear_probe)
+        ema = ModelEma(model, config.ema_decay, warmup=not probed_layer)
     optimizer = build_optimizer(model, config, accelerator)
     wrapped_model = accelerator.prepare(model)
     if accelerator.scaler:  # fp16 needs Accelerate's wrapper; otherwise it only slows each step

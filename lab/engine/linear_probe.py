@@ -1,6 +1,5 @@
 """A linear probe: logistic regression on the features of a pretrained model."""
 
-from collections.abc import Collection
 from contextlib import closing
 from typing import Any
 
@@ -27,46 +26,41 @@ MANY_IMAGES = 2_000  # from this number on, one of the folds is enough
 MAX_ITERATIONS = 200
 
 
-def find_classifier(model: nn.Module, param_names: Collection[str]) -> nn.Linear | None:
-    """Return the layer that consists of the parameters `param_names`, a weight and a bias.
+def find_classifier(
+    config: TrainConfig, model: nn.Module, architecture: dict[str, Any]
+) -> nn.Linear | None:
+    """Return the layer that --linear-probe fits: the single linear classifier, with a bias.
 
-    Return None if it is no linear layer with both.
+    Return None if the option is not given, or if the model has no such layer. `architecture`
+    contains the arguments of `build_model` for this model.
     """
-    modules = {name.rpartition(".")[0] for name in param_names}
-    layer = model.get_submodule(modules.pop()) if len(modules) == 1 else None
-    return layer if isinstance(layer, nn.Linear) and layer.bias is not None else None
-
-
-def has_linear_probe(config: TrainConfig, model: nn.Module, architecture: dict[str, Any]) -> bool:
-    """Return whether --linear-probe is given, and the model has a single linear classifier."""
     if not config.linear_probe:
-        return False
-    if find_classifier(model, classifier_param_names(**architecture)):
-        return True
+        return None
+    modules = {name.rpartition(".")[0] for name in classifier_param_names(**architecture)}
+    layer = model.get_submodule(modules.pop()) if len(modules) == 1 else None
+    if isinstance(layer, nn.Linear) and layer.bias is not None:
+        return layer
     console.info(f"--linear-probe has no effect: {config.model} has no single linear classifier")
-    return False
+    return None
 
 
 @torch.no_grad()
 def fit_classifier(
     accelerator: Accelerator,
     model: nn.Module,
-    architecture: dict[str, Any],
+    classifier: nn.Linear,
     splits: Splits,
     config: TrainConfig,
     options: LoaderOptions,
 ) -> None:
-    """Fit the classifier of a pretrained model to the training split, and print its accuracy.
+    """Fit the `classifier` of a pretrained model to the training split, and print its accuracy.
 
     Fine-tuning that starts with a fitted classifier distorts the features less than with a random
     one (Kumar et al. 2022, "Fine-Tuning can Distort Pretrained Features and Underperform
     Out-of-Distribution"). Images are not augmented. If there are more than `MAX_IMAGES`, a
     stratified sample is used. The penalty is selected by `select_penalty`. The result is the same
-    on any number of processes. `architecture` contains the arguments of `build_model` for this
-    model.
+    on any number of processes.
     """
-    classifier = find_classifier(model, classifier_param_names(**architecture))
-    assert classifier is not None
     device = accelerator.device
     loader = build_loader(
         subsample(splits.train, MAX_IMAGES, config.split_seed),

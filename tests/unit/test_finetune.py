@@ -354,7 +354,7 @@ def test_the_classifier_is_fitted_to_the_features_of_evaluation():
             layer.running_var.fill_(0.1)
     before = copy.deepcopy(model.state_dict())
     options = LoaderOptions(0, 1, torch.device("cpu"), "resident", num_workers=0, memory=math.inf)
-    fit_classifier(place("cpu"), model, model_of(in_chans=1), splits, config, options)
+    fit_classifier(place("cpu"), model, model.classifier[-1], splits, config, options)
     assert model.training
     changed = {n for n, t in model.state_dict().items() if not torch.equal(t, before[n])}
     assert changed == {"classifier.3.weight", "classifier.3.bias"}
