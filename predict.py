@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
 
     from lab import inference
     from lab.checkpoint import weights
-    from lab.data.loaders import LoaderOptions
+    from lab.data.workers import choose_num_workers
     from lab.distributed import build_accelerator, check_same_data, raise_on_all_ranks
     from lab.engine.training import to_device
     from lab.report.explain import OverlayWriter
@@ -115,11 +115,10 @@ def main(argv: list[str] | None = None) -> int:
     check_same_data(accelerator, {"weights": metadata.get("sha256", "")})
     paths, unreadable = broadcast_object_list([listed])[0]
     model = to_device(model, metadata["model"]["name"], accelerator.device)
-    extra = {}
+    write_overlays = None
     if config.explain:
         with raise_on_all_ranks(accelerator):
-            extra["on_images"] = OverlayWriter(config.explain, paths, model, metadata)
-    options = LoaderOptions.create(accelerator, "streaming", config.workers)
+            write_overlays = OverlayWriter(config.explain, paths, model, metadata)
 
     # Prediction
     with console.progress("images", -(-len(paths) // accelerator.num_processes)) as progress:
@@ -129,11 +128,11 @@ def main(argv: list[str] | None = None) -> int:
             metadata,
             paths,
             batch_size=config.batch_size,
-            num_workers=options.num_workers,
+            num_workers=choose_num_workers(config.workers),
             top_k=config.top_k,
             tta=config.tta,
             on_batch=progress.update,
-            **extra,
+            on_images=write_overlays,
         )
 
     # Output

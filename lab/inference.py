@@ -40,8 +40,6 @@ from lab.errors import UserError, first_line
 from lab.models import own
 
 if TYPE_CHECKING:
-    import numpy as np
-
     File = str | os.PathLike[str]
     Images = File | Image.Image | Sequence[File | Image.Image] | Tensor | np.ndarray
 
@@ -162,7 +160,7 @@ def predict_files(
     top_k: int,
     tta: str = "none",
     on_batch: Callable[[int, float], None] = lambda *_: None,
-    on_images: Callable[[list[int], Tensor, Tensor], None] = lambda *_: None,
+    on_images: Callable[[list[int], Tensor, Tensor], None] | None = None,
 ) -> list[ImagePrediction]:
     """Return a prediction for each path, in their order, the same on every process.
 
@@ -175,7 +173,7 @@ def predict_files(
     top_k = min(top_k, len(names))
     transform = BatchTransform(metadata["mean"], metadata["std"], (), device)
     batches = torch.arange(len(paths)).split(batch_size)
-    own = batches[shard(len(batches), accelerator.process_index, accelerator.num_processes)]
+    batches = batches[shard(len(batches), accelerator.process_index, accelerator.num_processes)]
     read = _ImageDataset(paths, metadata).__getitem__
     # float32 represents class indices exactly; the rows of unreadable files stay zero.
     table = torch.zeros(len(paths), 2, top_k, device=device)
@@ -183,10 +181,10 @@ def predict_files(
     model.eval()
     num_done, start = 0, time.perf_counter()
     with (
-        BatchReader(read, num_workers if len(own) > 1 else 0) as reader,
+        BatchReader(read, num_workers if len(batches) > 1 else 0) as reader,
         accelerator.autocast(),
     ):
-        for images, indices, batch_errors in reader.read(own):
+        for images, indices, batch_errors in reader.read(batches):
             errors += [(i, error.what) for i, error in batch_errors]
             num_done += len(indices) + len(batch_errors)
             if indices:
@@ -195,7 +193,8 @@ def predict_files(
                 values, classes = top_classes(logits, top_k)
                 rows = torch.stack((values, classes.float()), 1)
                 table[torch.tensor(indices, device=device)] = rows
-                on_images(indices, images, classes[:, 0])
+                if on_images is not None:
+                    on_images(indices, images, classes[:, 0])
             on_batch(num_done, num_done / (time.perf_counter() - start))
     table = accelerator.reduce(table).cpu()
     error_by_index = dict(gather_object(errors) if accelerator.num_processes > 1 else errors)
@@ -366,7 +365,8 @@ def predict(
                     raise error
                 errors[path] = error.what
             if len(batch):
-                logits = model(transform(batch.to(device))).float() / metadata["temperature"]
+                inputs = transform(batch.to(device))
+                logits = predict_logits(model, inputs, tta="none") / metadata["temperature"]
                 probabilities.append(logits.softmax(1).cpu())
     model.train(was_training)
     for message in errors.values():

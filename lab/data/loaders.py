@@ -27,7 +27,7 @@ from lab.data.sampler import (
 from lab.data.splits import AugmentedImages
 from lab.data.transforms import BatchTransform
 from lab.data.types import Batch, Images, Split
-from lab.data.workers import BatchReader
+from lab.data.workers import BatchReader, choose_num_workers
 from lab.distributed import memory_for_data
 from lab.errors import UserError
 
@@ -194,7 +194,7 @@ class LoaderOptions:
     def create(
         cls, accelerator: Any, kind: str, num_workers: int, cuda_graphs: str = "never"
     ) -> LoaderOptions:
-        """Return the options of this process; `num_workers` -1: one per thread, at most 8."""
+        """Return the options of this process; see `choose_num_workers`."""
         device = accelerator.device
         memory = {"resident": math.inf, "streaming": 0.0}.get(kind)
         return cls(
@@ -202,7 +202,7 @@ class LoaderOptions:
             world_size=accelerator.num_processes,
             device=device,
             kind=kind,
-            num_workers=min(8, torch.get_num_threads()) if num_workers < 0 else num_workers,
+            num_workers=choose_num_workers(num_workers),
             memory=memory_for_data(device) if memory is None else memory,
             cuda_graphs=cuda_graphs == "auto" and device.type == "cuda",
         )

@@ -35,6 +35,11 @@ CONTEXT = multiprocessing.get_context("fork" if sys.platform == "linux" else Non
 EXIT_SECONDS = 5  # for workers to finish their batches when the reader is closed
 
 
+def choose_num_workers(requested: int) -> int:
+    """Return the number of workers of this process; for -1, one per thread, but at most 8."""
+    return min(8, torch.get_num_threads()) if requested < 0 else requested
+
+
 class BatchReader:
     """Calls a function on batches of indices in worker processes, and yields the results in order.
 
