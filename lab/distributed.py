@@ -17,10 +17,7 @@ import psutil
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import (
-    DistributedDataParallelKwargs,
-    gather_object,
-)
+from accelerate.utils import DistributedDataParallelKwargs, gather_object
 
 from lab import console
 from lab.errors import UserError, name_some

@@ -152,10 +152,7 @@ def check_extra() -> None:
     """Raise `UserError` if a package that the ONNX export needs is missing."""
     missing = [name for name in EXTRA if find_spec(name) is None]
     if missing:
-        raise UserError(
-            f"--format onnx needs {', '.join(missing)}",
-            install_hint("onnx"),
-        )
+        raise UserError(f"--format onnx needs {', '.join(missing)}", install_hint("onnx"))
 
 
 def load(content: bytes, kind: str) -> Callable[[Tensor], Tensor]:

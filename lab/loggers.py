@@ -28,10 +28,7 @@ def check_packages(config: TrainConfig, needed: bool) -> None:
     """Raise `UserError` if the package of a tracker is missing and `needed` on this process."""
     for name in split_list(config.tracker) if needed else ():
         if find_spec(name) is None:
-            raise UserError(
-                f"--tracker {name} needs the package {name}",
-                install_hint(name),
-            )
+            raise UserError(f"--tracker {name} needs the package {name}", install_hint(name))
 
 
 class Loggers:

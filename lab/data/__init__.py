@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lab import console
@@ -243,12 +244,12 @@ def load_splits(
         sized["train"] = replace(sized["train"], images=images)
     selection_split = "validation" if "val" in sized else "test"
     val = sized.get("val", sized["test"])
-    fingerprints = {name: fingerprint(split) for name, split in splits.items()}
     if config.folds:
         whole = {"folds": raw.train}
         if config.skip_unreadable:
             whole = _skip_unreadable(whole, config, num_workers, warn=False)
-        fingerprints |= {name: fingerprint(split) for name, split in whole.items()}
+        splits |= whole
+    fingerprints = {name: fingerprint(split) for name, split in splits.items()}
     return Splits(
         sized["train"], val, sized["test"], mean, std, selection_split, fingerprints, raw.revision
     )
@@ -405,9 +406,7 @@ def _channel_statistics(images: Any, num_workers: int) -> Any:
     from lab.data.decode import FileImages
     from lab.data.splits import channel_statistics
 
-    def compute() -> Any:
-        return channel_statistics(images, num_workers)
-
+    compute = partial(channel_statistics, images, num_workers)
     if not isinstance(images, FileImages):
         return compute()
     key = f"{images.key(images.transform)}-statistics"

@@ -135,10 +135,8 @@ def _load(config: DataConfig, download: bool) -> tuple[Mapping[str, datasets.Dat
     try:
         from datasets import Dataset, load_dataset_builder, load_from_disk
     except ImportError as error:
-        raise UserError(
-            f"{config.dataset} needs the package datasets",
-            install_hint("hf"),
-        ) from error
+        what = f"{config.dataset} needs the package datasets"
+        raise UserError(what, install_hint("hf")) from error
     name, revision = config.dataset.removeprefix(HUB), config.revision
     is_local = os.path.exists(name)
     if not is_local and not HUB_NAME.fullmatch(name):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lab.data.transforms import EvalTransform, SampleTransform
-from lab.data.types import Images, LazyImages, Split
+from lab.data.types import Images, LazyImages, Split, select
 from lab.errors import UserError, name_some
 
 MIN_CLASS_SIZE = 10  # training images of a class, below which a warning is printed
@@ -236,12 +236,8 @@ class AugmentedImages:
         return torch.stack([self.transform(self.images[i], bits) for i, bits in index.tolist()])
 
     def select(self, index: Tensor) -> AugmentedImages:
-        images = self.images
-        images = images[index] if isinstance(images, Tensor) else images.select(index)
-        eval_images = self.eval_images
-        if isinstance(eval_images, Tensor):
-            return replace(self, images=images, eval_images=eval_images[index])
-        return replace(self, images=images, eval_images=eval_images.select(index))
+        images, eval_images = select(self.images, index), select(self.eval_images, index)
+        return replace(self, images=images, eval_images=eval_images)
 
 
 def sample_positions(num_images: int) -> Tensor:

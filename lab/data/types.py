@@ -32,6 +32,11 @@ class LazyImages(Protocol):
 Images = Tensor | LazyImages
 
 
+def select(images: Any, index: Tensor) -> Any:
+    """Return the images at `index`, int64 [n], without reading those that are not in memory."""
+    return images[index] if isinstance(images, Tensor) else images.select(index)
+
+
 def is_text(name: str) -> bool:
     """Return whether a name can be written to a file: UTF-8, with the bytes of `os.fsdecode`."""
     try:
@@ -115,9 +120,8 @@ class Split:
 
     def select(self, index: Tensor) -> Split:
         """Return the samples at `index`, int64 [M], in that order."""
-        images = self.images
-        images = images[index] if isinstance(images, Tensor) else images.select(index)
         paths = self.paths and Paths.of(self.paths)[index.numpy()]
+        images = select(self.images, index)
         return replace(self, images=images, labels=self.labels[index], paths=paths)
 
 

@@ -12,7 +12,7 @@ from lab import console
 from lab.checkpoint.atomic_io import write_atomically
 from lab.checkpoint.run_dir import PAGE, PLOTS
 from lab.config.recipes import resolve
-from lab.config.schema import AUTOMATIC, OUTPUT, TrainConfig, dataset_title, model_title
+from lab.config.schema import AUTOMATIC, OUTPUT, TrainConfig, model_title
 from lab.data import TITLES
 from lab.errors import UserError
 from lab.models import with_input_defaults
@@ -89,7 +89,7 @@ def _run_context(run: RunResult) -> dict[str, Any]:
     names, matrix = _names(run), report["confusion_matrix"]
     mistakes = _mistakes(run)
     return {
-        "title": f"{model_title(config['model'])} on {dataset_title(config['dataset'])}",
+        "title": f"{model_title(config['model'])} on {run.dataset}",
         "path": str(run.path),
         "report": report,
         "warnings": report.get("warnings", []),

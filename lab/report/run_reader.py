@@ -91,15 +91,13 @@ class RunResult:
 
     def has_same_test_split(self, other: RunResult) -> bool:
         """Return whether two runs were tested on the same samples, as far as their files show."""
-
         recorded, current = (run.config.get("fingerprints", {}) for run in (self, other))
+        if "test" in changed_splits(recorded, current):
+            return False
         is_proven = "test" in recorded and recorded["test"] == current.get("test")
-
-        def split(run: RunResult) -> tuple[Any, ...]:
-            labels = None if run.labels is None else run.labels.tobytes()
-            return run.dataset, None if is_proven else run.config["split_seed"], labels
-
-        return split(self) == split(other) and "test" not in changed_splits(recorded, current)
+        same_seed = is_proven or self.config["split_seed"] == other.config["split_seed"]
+        labels = [None if run.labels is None else run.labels.tobytes() for run in (self, other)]
+        return self.dataset == other.dataset and same_seed and labels[0] == labels[1]
 
     def settings(self) -> TrainConfig:
         """Return the settings of train.py in config.json; raise `UserError` if one is invalid."""
