@@ -20,13 +20,14 @@ from lab.report import compare, html, model_card, plots
 from lab.report.compare import CompareConfig
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Compare runs as the command line `argv` says, and return 0. Raises `UserError` on failure."""
+def main(argv: list[str] | None = None) -> None:
+    """Compare runs as the command line `argv` says. Raises `UserError`."""
     config = CompareConfig(
         **parse_arguments(CompareConfig, argv, prog="compare.py", description=__doc__)
     )
     if len(config.runs) == 1:
-        return redraw(config)
+        redraw(config)
+        return
     output = Path(config.output)
     runs = compare.read_runs(config.runs)
     rows = compare.rows(runs)
@@ -34,10 +35,9 @@ def main(argv: list[str] | None = None) -> int:
     compare.write(output, runs, rows)
     console.print_line(compare.INTERVAL_NOTE)
     console.print_line(f"written: {output}")
-    return 0
 
 
-def redraw(config: CompareConfig) -> int:
+def redraw(config: CompareConfig) -> None:
     """Write the plots and the page of one run again, and its model card if it has none."""
     if config.output != CompareConfig.output:
         raise UserError(
@@ -52,7 +52,6 @@ def redraw(config: CompareConfig) -> int:
         written.append(run.path / CARD)
     for path in written:
         console.print_line(f"written: {path}")
-    return 0
 
 
 if __name__ == "__main__":
