@@ -81,10 +81,32 @@ def read_manifest(path: Path, config: DataConfig) -> RawSplits:
     class, and possibly `split`, a name of SPLIT_NAMES. Class names are sorted. Raises `UserError`
     if the manifest is invalid or lists a file that does not exist.
     """
-    root = path.parent
+    root, listed = path.parent, _list_files(path)
+    class_names = tuple(sorted(set(listed["train"].values())))
+    class_labels = {name: label for label, name in enumerate(class_names)}
+    splits = {}
+    for split, labels in listed.items():
+        if labels:
+            _check_same_classes(f"the {split} split of {path}", set(labels.values()), class_names)
+            prefix = str(root / "_")[:-1]  # joining each file by pathlib would take as long
+            paths = Paths(prefix + file for file in labels)
+            stats = stat_files(paths)
+            if missing := [paths[i] for i in (stats[:, 0] < 0).nonzero().flatten().tolist()]:
+                raise UserError(
+                    f"{path} lists files that do not exist or cannot be read: {name_some(missing)}",
+                    "Paths are relative to the directory of the manifest",
+                )
+            images = FileImages.create(paths, stats, config)
+            numbers = torch.tensor([class_labels[label] for label in labels.values()])
+            splits[split] = Split(images, numbers, class_names, images.paths, str(root))
+    return RawSplits(splits["train"], splits.get("val"), splits.get("test"))
+
+
+def _list_files(path: Path) -> dict[str, dict[str, str]]:
+    """Return the label of each file that a manifest lists, for each split. Raises `UserError`."""
     listed: dict[str, dict[str, str]] = {split: {} for split in SPLIT_NAMES}  # file: label
     lines: dict[str, int] = {}  # file: line
-    known_columns, has_split = set(COLUMNS), None
+    has_split = None
     for line, row in _manifest_rows(path):
         where = f"line {line} of {path}"
         if has_split not in (None, "split" in row):
@@ -94,8 +116,7 @@ def read_manifest(path: Path, config: DataConfig) -> RawSplits:
                 "Give the split in all lines, or in none",
             )
         has_split = "split" in row
-        if not row.keys() <= known_columns:
-            unknown = sorted(row.keys() - known_columns)
+        if unknown := sorted(row.keys() - set(COLUMNS)):
             raise UserError(
                 f"{where} has the unknown column {unknown[0]!r}", f"Use {', '.join(COLUMNS)} only"
             )
@@ -128,24 +149,7 @@ def read_manifest(path: Path, config: DataConfig) -> RawSplits:
             f"{path} lists no training images",
             "Add some; to evaluate on all images, leave out the splits and give --split all",
         )
-    class_names = tuple(sorted(set(listed["train"].values())))
-    class_labels = {name: label for label, name in enumerate(class_names)}
-    splits = {}
-    for split, labels in listed.items():
-        if labels:
-            _check_same_classes(f"the {split} split of {path}", set(labels.values()), class_names)
-            prefix = str(root / "_")[:-1]  # joining each file by pathlib would take as long
-            paths = Paths(prefix + file for file in labels)
-            stats = stat_files(paths)
-            if missing := [paths[i] for i in (stats[:, 0] < 0).nonzero().flatten().tolist()]:
-                raise UserError(
-                    f"{path} lists files that do not exist or cannot be read: {name_some(missing)}",
-                    "Paths are relative to the directory of the manifest",
-                )
-            images = FileImages.create(paths, stats, config)
-            numbers = torch.tensor([class_labels[label] for label in labels.values()])
-            splits[split] = Split(images, numbers, class_names, images.paths, str(root))
-    return RawSplits(splits["train"], splits.get("val"), splits.get("test"))
+    return listed
 
 
 def _can_be_a_path(text: str) -> bool:
