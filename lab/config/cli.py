@@ -100,32 +100,37 @@ def parse_arguments(config: type, argv: list[str] | None, *, prog: str, descript
                 expected = KINDS[kinds[f.name]]
                 raise InvalidSettingError(flag(f.name), settings[f.name], expected) from None
     if config is TrainConfig and "config" in settings:
-        path = settings.pop("config")
-        from_file = read_config(Path(path))
-        for name in ("model", "dataset"):
-            if is_code(from_file.get(name, "")) and name not in settings:
-                raise UserError(
-                    f"the {name} in {path} is {from_file[name]}, code that runs only if you name "
-                    "it yourself",
-                    f"If you trust that file, add {flag(name)} {from_file[name]}",
-                )
-        of_recipes = {f.name for f in dataclasses.fields(config) if f.metadata.get("from_recipe")}
-        recipe = settings.get("recipe", "")
-        if recipe not in ("", from_file.get("recipe")) and of_recipes <= from_file.keys():
-            raise UserError(
-                f"--recipe {recipe} changes nothing: {path} has all settings that a recipe sets",
-                "Leave out --recipe, or remove from a copy of that file what the recipe should set",
-            )
-        dataset = settings.get("dataset", "")
-        same = is_same_dataset(dataset, from_file.get("dataset", "")) and not is_code(dataset)
-        if dataset and not same:  # in the file, these are of its own dataset
-            names = ["revision", "image_column", "label_column"]
-            if dataset == "digits" or is_own_dataset(dataset):  # which are not downloaded
-                names.append("data_dir")
-            for name in names:
-                from_file.pop(name, None)
-        settings = from_file | settings
+        return _with_config_file(settings)
     return settings
+
+
+def _with_config_file(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of the file that --config names, overridden by the command line's."""
+    path = settings.pop("config")
+    from_file = read_config(Path(path))
+    for name in ("model", "dataset"):
+        if is_code(from_file.get(name, "")) and name not in settings:
+            raise UserError(
+                f"the {name} in {path} is {from_file[name]}, code that runs only if you name "
+                "it yourself",
+                f"If you trust that file, add {flag(name)} {from_file[name]}",
+            )
+    of_recipes = {f.name for f in dataclasses.fields(TrainConfig) if f.metadata.get("from_recipe")}
+    recipe = settings.get("recipe", "")
+    if recipe not in ("", from_file.get("recipe")) and of_recipes <= from_file.keys():
+        raise UserError(
+            f"--recipe {recipe} changes nothing: {path} has all settings that a recipe sets",
+            "Leave out --recipe, or remove from a copy of that file what the recipe should set",
+        )
+    dataset = settings.get("dataset", "")
+    same = is_same_dataset(dataset, from_file.get("dataset", "")) and not is_code(dataset)
+    if dataset and not same:  # in the file, these are of its own dataset
+        names = ["revision", "image_column", "label_column"]
+        if dataset == "digits" or is_own_dataset(dataset):  # which are not downloaded
+            names.append("data_dir")
+        for name in names:
+            from_file.pop(name, None)
+    return from_file | settings
 
 
 def read_config(path: Path) -> dict[str, Any]:
