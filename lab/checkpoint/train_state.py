@@ -153,11 +153,12 @@ class Checkpoint:
         """Return the training state of one process. The totals of all processes are distributed."""
         totals = torch.tensor(self.metadata["totals"], dtype=torch.float32)  # [processes, 3]
         if len(totals) == world_size:
-            own = totals[rank]
+            totals = totals[rank].clone()
         else:  # rank 0 takes the sums of all
-            own = totals.sum(0) * (rank == 0)
-            own[2] = totals[:, 2].min()
-        return TrainState(**self.metadata["train_state"], totals=own.clone())
+            num_finite = totals[:, 2].min()
+            totals = totals.sum(0) * (rank == 0)
+            totals[2] = num_finite
+        return TrainState(**self.metadata["train_state"], totals=totals)
 
     def reached_limit(self, config: TrainConfig) -> str:
         """Return the option that ends the run, which was trained to its end; "" if none does."""
