@@ -63,13 +63,11 @@ def _checkpointed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any
         return forward(*args, **kwargs)
     # DenseNet extends the list that it gives to its layers before they are called again.
     args = tuple(list(arg) if isinstance(arg, list) else arg for arg in args)
-    contexts = partial(_contexts, block)
+
+    def contexts() -> tuple[Any, Any]:  # of the forward pass, and of its repetition
+        return nullcontext(), _copied_buffers(block)
+
     return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)
-
-
-def _contexts(block: nn.Module) -> tuple[Any, Any]:
-    """Return the contexts of the forward pass and of its repetition in the backward pass."""
-    return nullcontext(), _copied_buffers(block)
 
 
 @contextmanager

@@ -62,10 +62,6 @@ def write_check(path: Path, directory: str, found: DataCheck) -> None:
     write_page(path, "check.html", context)
 
 
-def _names(run: RunResult) -> list[str]:
-    return [name or "(no name)" for name in run.report["class_names"]]
-
-
 def write_page(path: Path, template: str, context: dict[str, Any]) -> None:
     """Write the page that a template gives with these variables."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -86,7 +82,8 @@ def _run_context(run: RunResult) -> dict[str, Any]:
     from lab.report.mistakes import NUM_MOST_CONFIDENT
 
     config, report = run.config, run.report
-    names, matrix = _names(run), report["confusion_matrix"]
+    names = [name or "(no name)" for name in report["class_names"]]
+    matrix = report["confusion_matrix"]
     mistakes = _mistakes(run)
     return {
         "title": f"{model_title(config['model'])} on {run.dataset}",
