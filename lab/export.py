@@ -56,17 +56,12 @@ class ExportedModel(nn.Module):
 def describe(metadata: dict[str, Any], *, dynamic_batch: bool, softmax: bool) -> dict:
     """Return the description in the file: its input, its output, and the weights' metadata."""
     architecture, data = metadata["model"], DataConfig(**metadata["data"])
-    batch = "batch" if dynamic_batch else 1
+    batch, size = "batch" if dynamic_batch else 1, architecture["image_size"]
     return {
         "input": {
             "name": INPUT,
             "dtype": "uint8",  # 0 to 255; the model normalizes it
-            "shape": [
-                batch,
-                architecture["in_chans"],
-                architecture["image_size"],
-                architecture["image_size"],
-            ],
+            "shape": [batch, architecture["in_chans"], size, size],
             "fit": data.fit,  # after rotation according to the EXIF data
             "crop_pct": data.crop_pct,
             "resize": f"{data.interpolation}, antialiased",
@@ -104,11 +99,9 @@ def pack(
     try:
         with torch.no_grad(), redirect_stderr(io.StringIO()):  # ... and prints
             program = torch.export.export(exported, (example,), dynamic_shapes=(dimensions,))
-        return (
-            _onnx(program, dimensions, description)
-            if kind == "onnx"
-            else _pt2(program, description)
-        )
+        if kind == "onnx":
+            return _onnx(program, dimensions, description)
+        return _pt2(program, description)
     except Exception as error:  # of many types, depending on the model
         raise UserError(
             f"{metadata['model']['name']} cannot be exported ({first_line(error)})",

@@ -147,9 +147,8 @@ def _to_images(images: np.ndarray | Tensor, name: str) -> Tensor:
     """Return uint8 [N, H, W] or [N, H, W, C] as [N, C, H, W]."""
     array = images.numpy(force=True) if isinstance(images, Tensor) else images
     shape = array.shape
-    if array.dtype != np.uint8 or not (
-        len(shape) == 3 or (len(shape) == 4 and shape[3] in CHANNELS)
-    ):
+    has_images = len(shape) == 3 or (len(shape) == 4 and shape[3] in CHANNELS)
+    if array.dtype != np.uint8 or not has_images:
         raise _wrong(
             name,
             f"images {array.dtype} {list(shape)}, not uint8 [N, H, W] or [N, H, W, C] with 1 or 3 "
