@@ -16,7 +16,6 @@ import torch
 from lab import console
 from lab.checkpoint.atomic_io import os_errors_as_user_errors
 from lab.checkpoint.run_dir import PLOTS, PROBABILITIES, RunDir
-from lab.config.schema import model_title
 from lab.data.fingerprint import changed_splits
 from lab.engine import evaluation
 from lab.engine.evaluation import Predictions
@@ -88,7 +87,7 @@ def write_results(directory: Path, paths: Sequence[Path]) -> None:
         return
     report = _write_pooled(directory, runs, summary)
     first = runs[0]
-    title = f"{model_title(first.config['model'])} on {first.dataset}, predictions of all folds"
+    title = f"{first.model} on {first.dataset}, predictions of all folds"
     console.report(report, title=title, files={"report": str(directory)})
 
 

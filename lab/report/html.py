@@ -12,7 +12,7 @@ from lab import console
 from lab.checkpoint.atomic_io import write_atomically
 from lab.checkpoint.run_dir import PAGE, PLOTS
 from lab.config.recipes import resolve
-from lab.config.schema import AUTOMATIC, OUTPUT, TrainConfig, model_title
+from lab.config.schema import AUTOMATIC, OUTPUT, TrainConfig
 from lab.data import TITLES
 from lab.errors import UserError
 from lab.models import with_input_defaults
@@ -86,7 +86,7 @@ def _run_context(run: RunResult) -> dict[str, Any]:
     matrix = report["confusion_matrix"]
     mistakes = _mistakes(run)
     return {
-        "title": f"{model_title(config['model'])} on {run.dataset}",
+        "title": f"{run.model} on {run.dataset}",
         "path": str(run.path),
         "report": report,
         "warnings": report.get("warnings", []),

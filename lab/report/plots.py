@@ -314,7 +314,7 @@ def _growth(names: Sequence[str]) -> float:
 
 
 def _title(run: RunResult, text: str) -> str:
-    return f"{run.config['model']} on {short(run.dataset)}: {text}"
+    return f"{run.model} on {short(run.dataset)}: {text}"
 
 
 def short(name: str, width: int = MAX_NAME_LENGTH) -> str:

@@ -21,7 +21,7 @@ from lab.checkpoint.run_dir import (
     REPORT,
     STEPS,
 )
-from lab.config.schema import TrainConfig, dataset_title
+from lab.config.schema import TrainConfig, dataset_title, model_title
 from lab.data.fingerprint import changed_splits
 from lab.errors import UserError
 
@@ -83,6 +83,11 @@ class RunResult:
     def dataset(self) -> str:
         """The name of the dataset to show."""
         return dataset_title(self.config["dataset"])
+
+    @property
+    def model(self) -> str:
+        """The name of the model to show."""
+        return model_title(self.config["model"])
 
     @property
     def seconds(self) -> float:
