@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -216,11 +217,8 @@ def _load_error(name: str, is_local: bool, download: bool, error: Exception) -> 
     if not isinstance(error, (ConnectionError, FileNotFoundError)):
         hint = "Check the name and --revision; for one of several configurations, give NAME:CONFIG"
         return UserError(f"cannot load the dataset {name} ({reason})", hint)
-    cached = sorted(
-        entry.replace("___", "/")
-        for entry in os.listdir(datasets.config.HF_DATASETS_CACHE)
-        if "___" in entry and not entry.endswith(".lock")
-    ) if os.path.isdir(datasets.config.HF_DATASETS_CACHE) else []  # fmt: skip
+    entries = Path(datasets.config.HF_DATASETS_CACHE).glob("*___*")  # none if it does not exist
+    cached = sorted(p.name.replace("___", "/") for p in entries if p.suffix != ".lock")
     if not download:
         reason = "only a dataset that you name yourself is downloaded"
     return UserError(

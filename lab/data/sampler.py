@@ -191,12 +191,9 @@ class ShardedBatchSampler:
         pieces = []
         for part in filter(None, batch_slice.parts):
             if mixes:
-                before = (
-                    part.start - 1
-                    if part.start > batch_slice.start
-                    else batch_slice.start + batch_slice.global_batch_size - 1
-                )
-                pieces.append(values[before : before + 1])
+                is_first = part.start == batch_slice.start
+                end = part.start + batch_slice.global_batch_size if is_first else part.start
+                pieces.append(values[end - 1 : end])
             pieces.append(values[part.start : part.stop])
         return join_tensors(pieces) if pieces else values[:0]
 
