@@ -100,6 +100,8 @@ class RunDir:
                 f"Wait until it ends, or give another --name; if there is none, delete {path}",
             )
         self._lock = lock
+        if not is_blank(self.path):  # another process trained here before this one had the lock
+            self._created_directories = []
 
     def close(self) -> None:
         """Unlock the directory, and remove it if it was created for a run that did not start."""
@@ -248,13 +250,11 @@ def open_new(config: TrainConfig) -> RunDir:
         run.lock()
         return run
     run = RunDir(parent / config.name)
-    if run.make_directory():
-        run.lock()
-        return run
-    check_replaceable(run, config)
+    if not run.make_directory():
+        check_replaceable(run, config)  # before `lock` writes into it
     run.lock()
     try:
-        check_replaceable(run, config)
+        check_replaceable(run, config)  # again, because another process may have trained in it
     except UserError:
         run.close()
         raise

@@ -271,3 +271,29 @@ def test_the_name_of_a_run_is_utf8_as_weights_are_only_read_from_such_paths(tmp_
     run = run_dir.open_new(config)
     assert run.path == tmp_path / "lenet5-nu"
     run.close()
+
+
+@pytest.mark.parametrize("resume", ["", "auto"])
+def test_p3_a_run_that_another_process_trained_before_the_lock_is_kept(
+    tmp_path, monkeypatch, resume
+):
+    config = resolve({"dataset": "digits", "name": "run", "output_dir": str(tmp_path)})
+    config, lock = replace(config, resume=resume), run_dir.RunDir.lock
+
+    def lock_later(run):
+        monkeypatch.setattr(run_dir.RunDir, "lock", lock)
+        other = run_dir.open_new(config)
+        other.create({})
+        (other.checkpoints_dir / "step-00000001").mkdir()
+        other.close()
+        run.lock()
+
+    monkeypatch.setattr(run_dir.RunDir, "lock", lock_later)
+    if resume:
+        run = run_dir.open_new(config)
+        assert [path.name for path in run.checkpoints] == ["step-00000001"]
+        run.close()
+    else:
+        with pytest.raises(UserError, match="exists"):
+            run_dir.open_new(config)
+    assert (tmp_path / "run/checkpoints/step-00000001").is_dir()
