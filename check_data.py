@@ -32,8 +32,9 @@ def main(argv: list[str] | None = None) -> int:
     # Importing PyTorch takes seconds: --help and command-line mistakes are answered before.
     import torch
 
-    from lab.data import TITLES, DataConfig, read_dataset
+    from lab.data import TITLES, DataConfig
     from lab.data.checks import check
+    from lab.data.splits import read_dataset
 
     settings = TrainConfig(
         dataset=config.dataset, image_column=config.image_column, label_column=config.label_column

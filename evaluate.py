@@ -179,7 +179,7 @@ def load_members(members, config, options):
     import torch
 
     from lab.checkpoint import weights
-    from lab.data import load_split, read_dataset
+    from lab.data.splits import load_split, read_dataset
     from lab.engine.evaluation import MAX_LOGITS_BYTES
     from lab.engine.training import to_device
 
@@ -265,8 +265,8 @@ def has_changed(metadata, data, split_name, raw, fingerprint):
     """
     import torch
 
-    from lab.data import load_fingerprints
     from lab.data.fingerprint import changed_splits
+    from lab.data.splits import load_fingerprints
 
     limits = {name: metadata["data"][name] for name in ("max_train_samples", "max_eval_samples")}
     as_trained = replace(data, **limits)  # with the number of samples in training

@@ -25,7 +25,7 @@ from lab.checkpoint.run_dir import RunDir
 from lab.config.cli import parse_arguments, print_config
 from lab.config.recipes import resolve, resolve_epochs
 from lab.config.schema import TrainConfig
-from lab.data import check_dataset, is_named
+from lab.data import DataConfig, check_dataset, is_named
 from lab.errors import run_script
 from lab.models import check_model, with_input_defaults
 
@@ -85,8 +85,8 @@ def train(run, config, checkpoint, start_time, download):
     from lab.checkpoint.interrupt import InterruptHandler
     from lab.checkpoint.manager import CheckpointManager, begin_run
     from lab.checkpoint.weights import BestWeights, run_metadata
-    from lab.data import DataConfig, load_splits
     from lab.data.loaders import LoaderOptions, build_loaders
+    from lab.data.splits import load_splits
     from lab.distributed import build_accelerator, check_same_data, describe, raise_on_all_ranks
     from lab.engine.ema import ModelEma
     from lab.engine.evaluation import predict_all

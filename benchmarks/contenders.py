@@ -161,8 +161,9 @@ def lab(case: Case) -> Contender:
     from common import prepare
 
     from lab.checkpoint.train_state import TrainState
-    from lab.data import DataConfig, load_splits
+    from lab.data import DataConfig
     from lab.data.loaders import LoaderOptions, build_loader, eval_batch_size
+    from lab.data.splits import load_splits
     from lab.data.transforms import BatchTransform
     from lab.distributed import build_accelerator
     from lab.engine.evaluation import predict_all

@@ -43,7 +43,7 @@ def read_with_lab(root: str) -> int:
     """Read all images with lab, from the cache if LAB_CACHE contains them; return their number."""
     from lab.data import DataConfig
     from lab.data.image_folder import read_folder
-    from lab.data.splits import in_memory
+    from lab.data.images import in_memory
 
     raw_splits = read_folder(DataConfig(root, "data", 32, 0.1, 0.2, 0, 0, 0, 0))
     return in_memory(raw_splits.train, num_workers=NUM_WORKERS).images.shape[0]
@@ -123,8 +123,8 @@ def train_with_lab(root: str) -> int:
     from lab.config.recipes import resolve
     from lab.data import DataConfig
     from lab.data.image_folder import read_folder
+    from lab.data.images import AugmentedImages
     from lab.data.loaders import LoaderOptions, build_loader
-    from lab.data.splits import AugmentedImages
     from lab.data.transforms import BatchTransform, EvalTransform, SampleTransform
 
     config = resolve({"dataset": root, "image_size": 224})

@@ -112,7 +112,8 @@ def load(data_dir: str | None, quick: bool) -> dict[str, Any]:
 
     from lab.config.recipes import resolve
     from lab.data import DATASETS as SPECS
-    from lab.data import DataConfig, Splits, load_splits
+    from lab.data import DataConfig
+    from lab.data.splits import Splits, load_splits
     from lab.data.types import Split
 
     def draw(name: str, count: int) -> Split:

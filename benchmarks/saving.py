@@ -36,7 +36,7 @@ def main() -> None:
     from lab.checkpoint.train_state import TrainState
     from lab.checkpoint.weights import BestWeights
     from lab.config.recipes import resolve
-    from lab.data import Splits
+    from lab.data.splits import Splits
     from lab.data.types import Batch, Split
     from lab.distributed import build_accelerator
     from lab.models import build_model

@@ -71,7 +71,7 @@ def dataset(num_files: int, folder: Path) -> dict[str, Any]:
     import torch
 
     from lab.data import DataConfig, cache, checks, fingerprint, image_folder
-    from lab.data.splits import stratified_split, subsample
+    from lab.data.stratification import stratified_split, subsample
     from lab.data.types import RawSplits
     from lab.data.workers import BatchReader
 

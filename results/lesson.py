@@ -106,7 +106,7 @@ def train_row(
     from lab.checkpoint.train_state import TrainState
     from lab.data import DataConfig
     from lab.data.loaders import LoaderOptions, build_loader, build_loaders
-    from lab.data.splits import subsample
+    from lab.data.stratification import subsample
     from lab.data.transforms import BatchTransform
     from lab.distributed import build_accelerator
     from lab.engine.evaluation import predict_all
@@ -163,7 +163,7 @@ def read_config(options: str) -> Any:
 @cache
 def read_splits(config: Any) -> Any:
     """Return the splits of a `DataConfig`, which all runs share."""
-    from lab.data import load_splits
+    from lab.data.splits import load_splits
 
     return load_splits(config, math.inf, num_workers=1)
 

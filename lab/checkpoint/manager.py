@@ -31,7 +31,7 @@ from lab.checkpoint.train_state import (
 )
 from lab.checkpoint.weights import copy_of, read_metadata, read_tensors
 from lab.config.schema import TrainConfig
-from lab.data import Splits
+from lab.data.splits import Splits
 from lab.distributed import raise_on_all_ranks
 from lab.errors import UserError
 from lab.models import own

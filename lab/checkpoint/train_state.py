@@ -32,8 +32,8 @@ from lab.checkpoint.atomic_io import (
 )
 from lab.checkpoint.run_dir import RunDir
 from lab.config.schema import AUTOMATIC, TIMEOUT_SECONDS, TrainConfig, flag, is_code, is_own_dataset
-from lab.data import Splits
 from lab.data.fingerprint import changed_splits
+from lab.data.splits import Splits
 from lab.errors import UserError
 from lab.models import own
 

@@ -23,7 +23,8 @@ from lab.checkpoint.atomic_io import AsyncWriter, check_types, to_json, write_at
 from lab.checkpoint.provenance import versions
 from lab.checkpoint.run_dir import BEST, RunDir
 from lab.config.schema import HUB, HUB_WEIGHTS, TIMM, TrainConfig, is_on_hub
-from lab.data import DataConfig, Splits
+from lab.data import DataConfig
+from lab.data.splits import Splits
 from lab.data.types import Split, normalized
 from lab.distributed import raise_on_all_ranks
 from lab.errors import UserError, first_line, name_some

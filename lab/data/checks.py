@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lab.data import cache
 from lab.data.decode import FORMATS, FileImages, in_workers, worker_batches
-from lab.data.splits import class_size_warnings
+from lab.data.stratification import class_size_warnings
 from lab.data.transforms import EvalTransform
 from lab.data.types import RawSplits
 from lab.errors import UserError, name_some

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file
 
+from lab.data import DataConfig
 from lab.data.types import RawSplits, Split
-
-if TYPE_CHECKING:
-    from lab.data import DataConfig
 
 
 def read_digits(config: DataConfig) -> RawSplits:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from lab.config.schema import HUB
-from lab.data import cache
+from lab.data import DataConfig, cache
 from lab.data.decode import FileImages, decode_content, read_file
 from lab.data.image_folder import SPLIT_OF
 from lab.data.types import RawSplits, Split, normalized
@@ -31,8 +31,6 @@ from lab.errors import UserError, first_line, install_hint, name_some
 
 if TYPE_CHECKING:
     import datasets
-
-    from lab.data import DataConfig
 
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")  # the part after the colon: a configuration
 IMAGE_COLUMNS = ("image", "img")

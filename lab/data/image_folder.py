@@ -9,17 +9,15 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import torch
 
+from lab.data import DataConfig
 from lab.data.cache import stat_files
 from lab.data.decode import FileImages
 from lab.data.types import Paths, RawSplits, Split, is_text, normalized
 from lab.errors import UserError, name_some
-
-if TYPE_CHECKING:
-    from lab.data import DataConfig
 
 SPLIT_NAMES = {  # the names that a split's directory may have, case-insensitive
     "train": ("train", "training"),

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,21 +18,19 @@ from torch import Tensor
 
 from lab.config.schema import EVAL_BATCH_SIZE, TrainConfig
 from lab.cuda_graph import CUDAGraphRunner
+from lab.data.images import AugmentedImages
 from lab.data.sampler import (
     BatchSlice,
     ShardedBatchSampler,
     balanced_class_weights,
     join_tensors,
 )
-from lab.data.splits import AugmentedImages
+from lab.data.splits import Splits
 from lab.data.transforms import BatchTransform
 from lab.data.types import Batch, Images, Split
 from lab.data.workers import BatchReader, choose_num_workers
 from lab.distributed import memory_for_data
 from lab.errors import UserError
-
-if TYPE_CHECKING:
-    from lab.data import Splits
 
 
 class ResidentLoader:

@@ -10,7 +10,7 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import ConcatDataset
 
+from lab.data import DataConfig
 from lab.data.cache import stat_files
 from lab.data.decode import FileImages, decode, in_workers, pixels, worker_batches
 from lab.data.image_folder import SPLIT_OF
@@ -25,9 +26,6 @@ from lab.data.transforms import EvalTransform, SampleTransform
 from lab.data.types import Images, LazyImages, RawSplits, Split, is_text, normalized
 from lab.errors import UserError, name_some
 from lab.own_code import DATASETS, PASSED, file_sha256, import_function, raised
-
-if TYPE_CHECKING:
-    from lab.data import DataConfig
 
 CHANNELS = (1, 3)
 MAX_CLASSES = 1_000_000  # with integers as labels: more are numbers of something else

@@ -1,300 +1,337 @@
-"""Splits: stratified sampling and splitting, resizing, and the mean and std of their pixels."""
+"""The splits of a dataset: reading and dividing it, resizing and decoding its images."""
 
 from __future__ import annotations
 
+import importlib
+import math
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
+from lab import console
+from lab.data import TITLES, DataConfig, Numbers, cache, find_dataset
+from lab.data.fingerprint import fingerprint
+from lab.data.images import AugmentedImages, channel_statistics, in_memory, resize
+from lab.data.stratification import (
+    class_size_warnings,
+    stratified_fold,
+    stratified_split,
+    subsample,
+)
 from lab.data.transforms import EvalTransform, SampleTransform
-from lab.data.types import Images, LazyImages, Split, select
+from lab.data.types import NUM_NAMED, RawSplits, Split, UnreadableImages
 from lab.errors import UserError, name_some
 
-MIN_CLASS_SIZE = 10  # training images of a class, below which a warning is printed
-MAX_IMBALANCE = 10  # the largest class divided by the smallest, above which a warning is printed
-SAMPLE_SIZE = 10_000  # images; more would change mean and std by less than 0.001
+if TYPE_CHECKING:
+    from lab.data.checks import Groups
 
 
-def stratified_sample(labels: Tensor, count: int, seed: int) -> Tensor:
-    """Return the sorted positions, int64 [count], of a random sample that keeps class proportions.
+@dataclass(frozen=True)
+class Splits:
+    """The splits of a dataset at one image size, and how to normalize their pixels.
 
-    Each class gets its share rounded down; the remaining samples go to the largest remainders.
+    The best epoch is selected on `val`: a part of the training data or, if `selection_split` is
+    "test", the test split itself.
     """
-    sizes = torch.bincount(labels)
-    return _sample(labels, sizes, _shares(sizes, count), seed)
+
+    train: Split
+    val: Split
+    test: Split
+    mean: Numbers
+    std: Numbers
+    selection_split: str  # "validation" or "test"
+    # Of "train", "test" and, if it is a split of its own, "val"; with --folds, "folds" is that of
+    # all images that are divided.
+    fingerprints: dict[str, str]
+    revision: str = ""  # see `DataConfig`
+
+    def class_counts(self) -> dict[str, list[int]]:
+        """Return the number of images of each class in the training, validation and test split."""
+        splits = {"train": self.train, "val": self.val, "test": self.test}
+        if self.val is self.test:
+            del splits["val"]
+        return {TITLES[name]: split.class_counts() for name, split in splits.items()}
+
+    def balance_warnings(self) -> list[str]:
+        """Return warnings about unbalanced and small classes of the training split."""
+
+        return class_size_warnings(self.train.class_names, self.train.class_counts())
+
+    @property
+    def decoder(self) -> str:
+        """Return the result of `describe_decoder`, or "" if the images do not come from files."""
+        if self.train.paths is None:
+            return ""
+        from lab.data.decode import describe_decoder
+
+        return describe_decoder()
 
 
-def stratified_split(
-    split: Split, fraction: float, seed: int, originals: Mapping[str, str] | None = None
-) -> tuple[Split, Split]:
-    """Return a split in two, (rest, part): `part` gets `fraction` of the samples of each class.
+def load_splits(
+    config: DataConfig,
+    memory: float,
+    num_workers: int,
+    download: bool = True,
+    augment: Sequence[str] = (),
+    normalization: tuple[Numbers, Numbers] | None = None,
+) -> Splits:
+    """Return the splits of a dataset, whose samples depend on `config` alone.
 
-    Both keep the order, and have at least one sample of every class with two or more samples. The
-    only sample of a class stays in the rest. `originals` gives the same path to all files with the
-    same content: the samples are split as if only the first of these existed, and the others follow
-    it, so that adding a copy moves no other sample.
+    Images are decoded by `num_workers` processes, and resized, if all splits take at most `memory`
+    bytes in total; otherwise the loader does that. With `augment`, the names of augmentations of
+    single samples, the training images are `AugmentedImages` instead. `normalization` is the mean
+    and the standard deviation of pretrained weights, which are used if the dataset has as many
+    channels. Raises `UserError` if files are missing and may not be downloaded, are damaged or too
+    few.
     """
-    first = _first_copies(split, originals)
-    distinct = first.unique()
-    labels = split.labels[distinct]
-    sizes = torch.bincount(labels)
-    counts = _shares(sizes, max(1, round(len(distinct) * fraction)))
-    counts = torch.minimum(counts.clamp(min=1), sizes - 1).clamp(min=0)
-    return _divide(split, first, distinct[_sample(labels, sizes, counts, seed)])
 
+    raw = read_dataset(config, download)
+    duplicates = None
+    if raw.train.paths is not None:
+        from lab.data.checks import duplicate_warnings, identical_files
 
-def stratified_fold(
-    split: Split,
-    num_folds: int,
-    fold: int,
-    seed: int,
-    originals: Mapping[str, str] | None = None,
-) -> tuple[Split, Split]:
-    """Return a split in two, (rest, part): `part` is number `fold`, from 1, of `num_folds` parts.
-
-    Each sample is in one part. The samples of each class are dealt out in random order, so that the
-    sizes of two parts, and their numbers of samples of a class, differ by at most one. Both results
-    keep the order. `originals` as in `stratified_split`. Raises `UserError` if a class has only one
-    sample, which could not be trained and tested, or if there are fewer samples than parts.
-    """
-    first = _first_copies(split, originals)
-    distinct = first.unique()
-    labels = split.labels[distinct]
-    sizes = torch.bincount(labels, minlength=len(split.class_names))
-    if single := [split.class_names[k] for k in (sizes == 1).nonzero().flatten().tolist()]:
+        duplicates = identical_files(raw)
+        for warning in duplicate_warnings(raw, duplicates):
+            console.warn(warning)
+    splits = _split(raw, config, duplicates=duplicates)
+    if len(splits["train"].class_names) < 2:
         raise UserError(
-            f"cross-validation needs two different images of each class, and there is only one of "
-            f"{name_some(single)}",
-            "Add images of it, or remove the class",
+            f"{config.dataset} has only one class, {splits['train'].class_names[0]}",
+            "Add images of the other classes",
         )
-    if len(distinct) < num_folds:
-        raise UserError(
-            f"{len(distinct)} images cannot be divided into {num_folds} parts", "Give fewer --folds"
-        )
-    random = np.random.RandomState(seed)
-    order = torch.cat(
-        [
-            members[random_choice(len(members), len(members), random)]
-            for members in labels.argsort(stable=True).split(sizes.tolist())
-        ]
+    _check_classes(splits, config)
+    if config.skip_unreadable:
+        splits = _skip_unreadable(splits, config, num_workers)
+    sized = _resize_and_decode(splits, config, memory, num_workers, lazy_train=bool(augment))
+    spec = find_dataset(config.dataset)
+    mean, std = spec.mean, spec.std
+    if normalization and len(normalization[0]) == sized["train"].images.shape[1]:
+        mean, std = map(tuple, normalization)
+    if mean is None or std is None:
+        try:
+            mean, std = _channel_statistics(sized["train"].images, num_workers)
+        except UnreadableImages:
+            raise _unreadable_images(splits, num_workers) from None
+    if augment:
+        transform = SampleTransform(augment, EvalTransform.of(config), mean)
+        images: Any = AugmentedImages(splits["train"].images, sized["train"].images, transform)
+        sized["train"] = replace(sized["train"], images=images)
+    selection_split = "validation" if "val" in sized else "test"
+    val = sized.get("val", sized["test"])
+    if config.folds:
+        whole = {"folds": raw.train}
+        if config.skip_unreadable:
+            whole = _skip_unreadable(whole, config, num_workers, warn=False)
+        splits |= whole
+    fingerprints = {name: fingerprint(split) for name, split in splits.items()}
+    return Splits(
+        sized["train"], val, sized["test"], mean, std, selection_split, fingerprints, raw.revision
     )
-    return _divide(split, first, distinct[order[fold - 1 :: num_folds]])
 
 
-def _first_copies(split: Split, originals: Mapping[str, str] | None) -> Tensor:
-    """Return the position of the first sample with the content of each sample, int64 [N]."""
-    if not originals or split.paths is None:
-        return torch.arange(len(split.labels))
-    seen: dict[str, int] = {}
-    names = (originals.get(path, path) for path in split.paths)
-    return torch.tensor([seen.setdefault(name, i) for i, name in enumerate(names)])
+def load_split(
+    config: DataConfig,
+    name: str,
+    memory: float,
+    num_workers: int,
+    raw: RawSplits | None = None,
+) -> tuple[Split, str]:
+    """Return the split "train", "val", "test" or "all", and its fingerprint.
 
-
-def _divide(split: Split, first: Tensor, chosen: Tensor) -> tuple[Split, Split]:
-    """Return the split without and with the samples whose first copies are `chosen`."""
-    in_part = torch.zeros(len(split.labels), dtype=torch.bool)
-    in_part[chosen] = True
-    in_part = in_part[first]
-    return split.select((~in_part).nonzero().flatten()), split.select(in_part.nonzero().flatten())
-
-
-def _shares(sizes: Tensor, count: int) -> Tensor:
-    """Return how many of `count` samples each class gets, int64 [K], by the largest remainder."""
-    total = int(sizes.sum())
-    shares, remainder = sizes * count // total, sizes * count % total
-    num_left = count - int(shares.sum())
-    shares[remainder.argsort(descending=True, stable=True)[:num_left]] += 1
-    return shares
-
-
-def _sample(labels: Tensor, sizes: Tensor, counts: Tensor, seed: int) -> Tensor:
-    """Return the sorted positions of `counts[k]` random samples of each class k."""
-    random = np.random.RandomState(seed)
-    classes = labels.argsort(stable=True).split(sizes.tolist())
-    chosen = [
-        members[random_choice(len(members), count, random)]
-        for members, count in zip(classes, counts.tolist(), strict=True)
-    ]
-    return torch.cat(chosen).sort().values
-
-
-def random_choice(num_items: int, count: int, random: np.random.RandomState) -> Tensor:
-    """Return the first `count` elements of a random permutation of `num_items`, int64 [count].
-
-    This is a Fisher-Yates shuffle with 32-bit outputs of the Mersenne Twister. It gives the result
-    of torch.randperm in PyTorch 2.14 for the same seed, with which the published splits were drawn.
-    PyTorch may change its algorithm; NumPy guarantees that the stream of RandomState never changes
-    (NEP 19), so that no upgrade can move a sample to another split.
+    "all" consists of all samples of the dataset, or `max_eval_samples` of them. `raw` is the result
+    of `read_dataset`, if the dataset has been read already. Raises `UserError` if there is no such
+    split.
     """
-    outputs = random.randint(2**32, size=max(0, num_items - 1), dtype=np.uint32)
-    offsets = outputs % np.arange(num_items, 1, -1)
-    order = list(range(num_items))
-    for i, offset in enumerate(offsets[:count].tolist()):
-        order[i], order[i + offset] = order[i + offset], order[i]
-    return torch.tensor(order[:count], dtype=torch.long)
 
-
-def subsample(split: Split, count: int, seed: int) -> Split:
-    """Return a stratified random sample of at most `count` samples; all if `count` is 0."""
-    if count == 0 or count >= len(split.labels):
-        return split
-    return split.select(stratified_sample(split.labels, count, seed))
-
-
-def in_memory(split: Split, num_workers: int, use_cache: bool | None = None) -> Split:
-    """Return the split with its images in a tensor; `use_cache` as in `FileImages.decode_all`."""
-    if isinstance(split.images, Tensor):
-        return split
-    return replace(split, images=split.images.decode_all(num_workers, use_cache))
-
-
-@dataclass(frozen=True)
-class ResizedImages(LazyImages):
-    """Images in memory that are resized when indexed, because all resized images may not fit."""
-
-    images: Tensor  # uint8 [N, C, H, W]
-    transform: EvalTransform
-
-    @property
-    def shape(self) -> Sequence[int]:
-        return (*self.images.shape[:2], self.transform.size, self.transform.size)
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: Tensor) -> Tensor:
-        return self._resize(self.images[index])
-
-    def select(self, index: Tensor) -> ResizedImages:
-        return replace(self, images=self.images[index])
-
-    def join(self, others: Sequence[ResizedImages]) -> ResizedImages:
-        """Return the concatenation of several sets of images."""
-        return replace(self, images=torch.cat([lazy.images for lazy in (self, *others)]))
-
-    def decode_all(self, num_workers: int, use_cache: bool | None = None) -> Tensor:
-        """Return all images resized, uint8 [N, C, size, size]."""
-        resized = torch.empty(tuple(self.shape), dtype=torch.uint8)
-
-        def resize_part(start: int) -> None:
-            part = slice(start, start + 1024)
-            resized[part] = self._resize(self.images[part])
-
-        # PyTorch itself resizes uint8 images with three channels in one thread.
-        with ThreadPoolExecutor(max(1, num_workers)) as pool:
-            list(pool.map(resize_part, range(0, len(self.images), 1024)))
-        return resized
-
-    def _resize(self, images: Tensor) -> Tensor:
-        if not len(images):
-            return torch.empty(0, *self.shape[1:], dtype=torch.uint8)
-        return self.transform(images)
-
-
-def resize(split: Split, transform: EvalTransform) -> Split:
-    """Return the split with images that are cropped and resized when indexed."""
-    if not isinstance(split.images, Tensor):  # files are decoded to their size
-        return split
-    size, keeps_all = transform.size, transform.fit != "crop" or transform.crop_pct == 1
-    if split.images.shape[-2:] == (size, size) and keeps_all:
-        return split
-    return replace(split, images=ResizedImages(split.images, transform))
-
-
-@dataclass(frozen=True)
-class AugmentedImages:
-    """Images that are augmented at their own size when they are indexed, for training."""
-
-    images: Any  # uint8 [N, C, H, W], or `FileImages`
-    eval_images: Images  # as they are evaluated
-    transform: SampleTransform
-
-    @property
-    def shape(self) -> Sequence[int]:
-        return self.eval_images.shape
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: Tensor) -> Tensor:
-        """Return images as uint8 [n, C, size, size]: augmented or, for an index [n], as evaluated.
-
-        To be augmented, `index` is int64 [n, 2], the position and the random bits of each sample.
-        Raises `UnreadableImages` with all of them that cannot be decoded.
-        """
-        if index.ndim == 1:
-            return self.eval_images[index]
-        if not len(index):
-            return self.eval_images[index[:, 0]]
-        if not isinstance(self.images, Tensor):
-            return self.images.augment(index, self.transform)
-        return torch.stack([self.transform(self.images[i], bits) for i, bits in index.tolist()])
-
-    def select(self, index: Tensor) -> AugmentedImages:
-        images, eval_images = select(self.images, index), select(self.eval_images, index)
-        return replace(self, images=images, eval_images=eval_images)
-
-
-def sample_positions(num_images: int) -> Tensor:
-    """Return the positions of the images that mean and std are computed from, int64 [n], sorted.
-
-    These are all images, or `SAMPLE_SIZE` evenly spaced ones.
-    """
-    # float32 keeps the positions of published results, but cannot represent larger numbers.
-    dtype = torch.float32 if num_images <= 2**24 else torch.float64
-    return torch.linspace(0, num_images - 1, min(num_images, SAMPLE_SIZE), dtype=dtype).long()
-
-
-def histogram(images: Tensor) -> Tensor:
-    """Return how often each value occurs in each channel of uint8 [N, C, H, W], int64 [C, 256]."""
-    in_chans = images.transpose(0, 1).flatten(1)
-    return torch.stack([torch.bincount(values, minlength=256) for values in in_chans])
-
-
-def channel_statistics(
-    images: Images, num_workers: int = 0
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return (mean, std) of each channel, for pixels from 0 to 1.
-
-    Images that are not in memory are decoded by `num_workers` processes. Raises
-    `UnreadableImages`.
-    """
-    counts = torch.zeros(images.shape[1], 256, dtype=torch.int64)
-    for index in sample_positions(images.shape[0]).split(1000):
-        if isinstance(images, Tensor):
-            counts += histogram(images[index])
-        else:
-            counts += histogram(images.select(index).decode_all(num_workers, False))
-    values = torch.arange(256, dtype=torch.float64) / 255
-    share = counts.double() / counts.sum(1, keepdim=True)
-    mean = share @ values
-    std = (share @ values**2 - mean**2).clamp(min=1e-6).sqrt()
-    return tuple(round(m, 4) for m in mean.tolist()), tuple(round(s, 4) for s in std.tolist())
-
-
-def class_size_warnings(class_names: Sequence[str], counts: Sequence[int]) -> list[str]:
-    """Return the warnings about very different and about small classes of the training split.
-
-    A class without images is left out: that is an error or a warning of its own.
-    """
-    sizes = {name: count for name, count in zip(class_names, counts, strict=True) if count}
-    largest, smallest = max(sizes, key=sizes.__getitem__), min(sizes, key=sizes.__getitem__)
-    warnings = []
-    if sizes[largest] > MAX_IMBALANCE * sizes[smallest]:
-        warnings.append(
-            f"the classes are unbalanced: {largest} has {sizes[largest]:,} training images, "
-            f"{smallest} has {sizes[smallest]:,} (docs/training.md explains --class-weights and "
-            "--balanced-sampling)"
+    splits = _split(raw or read_dataset(config), config, whole=name == "all")
+    if name not in splits:
+        raise UserError(
+            "the dataset has no validation split: the best epoch was selected on the test split",
+            "Give --split test",
         )
-    if small := [name for name, count in sizes.items() if count < MIN_CLASS_SIZE]:
-        classes = f"class{'es' * (len(small) > 1)} {name_some(small)}"
-        warnings.append(
-            f"there are fewer than {MIN_CLASS_SIZE} training images of {classes}: mistakes are "
-            "likely, and the metrics uncertain"
-        )
-    return warnings
+    use_cache = _is_worth_caching(splits)
+    selected = {name: splits[name]}
+    if config.skip_unreadable:
+        selected = _skip_unreadable(selected, config, num_workers)
+    split = _resize_and_decode(selected, config, memory, num_workers, use_cache)[name]
+    return split, fingerprint(selected[name])
+
+
+def load_fingerprints(config: DataConfig, raw: RawSplits, num_workers: int = 1) -> dict[str, str]:
+    """Return the fingerprints of the splits "train", "test" and, if there is one, "val".
+
+    `raw` is the result of `read_dataset`.
+    """
+
+    splits = _split(raw, config)
+    if config.skip_unreadable:
+        splits = _skip_unreadable(splits, config, num_workers, warn=False)
+    return {name: fingerprint(split) for name, split in splits.items()}
+
+
+def read_dataset(config: DataConfig, download: bool = True) -> RawSplits:
+    """Return the splits as the dataset comes, and print the warnings about its files.
+
+    Raises `UserError` if the dataset is not in `data_dir` and may not be downloaded.
+    """
+    spec = find_dataset(config.dataset)
+    module, name = spec.read.split(":")
+    read = getattr(importlib.import_module(f"lab.data.{module}"), name)
+    raw = read(config, download) if spec.downloads else read(config)
+    for warning in raw.warnings:
+        console.warn(warning)
+    return raw
+
+
+def _split(
+    raw: RawSplits, config: DataConfig, whole: bool = False, duplicates: Groups | None = None
+) -> dict[str, Split]:
+    """Return the splits "train", "test" and, if there is one, "val"; files are not decoded.
+
+    With `whole`, return one split "all" of all samples. `duplicates` is the result of
+    `checks.identical_files`, if it is known.
+    """
+
+    seed = config.split_seed
+    if whole:
+        return {"all": subsample(raw.joined(), config.max_eval_samples, seed)}
+    train, val, test = raw.train, raw.val, raw.test
+    same = None
+    if train.paths is not None and (config.folds or test is None or val is None):
+        from lab.data.checks import identical_files, originals
+
+        same = originals(raw, identical_files(raw) if duplicates is None else duplicates)
+    if config.folds:  # the test split that a dataset comes with is not used
+        train, test = stratified_fold(train, config.folds, config.fold, seed, same)
+    elif test is None:
+        train, test = stratified_split(train, config.test_fraction, seed, same)
+    if val is None and config.val_fraction > 0 and len(train.labels):
+        train, val = stratified_split(train, config.val_fraction, seed, same)
+    splits = {"train": subsample(train, config.max_train_samples, seed)}
+    splits["test"] = subsample(test, config.max_eval_samples, seed)
+    if val is not None:
+        splits["val"] = subsample(val, config.max_eval_samples, seed)
+    return splits
+
+
+def _check_classes(splits: Mapping[str, Split], config: DataConfig) -> None:
+    """Raise `UserError` if a class has no training samples; warn if another split lacks a class.
+
+    A split that --max-train-samples or --max-eval-samples shortens only causes a warning.
+    """
+    for name, split in splits.items():
+        missing = split.missing_classes()
+        if not missing or len(missing) == len(split.class_names):
+            continue
+        option, limit = "--max-eval-samples", config.max_eval_samples
+        if name == "train":
+            option, limit = "--max-train-samples", config.max_train_samples
+        limited = len(split.labels) == limit
+        classes = f"class{'es' * (len(missing) > 1)} {name_some(missing)}"
+        what = f"the {TITLES[name]} split has no image of {classes}"
+        if name == "train" and not limited:
+            raise UserError(what, "Add images of every class, or remove the class")
+        console.warn(f"{what}: {f'{option} is too small' if limited else 'too few images'}")
+
+
+def _skip_unreadable(
+    splits: Mapping[str, Split], config: DataConfig, num_workers: int, warn: bool = True
+) -> dict[str, Split]:
+    """Return the splits without the images that cannot be decoded, and warn about these.
+
+    The dataset is split first, so that all other samples stay in their splits. Raises `UserError`
+    if no training image of a class is left.
+    """
+
+    from lab.data.decode import FileImages
+
+    readable, skipped = {}, []
+    for name, split in splits.items():
+        if not isinstance(split.images, FileImages):
+            raise UserError(
+                "--skip-unreadable is for images in files",
+                f"Leave it out: {config.dataset} has no image files",
+            )
+        unreadable = split.images.unreadable(num_workers)
+        skipped += [split.images.paths[i] for i in unreadable]
+        is_readable = torch.ones(len(split.labels), dtype=torch.bool)
+        is_readable[list(unreadable)] = False
+        readable[name] = split.select(is_readable.nonzero().flatten()) if unreadable else split
+        emptied = sorted({*readable[name].missing_classes()} - {*split.missing_classes()})
+        if name == "train" and emptied:
+            raise UserError(
+                f"none of the training images of {', '.join(emptied)} can be read",
+                "Replace some of them, or delete the class",
+            )
+    if skipped and warn:
+        images = f"{len(skipped)} image{'s' if len(skipped) > 1 else ''}"
+        console.warn(f"left out {images} that cannot be read: {name_some(skipped, NUM_NAMED)}")
+    return readable
+
+
+def _channel_statistics(images: Any, num_workers: int) -> Any:
+    """Return the result of `channel_statistics`, of files from the cache if it is there."""
+    from lab.data.decode import FileImages
+
+    compute = partial(channel_statistics, images, num_workers)
+    if not isinstance(images, FileImages):
+        return compute()
+    key = f"{images.key(images.transform)}-statistics"
+    return map(tuple, cache.cached_json(key, compute))
+
+
+def _is_worth_caching(splits: Mapping[str, Split]) -> bool:
+    """Return whether the splits have enough images in total to cache the decoded images."""
+
+    return sum(len(split.labels) for split in splits.values()) >= cache.MIN_IMAGES
+
+
+def _unreadable_images(splits: Mapping[str, Split], num_workers: int) -> UserError:
+    """Return the error that names all images of the splits that cannot be decoded."""
+    from lab.data.decode import FileImages
+
+    reasons: dict[str, str] = {}
+    for split in splits.values():
+        if isinstance(files := split.images, FileImages):
+            unreadable = files.unreadable(num_workers)
+            reasons |= {files.paths[i]: reason for i, reason in unreadable.items()}
+    return UnreadableImages(reasons)
+
+
+def _resize_and_decode(
+    splits: dict[str, Split],
+    config: DataConfig,
+    memory: float,
+    num_workers: int,
+    use_cache: bool | None = None,
+    lazy_train: bool = False,
+) -> dict[str, Split]:
+    """Return the splits at the image size, and in memory if all of them fit into `memory` bytes.
+
+    With `lazy_train`, the training split is left to the loader. `use_cache` is whether to cache
+    decoded images; None: if there are enough of them.
+    """
+
+    for name, split in splits.items():
+        if len(split.labels) == 0:
+            raise UserError(
+                f"the {TITLES.get(name, name)} split is empty",
+                "Add images, or change --test-fraction or --val-fraction",
+            )
+    transform = EvalTransform.of(config)
+    sized = {name: resize(split, transform) for name, split in splits.items()}
+    decoded: dict[str, Split] = {}
+    if lazy_train:
+        decoded["train"] = sized.pop("train")
+    if sum(math.prod(split.images.shape) for split in sized.values()) > memory:
+        return decoded | sized
+    use_cache = _is_worth_caching(sized) if use_cache is None else use_cache
+    try:
+        for name, split in sized.items():
+            decoded[name] = in_memory(split, num_workers, use_cache)
+    except UnreadableImages:
+        raise _unreadable_images(splits, num_workers) from None
+    return decoded

@@ -14,18 +14,16 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from filelock import FileLock
 from torch import Tensor
 
+from lab.data import DataConfig
 from lab.data.cache import cache_dir
 from lab.data.types import RawSplits, Split
 from lab.errors import UserError
-
-if TYPE_CHECKING:
-    from lab.data import DataConfig
 
 
 def read_mnist(config: DataConfig, download: bool = True) -> RawSplits:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from lab import console
 from lab.config.schema import TrainConfig
-from lab.data import Splits
 from lab.data.loaders import Loader, LoaderOptions, build_loader, eval_batch_size
-from lab.data.splits import subsample
+from lab.data.splits import Splits
+from lab.data.stratification import subsample
 from lab.data.transforms import BatchTransform
 from lab.distributed import no_cudnn_benchmark
 from lab.errors import UserError

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from lab.checkpoint.atomic_io import write_atomically
 from lab.checkpoint.run_dir import IMAGES, RunDir
-from lab.data import Splits
+from lab.data.images import AugmentedImages
 from lab.data.sampler import ShardedBatchSampler
-from lab.data.splits import AugmentedImages
+from lab.data.splits import Splits
 from lab.data.transforms import BatchTransform
 from lab.data.types import Images
 from lab.report.explain import GradCam

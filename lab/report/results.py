@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from lab.checkpoint.run_dir import RunDir
     from lab.config.schema import TrainConfig
-    from lab.data import Splits
+    from lab.data.splits import Splits
     from lab.engine.evaluation import Predictions
 
 DRAW_VARIABLE = "LAB_DRAW"  # set to "0" in the environment, it turns off the plots and the page

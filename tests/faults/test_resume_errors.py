@@ -11,6 +11,7 @@ from resuming import LENET, SMALL, resume, same_end, start
 import train
 from lab import errors
 from lab.checkpoint import atomic_io, manager, run_dir, train_state
+from lab.data import splits
 from lab.data.fingerprint import FORMAT
 from lab.errors import UserError
 
@@ -203,13 +204,11 @@ def test_a_notebook_may_resume_in_the_same_process(copied):
 
 def test_p3_a_second_start_neither_deletes_nor_joins_a_run(tmp_path, monkeypatch, finished):
     """While the first reads its data, the second one starts."""
-    import lab.data
-
-    load_splits, write_error = lab.data.load_splits, []
+    load_splits, write_error = splits.load_splits, []
     command = [*LENET, "--resume", "auto"]
 
     def load_slowly(*arguments):
-        monkeypatch.setattr(lab.data, "load_splits", load_splits)
+        monkeypatch.setattr(splits, "load_splits", load_splits)
         for words in (command, LENET, [*LENET, "--overwrite"]):
             before = tree(tmp_path)
             with pytest.raises(UserError) as caught:
@@ -219,7 +218,7 @@ def test_p3_a_second_start_neither_deletes_nor_joins_a_run(tmp_path, monkeypatch
         return load_splits(*arguments)
 
     monkeypatch.setattr(run_dir, "LOCK_TIMEOUT_SECONDS", 0.1)
-    monkeypatch.setattr(lab.data, "load_splits", load_slowly)
+    monkeypatch.setattr(splits, "load_splits", load_slowly)
     start(tmp_path, *command)
     assert write_error == [f"another process is training in {tmp_path}/run"] * 3
     same_end(tmp_path / "run", finished)

@@ -22,8 +22,8 @@ import evaluate
 import train
 from lab.data import DataConfig
 from lab.data.image_folder import read_folder
+from lab.data.images import in_memory
 from lab.data.loaders import LoaderOptions, build_loader
-from lab.data.splits import in_memory
 from lab.data.transforms import BatchTransform
 from lab.data.types import Split
 from lab.distributed import build_accelerator

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from lab.checkpoint.run_dir import RunDir
 from lab.config import recipes
-from lab.data import Splits
+from lab.data.splits import Splits
 from lab.data.types import Split
 from lab.engine.evaluation import Predictions
 from lab.report import mistakes

@@ -287,7 +287,7 @@ MUTANTS = (
     Mutant(
         "P6: the validation split is held out from the training data",
         "validation samples are trained on",
-        "lab/data/__init__.py",
+        "lab/data/splits.py",
         "train, val = stratified_split(",
         "_, val = stratified_split(",
         "unit/test_sources.py::test_p6_validation_is_cut_from_training_and_test_is_apart",
@@ -295,7 +295,7 @@ MUTANTS = (
     Mutant(
         "P6: the best epoch is selected on the validation split",
         "the best epoch is selected on the test split",
-        "lab/data/__init__.py",
+        "lab/data/splits.py",
         'val = sized.get("val", sized["test"])',
         'val = sized["test"]',
         "unit/test_sources.py::test_p6_validation_is_cut_from_training_and_test_is_apart",

@@ -19,7 +19,8 @@ import lab
 import predict
 import train
 from lab.checkpoint import weights
-from lab.data import DataConfig, load_split
+from lab.data import DataConfig
+from lab.data.splits import load_split
 from lab.errors import UserError
 
 ROOT = Path(lab.__file__).parents[1]

@@ -12,9 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
-from lab.data import DataConfig, cache, decode, load_split, load_splits
+from lab.data import DataConfig, cache, decode
 from lab.data.decode import FileImages
-from lab.data.splits import channel_statistics
+from lab.data.images import channel_statistics
+from lab.data.splits import load_split, load_splits
 from lab.data.transforms import EvalTransform
 from lab.errors import UserError
 

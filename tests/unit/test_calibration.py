@@ -16,7 +16,8 @@ import predict
 import train
 from lab import distributed, export
 from lab.checkpoint import weights
-from lab.data import DataConfig, load_split
+from lab.data import DataConfig
+from lab.data.splits import load_split
 from lab.engine import calibration, metrics
 from lab.engine.calibration import (
     coverage_table,

@@ -18,7 +18,8 @@ from trainers import prepare
 
 from lab.checkpoint import atomic_io, manager, run_dir, weights
 from lab.config.recipes import resolve
-from lab.data import DataConfig, load_splits
+from lab.data import DataConfig
+from lab.data.splits import load_splits
 from lab.distributed import build_accelerator
 from lab.errors import UserError
 from lab.models import build_model

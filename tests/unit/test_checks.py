@@ -11,7 +11,8 @@ from mistakes import make_picture
 from PIL import Image
 
 import check_data
-from lab.data import DataConfig, checks, load_split, load_splits
+from lab.data import DataConfig, checks
+from lab.data.splits import load_split, load_splits
 
 CONFIG = DataConfig("", "data", 32, 0.25, 0.25, 0, 0, 0)
 

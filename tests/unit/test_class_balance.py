@@ -10,9 +10,9 @@ from torch import nn
 from trainers import FakeWorld, prepare
 
 from lab.config.schema import TrainConfig
-from lab.data import Splits
 from lab.data.loaders import LoaderOptions, build_loader
 from lab.data.sampler import balanced_class_weights, balanced_permutation
+from lab.data.splits import Splits
 from lab.data.transforms import BatchTransform
 from lab.data.types import Split
 from lab.distributed import build_accelerator

@@ -18,7 +18,8 @@ from worlds import run_world
 import cross_validate
 import evaluate
 import train
-from lab.data import DataConfig, _split, read_dataset
+from lab.data import DataConfig
+from lab.data.splits import _split, read_dataset
 from lab.engine import evaluation
 
 RESULTS = ("report.json", "predictions.csv", "predictions.safetensors")

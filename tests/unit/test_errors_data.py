@@ -21,9 +21,10 @@ from mistakes import make_picture, matches
 import train
 from lab.config import recipes
 from lab.config.schema import TrainConfig
-from lab.data import DataConfig, load_splits, read_dataset
+from lab.data import DataConfig
 from lab.data.decode import FileImages
 from lab.data.loaders import LoaderOptions, build_loader
+from lab.data.splits import load_splits, read_dataset
 from lab.data.transforms import BatchTransform, EvalTransform
 from lab.data.types import Split
 from lab.errors import UserError

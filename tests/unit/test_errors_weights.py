@@ -19,7 +19,8 @@ from lab.checkpoint import weights
 from lab.checkpoint.run_dir import RunDir
 from lab.config import recipes
 from lab.config.schema import EvalConfig
-from lab.data import DataConfig, load_splits
+from lab.data import DataConfig
+from lab.data.splits import load_splits
 from lab.errors import UserError
 from lab.models import build_model
 

@@ -16,8 +16,9 @@ import export
 import lab
 from lab import export as exporting
 from lab.checkpoint import weights
-from lab.data import DataConfig, load_split
+from lab.data import DataConfig
 from lab.data.decode import decode
+from lab.data.splits import load_split
 from lab.data.transforms import BatchTransform, EvalTransform, to_grayscale
 from lab.models import build_model
 

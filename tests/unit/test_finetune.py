@@ -25,8 +25,9 @@ import train
 from lab.checkpoint import init_weights
 from lab.checkpoint import weights as weights_module
 from lab.config.recipes import resolve, resolve_epochs
-from lab.data import DataConfig, load_splits
+from lab.data import DataConfig
 from lab.data.loaders import LoaderOptions
+from lab.data.splits import load_splits
 from lab.data.transforms import BatchTransform
 from lab.data.types import Batch
 from lab.engine.linear_probe import (

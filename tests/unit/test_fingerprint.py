@@ -11,8 +11,9 @@ from worlds import python, run_all, world_by_hand
 
 import evaluate
 import train
-from lab.data import DataConfig, load_splits
+from lab.data import DataConfig
 from lab.data.fingerprint import FORMAT, changed_splits, fingerprint
+from lab.data.splits import load_splits
 from lab.data.types import Split
 from lab.distributed import check_same_data
 from lab.errors import UserError

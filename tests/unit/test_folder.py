@@ -11,9 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-from lab.data import DataConfig, load_splits
+from lab.data import DataConfig
 from lab.data.decode import decode
 from lab.data.image_folder import read_folder
+from lab.data.splits import load_splits
 from lab.data.transforms import EvalTransform
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)

@@ -16,18 +16,12 @@ import check_data
 import evaluate
 import train
 from lab.checkpoint.weights import read_metadata
-from lab.data import (
-    DataConfig,
-    check_dataset,
-    hugging_face,
-    load_split,
-    load_splits,
-    read_dataset,
-)
+from lab.data import DataConfig, check_dataset, hugging_face
 from lab.data.decode import FileImages
 from lab.data.hugging_face import RowImages
 from lab.data.image_folder import SUFFIXES, read_folder
 from lab.data.loaders import LoaderOptions, build_loader
+from lab.data.splits import load_split, load_splits, read_dataset
 from lab.data.transforms import BatchTransform
 from lab.errors import UserError
 

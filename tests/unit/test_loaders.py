@@ -13,8 +13,8 @@ from torchvision.io import write_png
 from torchvision.transforms import v2
 
 from lab.config.schema import TrainConfig
-from lab.data import Splits
 from lab.data.decode import FileImages
+from lab.data.images import AugmentedImages
 from lab.data.loaders import (
     LoaderOptions,
     ResidentLoader,
@@ -29,7 +29,7 @@ from lab.data.sampler import (
     random_bits,
     shard,
 )
-from lab.data.splits import AugmentedImages
+from lab.data.splits import Splits
 from lab.data.transforms import BatchTransform, EvalTransform, Mixup, SampleTransform
 from lab.data.types import Split
 from lab.errors import UserError

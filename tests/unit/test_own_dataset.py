@@ -19,9 +19,10 @@ import predict
 import train
 from lab import own_code
 from lab.checkpoint.weights import read_metadata
-from lab.data import DataConfig, load_split, load_splits, read_dataset
+from lab.data import DataConfig
 from lab.data.decode import decode
 from lab.data.image_folder import read_folder
+from lab.data.splits import load_split, load_splits, read_dataset
 from lab.errors import UserError, run_script
 
 SIZE = 16

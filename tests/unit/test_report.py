@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 import compare
 from lab.checkpoint.run_dir import RunDir
 from lab.config import recipes
+from lab.data.images import AugmentedImages
 from lab.data.loaders import LoaderOptions, ResidentLoader, build_loader
 from lab.data.sampler import ShardedBatchSampler
-from lab.data.splits import AugmentedImages
 from lab.data.transforms import BatchTransform, EvalTransform, SampleTransform
 from lab.errors import UserError
 from lab.models import with_input_defaults

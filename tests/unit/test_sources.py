@@ -19,17 +19,11 @@ from torchvision.transforms import v2
 
 import train
 from lab.config.schema import TrainConfig
-from lab.data import DATASETS, DataConfig, load_split, load_splits, loaders
+from lab.data import DATASETS, DataConfig, loaders
 from lab.data.digits import load_digits
-from lab.data.splits import (
-    channel_statistics,
-    in_memory,
-    random_choice,
-    resize,
-    sample_positions,
-    stratified_sample,
-    stratified_split,
-)
+from lab.data.images import channel_statistics, in_memory, resize, sample_positions
+from lab.data.splits import load_split, load_splits
+from lab.data.stratification import random_choice, stratified_sample, stratified_split
 from lab.data.transforms import EvalTransform
 from lab.data.types import Split
 from lab.errors import UserError

@@ -14,6 +14,7 @@ from sklearn import metrics as reference
 
 import evaluate
 import lab.data.loaders
+import lab.data.splits
 import train
 from lab.checkpoint import weights as weights_module
 from lab.config.schema import TrainConfig
@@ -287,7 +288,7 @@ def test_p6_the_notebook_recipe_says_that_it_chose_on_the_test_split(tmp_path, c
 )
 def test_p6_the_test_split_is_read_once_at_the_end(tmp_path, monkeypatch, words, read):
     """But by the notebook recipe, which selects on it."""
-    found, roles, load_splits = [], {}, lab.data.load_splits
+    found, roles, load_splits = [], {}, lab.data.splits.load_splits
 
     def load(*arguments):
         splits = load_splits(*arguments)
@@ -307,7 +308,7 @@ def test_p6_the_test_split_is_read_once_at_the_end(tmp_path, monkeypatch, words,
         return loader
 
     build_loader = lab.data.loaders.build_loader
-    monkeypatch.setattr(lab.data, "load_splits", load)
+    monkeypatch.setattr(lab.data.splits, "load_splits", load)
     monkeypatch.setattr(lab.data.loaders, "build_loader", build)
     run(tmp_path, *words, "--epochs", "2", "--max-train-samples", "64", "--max-eval-samples", "20")
     assert found == read
@@ -345,7 +346,7 @@ def test_a_loss_that_is_not_finite_is_null_in_every_file(tmp_path, monkeypatch, 
 
 def test_p7_a_run_whose_steps_are_all_skipped_ends_in_an_error(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr("lab.engine.training.TrainStep.__call__", lambda *_: None)
-    monkeypatch.setattr("lab.data.splits.MIN_CLASS_SIZE", 0)
+    monkeypatch.setattr("lab.data.stratification.MIN_CLASS_SIZE", 0)
     words = ["--on-nonfinite", "skip", "--max-steps", "4", "--max-train-samples", "64"]
     with pytest.raises(UserError, match="the loss of every epoch was not finite"):
         run(tmp_path, *words)

@@ -11,8 +11,9 @@ from mistakes import make_picture, matches
 import evaluate
 import train
 from lab.checkpoint import weights
-from lab.data import DataConfig, cache, decode, load_split, load_splits
-from lab.data import splits as splits_module
+from lab.data import DataConfig, cache, decode
+from lab.data import images as images_module
+from lab.data.splits import load_split, load_splits
 from lab.errors import UserError
 
 CONFIG = DataConfig("", "data", 32, 0.25, 0.25, 0, 0, 0)
@@ -58,7 +59,7 @@ def test_streamed_training_images_are_named_at_the_start(images, monkeypatch):
     splits = load_splits(config, 0, 1)
     damaged = damage(splits, "train", 0, 5, 6)
     assert_all_are_named(config, damaged)
-    monkeypatch.setattr(splits_module, "SAMPLE_SIZE", 2)  # the first one of them is in the sample
+    monkeypatch.setattr(images_module, "SAMPLE_SIZE", 2)  # the first one of them is in the sample
     assert_all_are_named(config, damaged + damage(splits, "val", 1) + damage(splits, "test", 0))
 
 
