@@ -37,7 +37,10 @@ LEARNING_RATES = (1e-3, 3e-3)
 SEEDS = (0, 1)
 MAX_TRAIN_EVAL = 6000  # training images that are evaluated, a stratified sample
 ALEXNET_WIDTH = 4  # of 16: small enough for a CPU
-MODELS = ("lenet5", "alexnet", "mobilenet_v2", "densenet")  # of the part `models`
+# The models of the part `models`, and with --full also EfficientNets, at the paper's image sizes
+# divided by 7. They would take a CPU hours.
+MODELS = {"lenet5": 32, "alexnet": 32, "mobilenet_v2": 32, "densenet": 32}
+EFFICIENTNETS = {f"efficientnet_b{i}": size for i, size in enumerate((32, 34, 37, 43))}
 # What distinguishes AlexNet from LeNet-5: arguments of `Network`, and whether images are augmented.
 FACTORS = ("relu", "max_pool", "width", "deep", "dropout", "augment")
 OPTIONS = (
@@ -261,24 +264,26 @@ def images(args: argparse.Namespace) -> None:
 
 
 def models(args: argparse.Namespace) -> None:
-    """Train lab's models on 2,000 photographs with equal steps."""
+    """Train lab's models on 2,000 photographs with equal steps; see `EFFICIENTNETS`."""
     rows = Rows(args)
     times = 10 if args.full else 1  # 256 steps each
     options = f"{dataset_options('photographs', args)} --max-train-samples 2000 "
     options += f"--epochs {8 * times} --warmup-epochs {0.8 * times:g} --augment crop,flip "
     options += "--max-eval-samples 5000"
-    for name in MODELS:
-        tuned(rows, {"model": name}, partial(lab_model, name), options)
+    for name, size in (MODELS | EFFICIENTNETS if args.full else MODELS).items():
+        network = partial(lab_model, name, size)
+        tuned(rows, {"model": name}, network, f"{options} --image-size {size}")
 
 
-def lab_model(name: str, num_classes: int, in_chans: int) -> Any:
+def lab_model(name: str, image_size: int, num_classes: int, in_chans: int) -> Any:
     """Return one of lab's models, AlexNet with the dropout and initialization of its recipe."""
     from torch import nn
 
     from lab.models import build_model
 
     init = "kaiming_zero" if name == "alexnet" else "default"
-    model = build_model(name, num_classes=num_classes, in_chans=in_chans, image_size=32, init=init)
+    shape = dict(num_classes=num_classes, in_chans=in_chans, image_size=image_size)
+    model = build_model(name, **shape, init=init)
     if name == "alexnet":
         for module in model.modules():
             if isinstance(module, nn.Dropout):
