@@ -37,8 +37,8 @@ LEARNING_RATES = (1e-3, 3e-3)
 SEEDS = (0, 1)
 MAX_TRAIN_EVAL = 6000  # training images that are evaluated, a stratified sample
 ALEXNET_WIDTH = 4  # of 16: small enough for a CPU
-# The models of the part `models`, and with --full also EfficientNets, at the paper's image sizes
-# divided by 7. They would take a CPU hours.
+# The models of the part `models` and their image sizes. --full adds EfficientNets, with the
+# paper's image sizes divided by 7; on a CPU they would take hours.
 MODELS = {"lenet5": 32, "alexnet": 32, "mobilenet_v2": 32, "densenet": 32}
 EFFICIENTNETS = {f"efficientnet_b{i}": size for i, size in enumerate((32, 34, 37, 43))}
 # What distinguishes AlexNet from LeNet-5: arguments of `Network`, and whether images are augmented.

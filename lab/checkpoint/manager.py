@@ -203,7 +203,7 @@ class CheckpointManager:
             error.hint += f". The last complete checkpoint of the run is {checkpoint}"
 
     def _newest_checkpoint(self) -> Path | None:
-        """Return the newest checkpoint, or None without one; the main process alone may read it."""
+        """Return the newest checkpoint, or None without one; only the main process may read it."""
         return next(iter(self.run.checkpoints), None) if self.run.is_main_process else None
 
     def report_interruption(self) -> None:

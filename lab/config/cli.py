@@ -120,7 +120,7 @@ def _with_config_file(settings: dict[str, Any]) -> dict[str, Any]:
     if recipe not in ("", from_file.get("recipe")) and of_recipes <= from_file.keys():
         raise UserError(
             f"--recipe {recipe} changes nothing: {path} has all settings that a recipe sets",
-            "Leave out --recipe, or remove from a copy of that file what the recipe should set",
+            "Leave out --recipe, or give a copy of that file without what the recipe should set",
         )
     dataset = settings.get("dataset", "")
     same = is_same_dataset(dataset, from_file.get("dataset", "")) and not is_code(dataset)

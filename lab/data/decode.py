@@ -167,7 +167,7 @@ class FileImages(LazyImages):
             raise UnreadableImages({self.paths[i]: reason for i, reason in reasons.items()})
 
     def _batches(self, num_workers: int) -> Sequence[Tensor]:
-        # At most 2 MB each, as they are sent between processes.
+        # Batches of at most 2 MB, as they are sent between processes.
         most = 2**21 // (3 * self.transform.size**2)
         return worker_batches(len(self), num_workers, most)
 
@@ -187,7 +187,7 @@ class FileImages(LazyImages):
 
 
 def worker_batches(num_images: int, num_workers: int, most: int = 64) -> Sequence[Tensor]:
-    """Return the positions of all images in batches, several for each worker, of at most `most`."""
+    """Return the positions of all images in batches of at most `most`, several for each worker."""
     size = min(most, num_images // (8 * max(1, num_workers)))
     return torch.arange(num_images).split(max(1, size))
 

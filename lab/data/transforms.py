@@ -133,7 +133,7 @@ def to_grayscale(images: Tensor) -> Tensor:
 class SampleTransform:
     """Augments single images by torchvision's transforms, as `names` of the schema say.
 
-    Without resized-crop, images become square by `square`, as in evaluation. `fill` is the color of
+    Without resized-crop, `square` makes images square, as in evaluation. `fill` is the color of
     erased rectangles, one value from 0 to 1 for each channel.
     """
 
