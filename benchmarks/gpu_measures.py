@@ -36,7 +36,7 @@ class Bench:
     """Hold what all measurements share."""
 
     device: Any
-    splits: dict[str, Any]  # lab.data.Splits by dataset
+    splits: dict[str, Any]  # lab.data.splits.Splits by dataset
     quick: bool
     parts: tuple[str, ...] = ()  # names of the parts to measure
     matrix_rate: float = 0.0  # operations per second; 0: unknown

@@ -65,8 +65,8 @@ def run_summary(config: Any, splits: Any, loader: Any, device: Mapping[str, Any]
 
     Warn, even if quiet, of unbalanced classes.
 
-    `config` is a `TrainConfig`, `splits` a `lab.data.Splits`, `loader` that of the training split,
-    `device` the result of `lab.distributed.describe`.
+    `config` is a `TrainConfig`, `splits` a `lab.data.splits.Splits`, `loader` that of the training
+    split, `device` the result of `lab.distributed.describe`.
     """
     num_train, num_val, num_test = (
         f"{len(split.labels):,}" for split in (splits.train, splits.val, splits.test)

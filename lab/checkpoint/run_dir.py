@@ -248,7 +248,10 @@ def open_new(config: TrainConfig) -> RunDir:
             number += 1
             run = RunDir(parent / f"{base}-{number}")
         run.lock()
-        return run
+        if is_blank(run.path):
+            return run
+        run.close()  # another process gave this name, and trained here before `lock`
+        return open_new(config)
     run = RunDir(parent / config.name)
     if not run.make_directory():
         check_replaceable(run, config)  # before `lock` writes into it

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from lab import console
+from lab.config.recipes import RECIPES
 from lab.config.schema import (
     MACHINE,
     InvalidSettingError,
@@ -117,7 +118,8 @@ def _with_config_file(settings: dict[str, Any]) -> dict[str, Any]:
             )
     of_recipes = {f.name for f in dataclasses.fields(TrainConfig) if f.metadata.get("from_recipe")}
     recipe = settings.get("recipe", "")
-    if recipe not in ("", from_file.get("recipe")) and of_recipes <= from_file.keys():
+    changes_recipe = recipe in RECIPES and recipe != from_file.get("recipe")
+    if changes_recipe and of_recipes <= from_file.keys():
         raise UserError(
             f"--recipe {recipe} changes nothing: {path} has all settings that a recipe sets",
             "Leave out --recipe, or give a copy of that file without what the recipe should set",

@@ -57,7 +57,6 @@ class Splits:
 
     def balance_warnings(self) -> list[str]:
         """Return warnings about unbalanced and small classes of the training split."""
-
         return class_size_warnings(self.train.class_names, self.train.class_counts())
 
     @property
@@ -87,7 +86,6 @@ def load_splits(
     channels. Raises `UserError` if files are missing and may not be downloaded, are damaged or too
     few.
     """
-
     raw = read_dataset(config, download)
     duplicates = None
     if raw.train.paths is not None:
@@ -145,7 +143,6 @@ def load_split(
     of `read_dataset`, if the dataset has been read already. Raises `UserError` if there is no such
     split.
     """
-
     splits = _split(raw or read_dataset(config), config, whole=name == "all")
     if name not in splits:
         raise UserError(
@@ -165,7 +162,6 @@ def load_fingerprints(config: DataConfig, raw: RawSplits, num_workers: int = 1) 
 
     `raw` is the result of `read_dataset`.
     """
-
     splits = _split(raw, config)
     if config.skip_unreadable:
         splits = _skip_unreadable(splits, config, num_workers, warn=False)
@@ -194,7 +190,6 @@ def _split(
     With `whole`, return one split "all" of all samples. `duplicates` is the result of
     `checks.identical_files`, if it is known.
     """
-
     seed = config.split_seed
     if whole:
         return {"all": subsample(raw.joined(), config.max_eval_samples, seed)}
@@ -245,7 +240,6 @@ def _skip_unreadable(
     The dataset is split first, so that all other samples stay in their splits. Raises `UserError`
     if no training image of a class is left.
     """
-
     from lab.data.decode import FileImages
 
     readable, skipped = {}, []
@@ -285,7 +279,6 @@ def _channel_statistics(images: Any, num_workers: int) -> Any:
 
 def _is_worth_caching(splits: Mapping[str, Split]) -> bool:
     """Return whether the splits have enough images in total to cache the decoded images."""
-
     return sum(len(split.labels) for split in splits.values()) >= cache.MIN_IMAGES
 
 
@@ -314,7 +307,6 @@ def _resize_and_decode(
     With `lazy_train`, the training split is left to the loader. `use_cache` is whether to cache
     decoded images; None: if there are enough of them.
     """
-
     for name, split in splits.items():
         if len(split.labels) == 0:
             raise UserError(

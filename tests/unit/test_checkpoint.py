@@ -274,27 +274,29 @@ def test_the_name_of_a_run_is_utf8_as_weights_are_only_read_from_such_paths(tmp_
     run.close()
 
 
-@pytest.mark.parametrize("resume", ["", "auto"])
+@pytest.mark.parametrize(("resume", "name"), [("", "run"), ("auto", "run"), ("", "")])
 def test_p3_a_run_that_another_process_trained_before_the_lock_is_kept(
-    tmp_path, monkeypatch, resume
+    tmp_path, monkeypatch, resume, name
 ):
-    config = resolve({"dataset": "digits", "name": "run", "output_dir": str(tmp_path)})
-    config, lock = replace(config, resume=resume), run_dir.RunDir.lock
+    config = resolve({"model": "lenet5", "dataset": "digits", "output_dir": str(tmp_path)})
+    config, lock = replace(config, resume=resume, name=name), run_dir.RunDir.lock
+    other_config = replace(config, name=name or "lenet5-digits")
 
     def lock_later(run):
         monkeypatch.setattr(run_dir.RunDir, "lock", lock)
-        other = run_dir.open_new(config)
+        other = run_dir.open_new(other_config)
         other.create({})
         (other.checkpoints_dir / "step-00000001").mkdir()
         other.close()
         run.lock()
 
     monkeypatch.setattr(run_dir.RunDir, "lock", lock_later)
-    if resume:
-        run = run_dir.open_new(config)
-        assert [path.name for path in run.checkpoints] == ["step-00000001"]
-        run.close()
-    else:
+    if name and not resume:
         with pytest.raises(UserError, match="exists"):
             run_dir.open_new(config)
-    assert (tmp_path / "run/checkpoints/step-00000001").is_dir()
+    else:
+        run = run_dir.open_new(config)
+        assert [path.name for path in run.checkpoints] == (["step-00000001"] if resume else [])
+        assert run.path.name == (name or "lenet5-digits-2")
+        run.close()
+    assert (tmp_path / other_config.name / "checkpoints/step-00000001").is_dir()
