@@ -47,9 +47,9 @@ def main(argv: list[str] | None = None, model=None, datasets=None) -> RunDir:
     if datasets is not None:
         overrides["dataset"] = own_code.register(own_code.DATASETS, datasets)
     config = resolve(overrides)
+    check_dataset(config.dataset, overrides)
     check_model(config.model, config.pretrained)
     config = with_input_defaults(config)
-    check_dataset(config.dataset, overrides)
     if print_only:
         print_config(config)  # and exit
 

@@ -87,12 +87,15 @@ def _lock_run(config: TrainConfig) -> tuple[RunDir, bool]:
 
 def _broadcast(run: RunDir, checkpoint: Checkpoint | None) -> tuple[RunDir, Checkpoint | None]:
     """Return the main process's run and checkpoint, on the other processes without its tensors."""
-    sent = [str(run.path), checkpoint and (str(checkpoint.path), checkpoint.metadata)]
-    path, content = broadcast_object_list(sent)
+    content = (str(checkpoint.path), checkpoint.metadata) if checkpoint else None
+    run_path, content = broadcast_object_list([str(run.path), content])
     if run.is_main_process:
         return run, checkpoint
-    run = RunDir(path, is_main_process=False)
-    return run, content and Checkpoint(run, Path(content[0]), content[1], {})
+    run = RunDir(run_path, is_main_process=False)
+    if content is None:
+        return run, None
+    checkpoint_path, metadata = content
+    return run, Checkpoint(run, Path(checkpoint_path), metadata, {})
 
 
 def latest_checkpoint(run: RunDir) -> Checkpoint:

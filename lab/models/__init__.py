@@ -102,7 +102,8 @@ def check_model(name: str, pretrained: bool) -> None:
         from lab.models.own import register
 
         register(name)
-    if not find_model(name).weights and pretrained:
+    spec = find_model(name)
+    if pretrained and not spec.weights:
         known = ", ".join(name for name, spec in MODELS.items() if spec.weights)
         raise UserError(
             f"there are no pretrained weights for {name}",
