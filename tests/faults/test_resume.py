@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 from worlds import run_world
 
 import train
-from lab.checkpoint import run_dir, weights
+from lab.checkpoint import manager, run_dir, weights
 from lab.checkpoint.train_state import TRAIN_STATE_TYPES, Checkpoint
 from lab.distributed import has_native_bf16
 from lab.engine import evaluation
@@ -166,6 +167,42 @@ def test_p3_a_run_that_was_killed_at_its_end_is_finished(copied, finished, name)
     resume(copied)
     same_end(copied, finished)
     assert (copied / name).exists()
+
+
+@pytest.mark.parametrize(
+    ("progress", "options", "expected"),
+    [
+        ({"epoch": 9, "batch": 4}, {}, "--epochs"),
+        ({"epoch": 9, "batch": 3}, {}, ""),
+        ({"epoch": 5, "batch": 4}, {"patience": 3}, "--patience"),
+        ({"epoch": 5, "batch": 4}, {"patience": 4}, ""),
+        ({"epoch": 5, "batch": 3}, {"patience": 3}, ""),
+        ({"epoch": 5, "batch": 3, "step": 19}, {"max_steps": 19}, "--max-steps"),
+        ({"epoch": 5, "batch": 3, "step": 19}, {"max_steps": 20}, ""),
+    ],
+)
+def test_the_option_that_ended_a_run_is_named(copied, progress, options, expected):
+    checkpoint = manager.latest_checkpoint(run_dir.RunDir(copied))
+    config = replace(checkpoint.config({}), epochs=9, **options)
+    checkpoint.metadata["train_state"] |= progress
+    checkpoint.metadata["best"]["epoch"] = 2
+    assert checkpoint.reached_limit(config) == expected
+    checkpoint.metadata["has_report"] = False
+    assert checkpoint.reached_limit(config) == ""
+
+
+def test_a_resumed_run_does_not_inherit_the_settings_of_a_call(copied):
+    checkpoint = manager.latest_checkpoint(run_dir.RunDir(copied))
+    of_call = {"timeout_seconds": 5, "quiet": True, "debug": True, "push_to_hub": "name"}
+    checkpoint.metadata["config"] |= of_call
+    config = checkpoint.config({})
+    assert [getattr(config, name) for name in of_call] == [600, False, False, ""]
+
+
+def test_a_resumed_run_keeps_its_precision(copied, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")  # as accelerate launch would
+    resume(copied, "--epochs", "4")
+    assert json.loads((copied / "config.json").read_text())["precision"] == "float32"
 
 
 def test_a_run_stopped_by_patience_is_finished(tmp_path, capsys):

@@ -87,6 +87,33 @@ def test_batches_come_in_order(num_workers):
         assert first_indices(reader) == first_indices(reader) == IN_ORDER
 
 
+def num_threads(indices):
+    return torch.full_like(indices, torch.get_num_threads())
+
+
+def test_a_worker_has_one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with BatchReader(num_threads, 1) as reader:
+            assert [batch.tolist() for batch in reader.read([torch.arange(1)])] == [[1]]
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_workers_read_ahead():
+    taken = []
+
+    def take():
+        for indices in torch.arange(NUM_BATCHES).split(1):
+            taken.append(indices)
+            yield indices
+
+    with make_reader() as reader:
+        next(reader.read(take()))
+    assert len(taken) == workers.BATCHES_PER_WORKER * 2
+
+
 def test_p3_workers_that_get_the_signals_of_a_run_lose_no_batch():
     """The run takes more steps until all processes agree on the last one."""
     with make_reader(send("SIGINT", "SIGUSR1", "SIGTERM")) as reader:

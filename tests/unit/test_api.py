@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+import evaluate
 import lab
 import predict
 import train
@@ -49,6 +50,7 @@ def test_every_form_of_images_gives_the_predictions_of_predict_py(finished, imag
     with open(table, newline="") as file:
         rows = list(csv.DictReader(file))
     loaded = lab.load_model(finished)
+    assert not loaded[0].training
     files = [tmp_path, paths, [str(path) for path in paths], [Image.open(path) for path in paths]]
     arrays = [images, images.numpy(), images.expand(-1, 3, -1, -1)]
     for form in files + arrays:
@@ -65,6 +67,29 @@ def test_every_form_of_images_gives_the_predictions_of_predict_py(finished, imag
     assert len(lab.predict(tmp_path.glob("*.png"), loaded).paths) == 9
     assert lab.predict(images, finished / "best.safetensors").paths == []
     assert lab.predict(str(paths[0]), finished).names == [rows[0]["class1"]]
+
+
+def test_the_precision_is_that_of_the_training(copied, images, tmp_path):
+    path, dtypes = copied / "best.safetensors", []
+    metadata = weights.read_metadata(path) | {"precision": "bf16"}
+    weights.write_weights(path, weights.read_tensors(path), metadata)
+    directory = tmp_path / "images"
+    write_images(images, directory)
+
+    def record(module, _, output):
+        if isinstance(module, torch.nn.Linear):
+            dtypes.append(output.dtype)
+
+    words = ["--threads", "1", "--quiet"]
+    with torch.nn.modules.module.register_module_forward_hook(record):
+        for classify in (
+            lambda: lab.predict(directory, copied),
+            lambda: predict.main([str(copied), str(directory), *words]),
+            lambda: evaluate.main([str(copied), *words]),
+        ):
+            dtypes.clear()
+            classify()
+            assert set(dtypes) == {torch.bfloat16}
 
 
 def test_unreadable_files_in_a_directory_are_reported_and_left_out(

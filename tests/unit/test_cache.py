@@ -1,5 +1,6 @@
 """The cache of decoded images: read the second time, never stale, never incomplete."""
 
+import errno
 import math
 import multiprocessing
 import os
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock, Timeout
 from PIL import Image
 
 from lab.data import DataConfig, cache, decode
@@ -52,8 +54,37 @@ def test_the_second_time_nothing_is_decoded_and_pixels_are_the_same(files, decod
     assert sorted(decoded) == sorted(files.paths)
     assert torch.equal(first, files[torch.arange(5)])
     decoded.clear()
+    os.chmod(files.paths[0], 0o600)  # changes no pixel
     assert torch.equal(files.decode_all(1), first)
     assert decoded == []
+
+
+def test_another_decoder_decodes_anew(files, decoded, monkeypatch):
+    files.decode_all(1)
+    monkeypatch.setattr(cache, "DECODERS", ("another version",))
+    decoded.clear()
+    files.decode_all(1)
+    assert len(decoded) == 5
+
+
+def test_the_lock_is_held_while_a_result_is_computed(cache_dir):
+    def check(name):
+        with pytest.raises(Timeout):
+            FileLock(cache_dir / f"{name}.lock").acquire(timeout=0)
+        return 1
+
+    assert cache.cached_json("numbers", lambda: check("numbers")) == 1
+    images = cache.cached("images", (1, 1), lambda image: image.fill_(check("images")))
+    assert images.tolist() == [[1]]
+
+
+def test_a_result_that_cannot_be_written_leaves_no_file(cache_dir, monkeypatch):
+    def fsync(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    assert cache.cached_json("numbers", lambda: 1) == 1
+    assert [path.suffix for path in cache_dir.iterdir()] == [".lock"]
 
 
 @pytest.mark.parametrize("change", ["content", "time", "size", "order", "fewer"])
@@ -107,6 +138,17 @@ def test_a_file_that_became_readable_is_read_again(files, monkeypatch):
     monkeypatch.setattr(decode, "decode", original)
     os.chmod(path, 0o600)  # changes neither its size nor its modification time
     assert FileImages(files.paths, EvalTransform(10)).unreadable(1) == {}
+
+
+def test_images_that_could_not_be_read_are_tried_first(files, decoded):
+    with open(files.paths[3], "wb") as file:
+        file.write(b"damaged")
+    files = FileImages(files.paths, files.transform)
+    for num_decoded in (5, 1):
+        decoded.clear()
+        with pytest.raises(UserError, match="cannot read the image"):
+            files.decode_all(1)
+        assert len(decoded) == num_decoded
 
 
 def test_p3_images_are_on_disk_before_their_file_takes_its_name(files, monkeypatch):
@@ -173,6 +215,19 @@ def test_the_least_recently_used_files_are_deleted_but_none_of_this_run(
     assert other.exists()
     FileImages(files.paths[:4], EvalTransform(10)).decode_all(1)  # 1,200 bytes
     assert sorted(path.stat().st_size for path in cache_dir.glob("*.uint8")) == [1200, 1500]
+
+
+def test_files_that_are_read_count_as_used(files, cache_dir, monkeypatch):
+    files.decode_all(1)
+    cache.store_json("numbers", [1])
+    paths = {path for path in cache_dir.iterdir() if path.suffix in (".uint8", ".json")}
+    for path in paths:
+        os.utime(path, (1, 1))
+    monkeypatch.setattr(cache, "IN_USE", set())
+    files.decode_all(1)
+    assert cache.load_json("numbers") == [1]
+    assert paths == cache.IN_USE
+    assert all(path.stat().st_mtime > 1 for path in paths)
 
 
 def test_a_folder_of_enough_images_is_decoded_once_whatever_its_splits_hold(

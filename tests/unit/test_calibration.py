@@ -72,6 +72,13 @@ def test_the_temperature_minimizes_the_loss(temperature):
     assert best < min(lower, higher)
 
 
+def test_a_temperature_is_fitted_to_logits_that_are_far_apart():
+    """At temperature 1 all probabilities are 0 or 1, and the loss has no curvature."""
+    logits, labels = torch.tensor([800.0, 0.0]).repeat(4000, 1), torch.zeros(4000).long()
+    labels[0] = 1
+    assert fit_temperature(logits, labels) == pytest.approx(800 / math.log(3999))
+
+
 @pytest.mark.parametrize("kind", ["all correct", "not finite", "too large"])
 def test_p7_a_temperature_that_cannot_be_fitted_is_refused(kind):
     logits, labels = torch.eye(3).repeat(4, 1), torch.arange(12) % 3

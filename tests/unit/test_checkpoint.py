@@ -178,7 +178,7 @@ def test_p3_a_write_that_fails_leaves_the_old_file_and_nothing_else(saved, monke
 
 
 def test_p3_content_is_on_disk_before_it_takes_the_name(tmp_path, monkeypatch):
-    calls = []
+    calls, descriptors = [], []
     replace, fsync = os.replace, os.fsync
 
     def watched_replace(source, target):
@@ -187,11 +187,19 @@ def test_p3_content_is_on_disk_before_it_takes_the_name(tmp_path, monkeypatch):
         calls.append("replace")
         replace(source, target)
 
-    monkeypatch.setattr(run_dir.os, "fsync", lambda n: (calls.append("sync"), fsync(n)))
+    def watched_fsync(descriptor):
+        calls.append("sync")
+        descriptors.append(descriptor)
+        fsync(descriptor)
+
+    monkeypatch.setattr(run_dir.os, "fsync", watched_fsync)
     monkeypatch.setattr(run_dir.os, "replace", watched_replace)
     atomic_io.write_atomically(tmp_path / "x", b"content")
     assert calls == ["sync", "replace", "sync"]  # the second: of the folder
     assert (tmp_path / "x").read_bytes() == b"content"
+    for descriptor in descriptors:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(descriptor)
 
 
 def test_best_weights_are_those_of_the_moment_they_were_saved(
@@ -300,3 +308,28 @@ def test_p3_a_run_that_another_process_trained_before_the_lock_is_kept(
         assert run.path.name == (name or "lenet5-digits-2")
         run.close()
     assert (tmp_path / other_config.name / "checkpoints/step-00000001").is_dir()
+
+
+def test_overwriting_a_run_removes_a_link_but_not_what_it_points_to(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.png").write_bytes(b"")
+    run = run_dir.RunDir(tmp_path / "run")
+    run.make_directory()
+    run.lock()
+    run.create({})
+    (run.path / "link").symlink_to(tmp_path / "images", target_is_directory=True)
+    run.create({})
+    run.close()
+    assert not (run.path / "link").is_symlink()
+    assert (tmp_path / "images" / "a.png").exists()
+
+
+def test_p3_a_run_that_was_killed_while_it_replaced_another_can_be_replaced(copied, monkeypatch):
+    run = run_dir.RunDir(copied)
+    run.lock()
+    monkeypatch.setattr(run, "_write_config", lambda settings: sys.exit())
+    with pytest.raises(SystemExit):
+        run.create({})
+    assert sorted(path.name for path in copied.iterdir()) == ["checkpoints", "config.json"]
+    assert run_dir.is_run(copied)
+    run.close()

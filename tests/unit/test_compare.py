@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -62,12 +63,23 @@ def test_the_table_has_the_metrics_of_the_runs(trained):
     assert rows[0].keys() >= set(console.RUN_COLUMNS)
     for row in rows:
         report = json.loads((trained / row["run"] / "report.json").read_text())
-        history = (trained / row["run"] / "history.jsonl").read_text().splitlines()
+        lines = (trained / row["run"] / "history.jsonl").read_text().splitlines()
+        history = [json.loads(line) for line in lines]
         assert (row["accuracy"], row["macro-F1"]) == (report["accuracy"], report["macro_f1"])
         assert (row["epochs"], row["parameters"]) == (len(history), 61_706)
         assert row["MACs"] == 416_520
+        assert row["images/s"] == np.median([epoch["images_per_second"] for epoch in history])
     for row in rows[1:]:
         assert row["vs. best"][0] == pytest.approx(row["accuracy"] - accuracies[0])
+
+
+def test_runs_are_sorted_by_dataset_and_compared_if_they_have_predictions(trained):
+    runs = [read_run(trained / name) for name in ("slow", "fast")]
+    config = runs[0].config | {"dataset": "images"}
+    others = [replace(run, config=config, labels=None, predictions=None) for run in runs]
+    rows = compare_module.rows([*others, *runs])
+    assert [row["dataset"] for row in rows] == ["digits", "digits", "images", "images"]
+    assert [row["vs. best"] is None for row in rows] == [True, False, True, True]
 
 
 def test_the_files_contain_the_table(trained, tmp_path, monkeypatch, capsys):

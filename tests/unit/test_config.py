@@ -12,7 +12,7 @@ import yaml
 
 import train
 from lab.checkpoint.weights import read_metadata
-from lab.config.cli import RUN_SETTINGS, parse_arguments, read_config
+from lab.config.cli import parse_arguments, read_config
 from lab.config.recipes import RECIPES, resolve
 from lab.config.schema import EvalConfig, TrainConfig, flag
 from lab.data import DATASETS
@@ -160,6 +160,7 @@ def test_a_model_has_a_default_dataset_and_image_size():
     }.items():
         config = resolve({"model": model})
         assert (config.dataset, config.image_size) == expected
+        assert resolve({"model": model, "image_size": 0}) == config
 
 
 def test_a_family_of_models_shares_its_settings():
@@ -272,7 +273,8 @@ def test_the_config_of_a_run_gives_its_training_settings(finished, capsys):
     path = finished / "config.json"
     saved = json.loads(path.read_text())
     settings = read_config(path)
-    assert settings.keys() == FIELDS[TrainConfig].keys() - RUN_SETTINGS - {"data_dir"}
+    left_out = {"name", "resume", "overwrite", "push_to_hub", "quiet", "debug", "threads"}
+    assert settings.keys() == FIELDS[TrainConfig].keys() - left_out - {"data_dir"}
     assert all(saved[name] == value for name, value in settings.items())
     with pytest.raises(SystemExit):
         train.main(["--config", str(path), "--print-config"])

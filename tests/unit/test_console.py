@@ -70,8 +70,20 @@ def test_plain_output_has_no_control_codes_and_no_markup(capsys):
     assert "hello [bold]you[/bold]\n" in out
     assert "training\n  model  lenet5\n  seed   -\n" in out
     assert "reading digits ...\n" in out
+    assert "  1m05s *\n" in out  # training and evaluation
     assert out.count("[red]cat") == 3  # the class table, the matrix's row and its column
     assert all(line == line.rstrip() for line in out.splitlines() if "python x" not in line)
+
+
+def test_the_remaining_time_is_that_of_the_steps_after_the_first_update(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(console.time, "monotonic", lambda: now)
+    progress = console.Progress("epoch 1/2", 10)
+    progress.update(1)
+    now += 4
+    progress.update(3)
+    [facts] = progress.draw().columns[2].cells
+    assert facts == " 3/10  0:00:14 left"
 
 
 def test_the_header_names_the_split(capsys):

@@ -12,15 +12,18 @@ import pytest
 import torch
 from mistakes import make_picture
 from resuming import cut_off
+from safetensors.torch import save_file
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
 from worlds import run_world
 
 import cross_validate
 import evaluate
 import train
+from lab.config.recipes import resolve
 from lab.data import DataConfig
 from lab.data.splits import _split, read_dataset
 from lab.engine import evaluation
+from lab.report.cross_validation import write_results
 
 RESULTS = ("report.json", "predictions.csv", "predictions.safetensors")
 
@@ -107,6 +110,19 @@ def validated(tmp_path_factory):
         patch.chdir(folder)
         assert cross_validate.main([*WORDS, "--folds", "3", "--name", "three"]) == 0
     return folder / "runs" / "three"
+
+
+def test_p6_the_pooled_report_names_the_selection_split_and_has_a_finite_loss(validated, tmp_path):
+    folds = [Path(shutil.copytree(validated / f"fold-{i}", tmp_path / str(i))) for i in (1, 2, 3)]
+    for fold in folds:
+        report = json.loads((fold / "report.json").read_text()) | {"selection_split": "test"}
+        (fold / "report.json").write_text(json.dumps(report))
+        table = torch.tensor([[1.0, 0.0]]).repeat(report["num_samples"], 1)
+        save_file({"probabilities": table}, fold / "predictions.safetensors")
+    write_results(tmp_path, folds)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["selection_split"] == "test"
+    assert 1 < report["loss"] < 200
 
 
 def read_rows(path):
@@ -278,6 +294,15 @@ def test_the_time_limit_is_that_of_all_folds(monkeypatch):
     limits.clear()
     cross_validate.main(WORDS)
     assert limits == [0, 0]  # and none of the limit that a checkpoint of a fold contains
+
+
+def test_p3_the_commit_of_the_data_of_a_fold_is_not_a_setting_to_compare(tmp_path):
+    overrides = {"dataset": "hf:some/images", "folds": 3, "fold": 1}
+    config = resolve(overrides)
+    recorded = {**vars(config), "revision": "0" * 40, "versions": {}}
+    (tmp_path / "fold-1").mkdir()
+    (tmp_path / "fold-1" / "config.json").write_text(json.dumps(recorded))
+    cross_validate.check_same_settings(tmp_path, config, overrides)
 
 
 def test_p7_other_settings_or_data_do_not_continue_it(validated, monkeypatch, tmp_path):

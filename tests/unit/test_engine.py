@@ -18,7 +18,8 @@ from lab.data.sampler import ShardedBatchSampler
 from lab.data.transforms import BatchTransform
 from lab.data.types import Batch, Split
 from lab.distributed import build_accelerator
-from lab.engine.training import TrainStep, seed_dropout, train_one_epoch
+from lab.engine import training
+from lab.engine.training import TrainStep, seed_dropout, to_device, train_one_epoch
 from lab.errors import UserError
 from lab.models import build_model
 
@@ -153,6 +154,10 @@ def test_clipping_bounds_the_norm_of_the_whole_gradient(
     assert torch.allclose(before - weights(train_step.model), expected, rtol=1e-3, atol=1e-6)
 
 
+def test_the_totals_of_a_step_hold_no_graph(accelerator):
+    assert not make_train_step(accelerator).run(make_batch(5)).requires_grad
+
+
 @pytest.mark.parametrize("warmup", [True, False])
 def test_the_ema_follows_its_formula(accelerator, warmup):
     train_step = make_train_step(accelerator, ema_decay=0.2, lr=0.1)
@@ -165,6 +170,13 @@ def test_the_ema_follows_its_formula(accelerator, warmup):
         average = decay * average + (1 - decay) * weights(train_step.model)
         assert torch.allclose(weights(train_step.eval_model), average, atol=1e-6)
     assert not torch.allclose(weights(train_step.model), average, atol=1e-3)
+
+
+def test_the_ema_counts_the_steps_of_all_epochs(accelerator, monkeypatch):
+    train_step, steps = make_train_step(accelerator, ema_decay=0.9), []
+    monkeypatch.setattr(train_step.ema, "update", lambda model, step: steps.append(step))
+    train(train_step, epoch=3, first_step=10)
+    assert steps == [11, 12, 13, 14, 15]
 
 
 def test_the_ema_has_the_statistics_of_the_models_batchnorm_layers(accelerator):
@@ -250,6 +262,7 @@ def test_p7_the_first_loss_that_is_not_finite_is_named(accelerator, log_every):
     loader.transform = spoiling(loader.transform, bad=[2])
     with pytest.raises(UserError, match=r"the loss is nan at step 8 \(learning rate") as caught:
         train_one_epoch(train_step, loader, state, lambda *_: None, lambda _: None)
+    assert state.batch == (3 if log_every == 1 else 5)
     assert "--on-nonfinite skip" in caught.value.hint
 
 
@@ -260,6 +273,13 @@ def test_p7_skipping_is_no_advice_where_it_is_on(accelerator, monkeypatch):
     with pytest.raises(UserError, match="the loss is inf at step 1") as caught:
         train(train_step)
     assert "skip" not in caught.value.hint
+
+
+def test_p7_skipped_steps_are_counted_before_the_first_loss_that_is_not_finite(accelerator):
+    state = TrainState(step=10, batch=4, skipped_steps=1, totals=torch.tensor([0, 0, 2.0]))
+    config = make_train_step(accelerator, on_nonfinite="skip").config
+    with pytest.raises(UserError, match="the loss is inf at step 10 "):
+        training._check_finite(accelerator, math.inf, config, state)
 
 
 def logits_sum(_, logits, *__):
@@ -365,9 +385,11 @@ def test_an_epoch_can_be_stopped_and_continued(accelerator):
     loader = make_loader(33, 8)
     assert train_one_epoch(parts, loader, state, lambda *_: None, rows.append, should_stop) is None
     assert (state.batch, state.step) == (2, 2)
+    state.seconds += 1000
     metrics = train_one_epoch(parts, loader, state, lambda *_: None, rows.append)
     assert rows == expected_rows
     assert (metrics.loss, metrics.accuracy) == (expected.loss, expected.accuracy)
+    assert metrics.seconds > 1000
     assert torch.equal(weights(parts.model), weights(whole.model))
 
 
@@ -416,3 +438,24 @@ def test_dropout_is_the_models_or_unless_set(accelerator, dropout, expected):
 def test_p7_dropout_without_dropout_layers_is_an_error(accelerator):
     with pytest.raises(UserError, match="has no layers of type"):
         prepare(accelerator, nn.Linear(4, 2), TrainConfig(dropout=0.5))
+
+
+def test_convolutions_on_a_cpu_are_in_the_faster_memory_format():
+    model = build_model("alexnet", num_classes=10, in_chans=3, image_size=8)
+    weight = to_device(model, "alexnet", torch.device("cpu")).features[3].weight
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+    assert not weight.is_contiguous()
+
+
+class Nonempty(nn.BatchNorm1d):
+    """A layer that does not accept an empty batch, nor a batch of one image in training."""
+
+    def forward(self, features):
+        assert len(features)
+        return super().forward(features)
+
+
+def test_a_process_without_samples_passes_batchnorm(accelerator):
+    model = nn.Sequential(nn.Flatten(), Nonempty(784), nn.Linear(784, 10))
+    train_step = prepare(accelerator, model, TrainConfig(**PLAIN | {"dataset": "digits"}))
+    assert train_step.run(make_batch(0, 8)).tolist() == [0, 0]

@@ -12,6 +12,8 @@ from sklearn.metrics import accuracy_score, f1_score, log_loss
 from worlds import run_world
 
 import evaluate
+from lab.checkpoint import weights
+from lab.data.fingerprint import FORMAT
 from lab.engine import evaluation
 
 FILES = ("report.json", "predictions.csv", "predictions.safetensors")
@@ -107,3 +109,12 @@ def test_p6_the_note_names_a_run_that_was_selected_on_the_split(runs, tmp_path, 
     assert "note: selected on the test split" in capsys.readouterr().out
     report = json.loads((tmp_path / "e" / "report.json").read_text())
     assert report["selection_split"] == "test"
+
+
+def test_p6_a_change_of_the_data_of_any_run_is_reported(runs, tmp_path, capsys):
+    path = runs[1] / "best.safetensors"
+    metadata = weights.read_metadata(path)
+    metadata["fingerprints"]["test"] = f"{FORMAT}-1"
+    weights.write_weights(tmp_path / "other", weights.read_tensors(path), metadata)
+    call(runs[0], tmp_path / "other", "--output", tmp_path / "e")
+    assert "the test split has changed since the training" in capsys.readouterr().err

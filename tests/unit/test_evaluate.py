@@ -4,6 +4,7 @@ import csv
 import json
 import shutil
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,8 @@ import evaluate
 from lab.checkpoint import weights
 from lab.config import recipes
 from lab.data import DataConfig
+from lab.data.fingerprint import FORMAT
+from lab.data.splits import load_fingerprints, read_dataset
 from lab.errors import UserError
 from lab.models import build_model
 
@@ -66,6 +69,7 @@ def call(*words) -> None:
         (["--max-eval-samples", "0"], SELECTED),
         (["--split", "train"], "note: these are samples that were trained on"),
         (["--split", "all"], "note: these are samples that were trained on"),
+        (["--split", "all", "--max-eval-samples", "12"], "note: these are samples that were"),
     ],
 )
 def test_p6_the_data_are_compared_with_the_trainings_whatever_is_asked_for(
@@ -87,10 +91,22 @@ def test_p6_the_data_are_compared_with_the_trainings_whatever_is_asked_for(
     assert CHANGED in err
 
 
+def test_p6_only_a_change_of_the_evaluated_split_is_reported():
+    data = DataConfig.of(recipes.resolve({"dataset": "digits"}))
+    raw = read_dataset(data)
+    recorded = load_fingerprints(data, raw) | {"train": f"{FORMAT}-1"}
+    metadata = {"data": vars(data), "fingerprints": recorded}
+    fewer = replace(data, max_eval_samples=50)
+    for split, changed in {"train": True, "val": False, "test": False, "all": True}.items():
+        assert evaluate.has_changed(metadata, fewer, split, raw, f"{FORMAT}-2") == changed
+
+
 def test_p6_only_its_own_test_replaces_the_results_of_a_run(trained, tmp_path):
     run = Path(shutil.copytree(trained[0], tmp_path / "run"))
     report = (run / "report.json").read_bytes()
-    for words in ([run, "--split", "train"], [run, run], [trained[0]]):
+    other = shutil.copytree(trained[1], tmp_path / "other")
+    (other / "dark" / "00.png").rename(other / "dark" / "x.png")
+    for words in ([run, "--split", "train"], [run, run], [trained[0]], [run, "--dataset", other]):
         with pytest.raises(UserError, match="whose test results would be replaced"):
             call(*words, "--output", run)
     assert (run / "report.json").read_bytes() == report

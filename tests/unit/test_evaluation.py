@@ -66,6 +66,15 @@ def test_p1_top5_accuracy_equals_scikit_learn(accelerator):
     ]
     assert len(set(expected)) == 3
     assert report["top5_accuracy"] == pytest.approx(expected[1], abs=1e-9)
+    five = Predictions.of(torch.eye(5), torch.arange(5), tuple("abcde"))
+    assert "top5_accuracy" not in five.report()  # it would be 1 for any model
+
+
+def test_logits_are_gathered_up_to_a_number_of_bytes(accelerator, monkeypatch):
+    for num_bytes, gathers in ((4 * 33 * 10, True), (4 * 33 * 10 - 1, False)):
+        monkeypatch.setattr(evaluation, "MAX_LOGITS_BYTES", num_bytes)
+        predictions = predict_all(accelerator, make_model(), make_loader(accelerator, seed=None))
+        assert (predictions.logits is not None) == gathers
 
 
 def test_p1_equal_logits_are_ranked_in_the_order_of_the_classes_and_nan_last():

@@ -3,6 +3,7 @@
 import json
 import re
 
+import numpy as np
 import pytest
 import torch
 from handmade import make_run, predicted, splits
@@ -129,3 +130,11 @@ def test_the_page_shows_heat_maps_and_probabilities_beside_mistakes(tmp_path, ti
     save_file(tensors | {"heatmaps": torch.zeros(2, 3)}, path / "images.safetensors")
     with pytest.raises(UserError, match=r"images\.safetensors .heatmaps is not"):
         html.write(path)
+
+
+def test_an_overlay_is_colored_as_strongly_as_the_heat_map():
+    image = np.random.default_rng(0).integers(256, size=(3, 8, 8), dtype=np.uint8)
+    assert np.array_equal(explain.overlay(image, np.zeros((4, 4), np.uint8)), image)
+    colored = explain.overlay(image, np.full((4, 4), 255, np.uint8)).astype(float)
+    color = (colored - (1 - explain.MAX_OPACITY) * image) / explain.MAX_OPACITY
+    assert np.ptp(color, axis=(1, 2)).max() < 2  # one color, but for rounding

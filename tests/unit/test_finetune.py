@@ -8,6 +8,7 @@ import shutil
 import urllib.error
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from trainers import place, prepare
 import evaluate
 import lab
 import train
+from lab import console
 from lab.checkpoint import init_weights
 from lab.checkpoint import weights as weights_module
 from lab.config.recipes import resolve, resolve_epochs
@@ -30,6 +32,7 @@ from lab.data.loaders import LoaderOptions
 from lab.data.splits import load_splits
 from lab.data.transforms import BatchTransform
 from lab.data.types import Batch
+from lab.engine import linear_probe
 from lab.engine.linear_probe import (
     PENALTIES,
     fit_classifier,
@@ -292,6 +295,12 @@ def test_batchnorm_keeps_its_statistics_and_all_parameters_are_trained(trained):
     assert {"features.0.0.weight", "classifier.3.weight"} & same == set()
 
 
+def test_p3_a_resumed_run_needs_no_file_of_initial_weights():
+    config = resolve({"dataset": "digits", "init_checkpoint": "gone"})
+    checkpoint = SimpleNamespace(metadata={"normalization": [[0.5], [0.25]]})
+    assert init_weights.initial_normalization(config, checkpoint) == ([0.5], [0.25])
+
+
 # The recipe finetune
 
 
@@ -339,7 +348,7 @@ def test_logistic_regression_is_scikit_learns():
     assert torch.allclose((features @ weight.T + bias).softmax(1), expected, atol=1e-3)
 
 
-def test_the_classifier_is_fitted_to_the_features_of_evaluation():
+def test_the_classifier_is_fitted_to_the_features_of_evaluation(monkeypatch):
     """Then the model predicts each class as often as it occurs, and nothing else has changed."""
     settings = {"model": NAME, "dataset": "digits", "image_size": 16, "max_train_samples": 100}
     config = resolve({**settings, "recipe": "smoke", "linear_probe": True, "pretrained": True})
@@ -359,12 +368,18 @@ def test_the_classifier_is_fitted_to_the_features_of_evaluation():
     assert model.training
     changed = {n for n, t in model.state_dict().items() if not torch.equal(t, before[n])}
     assert changed == {"classifier.3.weight", "classifier.3.bias"}
+    assert not model.get_submodule("classifier.3")._forward_pre_hooks  # they would keep all inputs
     images = BatchTransform(splits.mean, splits.std, (), "cpu")(splits.train.images)
     with torch.no_grad():
         probabilities = model.eval()(images).softmax(1)
     expected = splits.train.labels.bincount() / len(images)
     assert torch.allclose(probabilities.mean(0), expected, atol=1e-3)
     assert (probabilities.argmax(1) == splits.train.labels).double().mean() > 0.5
+    monkeypatch.setattr(linear_probe, "MAX_IMAGES", 60)
+    lines = []
+    monkeypatch.setattr(console, "info", lines.append)
+    fit_classifier(place("cpu"), model, model.classifier[-1], splits, config, options)
+    assert "on 60 training images" in lines[-1]
 
 
 @pytest.mark.parametrize("num_images", [90, 2001])

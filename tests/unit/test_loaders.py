@@ -6,13 +6,14 @@ import weakref
 from contextlib import closing
 from functools import partial
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torchvision.io import write_png
 from torchvision.transforms import v2
 
-from lab.config.schema import TrainConfig
+from lab.config.schema import EVAL_BATCH_SIZE, TrainConfig
 from lab.data.decode import FileImages
 from lab.data.images import AugmentedImages
 from lab.data.loaders import (
@@ -21,10 +22,12 @@ from lab.data.loaders import (
     StreamingLoader,
     build_loader,
     build_loaders,
+    choose_kind,
 )
 from lab.data.sampler import (
     ShardedBatchSampler,
     balanced_permutation,
+    derive_seed,
     permutation,
     random_bits,
     shard,
@@ -129,6 +132,7 @@ def test_p2_p3_no_release_changes_the_order_or_the_random_bits():
     """Otherwise a run that is resumed after an upgrade would see other samples."""
     assert permutation(12, seed=42, epoch=3).tolist() == GOLDEN_ORDER
     assert random_bits(42, 3, 2, "cpu").tolist() == GOLDEN_BITS
+    assert derive_seed(42, 7, 0) == 4241644000
     labels = torch.arange(12) % 5 // 2  # 6 of class 0, 4 of class 1, 2 of class 2
     assert balanced_permutation(labels, seed=42, epoch=3).tolist() == GOLDEN_BALANCED
 
@@ -274,7 +278,9 @@ def test_the_training_loader_has_the_settings_of_the_run(splits, balance):
     options = LoaderOptions(0, 1, CPU, "resident", num_workers=0, memory=math.inf)
     transform = BatchTransform(parts.mean, parts.std, names, CPU, mixup_alpha=0.3)
     expected = build_loader(split, transform, options, batch_size=6, seed=7, num_parts=2, **balance)
-    found = build_loaders(parts, config, options)[0]
+    found, val, test = build_loaders(parts, config, options)
+    assert val is test
+    assert val.sampler.batch_size == EVAL_BATCH_SIZE  # as in evaluate.py
     assert found.mixup == Mixup(("mixup",), 0.3)
     for a, b in zip(found.batches(1), expected.batches(1), strict=True):
         assert a.part_sizes == b.part_sizes
@@ -285,6 +291,13 @@ def test_the_training_loader_has_the_settings_of_the_run(splits, balance):
         assert a.class_weights is None or torch.equal(a.class_weights, b.class_weights)
 
 
+@pytest.mark.parametrize(("given", "threads", "expected"), [(-1, 3, 3), (-1, 32, 8), (9, 3, 9)])
+def test_there_is_one_worker_per_thread_but_at_most_eight(monkeypatch, given, threads, expected):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    accelerator = SimpleNamespace(device=CPU, process_index=0, num_processes=1)
+    assert LoaderOptions.create(accelerator, "streaming", given).num_workers == expected
+
+
 def test_auto_is_resident_if_decoded_images_fit(splits):
     decoded, files = splits
     num_bytes = NUM_FILES * 3 * SIZE * SIZE
@@ -293,6 +306,10 @@ def test_auto_is_resident_if_decoded_images_fit(splits):
     assert isinstance(built(files, "auto"), StreamingLoader)
     assert isinstance(built(decoded, "streaming"), StreamingLoader)
     assert isinstance(built(decoded, "resident", 0), ResidentLoader)
+    # Without a validation split, the images of the test split are in memory once.
+    all_images = [decoded.images.clone(), decoded.images, decoded.images]
+    assert choose_kind("auto", all_images, 2 * num_bytes) == "resident"
+    assert choose_kind("auto", all_images, 2 * num_bytes - 1) == "streaming"
 
 
 def test_p7_a_batch_smaller_than_the_world_is_refused_in_training_only(splits):
@@ -330,6 +347,15 @@ def test_p2_the_augmentation_of_a_sample_is_a_function_of_its_seed(names, in_cha
     assert all(map(torch.equal, results, again))
     assert len({r.numpy().tobytes() for r in results}) > 2
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_resized_crop_has_the_interpolation_of_the_run():
+    image = torch.randint(256, (3, 30, 50), dtype=torch.uint8)
+    bilinear, bicubic = (
+        SampleTransform(("resized-crop",), transform, (0.5,) * 3)(image, seed=1)
+        for transform in (EvalTransform(16), EvalTransform(16, interpolation="bicubic"))
+    )
+    assert not torch.equal(bilinear, bicubic)
 
 
 def augmented(split, images):

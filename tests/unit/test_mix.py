@@ -191,3 +191,11 @@ def test_a_process_without_samples_takes_a_mixed_step_too(accelerator):
     none = torch.empty(0, dtype=torch.long)
     batch = Batch(torch.empty(0, 1, 2, 3), none, none, 1, torch.empty(0, 5))
     assert train_step.run(batch).tolist() == [0, 0]
+
+
+def test_a_large_alpha_mixes_halves_and_a_small_one_almost_nothing():
+    def ratios(alpha):
+        return [Mixup(("mixup",), alpha).draw(0, 1, batch, 8, 8).ratio for batch in range(50)]
+
+    assert all(abs(ratio - 0.5) < 0.2 for ratio in ratios(100.0))
+    assert sum(min(ratio, 1 - ratio) < 0.01 for ratio in ratios(0.01)) > 40

@@ -126,6 +126,8 @@ def test_muons_update_is_nearly_orthogonal(shape, bfloat16, tolerance, monkeypat
     assert values.diag().max() < 1.3
     assert (values - values.diag().diag()).abs().max() < tolerance
     assert zeropower_via_newtonschulz(torch.zeros(shape)).eq(0).all()
+    # Of singular values that differ by a factor of 100, too.
+    assert zeropower_via_newtonschulz(torch.tensor([1, 0.1, 0.01]).diag()).diag().min() > 0.6
 
 
 def test_muon_updates_the_layers_between_the_first_and_the_last():

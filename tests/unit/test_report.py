@@ -2,10 +2,12 @@
 
 import html
 import json
+import os
 import re
 import shutil
 from dataclasses import asdict, replace
 
+import numpy as np
 import pytest
 import torch
 from handmade import HOSTILE, make_run, predicted, splits
@@ -189,6 +191,68 @@ def test_the_most_confident_mistakes_of_every_cell_are_selected():
         selected_of_cell = sorted(set(cell) & set(selected), key=cell.index)
         assert selected_of_cell
         assert selected_of_cell == cell[: len(selected_of_cell)]
+    sizes = [len(cells[pairs[i]]) for i in selected[24 : 24 + len(cells) // 2]]  # the first of each
+    assert sizes == sorted(sizes, reverse=True)
+
+
+def test_a_page_with_a_part_of_the_mistakes_has_their_number(hostile, monkeypatch):
+    run = read_run(hostile)
+    monkeypatch.setattr(html_module, "MAX_IMAGE_BYTES", 20_000)
+    context = html_module._run_context(run)
+    assert 0 < context["num_images"] < context["num_mistakes"]
+    assert context["num_mistakes"] == (run.predictions != run.labels).sum()
+
+
+def test_the_plots_show_the_numbers_of_the_run(hostile, tmp_path):
+    run = read_run(hostile)
+    classes, matrix = run.report["per_class"], np.array(run.report["confusion_matrix"])
+
+    loss, _, rate = plots.curves(run).axes
+    train, val, _, best = (line.get_xydata().tolist() for line in loss.lines)
+    assert train == [[1, 1], [2, 1 / 2], [3, 1 / 3]]
+    assert val == [[epoch, 1.1 / epoch] for epoch in (1, 2, 3)]
+    assert best == val[-1:]
+    assert rate.lines[0].get_xydata().tolist() == [[10, 0.1], [20, 0.1 / 2], [30, 0.1 / 3]]
+    (tmp_path / "steps.jsonl").write_text('{"step": 10, "learning_rate": 0.1}\n')
+    rate = plots.curves(replace(run, path=tmp_path)).axes[2]  # fewer steps than epochs
+    assert rate.get_xlabel() == "epoch"
+    assert rate.lines[0].get_xydata().tolist() == [[1, 0.1], [2, 0.1 / 2], [3, 0.1 / 3]]
+
+    axes = plots.confusion_matrix(run).axes[0]
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted class", "true class")
+    assert np.allclose(axes.images[0].get_array(), matrix / matrix.sum(1, keepdims=True))
+    shown = {text.get_position()[::-1]: text.get_text().split()[0] for text in axes.texts}
+    assert shown == {(i, j): str(matrix[i, j]) for i, j in zip(*matrix.nonzero(), strict=True)}
+
+    axes = plots.per_class(run).axes[0]
+    for points, key in zip(axes.collections[1:], ("precision", "recall", "f1"), strict=True):
+        values = points.get_offsets()[:, 0].tolist()
+        assert values == [row[key] for row in sorted(classes, key=lambda row: row["f1"])]
+        assert axes.get_xlim()[0] < min(values) <= max(values) < axes.get_xlim()[1]
+    assert axes.lines[0].get_xdata()[0] == run.report["macro_f1"]
+
+    correct = run.predictions == run.labels
+    reliability, selective = plots.calibration(replace(run, confidence=run.confidence / 2)).axes
+    bins = reliability.lines[1].get_xydata()
+    assert len(bins) == 8  # of 15; without those that have no samples
+    assert bins[:, 0].min() > 0
+    accuracy, threshold = (line.get_xydata() for line in selective.lines)
+    assert accuracy[-1].tolist() == [1, pytest.approx(correct.mean())]
+    assert threshold[-1].tolist() == [1, run.confidence.min() / 2]
+
+    [axes] = plots.mistakes(run, run.images()).axes
+    assert f"24 most confident of {(~correct).sum()} mistakes" in axes.get_title()
+    shown = [float(text.get_text().split()[-2]) for text in axes.texts]
+    expected = sorted(100 * run.confidence[~correct], reverse=True)[:24]
+    assert shown == [round(value, 1) for value in expected]
+
+
+def test_file_names_that_are_not_utf8_are_read_as_they_are(hostile, tmp_path):
+    path = shutil.copytree(hostile, tmp_path / "run")
+    files = [os.fsdecode(b"%d\xff.png" % i) for i in range(500)]
+    content = predicted(splits(HOSTILE, num_test=500).test).csv(files)
+    (path / "predictions.csv").write_bytes(content)
+    assert read_run(path).files == files
 
 
 def test_without_predictions_the_other_plots_are_drawn(hostile, tmp_path, capsys):

@@ -331,6 +331,8 @@ def test_p7_a_class_without_training_images_is_refused(tmp_path):
     write_idx(tmp_path / "MNIST" / "raw", num_train=7)
     with pytest.raises(ValueError, match="training split has no image of classes 7, 8, 9"):
         load("mnist", data_dir=str(tmp_path), val_fraction=0.0)
+    with pytest.raises(ValueError, match="training split has no image of classes 7, 8, 9"):
+        load("mnist", data_dir=str(tmp_path), val_fraction=0.0, max_train_samples=8)
 
 
 def test_p6_no_release_of_pytorch_can_move_a_sample_to_another_split():
@@ -359,6 +361,14 @@ def test_p6_the_cut_follows_split_seed_and_nothing_else():
         assert torch.equal(getattr(first, name).images, getattr(second, name).images)
         assert torch.equal(getattr(first, name).labels, getattr(second, name).labels)
         assert labeled_images(getattr(first, name)) != labeled_images(getattr(other, name))
+
+
+def test_a_quarter_of_the_images_has_an_erased_rectangle_of_the_mean_color():
+    splits = load_splits(config("digits"), math.inf, 1, augment=("erasing",))
+    white = torch.full((1, 8, 8), 255, dtype=torch.uint8)
+    images = torch.stack([splits.train.images.transform(white, seed) for seed in range(100)])
+    assert images.unique().tolist() == [round(255 * splits.mean[0]), 255]
+    assert 15 <= (images < 255).flatten(1).any(1).sum() <= 35
 
 
 def test_digits_are_the_published_ones():

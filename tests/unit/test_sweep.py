@@ -5,6 +5,7 @@ import os
 import signal
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import sqlalchemy
@@ -13,7 +14,7 @@ from handmade import predicted, splits
 from worlds import ROOT, Fork, python, start
 
 import sweep
-from lab.checkpoint.run_dir import CARD, CONFIG, RunDir
+from lab.checkpoint.run_dir import CARD, CONFIG, HISTORY, RunDir
 from lab.config.cli import parse_arguments
 from lab.config.recipes import resolve
 from lab.config.schema import TrainConfig
@@ -201,6 +202,26 @@ def test_a_combination_that_cannot_start_does_not_end_the_sweep(fake, monkeypatc
     monkeypatch.setattr(fake, "poll", poll)
     call("--trials", 3, "--seeds", 0)
     assert [t.state.name for t in study().trials] == ["COMPLETE", "FAIL", "COMPLETE"]
+
+
+def test_the_complete_lines_of_a_history_with_a_metric_are_reported(tmp_path):
+    assert sweep.read_history(tmp_path) == []
+    file = tmp_path / HISTORY
+    file.write_text('{"epoch": 1, "val_loss": null}\n{"epoch": 2, "val_loss": 0.5}\n{"epo')
+    reported = []
+    trial = SimpleNamespace(report=lambda *row: reported.append(row), should_prune=lambda: False)
+    job = sweep.Job(tmp_path, {}, "val_loss", trial=trial)
+    job.report()
+    job.report()
+    assert reported == [(0.5, 2)]
+
+
+def test_the_heights_on_an_axis_of_the_page():
+    assert page.scale([1.0, 10.0, 100.0], log=True)[0] == pytest.approx([0, 0.5, 1])
+    assert page.scale([0.0, 1.0, 4.0], log=False)[0] == [0, 0.25, 1]
+    assert page.scale([2, 2], log=False) == ([0.5, 0.5], [(0.5, "2")])
+    choices = ([0.5, 0, 1], [(0, "a"), (0.5, "b"), (1, "c")])
+    assert page.scale(["b", "a", "c"], log=False) == choices
 
 
 def test_each_gpu_trains_one_run_at_a_time(fake, monkeypatch):

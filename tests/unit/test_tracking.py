@@ -90,6 +90,14 @@ def test_a_killed_and_resumed_run_has_one_log_with_nothing_twice(tmp_path, monke
     assert sorted(p.name for p in run.iterdir() if p.is_dir()) == ["checkpoints", "tensorboard"]
 
 
+def test_an_interrupted_run_ends_its_log(tmp_path, monkeypatch, told):
+    monkeypatch.setattr(loggers_module, "check_packages", lambda *_, **__: None)
+    start(tmp_path, *LENET, "--tracker", "wandb", "--max-hours", "1e-9")
+    [settings] = [values for kind, values in told if kind == "settings"]
+    assert settings["selection_split"] == "validation"
+    assert told[-1] == ("finish", None)
+
+
 STEP = {"step": 3, "epoch": 1, "loss": 0.5, "learning_rate": 0.1}
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ import evaluate
 import lab.data.loaders
 import lab.data.splits
 import train
+from lab.checkpoint import interrupt
 from lab.checkpoint import weights as weights_module
 from lab.config.schema import TrainConfig
 from lab.engine import evaluation
@@ -312,6 +314,23 @@ def test_p6_the_test_split_is_read_once_at_the_end(tmp_path, monkeypatch, words,
     monkeypatch.setattr(lab.data.loaders, "build_loader", build)
     run(tmp_path, *words, "--epochs", "2", "--max-train-samples", "64", "--max-eval-samples", "20")
     assert found == read
+
+
+def test_the_time_limit_includes_the_time_before_the_training(tmp_path, monkeypatch):
+    times, load_splits, handler = {}, lab.data.splits.load_splits, interrupt.InterruptHandler
+
+    def load(*arguments):
+        times["data"] = time.monotonic()
+        return load_splits(*arguments)
+
+    def handle(accelerator, start_time, *arguments):
+        times["start"] = start_time
+        return handler(accelerator, start_time, *arguments)
+
+    monkeypatch.setattr(lab.data.splits, "load_splits", load)
+    monkeypatch.setattr(interrupt, "InterruptHandler", handle)
+    run(tmp_path, "--max-steps", "1")
+    assert times["start"] < times["data"]
 
 
 def strict(text):
