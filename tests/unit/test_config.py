@@ -289,8 +289,8 @@ def test_p7_a_recipe_beside_a_file_with_all_settings(finished, fails, tmp_path):
     words = ["--config", str(path), "--recipe", "notebook"]
     expected = f"--recipe notebook changes nothing: {path} has all settings that a recipe sets. "
     assert fails(train, *words).startswith(expected)
-    mistyped = fails(train, "--config", str(path), "--recipe", "notbook")
-    assert mistyped.startswith("unknown recipe notbook. Did you mean notebook?")
+    mistyped = fails(train, "--config", str(path), "--recipe", "notebooks")
+    assert mistyped.startswith("unknown recipe notebooks. Did you mean notebook?")
     part = tmp_path / "part.yaml"
     part.write_text("recipe: default\nlr: 0.5\n")
     settings = resolve(parse(TrainConfig, "--config", str(part), "--recipe", "notebook"))
