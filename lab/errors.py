@@ -46,8 +46,8 @@ def install_hint(extra: str) -> str:
 
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, without its period, or the type without one."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0].rstrip(".")
+    lines = str(error).strip().splitlines()
+    return (lines[0].rstrip(".") if lines else "") or type(error).__name__
 
 
 def name_some(names: Sequence[str], count: int = 5) -> str:
